@@ -1,0 +1,111 @@
+"""One database, SQLite or PostgreSQL, chosen by its URL; the same SQLAlchemy code and migrations for both."""
+
+import logging
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.engine import Connection, Engine
+
+from cluster.errors import ConfigError, UnavailableError
+from cluster.settings import Settings
+
+log = logging.getLogger(__name__)
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+MIGRATION_LOCK = 7_213_001  # pg_advisory_lock key: one process migrates at a time
+
+
+def connect(settings: Settings, *, migrate: bool = True) -> Engine:
+    """An engine on the configured database, its schema brought up to date.
+
+    Raises:
+        ConfigError: the URL is not one we speak.
+        UnavailableError: the server does not answer or refuses us.
+    """
+    engine = _engine(settings)
+    try:
+        with engine.connect() as connection:
+            connection.execute(sa.text("SELECT 1"))
+        if migrate:
+            upgrade(engine)
+    except sa.exc.OperationalError as error:
+        shown = engine.url.render_as_string(hide_password=True)
+        cause = str(error.orig).strip().splitlines()[0]
+        raise UnavailableError(
+            f"database {shown} does not answer ({cause}); start it or set `database.url` in rayloop.yaml"
+        ) from None
+    return engine
+
+
+def _engine(settings: Settings) -> Engine:
+    try:
+        url = sa.make_url(settings.database_url)
+        backend = url.get_backend_name()
+    except sa.exc.ArgumentError:
+        backend = ""
+    if backend == "sqlite":
+        return _sqlite(url, settings)
+    if backend == "postgresql":
+        timeout = max(1, round(settings.database.connect_timeout_s))
+        return sa.create_engine(
+            url.set(drivername="postgresql+psycopg"),
+            pool_size=settings.database.pool_size,
+            max_overflow=settings.database.pool_size,
+            pool_pre_ping=True,
+            connect_args={"connect_timeout": timeout},
+        )
+    raise ConfigError(
+        "database.url", settings.database_url, "must start with sqlite:/// or postgresql://", "set `database.url` in rayloop.yaml"
+    )
+
+
+def _sqlite(url: sa.URL, settings: Settings) -> Engine:
+    if not url.database or url.database == ":memory:":
+        raise ConfigError("database.url", str(url), "must name a file", "write sqlite:///path/to/rayloop.db")
+    try:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnavailableError(f"database {url} cannot be created ({error.strerror}); set `database.url` in rayloop.yaml") from None
+    engine = sa.create_engine(url, connect_args={"timeout": settings.database.busy_timeout_s, "check_same_thread": False})
+
+    @sa.event.listens_for(engine, "connect")
+    def _pragmas(connection: object, _record: object) -> None:
+        cursor = connection.cursor()  # type: ignore[attr-defined]
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+        connection.isolation_level = None  # type: ignore[attr-defined]  # we write BEGIN ourselves
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        mode = connection.get_execution_options().get("sqlite_begin", "DEFERRED")
+        connection.exec_driver_sql(f"BEGIN {mode}")
+
+    return engine
+
+
+def write(engine: Engine) -> sa.engine.base.Engine:
+    """The engine for transactions that write: on SQLite they take the write lock at once.
+
+    A deferred transaction that reads first and writes later fails with `database is locked` when
+    another process wrote in between; an immediate one waits its turn.
+    """
+    return engine.execution_options(sqlite_begin="IMMEDIATE")
+
+
+def is_postgres(engine: Engine) -> bool:
+    """True on PostgreSQL."""
+    return engine.dialect.name == "postgresql"
+
+
+def upgrade(engine: Engine) -> None:
+    """Bring the schema to the newest migration; safe to call from many processes at once."""
+    with write(engine).begin() as connection:
+        if is_postgres(engine):
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")

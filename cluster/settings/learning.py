@@ -1,0 +1,39 @@
+"""The switches. Each is off by default; with `learning.enabled` off the router only routes."""
+
+from cluster.settings.base import Section
+
+
+class LearningSettings(Section):
+    """The master switch."""
+
+    enabled: bool = False
+    """Off: the router only routes; nothing is captured, learned or rolled out."""
+
+
+class CaptureSettings(Section):
+    """What is written to the event log."""
+
+    enabled: bool = False
+    """Write an interaction event for every request the router serves."""
+
+
+class FeedbackSettings(Section):
+    """Which signals count."""
+
+    explicit: bool = False
+    """Accept thumbs, ratings, corrections and the other explicit kinds."""
+    implicit: bool = False
+    """Compute signals from behaviour events."""
+
+
+class AutomationSettings(Section):
+    """What happens without a person."""
+
+    auto_finetune: bool = True
+    """Start a training when a dataset is eligible (once learning is on)."""
+    auto_experiment: bool = True
+    """Start an experiment for a version that passed its gates (once learning is on)."""
+    auto_rollout: bool = False
+    """Advance through the stages without `rayloop rollout approve`."""
+    rollback_on_regression: bool = True
+    """Roll back when a guardrail is breached."""

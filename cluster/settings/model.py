@@ -1,0 +1,85 @@
+"""The root of the configuration."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from cluster.settings.capture import LogSettings
+from cluster.settings.curation import CurationSettings
+from cluster.settings.evaluation import EvaluationSettings
+from cluster.settings.experiments import ExperimentSettings, RolloutSettings
+from cluster.settings.learning import (
+    AutomationSettings,
+    CaptureSettings,
+    FeedbackSettings,
+    LearningSettings,
+)
+from cluster.settings.runtime import (
+    DatabaseSettings,
+    LoggingSettings,
+    MLflowSettings,
+    RaySettings,
+    StorageSettings,
+)
+from cluster.settings.serving import EngineSettings, ServeSettings
+from cluster.settings.training import SweepSettings, TrainingSettings
+
+
+class Settings(BaseSettings):
+    """All of `rayloop.yaml`."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="RAYLOOP_",
+        env_nested_delimiter="__",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_default=True,
+    )
+
+    home: Path = Path(".rayloop")
+    """Where the embedded defaults keep everything: database, MLflow, datasets, logs."""
+    tenant: str = Field("default", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Isolation boundary that commands act in."""
+    workspace: str = Field("default", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Subdivision of a tenant that commands act in."""
+    database: DatabaseSettings = DatabaseSettings()
+    storage: StorageSettings = StorageSettings()
+    mlflow: MLflowSettings = MLflowSettings()
+    ray: RaySettings = RaySettings()
+    logging: LoggingSettings = LoggingSettings()
+    log: LogSettings = LogSettings()
+    learning: LearningSettings = LearningSettings()
+    capture: CaptureSettings = CaptureSettings()
+    feedback: FeedbackSettings = FeedbackSettings()
+    automation: AutomationSettings = AutomationSettings()
+    curation: CurationSettings = CurationSettings()
+    training: TrainingSettings = TrainingSettings()
+    sweep: SweepSettings = SweepSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    serve: ServeSettings = ServeSettings()
+    engine: EngineSettings = EngineSettings()
+    experiment: ExperimentSettings = ExperimentSettings()
+    rollout: RolloutSettings = RolloutSettings()
+
+    @model_validator(mode="after")
+    def _home_is_absolute(self) -> "Settings":
+        object.__setattr__(self, "home", self.home.expanduser().resolve())
+        return self
+
+    @property
+    def database_url(self) -> str:
+        """The SQLAlchemy URL in force."""
+        return self.database.url or f"sqlite:///{self.home / 'rayloop.db'}"
+
+    @property
+    def tracking_uri(self) -> str:
+        """The MLflow tracking URI in force."""
+        return self.mlflow.tracking_uri or f"sqlite:///{self.home / 'mlflow.db'}"
+
+    @property
+    def datasets_root(self) -> str:
+        """Folder or `pyarrow.fs` URI that holds the datasets."""
+        return self.storage.datasets or str(self.home / "datasets")

@@ -1,0 +1,68 @@
+"""Where things are kept and how Ray is reached."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from cluster.settings.base import Section
+
+
+class DatabaseSettings(Section):
+    """The event log, projections, routes and job table."""
+
+    url: str | None = None
+    """SQLAlchemy URL. `None` means SQLite under `home`; a cluster uses
+    `postgresql+psycopg://user@host/database`."""
+    pool_size: int = Field(5, ge=1, le=200)
+    """Connections kept open by one process."""
+    busy_timeout_s: float = Field(30.0, gt=0)
+    """How long a SQLite write waits for another process's write before it fails."""
+    connect_timeout_s: float = Field(5.0, gt=0)
+    """How long to wait for a PostgreSQL server before it counts as unreachable."""
+
+
+class StorageSettings(Section):
+    """Locations of files. `None` means a folder under `home`."""
+
+    datasets: str | None = None
+    """Datasets: one folder each, named by dataset id."""
+    events: str | None = None
+    """Sealed days of the event log, as Parquet."""
+
+
+class MLflowSettings(Section):
+    """Runs and versions."""
+
+    tracking_uri: str | None = None
+    """`None` means SQLite under `home`."""
+    artifact_location: str | None = None
+    """Root of run artifacts for experiments made by Rayloop. `None` means a folder under `home`, or the
+    server's own default when `tracking_uri` is an `http(s)` address."""
+    experiment: str = "rayloop"
+    """Name of the MLflow experiment that holds the runs."""
+
+
+class RaySettings(Section):
+    """The Ray session a command starts or joins."""
+
+    address: str | None = None
+    """Address of a running cluster. `None` starts one on this machine."""
+    num_cpus: int = Field(6, ge=1)
+    """Logical CPUs of a cluster started here. Six by default even on two cores: with fewer, Serve and
+    Ray Data together can wait for each other for ever."""
+    object_store_mb: int = Field(512, ge=80)
+    """Object store of a cluster started here, in MB."""
+    scheduling_warning_s: float = Field(30.0, gt=0)
+    """A wait for resources longer than this names the resource that is short."""
+    auth_mode: Literal["disabled", "token"] = "disabled"
+    """Ray's own token authentication. A cluster started here listens on loopback only, and is
+    disabled by default; the Kubernetes manifests set `token`."""
+
+
+class LoggingSettings(Section):
+    """Logs of Rayloop's own processes."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Lowest level that is written."""
+    json_lines: bool = False
+    """One JSON object a line, for log collectors."""

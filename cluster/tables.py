@@ -1,0 +1,210 @@
+"""Every table of the database, in one place; the migrations create exactly these (a test compares).
+
+The event log (`events`, `event_bodies`, `event_ids`) is the source of truth. `routes` and `servables`
+hold what the live side should do. The rest are projections of the log and can be rebuilt.
+"""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Double,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+metadata = MetaData()
+Sequence64 = BigInteger().with_variant(Integer, "sqlite")  # SQLite's rowid alias must be INTEGER
+
+events = Table(
+    "events",
+    metadata,
+    Column("seq", Sequence64, primary_key=True, autoincrement=False),
+    Column("event_id", String(128), nullable=False),
+    Column("kind", String(32), nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("workspace", String(63), nullable=False),
+    Column("occurred_at_us", BigInteger, nullable=False),
+    Column("recorded_at_us", BigInteger, nullable=False),
+    Column("user_id", String(128)),
+    Column("session_id", String(128)),
+    Column("agent", String(128)),
+    Column("interaction_id", String(128)),
+    Column("digest", LargeBinary, nullable=False),
+    Column("erased", Boolean, nullable=False, default=False),
+    Index("events_by_kind", "kind", "seq"),
+    Index("events_by_interaction", "tenant", "interaction_id"),
+    Index("events_by_user", "tenant", "user_id"),
+)
+event_bodies = Table(
+    "event_bodies",
+    metadata,
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("salt", LargeBinary, nullable=False),
+    Column("body", LargeBinary, nullable=False),
+    Column("arrays", LargeBinary),
+)
+event_ids = Table(
+    "event_ids",
+    metadata,
+    Column("tenant", String(63), primary_key=True),
+    Column("event_id", String(128), primary_key=True),
+    Column("recorded_at_us", BigInteger, nullable=False),
+    Index("event_ids_by_age", "recorded_at_us"),
+)
+cursors = Table(
+    "cursors",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("seq", BigInteger, nullable=False),
+    Column("updated_at_us", BigInteger, nullable=False),
+)
+
+routes = Table(
+    "routes",
+    metadata,
+    Column("tenant", String(63), primary_key=True),
+    Column("agent", String(128), primary_key=True),
+    Column("modality", String(16), primary_key=True),
+    Column("stable", String(160), nullable=False),
+    Column("candidate", String(160)),
+    Column("share", Double, nullable=False, default=0.0),
+    Column("max_share", Double, nullable=False, default=1.0),
+    Column("shadow", String(160)),
+    Column("experiment_id", String(64)),
+    Column("salt", String(64), nullable=False),
+    Column("pinned", Boolean, nullable=False, default=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("config_hash", String(64)),
+    Column("config_generation", BigInteger),
+    Column("updated_at_us", BigInteger, nullable=False),
+    Column("updated_by", String(128), nullable=False),
+)
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("digest", String(64), primary_key=True),
+    Column("key_id", String(32), nullable=False, unique=True),
+    Column("name", String(128), nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("workspace", String(63), nullable=False),
+    Column("scopes", JSON, nullable=False),
+    Column("user_tier", String(32)),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("expires_at_us", BigInteger),
+    Column("revoked_at_us", BigInteger),
+)
+servables = Table(
+    "servables",
+    metadata,
+    Column("version", String(160), primary_key=True),
+    Column("engine", String(63), primary_key=True),
+    Column("model_name", String(200), nullable=False),
+    Column("base_model", Text, nullable=False),
+    Column("adapter_path", Text),
+    Column("adapter_sha256", String(64)),
+    Column("wanted", Boolean, nullable=False, default=True),
+    Column("updated_at_us", BigInteger, nullable=False),
+)
+servable_replicas = Table(
+    "servable_replicas",
+    metadata,
+    Column("engine", String(63), primary_key=True),
+    Column("replica_id", String(64), primary_key=True),
+    Column("version", String(160), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text),
+    Column("heartbeat_us", BigInteger, nullable=False),
+)
+
+experiments = Table(
+    "experiments",
+    metadata,
+    Column("experiment_id", String(64), primary_key=True),
+    Column("tenant", String(63), nullable=False),
+    Column("workspace", String(63), nullable=False),
+    Column("agent", String(128), nullable=False),
+    Column("modality", String(16), nullable=False),
+    Column("salt", String(64), nullable=False),
+    Column("stable", String(160), nullable=False),
+    Column("candidate", String(160), nullable=False),
+    Column("config", JSON, nullable=False),
+    Column("state", String(32), nullable=False),
+    Column("outcome", String(32)),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("ended_at_us", BigInteger),
+)
+experiment_users = Table(
+    "experiment_users",
+    metadata,
+    Column("experiment_id", String(64), primary_key=True),
+    Column("user_id", String(128), primary_key=True),
+    Column("arm", String(16), nullable=False),
+    Column("bucket", Double, nullable=False),
+    Column("first_seen_us", BigInteger, nullable=False),
+)
+arm_statistics = Table(
+    "arm_statistics",
+    metadata,
+    Column("experiment_id", String(64), primary_key=True),
+    Column("metric", String(64), primary_key=True),
+    Column("arm", String(16), primary_key=True),
+    Column("user_id", String(128), primary_key=True),
+    Column("count", Double, nullable=False),
+    Column("total", Double, nullable=False),
+    Column("total_squares", Double, nullable=False),
+)
+rollouts = Table(
+    "rollouts",
+    metadata,
+    Column("rollout_id", String(64), primary_key=True),
+    Column("experiment_id", String(64), nullable=False),
+    Column("tenant", String(63), nullable=False),
+    Column("agent", String(128), nullable=False),
+    Column("modality", String(16), nullable=False),
+    Column("state", String(32), nullable=False),
+    Column("stage", Integer, nullable=False),
+    Column("stage_started_us", BigInteger, nullable=False),
+    Column("holding_since_us", BigInteger),
+    Column("approved_stage", Integer),
+    Column("decisions", Integer, nullable=False, default=0),
+    Column("pending_decision", JSON),
+    Column("config", JSON, nullable=False),
+    Column("reason", Text),
+    Column("revision", BigInteger, nullable=False),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("updated_at_us", BigInteger, nullable=False),
+)
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String(128), primary_key=True),
+    Column("holder", String(128), nullable=False),
+    Column("expires_us", BigInteger, nullable=False),
+)
+training_jobs = Table(
+    "training_jobs",
+    metadata,
+    Column("job_id", String(64), primary_key=True),
+    Column("tenant", String(63), nullable=False),
+    Column("workspace", String(63), nullable=False),
+    Column("agent", String(128)),
+    Column("kind", String(32), nullable=False),
+    Column("dataset_id", String(128)),
+    Column("config", JSON, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("progress", JSON),
+    Column("retries", Integer, nullable=False, default=0),
+    Column("output_version", String(160)),
+    Column("error", Text),
+    Column("created_at_us", BigInteger, nullable=False),
+    Column("started_at_us", BigInteger),
+    Column("finished_at_us", BigInteger),
+    Index("training_jobs_by_state", "state", "created_at_us"),
+)

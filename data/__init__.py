@@ -1,0 +1,1 @@
+"""Events and what is made of them: the log, feedback, grading, curation, splits, manifests, erasure."""

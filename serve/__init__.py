@@ -1,0 +1,1 @@
+"""The live side: router, engines, grader, experiments, rollouts."""

@@ -1,0 +1,1 @@
+"""From a dataset to an evaluated, registered version."""

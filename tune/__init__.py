@@ -1,0 +1,1 @@
+"""Many trainings: search spaces and sweeps."""
