@@ -1,0 +1,89 @@
+"""Fixtures that every folder's tests share: databases, settings, one Ray session."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from cluster.database import connect
+from cluster.settings import Settings, load_settings
+
+POSTGRES = os.environ.get("RAYLOOP_TEST_POSTGRES", "postgresql://postgres@127.0.0.1:5432/postgres")
+SHARED_DATA = Path(os.environ.get("RAYLOOP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skip where a server may be missing; in CI (`RAYLOOP_TEST_STRICT=1`) that is a failure."""
+    if os.environ.get("RAYLOOP_TEST_STRICT") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data; its location is `RAYLOOP_TEST_DATA`."""
+    if not SHARED_DATA.is_dir():
+        skip_or_fail(f"no data at {SHARED_DATA}; set RAYLOOP_TEST_DATA to the folder that holds it")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """URL of a fresh PostgreSQL database, dropped afterwards."""
+    name = f"rayloop_test_{uuid.uuid4().hex[:12]}"
+    try:
+        admin = psycopg.connect(POSTGRES, autocommit=True, connect_timeout=3)
+    except psycopg.OperationalError as error:
+        skip_or_fail(f"no PostgreSQL at {POSTGRES} ({str(error).splitlines()[0]}); start one or set RAYLOOP_TEST_POSTGRES")
+    with admin:
+        admin.execute(f"CREATE DATABASE {name}")
+        yield sa.make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
+        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    admin.close()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh database; each test that asks for it runs on SQLite and on PostgreSQL."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'test.db'}"
+    url: str = request.getfixturevalue("postgres_url")
+    return url
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Defaults with `home` in a temporary folder: embedded SQLite and MLflow."""
+    return load_settings(home=tmp_path / "home")[0]
+
+
+@pytest.fixture
+def database(database_url: str, tmp_path: Path) -> Iterator[Engine]:
+    """A migrated engine on SQLite, then on PostgreSQL."""
+    engine = connect(load_settings(home=tmp_path / "home", database={"url": database_url})[0])
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def sqlite_database(settings: Settings) -> Iterator[Engine]:
+    """A migrated engine on SQLite, for tests whose point is not the database."""
+    engine = connect(settings)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray cluster for the whole test session."""
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
+    yield
+    ray.shutdown()
