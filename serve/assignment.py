@@ -7,7 +7,8 @@ has seen the candidate is sent back, and a new experiment reshuffles everybody b
 Encoding of a bucket: each of salt, tenant and unit is written as its length in UTF-8 bytes (4 bytes,
 big-endian) followed by those bytes; the three are concatenated and hashed with SHA-256. The first 8
 bytes of the digest, big-endian, divided by 2^64 are the bucket. The division is exact: the low 11 bits,
-which a double cannot hold next to the others, are dropped, so that a bucket is always below 1.
+which a double cannot hold next to the others, are dropped, so that a bucket is always below 1. The unit
+is the pseudonymous user, or `session:<id>` or `request:<id>` where one of those stands in.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ class Assignment:
 def bucket(salt: str, tenant: str, unit: str) -> float:
     """The place of one user in [0, 1), uniform over users; see the module for the encoding."""
     digest = hashlib.sha256(b"".join(_prefixed(field) for field in (salt, tenant, unit))).digest()
-    return (int.from_bytes(digest[:8], "big") >> (64 - MANTISSA_BITS)) / 2**MANTISSA_BITS
+    return (int.from_bytes(digest[:8], "big") >> (64 - MANTISSA_BITS)) / (1 << MANTISSA_BITS)
 
 
 def _prefixed(field: str) -> bytes:
