@@ -48,7 +48,7 @@ def log_bayes_factor(counts: Sequence[int], weights: Sequence[float], concentrat
 
 
 def sequential_p_value(log_factor: float) -> float:
-    """An always-valid p-value: below alpha at any time with probability at most alpha while the split is right."""
+    """An always-valid p-value: below alpha ever with probability at most alpha while the split is right."""
     return float(np.exp(-max(0.0, log_factor)))
 
 
