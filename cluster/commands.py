@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from cluster.settings import Origin, Settings, load_settings
+from cluster.settings import Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -23,7 +23,12 @@ def config(config: ConfigOption = None, json_output: JsonOption = False) -> None
     settings, origin = load_settings(config)
     rows = list(_flatten(settings))
     if json_output:
-        print(json.dumps({name: {"value": value, "origin": origin.get(name, "default")} for name, value in rows}, default=str))
+        print(
+            json.dumps(
+                {name: {"value": value, "origin": origin.get(name, "default")} for name, value in rows},
+                default=str,
+            )
+        )
         return
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
@@ -56,8 +61,9 @@ def _shown(name: str, value: Any) -> Any:
 
 def flags(settings: Settings) -> dict[str, bool]:
     """Every switch of the configuration, by its dotted name."""
-    names = [(s, f) for s in ("learning", "capture", "feedback", "automation") for f in type(getattr(settings, s)).model_fields]
+    names = [
+        (s, f)
+        for s in ("learning", "capture", "feedback", "automation")
+        for f in type(getattr(settings, s)).model_fields
+    ]
     return {f"{section}.{field}": getattr(getattr(settings, section), field) for section, field in names}
-
-
-__all__ = ["Origin", "app", "flags"]
