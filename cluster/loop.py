@@ -6,8 +6,10 @@ import of the folders that stand above it, and the same line can be sent to a cl
 """
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,13 +38,19 @@ def run_command(
     if config is not None:
         line += ["--config", str(config)]
     tail: list[str] = []
-    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
-        assert child.stdout is not None and child.stderr is not None
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as answer,  # a pipe nobody reads yet would fill up
+        subprocess.Popen(line, env=environment, stdout=answer, stderr=subprocess.PIPE, text=True) as child,
+    ):
+        assert child.stderr is not None
         for text in child.stderr:
             tail = [*tail[-19:], text.rstrip()]
             if on_line is not None:
                 on_line(text.rstrip())
-        output = child.stdout.read()
+        child.wait()
+        answer.seek(0)
+        output = answer.read()
     name = " ".join(arguments[:2])
     if child.returncode != 0:
         raise JobError(f"`rayloop {name}` exited with {child.returncode}: {_last_error(tail)}")

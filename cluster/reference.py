@@ -25,8 +25,8 @@ def configuration_page() -> str:
         "# Configuration reference",
         "",
         "Made from the code by `python -m cluster.reference`. Every field may stand in `rayloop.yaml`",
-        "or in the environment: `log.queue_events` is `RAYLOOP_LOG__QUEUE_EVENTS`. `rayloop config` prints what is in",
-        "force and where each value came from.",
+        "or in the environment: `log.queue_events` is `RAYLOOP_LOG__QUEUE_EVENTS`. `rayloop config` prints",
+        "what is in force and where each value came from.",
     ]
     top = [(n, f) for n, f in Settings.model_fields.items() if not _section(f)]
     lines += ["", "## Top level", "", *_table("", top)]
