@@ -157,13 +157,15 @@ def _start_when_ready(steps: Steps, rollout: Rollout) -> Rollout:
         return _fail(steps, rollout, f"the route was changed by {route.updated_by} before the start", record)
     if config.share(0) > route.max_share:
         return _fail(steps, rollout, f"max_share {route.max_share:g} forbids the first stage", record)
-    problem = steps.servables.problem(candidate)
-    if problem is not None:
+    status, said = steps.servables.status(candidate)
+    if status == "absent":
         steps.want(candidate)
-        if (steps.clock() - rollout.created_at_us) / SECOND_US > config.rollout.start_timeout_s:
-            return _fail(steps, rollout, f"{candidate} did not become servable: {problem}", record)
+    late = (steps.clock() - rollout.created_at_us) / SECOND_US > config.rollout.start_timeout_s
+    if status == "failed" or (status != "ready" and late):
+        return _fail(steps, rollout, f"{candidate} did not become servable: {said or status}", record)
+    if status != "ready":
         return rollout
-    broken = steps.routers.smoke(candidate)
+    broken = steps.routers.smoke(route, candidate)
     if broken is not None:
         return _fail(steps, rollout, f"the smoke test failed: {broken}", record)
     reason = "the candidate is servable"

@@ -7,7 +7,7 @@ next reads the pending decision and does them all again.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from sqlalchemy.engine import Engine
 
@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 WRITER = "controller"
 ROLLED_BACK_TAG = "rayloop.rolled_back"
+
+
+ServableStatus = Literal["absent", "loading", "ready", "failed"]
 
 
 class Versions(Protocol):
@@ -50,14 +53,14 @@ class Servables(Protocol):
     def unwant(self, version: str) -> None:
         """Let it be unloaded."""
 
-    def problem(self, version: str) -> str | None:
-        """Why it cannot be served yet; `None` when every live replica holds it."""
+    def status(self, version: str) -> tuple[ServableStatus, str]:
+        """Whether every live replica holds it, and what they say."""
 
 
 class Routers(Protocol):
     """The live routers."""
 
-    def smoke(self, version: str) -> str | None:
+    def smoke(self, route: Route, version: str) -> str | None:
         """Why a candidate fails its smoke test; `None` when it answers."""
 
     def shows(self, route: Route) -> bool:
