@@ -89,5 +89,5 @@ class ImplicitSettings(Section):
     """A shorter session gives no accept or read signals."""
     session_idle_min: float = Field(30.0, gt=0)
     """A session ends after this many idle minutes."""
-    reformulation_similarity: float = Field(0.55, gt=0, le=1)
+    reformulation_similarity: float = Field(0.5, gt=0, le=1)
     """Similarity of two consecutive user turns from which the second asks the same again."""
