@@ -33,6 +33,12 @@ class IntakeSettings(Section):
     """How far ahead of our clock an item's time may lie."""
     max_text_chars: int = Field(100_000, ge=1, le=1_000_000)
     """Longest text of one item: a correction, a comment, one message."""
+    import_batch_events: int = Field(2000, ge=1)
+    """Events in one transaction of an import."""
+    shown_problems: int = Field(20, ge=0)
+    """Rejected rows that an import prints; `--rejects` keeps all of them."""
+    shown_value_chars: int = Field(120, ge=10)
+    """Characters of a refused value that are shown."""
 
 
 class RewardSettings(Section):
