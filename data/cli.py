@@ -138,7 +138,8 @@ def verify(config: ConfigOption = None, json_output: JsonOption = False) -> None
         _print_json(report.as_dict())
     else:
         for fault in report.faults:
-            print(f"seq {fault.seq}: {fault.what}", file=sys.stderr)
+            place = "" if fault.seq is None else f"seq {fault.seq}: "
+            print(f"{place}{fault.what}", file=sys.stderr)
         print(f"{report.events} events, {report.erased} erased, {report.fault_count} faults")
     raise typer.Exit(1 if report.fault_count else 0)
 

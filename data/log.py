@@ -87,7 +87,7 @@ class EventLog:
         if tenant is not None:
             query = query.where(events.c.tenant == tenant)
         with self.engine.connect() as connection:
-            return [_recorded(row) for row in connection.execute(query).mappings()]
+            return [recorded_event(row) for row in connection.execute(query).mappings()]
 
     def scan(
         self, after: int = 0, *, kinds: Sequence[str] = (), tenant: str | None = None, page: int = 1000
@@ -152,7 +152,9 @@ def _insert(connection: Connection, fresh: Sequence[Event], first_seq: int) -> N
         seq, salt = first_seq + number, salts[number * SALT_BYTES : (number + 1) * SALT_BYTES]
         body, arrays = encode_body(event.body)
         ids.append((event.tenant, event.event_id, recorded_at_us))
-        envelopes.append(_envelope(seq, event, recorded_at_us, digest(seq, event, salt, body, arrays)))
+        envelopes.append(
+            _envelope(seq, event, recorded_at_us, digest(seq, recorded_at_us, event, salt, body, arrays))
+        )
         bodies.append((seq, salt, body, arrays))
     insert_rows(connection, event_ids, ids)
     insert_rows(connection, events, envelopes)
@@ -178,8 +180,10 @@ def _envelope(seq: int, event: Event, recorded_at_us: int, event_digest: bytes) 
     )
 
 
-def _recorded(row: Any) -> RecordedEvent:
-    body = {} if row["body"] is None else decode_body(row["body"], row["arrays"])
+def recorded_event(row: Any, body: dict[str, Any] | None = None) -> RecordedEvent:
+    """An event from a row of `events` joined with `event_bodies`; `body` spares decoding it."""
+    if body is None:
+        body = {} if row["body"] is None else decode_body(row["body"], row["arrays"])
     event = Event(
         kind=row["kind"],
         tenant=row["tenant"],

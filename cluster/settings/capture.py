@@ -22,6 +22,10 @@ class LogSettings(Section):
     """How long a failed commit is tried again before its events are refused."""
     event_id_window_days: int = Field(30, ge=1)
     """How long an `event_id` is remembered for idempotency."""
+    verify_page_events: int = Field(1000, ge=1)
+    """Events that `rayloop verify` reads at a time."""
+    verify_shown_faults: int = Field(100, ge=1)
+    """Faults that `rayloop verify` names; all are counted."""
 
 
 class IntakeSettings(Section):
