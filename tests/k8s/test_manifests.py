@@ -1,4 +1,4 @@
-"""Every manifest against the schemas it must meet: KubeRay's CRDs with unknown fields refused, Ray Serve's own."""
+"""Every manifest against its schema: KubeRay's CRDs with unknown fields refused, and Ray Serve's own."""
 
 import copy
 from pathlib import Path
