@@ -1,4 +1,4 @@
-"""Commands about the whole: `config`, `submit`."""
+"""Commands about the whole: `config`, `status`, `submit`."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ import typer
 from pydantic import BaseModel
 
 from cluster.errors import InputError
-from cluster.settings import Settings, load_settings
+from cluster.settings import load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -61,14 +61,13 @@ def _shown(name: str, value: Any) -> Any:
     return value
 
 
-def flags(settings: Settings) -> dict[str, bool]:
-    """Every switch of the configuration, by its dotted name."""
-    names = [
-        (s, f)
-        for s in ("learning", "capture", "feedback", "automation")
-        for f in type(getattr(settings, s)).model_fields
-    ]
-    return {f"{section}.{field}": getattr(getattr(settings, section), field) for section, field in names}
+@app.command()
+def status(config: ConfigOption = None, json_output: JsonOption = False) -> None:
+    """What runs, which switches are on, which version serves, what is under way."""
+    from cluster.status import collect, lines
+
+    picture = collect(load_settings(config)[0])
+    print(json.dumps(picture) if json_output else "\n".join(lines(picture)))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
