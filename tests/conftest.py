@@ -1,6 +1,7 @@
 """Fixtures that every folder's tests share: databases, settings, one Ray session."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,24 @@ def settings(tmp_path: Path) -> Settings:
     return load_settings(home=tmp_path / "home")[0]
 
 
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initialised MLflow database; MLflow takes seconds to make one, so tests copy this."""
+    from cluster import tracking
+
+    home = tmp_path_factory.mktemp("mlflow")
+    tracking.client(load_settings(home=home)[0])
+    return home / "mlflow.db"
+
+
+@pytest.fixture
+def mlflow_settings(settings: Settings, empty_mlflow: Path) -> Settings:
+    """`settings` with an empty MLflow database in place."""
+    settings.home.mkdir(parents=True)
+    shutil.copy(empty_mlflow, settings.home / "mlflow.db")
+    return settings
+
+
 @pytest.fixture
 def database(database_url: str, tmp_path: Path) -> Iterator[Engine]:
     """A migrated engine on SQLite, then on PostgreSQL."""
@@ -84,6 +103,12 @@ def ray_session() -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
+    ray.init(
+        address="local",
+        num_cpus=6,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=256 * 2**20,
+    )
     yield
     ray.shutdown()
