@@ -1,6 +1,7 @@
 """Fixtures that every folder's tests share: databases, settings, one Ray session."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,24 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def settings(tmp_path: Path) -> Settings:
     """Defaults with `home` in a temporary folder: embedded SQLite and MLflow."""
     return load_settings(home=tmp_path / "home")[0]
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initialised MLflow database; MLflow takes seconds to make one, so tests copy this."""
+    from cluster import tracking
+
+    home = tmp_path_factory.mktemp("mlflow")
+    tracking.client(load_settings(home=home)[0])
+    return home / "mlflow.db"
+
+
+@pytest.fixture
+def mlflow_settings(settings: Settings, empty_mlflow: Path) -> Settings:
+    """`settings` with an empty MLflow database in place."""
+    settings.home.mkdir(parents=True)
+    shutil.copy(empty_mlflow, settings.home / "mlflow.db")
+    return settings
 
 
 @pytest.fixture
