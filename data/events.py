@@ -272,7 +272,7 @@ class RecordedEvent:
     event: Event
     recorded_at_us: int
     digest: bytes
-    """SHA-256 over salt and body; survives erasure."""
+    """SHA-256 over salt, envelope and body; survives erasure."""
     erased: bool = False
     """True when the body is gone; `event.body` is then empty."""
 
