@@ -190,6 +190,38 @@ def text_header(scope: Scope, name: bytes, limit: int = 256) -> str | None:
     return text or None
 
 
+class ClientWatch:
+    """Cancels the task that answers when its client goes away; for servers that do not do so themselves.
+
+    Hand `receive` of this object to the handler: the watch begins when the body is complete.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self.gone = False
+        self._receive = receive
+        self._answering = asyncio.current_task()
+        self._watching: asyncio.Task[None] | None = None
+
+    async def receive(self) -> dict[str, Any]:
+        """The server's `receive`, until the body is complete."""
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body"):
+            self._watching = asyncio.create_task(self._watch())
+        return message
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        if self._answering is not None:
+            self._answering.cancel()
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._watching is not None:
+            self._watching.cancel()
+
+
 async def send_response(send: Send, status: int, body: bytes, headers: Headers) -> None:
     """A whole response."""
     head = [*headers, (b"content-length", b"%d" % len(body))]

@@ -6,7 +6,6 @@ of the router. One exchange at a time on a connection; connections that are idle
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -52,19 +51,19 @@ class Upstream:
             lines.append(f"authorization: Bearer {api_key}")
         self._head = "\r\n".join(lines).encode()
 
-    async def post(self, path: str, body: bytes, *, first_byte_s: float | None = None, request_id: str = "") -> "Reply":
+    async def post(self, path: str, body: bytes, *, request_id: str = "") -> "Reply":
         """Send a request and wait for the head of the answer.
 
         A kept connection that the engine closed in the meantime, before any byte of an answer, is
         replaced once: the engine has not begun to work on the request then.
 
         Raises:
-            UpstreamError: no connection, no head within `first_byte_s`, or not HTTP.
+            UpstreamError: no connection, silence, or not HTTP.
         """
         request = b"POST %b%b HTTP/1.1\r\n%b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (
             self._path.encode(), path.encode(), self._head, request_id.encode(), len(body), body,
         )
-        wait_s = min(first_byte_s or self.limits.silence_timeout_s, self.limits.silence_timeout_s)
+        wait_s = self.limits.silence_timeout_s
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
@@ -113,6 +112,21 @@ class Reply:
     def __init__(self, connection: "_Connection", status: int, headers: dict[bytes, bytes]) -> None:
         self.status, self.headers = status, headers
         self._connection = connection
+        self._released = False
+
+    async def next(self) -> bytes:
+        """The next piece of the body; nothing at its end.
+
+        Raises:
+            UpstreamError: it broke off or fell silent.
+        """
+        connection = self._connection
+        while not (piece := connection.take()):
+            if connection.complete:
+                self._release()
+                return b""
+            await connection.more()
+        return piece
 
     async def read(self) -> bytes:
         """The whole body.
@@ -122,29 +136,22 @@ class Reply:
         """
         limit = self._connection.upstream.limits.max_response_bytes
         parts = bytearray()
-        async for piece in self.pieces():
+        while piece := await self.next():
             parts += piece
             if len(parts) > limit:
                 self.abort()
                 raise UpstreamError(f"the engine's answer is longer than {limit} bytes", code="engine_error")
         return bytes(parts)
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """The body piece by piece, as the engine sends it."""
-        connection = self._connection
-        while True:
-            piece = connection.take()
-            if piece:
-                yield piece
-            elif connection.complete:
-                connection.release()
-                return
-            else:
-                await connection.more()
+    def _release(self) -> None:
+        if not self._released:
+            self._released = True
+            self._connection.release()
 
     def abort(self) -> None:
-        """Close the connection, which tells the engine to stop; harmless when the answer is whole."""
-        if not self._connection.complete:
+        """Close the connection, which tells the engine to stop; harmless after the end."""
+        if not self._released:
+            self._released = True
             self._connection.abort()
 
 

@@ -101,8 +101,6 @@ class ServeSettings(Section):
     """How often routers read routes, servable versions and keys."""
     feedback_timeout_s: float = Field(10.0, gt=0)
     """How long an event may wait for its commit before the client is asked to come again."""
-    max_items: int = Field(1000, ge=1)
-    """Items in one body of feedback, behaviour, outcomes or trajectories."""
     engines: dict[str, EngineEndpoint] = {"local": EngineEndpoint()}
     """Engines by name; `servables` rows refer to them."""
     breaker: BreakerSettings = BreakerSettings()
