@@ -39,7 +39,8 @@ def postgres_url() -> Iterator[str]:
     try:
         admin = psycopg.connect(POSTGRES, autocommit=True, connect_timeout=3)
     except psycopg.OperationalError as error:
-        skip_or_fail(f"no PostgreSQL at {POSTGRES} ({str(error).splitlines()[0]}); start one or set RAYLOOP_TEST_POSTGRES")
+        cause = str(error).splitlines()[0]
+        skip_or_fail(f"no PostgreSQL at {POSTGRES} ({cause}); start one or set RAYLOOP_TEST_POSTGRES")
     with admin:
         admin.execute(f"CREATE DATABASE {name}")
         yield sa.make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
@@ -84,6 +85,12 @@ def ray_session() -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
+    ray.init(
+        address="local",
+        num_cpus=6,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=256 * 2**20,
+    )
     yield
     ray.shutdown()
