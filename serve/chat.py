@@ -75,6 +75,11 @@ class Engines:
         self._open[name] = (endpoint, made)
         return made
 
+    def close(self) -> None:
+        """Drop every connection."""
+        for _, upstream in self._open.values():
+            upstream.close()
+
 
 @dataclass(slots=True)
 class Exchange:
@@ -153,6 +158,10 @@ class ChatHandler:
             if exchange.reply is not None:
                 exchange.reply.abort()
             self._finish(exchange)
+
+    def close(self) -> None:
+        """Drop the connections to the engines; from the event loop."""
+        self._engines.close()
 
     def breaker_states(self) -> dict[str, bool]:
         """Version -> True while it is left alone."""

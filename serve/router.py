@@ -90,6 +90,7 @@ class RouterApp:
             self._capture.close()
         if self._commit is not None:
             self._commit.close()
+        self.watcher.close()
 
     def _database_found(self, engine: Engine) -> None:
         self._commit = GroupCommit(EventLog(engine), self.settings.log)
@@ -113,6 +114,7 @@ class RouterApp:
                 self.start()
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
+                self._chat.close()
                 await asyncio.to_thread(self.stop)
                 await send({"type": "lifespan.shutdown.complete"})
                 return

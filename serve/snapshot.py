@@ -124,14 +124,21 @@ class Watcher(threading.Thread):
             self._pending = config
 
     def stop(self) -> None:
-        """End the thread."""
+        """End the thread, and its connections."""
         self._stopping.set()
+        if self.is_alive():
+            self.join(timeout=5)
 
     def run(self) -> None:
         """Read until stopped."""
         while not self._stopping.is_set():
             self.refresh()
             self._stopping.wait(self._settings.serve.poll_ms / 1000)
+
+    def close(self) -> None:
+        """Close the database's connections; nobody may use them any more."""
+        if self._engine is not None:
+            self._engine.dispose()
 
     def refresh(self) -> None:
         """One reading; a failure keeps the last."""
