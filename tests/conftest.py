@@ -5,7 +5,6 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 
 import psycopg
 import pytest
@@ -116,26 +115,12 @@ def ray_session() -> Iterator[None]:
     ray.shutdown()
 
 
-def toy_examples(count: int, seed: int = 0, *, wrong: float = 0.0) -> list[list[dict[str, str]]]:
-    """Small triage tasks with a JSON answer; a share `wrong` of the answers has another verdict."""
-    random = Random(seed)
-    examples = []
-    for _ in range(count):
-        service, level = random.choice(["api", "mail", "search"]), random.choice(["low", "high", "dead"])
-        verdict = {"low": "ignore", "high": "ticket", "dead": "page"}[level]
-        if random.random() < wrong:
-            verdict = random.choice([v for v in ("ignore", "ticket", "page") if v != verdict])
-        answer = f'{{"verdict":"{verdict}","owner":"{service}"}}'
-        question = f"service={service} level={level} hour={random.randrange(24)}"
-        examples.append([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
-    return examples
-
-
 @pytest.fixture(scope="session")
 def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformers directory with a tiny model that answers `toy_examples` in JSON, right about two
     times in three; trained once a session, in seconds."""
     from cluster.settings.training import ToySettings
+    from tests.toys import toy_examples
     from train.toy import build_toy_base
 
     out = tmp_path_factory.mktemp("toy") / "base"

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import toy_examples
+from tests.toys import toy_examples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import DatasetError, InputError
