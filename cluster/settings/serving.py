@@ -1,11 +1,7 @@
-"""The live side: router, engines, keys (serving.md)."""
+"""The live side: router and keys (serving.md)."""
 
 from cluster.settings.base import Section
 
 
 class ServeSettings(Section):
     """The router and how it is reached."""
-
-
-class EngineSettings(Section):
-    """The embedded engine."""
