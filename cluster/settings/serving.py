@@ -1,4 +1,4 @@
-"""The live side: router, engines, keys (serving.md)."""
+"""The live side: router and keys (serving.md)."""
 
 from typing import Literal
 
