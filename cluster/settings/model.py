@@ -7,6 +7,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cluster.settings.capture import ImplicitSettings, IntakeSettings, LogSettings, RewardSettings
 from cluster.settings.curation import CurationSettings
+from cluster.settings.engines import EngineSettings, GraderSettings
 from cluster.settings.evaluation import EvaluationSettings
 from cluster.settings.experiments import ExperimentSettings, RolloutSettings
 from cluster.settings.learning import (
@@ -22,7 +23,7 @@ from cluster.settings.runtime import (
     RaySettings,
     StorageSettings,
 )
-from cluster.settings.serving import EngineSettings, ServeSettings
+from cluster.settings.serving import ServeSettings
 from cluster.settings.training import SweepSettings, TrainingSettings
 
 
@@ -64,6 +65,7 @@ class Settings(BaseSettings):
     evaluation: EvaluationSettings = EvaluationSettings()
     serve: ServeSettings = ServeSettings()
     engine: EngineSettings = EngineSettings()
+    grader: GraderSettings = GraderSettings()
     experiment: ExperimentSettings = ExperimentSettings()
     rollout: RolloutSettings = RolloutSettings()
 
