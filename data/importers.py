@@ -5,6 +5,7 @@ importing a file twice, or a longer version of it, adds only what is new.
 """
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -89,13 +90,13 @@ def import_file(path: Path, log: EventLog, settings: Settings, options: ImportOp
         InputError: the file cannot be read, or its format cannot be told.
     """
     rows = read_rows(path)
-    first = next(rows)
-    name, mapping = choose_format(first, options)
+    head = list(_up_to_a_whole_row(rows))
+    name, mapping = choose_format(head[-1], options)
     report = ImportReport(name)
     reader = _Reader(mapping, settings, options)
     batch: list[tuple[Row, list[Event]]] = []
     waiting = 0
-    for row in _again(first, rows):
+    for row in itertools.chain(head, rows):
         report.rows += 1
         try:
             batch.append((row, reader.events(row)))
@@ -110,8 +111,8 @@ def import_file(path: Path, log: EventLog, settings: Settings, options: ImportOp
     return report
 
 
-def choose_format(first: Row, options: ImportOptions) -> tuple[str, Mapping | None]:
-    """The format's name and mapping (`None`: rows are items), told from the first row where `auto`.
+def choose_format(row: Row, options: ImportOptions) -> tuple[str, Mapping | None]:
+    """The format's name and mapping (`None`: rows are items), told from a row where `auto`.
 
     Raises:
         InputError: no such format, or none fits.
@@ -124,12 +125,12 @@ def choose_format(first: Row, options: ImportOptions) -> tuple[str, Mapping | No
     known = f"auto, {EVENTS}, openai, {', '.join(shipped)}"
     if options.format not in ("auto", "openai"):
         raise InputError("format", options.format, f"must be one of {known}", "choose one, or give --mapping")
-    if options.format == "auto" and isinstance(first.value, dict) and "kind" in first.value:
+    if options.format == "auto" and isinstance(row.value, dict) and "kind" in row.value:
         return EVENTS, None
     for name, mapping in shipped.items():
-        if mapping.fits(first.value) and (options.format == "auto" or name.startswith("openai")):
+        if mapping.fits(row.value) and (options.format == "auto" or name.startswith("openai")):
             return name, mapping
-    columns = ", ".join(first.value) if isinstance(first.value, dict) else type(first.value).__name__
+    columns = ", ".join(row.value) if isinstance(row.value, dict) else type(row.value).__name__
     raise InputError(
         "format", options.format, f"fits no row with {columns}", f"use one of {known}, or --mapping"
     )
@@ -210,6 +211,9 @@ def _reject(
         options.on_problem(problem)
 
 
-def _again(first: Row, rest: Iterator[Row]) -> Iterator[Row]:
-    yield first
-    yield from rest
+def _up_to_a_whole_row(rows: Iterator[Row]) -> Iterator[Row]:
+    """Rows up to and with the first that could be parsed: the format is told from that one."""
+    for row in rows:
+        yield row
+        if row.error is None:
+            return
