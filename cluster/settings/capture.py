@@ -101,3 +101,22 @@ class ImplicitSettings(Section):
     """A session ends after this many idle minutes."""
     reformulation_similarity: float = Field(0.5, gt=0, le=1)
     """Similarity of two consecutive user turns from which the second asks the same again."""
+
+
+class AuditSettings(Section):
+    """How `rayloop audit` describes a file."""
+
+    max_distinct: int = Field(10_000, ge=10)
+    """Distinct values that are counted in one column; a column with more is called `many`."""
+    max_label_values: int = Field(10, ge=2)
+    """A column with more distinct values is no label."""
+    min_label_repeats: int = Field(5, ge=1)
+    """How often a label's values occur on average, at least."""
+    min_relation_values: int = Field(3, ge=1)
+    """Columns with fewer distinct values are not compared between files."""
+    relation_share: float = Field(0.5, gt=0, le=1)
+    """Share of the smaller column's values that must occur in the other."""
+    baseline_rows: int = Field(5_000, ge=10)
+    """Rows, from the start of the file, that the baselines are measured on."""
+    baseline_folds: int = Field(5, ge=2)
+    """Folds of the cross-validation."""
