@@ -24,6 +24,7 @@ from data.encoding import SALT_BYTES, decode_body, digest, encode_body
 from data.events import Event, RecordedEvent
 
 APPEND_LOCK = 7_213_002  # pg_advisory_xact_lock key: one writer numbers events at a time
+ABOUT_CHUNK = 500  # bound on the variables of one statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +79,7 @@ class EventLog:
         self, after: int = 0, limit: int = 1000, *, kinds: Sequence[str] = (), tenant: str | None = None
     ) -> list[RecordedEvent]:
         """Up to `limit` events with `seq > after`, in order. Empty at the end of the log."""
-        query = sa.select(events, event_bodies.c.body, event_bodies.c.arrays).select_from(
-            events.outerjoin(event_bodies, events.c.seq == event_bodies.c.seq)
-        )
-        query = query.where(events.c.seq > after).order_by(events.c.seq).limit(limit)
+        query = _with_bodies().where(events.c.seq > after).order_by(events.c.seq).limit(limit)
         if kinds:
             query = query.where(events.c.kind.in_(kinds))
         if tenant is not None:
@@ -96,6 +94,19 @@ class EventLog:
         while batch := self.read(after, page, kinds=kinds, tenant=tenant):
             yield from batch
             after = batch[-1].seq
+
+    def about(
+        self, interaction_ids: Sequence[str], *, tenant: str, kinds: Sequence[str] = ()
+    ) -> Iterator[RecordedEvent]:
+        """All events about some interactions, in order within each short read."""
+        for start in range(0, len(interaction_ids), ABOUT_CHUNK):
+            chunk = list(interaction_ids[start : start + ABOUT_CHUNK])
+            query = _with_bodies().where(events.c.tenant == tenant, events.c.interaction_id.in_(chunk))
+            if kinds:
+                query = query.where(events.c.kind.in_(kinds))
+            with self.engine.connect() as connection:
+                rows = connection.execute(query.order_by(events.c.seq)).mappings().all()
+            yield from map(recorded_event, rows)
 
     def last_seq(self) -> int:
         """`seq` of the newest event; 0 for an empty log."""
@@ -114,6 +125,11 @@ def save_cursor(connection: Connection, name: str, seq: int) -> None:
     changed = connection.execute(cursors.update().where(cursors.c.name == name).values(values))
     if not changed.rowcount:
         connection.execute(cursors.insert().values(name=name, **values))
+
+
+def _with_bodies() -> sa.Select[Any]:
+    joined = events.outerjoin(event_bodies, events.c.seq == event_bodies.c.seq)
+    return sa.select(events, event_bodies.c.body, event_bodies.c.arrays).select_from(joined)
 
 
 def _known_ids(connection: Connection, batch: Sequence[Event]) -> set[tuple[str, str]]:

@@ -22,6 +22,8 @@ class LogSettings(Section):
     """How long a failed commit is tried again before its events are refused."""
     event_id_window_days: int = Field(30, ge=1)
     """How long an `event_id` is remembered for idempotency."""
+    lineage_sample: int = Field(5, ge=0)
+    """Interactions and feedback events that `rayloop lineage` names; all are counted."""
     verify_page_events: int = Field(1000, ge=1)
     """Events that `rayloop verify` reads at a time."""
     verify_shown_faults: int = Field(100, ge=1)
