@@ -40,7 +40,8 @@ def postgres_url() -> Iterator[str]:
     try:
         admin = psycopg.connect(POSTGRES, autocommit=True, connect_timeout=3)
     except psycopg.OperationalError as error:
-        skip_or_fail(f"no PostgreSQL at {POSTGRES} ({str(error).splitlines()[0]}); start one or set RAYLOOP_TEST_POSTGRES")
+        cause = str(error).splitlines()[0]
+        skip_or_fail(f"no PostgreSQL at {POSTGRES} ({cause}); start one or set RAYLOOP_TEST_POSTGRES")
     with admin:
         admin.execute(f"CREATE DATABASE {name}")
         yield sa.make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
@@ -112,3 +113,19 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers directory with a tiny model that answers `toy_examples` in JSON, right about two
+    times in three; trained once a session, in seconds."""
+    from cluster.settings.training import ToySettings
+    from tests.toys import toy_examples
+    from train.toy import build_toy_base
+
+    out = tmp_path_factory.mktemp("toy") / "base"
+    shape = ToySettings(
+        hidden=64, layers=2, heads=2, intermediate=160, vocab=340, epochs=5, batch_size=32, learning_rate=1e-2
+    )
+    build_toy_base(out, toy_examples(600, seed=1, wrong=0.35), shape)
+    return out

@@ -24,8 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from cluster.errors import DatasetError
 from cluster.settings.training import ToySettings
 from data.events import Message
+from train.device import resolve_device
 from train.files import written_whole
 from train.progress import Progress
+from train.quiet import quiet_libraries
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +78,7 @@ def build_toy_base(out: Path, examples: Iterable[Sequence[Message]], config: Toy
         DatasetError: no example ends with an assistant's answer.
     """
     started = time.monotonic()
+    quiet_libraries()
     chats = [list(messages) for messages in examples]
     if not any(message["role"] == "assistant" for chat in chats for message in chat):
         raise DatasetError("the examples hold no answer of an assistant; each needs `messages` that end with one")
@@ -175,6 +178,9 @@ def encode(tokenizer: PreTrainedTokenizerFast, chat: Sequence[Message], config: 
 
 def fit(model: LlamaForCausalLM, rows: Sequence[Row], config: ToySettings) -> list[float]:
     """Train with AdamW under a warm-up and a cosine; returns the loss of every step."""
+    device = resolve_device("cpu")
+    bf16 = device.precision == "bf16"
+    model.set_attn_implementation(device.attention)
     per_epoch = math.ceil(len(rows) / config.batch_size)
     steps = max(1, round(per_epoch * config.epochs))
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
@@ -184,7 +190,8 @@ def fit(model: LlamaForCausalLM, rows: Sequence[Row], config: ToySettings) -> li
     model.train()
     with Progress("base model", steps) as progress:
         for batch in _batches(rows, steps, config, model.config.pad_token_id):
-            loss = _step(model, batch)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = _step(model, batch)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -209,7 +216,7 @@ def _step(model: LlamaForCausalLM, batch: _Batch) -> float:
     targets_BT = batch.labels_BT[:, 1:]
     kept_BT = targets_BT != IGNORED
     logits_NV = model.lm_head(hidden_BTD[kept_BT])
-    loss = F.cross_entropy(logits_NV, targets_BT[kept_BT])
+    loss = F.cross_entropy(logits_NV.float(), targets_BT[kept_BT])
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.item()
 
