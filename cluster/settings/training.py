@@ -177,6 +177,8 @@ class TrainingSettings(Section):
     """Validation loss at least every so many steps, and at the end of every epoch."""
     save_steps: int = Field(200, ge=1)
     """Checkpoint at least every so many steps, and at the end of every epoch."""
+    report_examples: int = Field(256, ge=0)
+    """Validation examples of each kind in the report on held-out feedback."""
     workers: int = Field(1, ge=1, le=1024)
     """Ray Train workers of one run."""
     max_failures: int = Field(3, ge=0)
