@@ -33,7 +33,7 @@ class Router:
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.logging)
-        self._app = RouterApp(settings, watch_clients=False)
+        self._app = RouterApp(settings, standalone=False)
 
     async def __serve_build_asgi_app__(self) -> RouterApp:
         """The application of this replica, its first routes and keys read."""
