@@ -118,6 +118,29 @@ class EventLog:
         with self.engine.connect() as connection:
             return connection.execute(sa.select(cursors.c.seq).where(cursors.c.name == name)).scalar() or 0
 
+    def about(
+        self,
+        tenant: str,
+        interaction_ids: Sequence[str],
+        *,
+        kinds: Sequence[str] = (),
+        upto: int | None = None,
+    ) -> list[RecordedEvent]:
+        """Events about these interactions with `seq <= upto`, in order."""
+        found: list[RecordedEvent] = []
+        source = events.outerjoin(event_bodies, events.c.seq == event_bodies.c.seq)
+        with self.engine.connect() as connection:
+            for start in range(0, len(interaction_ids), LOOKUP_CHUNK):
+                query = sa.select(events, event_bodies.c.body, event_bodies.c.arrays).select_from(source)
+                chunk = interaction_ids[start : start + LOOKUP_CHUNK]
+                query = query.where(events.c.tenant == tenant, events.c.interaction_id.in_(chunk))
+                if kinds:
+                    query = query.where(events.c.kind.in_(kinds))
+                if upto is not None:
+                    query = query.where(events.c.seq <= upto)
+                found += [_recorded(row) for row in connection.execute(query).mappings()]
+        return sorted(found, key=lambda recorded: recorded.seq)
+
 
 def save_cursor(connection: Connection, name: str, seq: int) -> None:
     """Move a reader's cursor, in the same transaction as the projection it feeds."""
