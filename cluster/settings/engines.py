@@ -50,7 +50,10 @@ class EngineSettings(Section):
     """Adapters held at the same time."""
     max_rank: int = Field(64, ge=1)
     """Largest LoRA rank that is loaded."""
-    canary_prompts: tuple[str, ...] = ("The quick brown fox jumps over the lazy dog.", '{"verdict": "escalate", "owner": "')
+    canary_prompts: tuple[str, ...] = (
+        "The quick brown fox jumps over the lazy dog.",
+        '{"verdict": "escalate", "owner": "',
+    )
     """Texts whose log-probs an adapter must move against the base, or it does nothing."""
     canary_min_shift: float = Field(1e-5, ge=0)
     """Least change, in nats, of the most moved token of the canary prompts."""

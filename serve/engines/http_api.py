@@ -79,7 +79,13 @@ class EngineApi:
 
     async def _models(self, _receive: Receive, send: Send) -> None:
         data = [
-            {"id": m.name, "object": "model", "created": m.loaded_at, "owned_by": "rayloop", "root": m.adapter_path}
+            {
+                "id": m.name,
+                "object": "model",
+                "created": m.loaded_at,
+                "owned_by": "rayloop",
+                "root": m.adapter_path,
+            }
             for m in self.engine.models()
         ]
         await _send_json(send, 200, {"object": "list", "data": data})
@@ -90,7 +96,9 @@ class EngineApi:
         try:
             adapter = await asyncio.to_thread(self.engine.load_adapter, name, path)
         except AdapterError as error:
-            raise ApiError(400, f"adapter {name!r}: {error}", param="lora_path", code="adapter_refused") from None
+            raise ApiError(
+                400, f"adapter {name!r}: {error}", param="lora_path", code="adapter_refused"
+            ) from None
         body = {"status": "loaded", "lora_name": name, "sha256": adapter.sha256, "rank": adapter.rank}
         await _send_json(send, 200, body)
 
@@ -181,9 +189,13 @@ class ChatAnswer:
         try:
             async for update in generator:
                 if update.finish_reason == "error":
-                    raise ApiError(500, f"the engine failed: {update.error}", kind="server_error", code="engine_error")
+                    raise ApiError(
+                        500, f"the engine failed: {update.error}", kind="server_error", code="engine_error"
+                    )
                 if update.finish_reason == "cancelled":
-                    raise _unavailable("the engine is shutting down", self._engine.settings.retry_after_s, 503)
+                    raise _unavailable(
+                        "the engine is shutting down", self._engine.settings.retry_after_s, 503
+                    )
                 yield update
         except NotFoundError as error:
             raise ApiError(404, str(error), param="model", code="model_not_found") from None
@@ -282,9 +294,18 @@ def _text(document: Any, field: str) -> str:
 
 
 def _unavailable(message: str, retry_after_s: float, status: int) -> ApiError:
-    headers = {"retry-after": str(max(1, round(retry_after_s))), "retry-after-ms": str(round(retry_after_s * 1000))}
+    headers = {
+        "retry-after": str(max(1, round(retry_after_s))),
+        "retry-after-ms": str(round(retry_after_s * 1000)),
+    }
     kind = "rate_limit_error" if status == 429 else "server_error"
-    return ApiError(status, message, kind=kind, code="engine_overloaded" if status == 429 else "engine_stopped", headers=headers)
+    return ApiError(
+        status,
+        message,
+        kind=kind,
+        code="engine_overloaded" if status == 429 else "engine_stopped",
+        headers=headers,
+    )
 
 
 def _no_route(method: str, path: str, known: set[str]) -> ApiError:

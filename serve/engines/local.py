@@ -74,11 +74,17 @@ class LocalEngine:
         s = self.settings
         with torch.inference_mode():
             probe = DynamicCache(config=model.config)
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), past_key_values=probe, use_cache=True)
+            model(
+                input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device),
+                past_key_values=probe,
+                use_cache=True,
+            )
         try:
             shapes = layer_shapes(probe)
         except ValueError as error:
-            raise ConfigError("engine.base_model", self.base_model, f"cannot be served: {error}", "use vLLM for it") from None
+            raise ConfigError(
+                "engine.base_model", self.base_model, f"cannot be served: {error}", "use vLLM for it"
+            ) from None
         token_bytes = sum(x.heads * (x.key_size + x.value_size) for x in shapes) * model.dtype.itemsize
         blocks = int(s.prefix_cache_mb * 2**20 / (token_bytes * s.prefix_block_tokens))
         return Scheduler(
@@ -99,7 +105,9 @@ class LocalEngine:
 
     def models(self) -> list[ServedModel]:
         """Every name that can be asked for, the base first."""
-        adapters = [ServedModel(a.name, a.path, self._loaded_at[a.name]) for a in list(self._bank.loaded.values())]
+        adapters = [
+            ServedModel(a.name, a.path, self._loaded_at[a.name]) for a in list(self._bank.loaded.values())
+        ]
         return [ServedModel(BASE_NAME, None, self._loaded_at[BASE_NAME]), *adapters]
 
     def adapter(self, name: str) -> LoadedAdapter | None:
@@ -116,7 +124,9 @@ class LocalEngine:
             raise NotFoundError(f"the model {name!r} does not exist here; known are {known}")
         return adapter
 
-    def load_adapter(self, name: str, path: Path | str, *, expected_sha256: str | None = None) -> LoadedAdapter:
+    def load_adapter(
+        self, name: str, path: Path | str, *, expected_sha256: str | None = None
+    ) -> LoadedAdapter:
         """Read, check and make available an adapter; other answers go on meanwhile. Blocks: use a thread.
 
         Raises:
@@ -154,7 +164,9 @@ class LocalEngine:
         self._loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Update] = asyncio.Queue()
         adapter = self.adapter(model)
-        generations = [self._generation(prompt, params, adapter, index, stream, inbox) for index in range(choices)]
+        generations = [
+            self._generation(prompt, params, adapter, index, stream, inbox) for index in range(choices)
+        ]
         self.scheduler.submit(generations)
         open_choices = choices
         try:
@@ -224,7 +236,9 @@ def _load(base_model: str, settings: EngineSettings) -> tuple[Any, Any]:
         remedy = "set `engine.base_model` to a model directory or hub id"
         raise ConfigError("engine.base_model", base_model, f"cannot be loaded ({cause})", remedy) from None
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("engine.device", settings.device, "is not on this machine", "set `engine.device` to cpu")
+        raise ConfigError(
+            "engine.device", settings.device, "is not on this machine", "set `engine.device` to cpu"
+        )
     return tokenizer, model.to(settings.device).eval().requires_grad_(False)
 
 
