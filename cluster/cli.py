@@ -8,17 +8,12 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import click
 import typer
-from typer.core import TyperGroup
-from typer.main import get_command
 
 from cluster.errors import RayloopError
-
-app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 
 @dataclass(frozen=True)
@@ -32,7 +27,9 @@ class Mount:
 
 
 COMMANDS: dict[str, Mount] = {
-    "demo": Mount("cluster.demo.cli", "Watch an agent get better from its own traffic, on this machine.", "demo"),
+    "demo": Mount(
+        "cluster.demo.cli", "Watch an agent get better from its own traffic, on this machine.", "demo"
+    ),
     "up": Mount("serve.cli", "Start the live side (router, engine, grader, control) on this machine.", "up"),
     "down": Mount("serve.cli", "Stop what `up` started.", "down"),
     "status": Mount("cluster.commands", "What runs, which flags are on, which version serves.", "status"),
@@ -58,49 +55,42 @@ COMMANDS: dict[str, Mount] = {
 }
 
 
-class LazyGroup(TyperGroup):
-    """A click group that imports a sub-command's module when it is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order of the table."""
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command itself, imported only when it is about to run or to be described."""
-        mount = COMMANDS.get(cmd_name)
-        if mount is None:
-            return None
-        if ctx.resilient_parsing or _only_listing(ctx):
-            return click.Command(cmd_name, help=mount.help)
-        return load_command(mount)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: hand the rest of the line to the command it names, or say which there are."""
+    line = list(sys.argv[1:] if arguments is None else arguments)
+    mount = COMMANDS.get(line[0]) if line else None
+    if mount is None:
+        run_app(_listing(), line, "rayloop")
+    else:
+        run_mounted(line[0], mount, line[1:])
 
 
-def load_command(mount: Mount) -> click.Command:
-    """The click command behind one row of the table."""
-    group: Any = get_command(importlib.import_module(mount.module).app)
-    if mount.name is None or not isinstance(group, click.Group):
-        return group  # type: ignore[no-any-return]
-    return group.commands[mount.name]
+def run_mounted(name: str, mount: Mount, rest: list[str]) -> None:
+    """Import the module behind one row of the table and run it on the rest of the line."""
+    app: typer.Typer = importlib.import_module(mount.module).app
+    lone = len(app.registered_commands) == 1 and not app.registered_groups and app.registered_callback is None
+    if mount.name is None or lone:
+        run_app(app, rest, f"rayloop {name}")
+    else:
+        run_app(app, [mount.name, *rest], "rayloop")
 
 
-def _only_listing(ctx: click.Context) -> bool:
-    """True while the top-level help is being written."""
-    return not ctx._protected_args and not ctx.args
+def _listing() -> typer.Typer:
+    """A command line that only knows names and help: for `--help`, no arguments and misspellings."""
+    listing = typer.Typer(no_args_is_help=True, add_completion=False)
+    listing.callback(help="Makes a language-model agent better from its own traffic.")(lambda: None)
+    for name, mount in COMMANDS.items():
+        listing.command(name, help=mount.help)(lambda: None)
+    return listing
 
 
-def main() -> None:
-    """Entry point: one clear line and a non-zero exit for every deliberate error."""
-    run_app(LazyGroup(name="rayloop", help="Makes a language-model agent better from its own traffic."))
-
-
-def run_app(command: click.Command | typer.Typer) -> None:
+def run_app(app: typer.Typer, arguments: Sequence[str] | None = None, prog_name: str | None = None) -> None:
     """Run a command line, printing deliberate errors on one line.
 
     Exit codes: 0 success, 1 failure, 2 wrong input, 130 interrupted.
     """
-    runnable: Any = command
     try:
-        runnable()
+        app(args=arguments, prog_name=prog_name)
     except RayloopError as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         print(f"error: {error}", file=sys.stderr)

@@ -57,7 +57,10 @@ def _engine(settings: Settings) -> Engine:
             connect_args={"connect_timeout": timeout},
         )
     raise ConfigError(
-        "database.url", settings.database_url, "must start with sqlite:/// or postgresql://", "set `database.url` in rayloop.yaml"
+        "database.url",
+        settings.database_url,
+        "must start with sqlite:/// or postgresql://",
+        "set `database.url` in rayloop.yaml",
     )
 
 
@@ -67,8 +70,12 @@ def _sqlite(url: sa.URL, settings: Settings) -> Engine:
     try:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UnavailableError(f"database {url} cannot be created ({error.strerror}); set `database.url` in rayloop.yaml") from None
-    engine = sa.create_engine(url, connect_args={"timeout": settings.database.busy_timeout_s, "check_same_thread": False})
+        raise UnavailableError(
+            f"database {url} cannot be created ({error.strerror}); set `database.url` in rayloop.yaml"
+        ) from None
+    engine = sa.create_engine(
+        url, connect_args={"timeout": settings.database.busy_timeout_s, "check_same_thread": False}
+    )
 
     @sa.event.listens_for(engine, "connect")
     def _pragmas(connection: object, _record: object) -> None:

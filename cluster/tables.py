@@ -56,7 +56,7 @@ event_ids = Table(
     Column("tenant", String(63), primary_key=True),
     Column("event_id", String(128), primary_key=True),
     Column("recorded_at_us", BigInteger, nullable=False),
-    Index("event_ids_by_age", "recorded_at_us"),
+    sqlite_with_rowid=False,
 )
 cursors = Table(
     "cursors",

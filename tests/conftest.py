@@ -1,6 +1,7 @@
 """Fixtures that every folder's tests share: databases, settings, one Ray session."""
 
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +40,8 @@ def postgres_url() -> Iterator[str]:
     try:
         admin = psycopg.connect(POSTGRES, autocommit=True, connect_timeout=3)
     except psycopg.OperationalError as error:
-        skip_or_fail(f"no PostgreSQL at {POSTGRES} ({str(error).splitlines()[0]}); start one or set RAYLOOP_TEST_POSTGRES")
+        cause = str(error).splitlines()[0]
+        skip_or_fail(f"no PostgreSQL at {POSTGRES} ({cause}); start one or set RAYLOOP_TEST_POSTGRES")
     with admin:
         admin.execute(f"CREATE DATABASE {name}")
         yield sa.make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
@@ -60,6 +62,24 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def settings(tmp_path: Path) -> Settings:
     """Defaults with `home` in a temporary folder: embedded SQLite and MLflow."""
     return load_settings(home=tmp_path / "home")[0]
+
+
+@pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initialised MLflow database; MLflow takes seconds to make one, so tests copy this."""
+    from cluster import tracking
+
+    home = tmp_path_factory.mktemp("mlflow")
+    tracking.client(load_settings(home=home)[0])
+    return home / "mlflow.db"
+
+
+@pytest.fixture
+def mlflow_settings(settings: Settings, empty_mlflow: Path) -> Settings:
+    """`settings` with an empty MLflow database in place."""
+    settings.home.mkdir(parents=True)
+    shutil.copy(empty_mlflow, settings.home / "mlflow.db")
+    return settings
 
 
 @pytest.fixture
@@ -84,6 +104,28 @@ def ray_session() -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(address="local", num_cpus=6, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
+    ray.init(
+        address="local",
+        num_cpus=6,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=256 * 2**20,
+    )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers directory with a tiny model that answers `toy_examples` in JSON, right about two
+    times in three; trained once a session, in seconds."""
+    from cluster.settings.training import ToySettings
+    from tests.toys import toy_examples
+    from train.toy import build_toy_base
+
+    out = tmp_path_factory.mktemp("toy") / "base"
+    shape = ToySettings(
+        hidden=64, layers=2, heads=2, intermediate=160, vocab=340, epochs=5, batch_size=32, learning_rate=1e-2
+    )
+    build_toy_base(out, toy_examples(600, seed=1, wrong=0.35), shape)
+    return out

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from cluster.settings.capture import LogSettings
+from cluster.settings.capture import ImplicitSettings, IntakeSettings, LogSettings, RewardSettings
 from cluster.settings.curation import CurationSettings
 from cluster.settings.engines import EngineSettings, GraderSettings
 from cluster.settings.evaluation import EvaluationSettings
@@ -52,6 +52,9 @@ class Settings(BaseSettings):
     ray: RaySettings = RaySettings()
     logging: LoggingSettings = LoggingSettings()
     log: LogSettings = LogSettings()
+    intake: IntakeSettings = IntakeSettings()
+    rewards: RewardSettings = RewardSettings()
+    implicit: ImplicitSettings = ImplicitSettings()
     learning: LearningSettings = LearningSettings()
     capture: CaptureSettings = CaptureSettings()
     feedback: FeedbackSettings = FeedbackSettings()

@@ -54,6 +54,8 @@ class RaySettings(Section):
     """Object store of a cluster started here, in MB."""
     scheduling_warning_s: float = Field(30.0, gt=0)
     """A wait for resources longer than this names the resource that is short."""
+    connect_timeout_s: float = Field(5.0, gt=0)
+    """How long to wait for a cluster at `address` before it counts as unreachable."""
     auth_mode: Literal["disabled", "token"] = "disabled"
     """Ray's own token authentication. A cluster started here listens on loopback only, and is
     disabled by default; the Kubernetes manifests set `token`."""

@@ -1,0 +1,66 @@
+"""Strings jobs together: each is a command of the other folders, run as a process of its own.
+
+A job is known by its command line and answers with one JSON object (`--json`), so this module needs no
+import of the folders that stand above it, and the same line can be sent to a cluster with
+`rayloop submit`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import RayloopError
+
+ROOT = Path(__file__).parents[1]
+
+
+class JobError(RayloopError):
+    """A job's command failed; the message carries its own last line."""
+
+
+def run_command(
+    arguments: Sequence[str], *, config: Path | None = None, on_line: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Run `rayloop ARGUMENTS --json` to its end and return its result.
+
+    Lines of its standard error (progress) go to `on_line` as they come. An interrupt is passed on: the
+    child belongs to the same foreground group.
+
+    Raises:
+        JobError: it exited with another code than 0, or printed no JSON.
+    """
+    line = [sys.executable, "-m", "cluster", *arguments, "--json"]
+    if config is not None:
+        line += ["--config", str(config)]
+    tail: list[str] = []
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as answer,  # a pipe nobody reads yet would fill up
+        subprocess.Popen(line, env=environment, stdout=answer, stderr=subprocess.PIPE, text=True) as child,
+    ):
+        assert child.stderr is not None
+        for text in child.stderr:
+            tail = [*tail[-19:], text.rstrip()]
+            if on_line is not None:
+                on_line(text.rstrip())
+        child.wait()
+        answer.seek(0)
+        output = answer.read()
+    name = " ".join(arguments[:2])
+    if child.returncode != 0:
+        raise JobError(f"`rayloop {name}` exited with {child.returncode}: {_last_error(tail)}")
+    try:
+        result: dict[str, Any] = json.loads(output)
+    except ValueError:
+        raise JobError(f"`rayloop {name}` printed no JSON: {output[:200]!r}") from None
+    return result
+
+
+def _last_error(tail: Sequence[str]) -> str:
+    errors = [line for line in tail if line.startswith("error: ")]
+    return errors[-1].removeprefix("error: ") if errors else (tail[-1] if tail else "no message")

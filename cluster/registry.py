@@ -1,0 +1,393 @@
+"""Registered versions, on MLflow: `triage/3` is version 3 of the model (agent) `triage`.
+
+A version is a base model plus an adapter. Only the adapter's two files are uploaded, as artifacts of the
+run that made them; no model flavour is involved, so no base weights are copied. What a version is made of
+stands in its tags (`base_model`, `base_revision`, `adapter_sha256`, `rank`, `dataset_hash`, …).
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster import tracking
+from cluster.clock import now_us, to_iso
+from cluster.errors import ConflictError, InputError, NotFoundError
+from cluster.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+BASE_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "chat_template*")
+MODEL_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}")
+CHUNK_BYTES = 1 << 20
+NAME_ADAPTER = "name a directory written by `rayloop train`"
+NAME_BASE = "name a transformers model directory or a hub id"
+
+NAME_TAG = "rayloop.name"
+GATES_TAG = "rayloop.gates"
+"""`passed`, `failed` or `not_run`."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One registered version with its lineage."""
+
+    id: str
+    """`<model>/<number>`."""
+    model: str
+    number: int
+    name: str
+    """`v1.{yyww}.{iteration}`: ISO year and week, and the count within that week."""
+    base_model: str
+    """Local path or hub id."""
+    adapter_path: Path | None
+    """Local copy of the adapter, where there is one; `Registry.adapter_dir` fetches it."""
+    adapter_sha256: str | None
+    """`None`: the base model itself."""
+    rank: int | None
+    dataset_hash: str | None
+    dataset_id: str | None
+    run_id: str | None
+    tags: dict[str, str]
+    aliases: tuple[str, ...]
+
+    @property
+    def served_name(self) -> str:
+        """The model's name inside an engine; content-hashed, so that no cache confuses two adapters."""
+        if self.adapter_sha256 is None:
+            return "base"
+        return f"{self.model}-{self.number}-{self.adapter_sha256[:12]}"
+
+    @property
+    def gates(self) -> str:
+        """`passed`, `failed` or `not_run`."""
+        return self.tags.get(GATES_TAG, "not_run")
+
+
+class Registry:
+    """The model registry behind the configured MLflow address; no connection until it is used."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    @property
+    def client(self) -> "MlflowClient":
+        """The MLflow client.
+
+        Raises:
+            UnavailableError: MLflow does not answer.
+        """
+        return tracking.client(self.settings)
+
+    def register_base(self, model: str, base_model_path: str | Path) -> Version:
+        """Register a base model without adapter; it becomes champion if the model has none.
+
+        The same base registered again is returned as it is.
+        """
+        _check_name(model)
+        base, revision = describe_base(base_model_path)
+        for known in self.versions(model):
+            if known.adapter_sha256 is None and known.tags.get("base_revision") == revision:
+                return known
+        with tracking.run(self.settings, f"register {model} base", tags={"rayloop.kind": "register"}) as run:
+            run.log_params({"base_model": base, "base_revision": revision})
+        tags = {"base_model": base, "base_revision": revision, GATES_TAG: "not_run"}
+        source = self.client.get_run(run.run_id).info.artifact_uri
+        version = self._create(model, source, run.run_id, tags)
+        if not any("champion" in known.aliases for known in self.versions(model)):
+            self.set_alias(model, "champion", version, actor="registry", reason="first version")
+        return self.get(version.id)
+
+    def register_adapter(
+        self,
+        model: str,
+        adapter_dir: str | Path,
+        *,
+        base_model: str | Path,
+        run_id: str | None = None,
+        dataset_hash: str | None = None,
+        dataset_id: str | None = None,
+        lineage: Mapping[str, str] | None = None,
+    ) -> Version:
+        """Upload an adapter's files and register them as the next version of `model`.
+
+        `lineage` becomes tags as it is (`rayloop.job_id`, …). Without `run_id` a run is made.
+
+        Raises:
+            InputError: not a LoRA adapter in safetensors, or a name MLflow cannot hold.
+        """
+        _check_name(model)
+        folder = Path(adapter_dir)
+        config, digest = read_adapter_config(folder), adapter_digest(folder)
+        base, revision = describe_base(base_model)
+        if run_id is None:
+            with tracking.run(self.settings, f"register {model}", tags={"rayloop.kind": "register"}) as made:
+                run_id = made.run_id
+        artifact_path = f"adapter/{digest[:12]}"
+        for name in ADAPTER_FILES:
+            self.client.log_artifact(run_id, str(folder / name), artifact_path)
+        tags = {
+            "base_model": base,
+            "base_revision": revision,
+            "adapter_sha256": digest,
+            "rank": str(config["r"]),
+            GATES_TAG: "not_run",
+            "rayloop.tenant": self.settings.tenant,
+            "rayloop.workspace": self.settings.workspace,
+            **_present({"dataset_hash": dataset_hash, "dataset_id": dataset_id}),
+            **_present(dict(lineage or {})),
+        }
+        source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact_path}"
+        return self._create(model, source, run_id, tags)
+
+    def get(self, ref: str) -> Version:
+        """The version named by `triage/3` or `triage@champion`.
+
+        Raises:
+            NotFoundError: there is none; the message names those there are.
+            InputError: not a reference.
+        """
+        model, separator, rest = re.match(r"([^/@]*)([/@]?)(.*)", ref).groups()  # type: ignore[union-attr]
+        if not model or not separator or not rest or (separator == "/" and not rest.isdecimal()):
+            raise InputError("version", ref, "is not a version", "write MODEL/NUMBER or MODEL@ALIAS")
+        known = self.versions(model)
+        for version in known:
+            if rest in version.aliases if separator == "@" else version.number == int(rest):
+                return version
+        raise NotFoundError(f"no version {ref!r}; there are {_list_known(known, self.models())}")
+
+    def versions(self, model: str) -> list[Version]:
+        """All versions of `model`, oldest first; empty for an unknown model."""
+        import mlflow
+
+        try:
+            aliases = self.client.get_registered_model(model).aliases
+        except mlflow.MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return []
+            raise
+        by_number: dict[int, list[str]] = {}
+        for alias, number in aliases.items():
+            by_number.setdefault(int(number), []).append(alias)
+        rows = self.client.search_model_versions(f"name = '{model}'")
+        found = [self._version(row, tuple(sorted(by_number.get(int(row.version), ())))) for row in rows]
+        return sorted(found, key=lambda version: version.number)
+
+    def models(self) -> list[str]:
+        """Names of the registered models."""
+        return sorted(model.name for model in self.client.search_registered_models())
+
+    def set_alias(self, model: str, alias: str, version: Version | str, *, actor: str, reason: str) -> None:
+        """Point `alias` at a version; who and why stay with the version.
+
+        Raises:
+            ConflictError: `challenger` for a version that has not passed its gates.
+        """
+        target = self.get(version if isinstance(version, str) else version.id)
+        if target.model != model:
+            raise InputError("version", target.id, f"is not a version of {model!r}", "name one that is")
+        if alias == "challenger" and target.gates != "passed":
+            raise ConflictError(
+                f"{target.id} may not be challenger: gates are {target.gates}; run `rayloop evaluate`"
+            )
+        self.client.set_registered_model_alias(model, alias, str(target.number))
+        record = {"actor": actor, "reason": reason, "at": to_iso(now_us())}
+        self.tag(target, f"rayloop.alias.{alias}", json.dumps(record))
+
+    def remove_alias(self, model: str, alias: str) -> None:
+        """Let no version hold `alias`; nothing happens if none does."""
+        if any(alias in version.aliases for version in self.versions(model)):
+            self.client.delete_registered_model_alias(model, alias)
+
+    def tag(self, version: Version | str, key: str, value: str) -> None:
+        """Set a tag of a version."""
+        target = version if isinstance(version, Version) else self.get(version)
+        self.client.set_model_version_tag(target.model, str(target.number), key, value)
+
+    def adapter_dir(self, version: Version | str) -> Path:
+        """A local directory with the adapter's files, downloaded once and verified against the digest.
+
+        Raises:
+            InputError: the version is a base model without adapter.
+            ConflictError: what was downloaded is not what was registered.
+        """
+        target = version if isinstance(version, Version) else self.get(version)
+        if target.adapter_sha256 is None or target.run_id is None:
+            raise InputError("version", target.id, "has no adapter", "use its base model")
+        final = self._cached(target.adapter_sha256)
+        if final.is_dir() and adapter_digest(final) == target.adapter_sha256:
+            return final
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=".download-") as temporary:
+            path = f"adapter/{target.adapter_sha256[:12]}"
+            fetched = Path(self.client.download_artifacts(target.run_id, path, temporary))
+            found = adapter_digest(fetched)
+            if found != target.adapter_sha256:
+                raise ConflictError(
+                    f"the adapter of {target.id} was altered: sha256 {found[:12]}…, "
+                    f"registered {target.adapter_sha256[:12]}…"
+                )
+            _move_into_place(fetched, final)
+        return final
+
+    def _cached(self, digest: str) -> Path:
+        return self.settings.home / "adapters" / digest
+
+    def _create(self, model: str, source: str, run_id: str, tags: dict[str, str]) -> Version:
+        import mlflow
+
+        try:
+            self.client.create_registered_model(model)
+        except mlflow.MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        row = self.client.create_model_version(model, source=source, run_id=run_id, tags=tags)
+        self.client.set_model_version_tag(model, row.version, NAME_TAG, self._human_name(model, row))
+        return self.get(f"{model}/{row.version}")
+
+    def _human_name(self, model: str, row: Any) -> str:
+        """`v1.{yyww}.{iteration}`; numbers are unique, so counting the earlier ones cannot collide."""
+        stem = f"v1.{_yyww(row.creation_timestamp)}."
+        earlier = [other for other in self.versions(model) if other.number < int(row.version)]
+        taken = [int(v.name.removeprefix(stem)) for v in earlier if v.name.startswith(stem)]
+        return f"{stem}{max(taken, default=0) + 1}"
+
+    def _version(self, row: Any, aliases: tuple[str, ...]) -> Version:
+        tags = dict(row.tags)
+        digest = tags.get("adapter_sha256")
+        cached = self._cached(digest) if digest else None
+        return Version(
+            id=f"{row.name}/{row.version}",
+            model=row.name,
+            number=int(row.version),
+            name=tags.get(NAME_TAG, ""),
+            base_model=tags.get("base_model", ""),
+            adapter_path=cached if cached and cached.is_dir() else None,
+            adapter_sha256=digest,
+            rank=int(tags["rank"]) if "rank" in tags else None,
+            dataset_hash=tags.get("dataset_hash"),
+            dataset_id=tags.get("dataset_id"),
+            run_id=row.run_id or None,
+            tags=tags,
+            aliases=aliases,
+        )
+
+
+def adapter_digest(path: str | Path) -> str:
+    """SHA-256 over the names and the SHA-256 of the adapter's files, in order of name.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    total = hashlib.sha256()
+    for name in sorted(ADAPTER_FILES):
+        file = Path(path) / name
+        if not file.is_file():
+            raise InputError("adapter", str(path), f"has no {name}", NAME_ADAPTER)
+        total.update(name.encode() + b"\0" + _file_digest(file))
+    return total.hexdigest()
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration, checked to be LoRA with a rank.
+
+    Raises:
+        InputError: missing, not JSON or not LoRA.
+    """
+    file = folder / ADAPTER_FILES[0]
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "adapter", str(folder), f"has no readable {file.name} ({error})", NAME_ADAPTER
+        ) from None
+    if (
+        not isinstance(config, dict)
+        or config.get("peft_type") != "LORA"
+        or not isinstance(config.get("r"), int)
+    ):
+        raise InputError("adapter", str(folder), "is not a LoRA adapter", NAME_ADAPTER)
+    return config
+
+
+def describe_base(base_model: str | Path) -> tuple[str, str]:
+    """Where a base model is (absolute path or hub id) and its revision (digest of its files or commit).
+
+    Raises:
+        InputError: a path that does not hold a model.
+    """
+    path = Path(base_model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError("base_model", str(base_model), "holds no config.json", NAME_BASE)
+        return str(path.resolve()), _directory_digest(path)
+    if path.is_absolute() or str(base_model).startswith((".", "~")) or str(base_model).count("/") > 1:
+        raise InputError("base_model", str(base_model), "does not exist", NAME_BASE)
+    return str(base_model), _hub_commit(str(base_model))
+
+
+def _directory_digest(folder: Path) -> str:
+    total = hashlib.sha256()
+    for file in sorted({file for pattern in BASE_FILES for file in folder.glob(pattern)}):
+        total.update(file.name.encode() + b"\0" + _file_digest(file))
+    return f"sha256:{total.hexdigest()}"
+
+
+def _hub_commit(model_id: str) -> str:
+    """Commit of the hub model in the local cache; `main` where it was never downloaded."""
+    cache = Path(
+        os.environ.get("HF_HUB_CACHE", Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
+    )
+    reference = cache.expanduser() / f"models--{model_id.replace('/', '--')}" / "refs" / "main"
+    return reference.read_text().strip() if reference.is_file() else "main"
+
+
+def _file_digest(file: Path) -> bytes:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.digest()
+
+
+def _move_into_place(source: Path, final: Path) -> None:
+    """One rename, so that nobody sees half a directory; a directory that stands in the way is replaced."""
+    if final.exists():
+        trash = final.with_name(f".replaced-{uuid.uuid4().hex}")
+        os.replace(final, trash)
+        shutil.rmtree(trash)
+    try:
+        os.replace(source, final)
+    except OSError:
+        if not final.is_dir():  # else another process put the same content there
+            raise
+
+
+def _check_name(model: str) -> None:
+    if not MODEL_NAME.fullmatch(model):
+        raise InputError("model", model, "must be letters, digits, `.`, `_` or `-`", "choose another name")
+
+
+def _yyww(at_ms: int) -> str:
+    year, week, _ = datetime.fromtimestamp(at_ms / 1000, UTC).isocalendar()
+    return f"{year % 100:02d}{week:02d}"
+
+
+def _present(values: Mapping[str, str | None]) -> dict[str, str]:
+    return {key: str(value) for key, value in values.items() if value is not None}
+
+
+def _list_known(versions: list[Version], models: list[str]) -> str:
+    if versions:
+        return ", ".join(v.id + "".join(f" (@{alias})" for alias in v.aliases) for v in versions)
+    return f"the models {', '.join(models)}" if models else "no registered models"

@@ -1,0 +1,1 @@
+"""Benchmarks: each module prints medians and the ratio against its named peer."""
