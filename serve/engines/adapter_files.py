@@ -35,7 +35,7 @@ class AdapterError(RayloopError):
 
 @dataclass(frozen=True)
 class LoraPair:
-    """What one linear layer gains: ``x @ a.T @ b.T``, the scale already in `b`. a is [R, in], b is [out, R]."""
+    """What one linear layer gains, ``x @ a.T @ b.T``: a is [R, in], b is [out, R] with the scale in it."""
 
     a: "Tensor"
     b: "Tensor"

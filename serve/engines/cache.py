@@ -29,7 +29,7 @@ class LayerShape:
     value_size: int
 
 
-class SlotCache(Cache):
+class SlotCache(Cache):  # type: ignore[misc]
     """A transformers cache over slots. `aim` says which slots and columns the next forward pass uses."""
 
     def __init__(

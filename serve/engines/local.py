@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ class LocalEngine:
 
     async def generate(
         self, model: str, prompt: list[int], params: SamplingParams, *, choices: int = 1, stream: bool = False
-    ) -> AsyncIterator[Update]:
+    ) -> AsyncGenerator[Update]:
         """Updates of all choices until each has finished; without `stream`, one final update a choice.
 
         Closing the iterator early frees the rows.

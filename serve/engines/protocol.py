@@ -14,26 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from cluster.settings.engines import EngineSettings
 from serve.engines.detokenise import TokenTexts
 from serve.engines.generation import SamplingParams, TokenLogprob
+from serve.openai import ApiError
 
 Json = dict[str, Any]
-
-
-class ApiError(Exception):
-    """An error in OpenAI's shape."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers or {}
-        self.body: Json = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _as_tuple(value: Any) -> Any:

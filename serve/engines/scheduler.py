@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import UnavailableError
-from serve.engines.cache import SlotCache
+from serve.engines.cache import KeyValue, SlotCache
 from serve.engines.generation import FinishReason, Generation, Update
 from serve.engines.lora import AdapterBank
 from serve.engines.prefix import PrefixCache
@@ -205,7 +205,9 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Read the prompts of waiting rows, as many as fit into this step."""
-        joiners, blocks, budget = [], [], self._limits.max_prefill_tokens
+        joiners: list[Generation] = []
+        blocks: list[list[KeyValue]] = []
+        budget = self._limits.max_prefill_tokens
         while self._waiting and len(self._rows) + len(joiners) < self._limits.max_rows:
             row = self._waiting[0]
             if row.cancelled:
@@ -225,7 +227,7 @@ class Scheduler:
                 self._rows = [row for row in self._rows if row not in joiners]
                 self._fail(joiners, error)
 
-    def _prefill(self, joiners: list[Generation], blocks: list[list[Any]]) -> None:
+    def _prefill(self, joiners: list[Generation], blocks: list[list[KeyValue]]) -> None:
         first, size = len(self._rows), self._prefixes.block_tokens
         self._cache.reserve(first + len(joiners), max(len(row.prompt) for row in joiners))
         for slot, (row, found) in enumerate(zip(joiners, blocks, strict=True), start=first):

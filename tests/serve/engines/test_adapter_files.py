@@ -112,7 +112,7 @@ def test_adapter_over_rank_in_its_weights_is_refused(
 ) -> None:
     folder = make_adapter(tmp_path / "wide", seed=1, rank=80)
     edit_config(folder, r=4)
-    with pytest.raises(AdapterError, match="rank 80 at .* is over the engine's 64"):
+    with pytest.raises(AdapterError, match=r"rank 80 at .* is over the engine's 64"):
         engine.load_adapter("wide", folder)
 
 

@@ -72,10 +72,8 @@ def test_token_ids_and_logprobs_equal_a_plain_forward_pass(
 
 @pytest.mark.parametrize("stop", [None, ["e", "qu"]])
 def test_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, stop: list[str] | None) -> None:
-    asked = {
-        "model": "blue", "messages": MESSAGES, "max_tokens": 40, "seed": 9, "n": 2, "logprobs": True, "stop": stop,
-        "extra_body": {"return_token_ids": True},
-    }  # fmt: skip
+    asked = {"model": "blue", "messages": MESSAGES, "max_tokens": 40, "seed": 9, "n": 2, "logprobs": True}
+    asked |= {"stop": stop, "extra_body": {"return_token_ids": True}}
     whole = client.chat.completions.create(**asked)
     chunks = list(client.chat.completions.create(**asked, stream=True))
     for choice in whole.choices:
@@ -203,13 +201,12 @@ def test_disconnect_frees_the_row(engine: LocalEngine, engine_url: str, stream: 
 
 def test_sixty_four_concurrent_requests_are_all_right(engine_url: str) -> None:
     async def ask(client: openai.AsyncOpenAI, number: int) -> tuple[str | None, str | None]:
-        asked = {
-            "model": ("base", "red", "blue")[number % 3], "messages": MESSAGES, "max_tokens": 24, "temperature": 0.0,
-        }  # fmt: skip
+        model = ("base", "red", "blue")[number % 3]
+        asked = {"model": model, "messages": MESSAGES, "max_tokens": 24, "temperature": 0.0}
         if number % 2:
             parts = [c async for c in await client.chat.completions.create(**asked, stream=True)]
-            return asked["model"], "".join(c.choices[0].delta.content or "" for c in parts)
-        return asked["model"], (await client.chat.completions.create(**asked)).choices[0].message.content
+            return model, "".join(c.choices[0].delta.content or "" for c in parts)
+        return model, (await client.chat.completions.create(**asked)).choices[0].message.content
 
     async def everyone() -> list[tuple[str | None, str | None]]:
         async with openai.AsyncOpenAI(base_url=f"{engine_url}/v1", api_key="none", max_retries=0) as client:

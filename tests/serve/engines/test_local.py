@@ -62,9 +62,12 @@ def test_greedy_answers_equal_generate_of_transformers(engine: LocalEngine, base
     for prompt, update in zip(PROMPTS, asyncio.run(all_at_once()), strict=True):
         with torch.inference_mode():
             expected = model.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=24, do_sample=False,
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=24,
+                do_sample=False,
                 pad_token_id=0,
-            )[0, len(prompt) :].tolist()  # fmt: skip
+            )[0, len(prompt) :].tolist()
         assert update.token_ids == expected
 
 
