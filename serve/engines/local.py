@@ -23,6 +23,7 @@ from cluster.settings.engines import EngineSettings
 from data.events import Message
 from data.template import Tools, render, template_digest
 from serve.engines.adapter_files import AdapterError, read_adapter
+from serve.engines.base_model import BaseIdentity
 from serve.engines.cache import SlotCache, layer_shapes
 from serve.engines.canary import Canary
 from serve.engines.detokenise import AnswerText, TokenTexts
@@ -60,6 +61,7 @@ class LocalEngine:
         self.base_model = _require_base(settings)
         torch.set_num_threads(settings.torch_threads)
         self.tokenizer, model = _load(self.base_model, settings)
+        self.base = BaseIdentity(self.base_model)
         self.max_context_tokens = _context(model.config, settings)
         self.texts = TokenTexts(self._decode_raw, self.tokenizer.convert_ids_to_tokens)
         self.template_digest = template_digest(self.tokenizer)
@@ -135,6 +137,7 @@ class LocalEngine:
         files = read_adapter(path, max_rank=self.settings.max_rank)
         if expected_sha256 is not None and files.sha256 != expected_sha256:
             raise AdapterError(f"its digest is {files.sha256}, the registry recorded {expected_sha256}")
+        self.base.check_named(files.base_model)
         adapter = self._bank.prepare(name, files)
         self._canary.check(adapter)
         self._loaded_at.setdefault(name, int(time.time()))
