@@ -109,6 +109,8 @@ servables = Table(
     Column("base_model", Text, nullable=False),
     Column("adapter_path", Text),
     Column("adapter_sha256", String(64)),
+    Column("base_revision", String(128)),
+    Column("template_digest", String(64)),
     Column("wanted", Boolean, nullable=False, default=True),
     Column("updated_at_us", BigInteger, nullable=False),
 )

@@ -115,7 +115,3 @@ class ServeSettings(Section):
         if self.fallback.min_budget_s > self.fallback.budget_s:
             raise ValueError("serve.fallback.min_budget_s must not exceed serve.fallback.budget_s")
         return self
-
-
-class EngineSettings(Section):
-    """The embedded engine."""
