@@ -23,7 +23,9 @@ DAY_S = 86_400
 @app.command()
 def create(
     name: Annotated[str, typer.Argument(help="Who or what will use it.")],
-    scopes: Annotated[str, typer.Option(help="Comma-separated: chat, feedback, label, owner, admin, tools, grade.")] = ",".join(EVERYDAY),
+    scopes: Annotated[
+        str, typer.Option(help="Comma-separated: chat, feedback, label, owner, admin, tools, grade.")
+    ] = ",".join(EVERYDAY),
     tier: Annotated[str | None, typer.Option(help="User tier that its requests carry.")] = None,
     days: Annotated[float | None, typer.Option(help="Days until it expires.")] = None,
     config: ConfigOption = None,
@@ -35,7 +37,13 @@ def create(
     wanted = [scope.strip() for scope in scopes.split(",") if scope.strip()]
     lifetime_s = None if days is None else days * DAY_S
     secret = create_key(
-        connect(settings), name, settings.tenant, settings.workspace, wanted, user_tier=tier, lifetime_s=lifetime_s
+        connect(settings),
+        name,
+        settings.tenant,
+        settings.workspace,
+        wanted,
+        user_tier=tier,
+        lifetime_s=lifetime_s,
     )
     if json_output:
         print(json.dumps({"name": name, "secret": secret, "scopes": wanted}))

@@ -54,7 +54,9 @@ def set_command(
     stable: Annotated[str | None, typer.Option(help="Version that answers by default.")] = None,
     candidate: Annotated[str | None, typer.Option(help="Version on trial; `none` takes it away.")] = None,
     share: Annotated[float | None, typer.Option(help="Share of users on the candidate, 0 to 1.")] = None,
-    shadow: Annotated[str | None, typer.Option(help="Version that answers unseen; `none` takes it away.")] = None,
+    shadow: Annotated[
+        str | None, typer.Option(help="Version that answers unseen; `none` takes it away.")
+    ] = None,
     revision: Annotated[int | None, typer.Option(help="Refuse when the route has another revision.")] = None,
     modality: ModalityOption = "text",
     reason: ReasonOption = None,
@@ -63,7 +65,7 @@ def set_command(
 ) -> None:
     """Change a route, or make it."""
     named = {"stable": stable, "candidate": candidate, "share": share, "shadow": shadow}
-    change = {name: value for name, value in named.items() if value is not None}
+    change: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     for name in ("candidate", "shadow"):
         if change.get(name) == NO_CANDIDATE:
             change[name] = None
@@ -102,7 +104,12 @@ def unpin(
 
 
 def _write(
-    settings: Settings, key: RouteKey, change: dict[str, Any], revision: int | None, reason: str | None, json_output: bool
+    settings: Settings,
+    key: RouteKey,
+    change: dict[str, Any],
+    revision: int | None,
+    reason: str | None,
+    json_output: bool,
 ) -> None:
     configure_logging(settings.logging)
     engine = connect(settings)
@@ -113,7 +120,13 @@ def _write(
         route = update_route(engine, key, change, writer=writer, reason=reason, workspace=settings.workspace)
     else:
         route = write_route(
-            engine, key, change, expected_revision=revision, writer=writer, reason=reason, workspace=settings.workspace
+            engine,
+            key,
+            change,
+            expected_revision=revision,
+            writer=writer,
+            reason=reason,
+            workspace=settings.workspace,
         )
     print(json.dumps(_document(route)) if json_output else _line(route))
 

@@ -59,10 +59,15 @@ def one_line_failure(done: "subprocess.CompletedProcess[str]", text: str) -> Non
 
 def test_wrong_input_is_one_line(config: Path) -> None:
     one_line_failure(run("route", "pin", "nobody", config=config), "does not exist; known: none yet")
-    one_line_failure(run("route", "set", "triage", "--share", "0.5", config=config), "stable=None must name a version")
+    one_line_failure(
+        run("route", "set", "triage", "--share", "0.5", config=config), "stable=None must name a version"
+    )
     one_line_failure(run("keys", "create", "x", "--scopes", "root", config=config), "must be some of chat")
     run("route", "set", "triage", "--stable", "triage/1", config=config)
-    one_line_failure(run("route", "set", "triage", "--stable", "triage/2", "--revision", "7", config=config), "has revision 1, not 7")
+    one_line_failure(
+        run("route", "set", "triage", "--stable", "triage/2", "--revision", "7", config=config),
+        "has revision 1, not 7",
+    )
 
 
 def test_up_with_a_taken_port_is_one_line_and_leaves_nothing(config: Path) -> None:
@@ -70,7 +75,9 @@ def test_up_with_a_taken_port_is_one_line_and_leaves_nothing(config: Path) -> No
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        one_line_failure(run("up", "--port", str(port), config=config), f"serve.port={port} cannot be listened on")
+        one_line_failure(
+            run("up", "--port", str(port), config=config), f"serve.port={port} cannot be listened on"
+        )
     assert not (config.parent / "home").exists()
 
 
