@@ -79,7 +79,7 @@ def _from_database(engine: Engine) -> dict[str, Any]:
                 _replica(row) for row in connection.execute(sa.select(servable_replicas)).mappings()
             ],
             "rollouts": [_rollout(row) for row in connection.execute(open_rollouts).mappings()],
-            "jobs": dict(connection.execute(by_state).tuples().all()),
+            "jobs": {row[0]: row[1] for row in connection.execute(by_state)},
         }
 
 

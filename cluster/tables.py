@@ -56,7 +56,7 @@ event_ids = Table(
     Column("tenant", String(63), primary_key=True),
     Column("event_id", String(128), primary_key=True),
     Column("recorded_at_us", BigInteger, nullable=False),
-    Index("event_ids_by_age", "recorded_at_us"),
+    sqlite_with_rowid=False,
 )
 cursors = Table(
     "cursors",
@@ -109,6 +109,8 @@ servables = Table(
     Column("base_model", Text, nullable=False),
     Column("adapter_path", Text),
     Column("adapter_sha256", String(64)),
+    Column("base_revision", String(128)),
+    Column("template_digest", String(64)),
     Column("wanted", Boolean, nullable=False, default=True),
     Column("updated_at_us", BigInteger, nullable=False),
 )
@@ -146,14 +148,19 @@ experiment_users = Table(
     Column("experiment_id", String(64), primary_key=True),
     Column("user_id", String(128), primary_key=True),
     Column("arm", String(16), nullable=False),
+    Column("first_arm", String(16), nullable=False),
+    Column("first_share", Double, nullable=False),
     Column("bucket", Double, nullable=False),
+    Column("excluded", Boolean, nullable=False, default=False),
     Column("first_seen_us", BigInteger, nullable=False),
+    Column("last_seen_us", BigInteger, nullable=False),
 )
 arm_statistics = Table(
     "arm_statistics",
     metadata,
     Column("experiment_id", String(64), primary_key=True),
-    Column("metric", String(64), primary_key=True),
+    Column("metric", String(80), primary_key=True),
+    Column("period", String(16), primary_key=True),
     Column("arm", String(16), primary_key=True),
     Column("user_id", String(128), primary_key=True),
     Column("count", Double, nullable=False),
@@ -175,6 +182,7 @@ rollouts = Table(
     Column("approved_stage", Integer),
     Column("decisions", Integer, nullable=False, default=0),
     Column("pending_decision", JSON),
+    Column("progress", JSON, nullable=False),
     Column("config", JSON, nullable=False),
     Column("reason", Text),
     Column("revision", BigInteger, nullable=False),

@@ -1,11 +1,117 @@
-"""The live side: router, engines, keys (serving.md)."""
+"""The live side: router and keys (serving.md)."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
 
 from cluster.settings.base import Section
+
+
+class EngineEndpoint(Section):
+    """An OpenAI-compatible server that answers for versions: an application here, or one elsewhere."""
+
+    base_url: str | None = Field(None, pattern=r"^https?://[^\s?#]+$")
+    """Address in front of `/v1/chat/completions`. `None` means the application `engine` of this Serve."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the bearer key the server wants."""
+    token_ids: bool = True
+    """The server understands `return_token_ids`; a hosted API usually refuses the field."""
+    models: dict[str, str] = {}
+    """Version id -> model name at that server, for versions that no `servables` row describes."""
+
+
+class BreakerSettings(Section):
+    """When a version that fails is left alone for a while."""
+
+    consecutive: int = Field(5, ge=1)
+    """Failures in a row that open the breaker."""
+    window: int = Field(20, ge=2)
+    """Requests looked back over."""
+    window_share: float = Field(0.5, gt=0, le=1)
+    """Share of failures in a full window that opens it."""
+    half_open_s: float = Field(30.0, gt=0)
+    """How long it stays open before one request is let through."""
+
+
+class FallbackSettings(Section):
+    """When stable answers in place of the candidate."""
+
+    budget_s: float = Field(10.0, gt=0)
+    """The candidate's first byte must come within this time…"""
+    stable_p95_factor: float = Field(2.0, gt=0)
+    """…and within this many times stable's p95, whichever is less."""
+    min_budget_s: float = Field(1.0, gt=0)
+    """But it always gets this much: the p95 of a fast engine is noise."""
+    p95_window: int = Field(200, ge=20)
+    """Latest stable answers that the p95 is taken over; fewer than 20 give none."""
+
+
+class CaptureQueueSettings(Section):
+    """Interactions between the answer and the log."""
+
+    queue_events: int = Field(20_000, ge=1)
+    """Interactions that may wait for the log; beyond it they are counted as lost."""
+    retry_s: float = Field(1.0, gt=0)
+    """Pause before the log is tried again after it failed; until then interactions go to the spool."""
+    spool_max_mb: int = Field(512, ge=1)
+    """Size of one router's spool; beyond it interactions are counted as lost."""
 
 
 class ServeSettings(Section):
     """The router and how it is reached."""
 
+    host: str = "127.0.0.1"
+    """Address the API listens on."""
+    port: int = Field(8000, ge=0, le=65535)
+    """Port of the API; 0 takes a free one."""
+    ingress: Literal["haproxy", "proxy"] = "haproxy"
+    """`haproxy`: HAProxy in front of the replicas' own ports; `proxy`: Ray Serve's Python proxy."""
+    haproxy_threads: int = Field(1, ge=1, le=64)
+    """Threads of HAProxy."""
+    dashboard: bool = True
+    """Start Ray's dashboard on loopback; `serve deploy` talks to it."""
+    applications: list[Literal["gateway", "engine", "grader", "control"]] = ["gateway", "engine", "grader", "control"]
+    """What `rayloop up` deploys; a smaller list is for engines elsewhere and for tests."""
+    start_timeout_s: float = Field(120.0, gt=0)
+    """How long `rayloop up` waits until every application runs."""
+    router_replicas: int = Field(1, ge=1)
+    """Replicas of the router."""
+    router_cpus: float = Field(0.1, ge=0)
+    """Logical CPUs each router replica reserves."""
+    drain_s: float = Field(2.0, ge=0)
+    """How long a stopping replica finishes what it has before its connections are cut. Serve applies a
+    new configuration only after draining, so this also bounds how fast an edited share takes effect."""
+    max_ongoing_requests: int = Field(256, ge=1)
+    """Requests one router replica works on at once; more are answered 429 at once."""
+    max_body_bytes: int = Field(2_000_000, ge=1024)
+    """Longer request bodies are answered 413 without being read to the end."""
+    max_response_bytes: int = Field(32_000_000, ge=1024)
+    """Longer engine answers are cut off as a failure of the engine."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    """How long a client may take to send its body."""
+    connect_timeout_s: float = Field(2.0, gt=0)
+    """How long a connection to an engine may take."""
+    request_timeout_s: float = Field(120.0, gt=0)
+    """How long an engine may take over a whole answer, and between two pieces of a stream."""
+    upstream_connections: int = Field(256, ge=1)
+    """Idle connections kept open to one engine."""
+    retry_after_s: float = Field(1.0, gt=0)
+    """What `Retry-After` says when we are overloaded."""
+    poll_ms: float = Field(250.0, ge=10, le=2000)
+    """How often routers read routes, servable versions and keys."""
+    feedback_timeout_s: float = Field(10.0, gt=0)
+    """How long an event may wait for its commit before the client is asked to come again."""
+    routes: list[dict[str, Any]] = []
+    """Routes that the deployment config declares, as in its `user_config`: agent, stable, candidate, share,
+    max_share, pinned. Written into the routes once, whenever the declaration changes."""
+    engines: dict[str, EngineEndpoint] = {"local": EngineEndpoint()}
+    """Engines by name; `servables` rows refer to them."""
+    breaker: BreakerSettings = BreakerSettings()
+    fallback: FallbackSettings = FallbackSettings()
+    capture: CaptureQueueSettings = CaptureQueueSettings()
 
-class EngineSettings(Section):
-    """The embedded engine."""
+    @model_validator(mode="after")
+    def _budget_holds_minimum(self) -> "ServeSettings":
+        if self.fallback.min_budget_s > self.fallback.budget_s:
+            raise ValueError("serve.fallback.min_budget_s must not exceed serve.fallback.budget_s")
+        return self

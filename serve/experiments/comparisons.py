@@ -1,0 +1,160 @@
+"""Estimates of one arm and the classical comparisons of two: valid for a single look, and labelled so.
+
+Users are the independent units. A ratio over requests (errors per request) gets its variance by the delta
+method over users; a request-level formula would be several times too confident, because the requests of
+one user resemble each other.
+"""
+
+import math
+from dataclasses import dataclass
+
+import scipy.stats
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Sums over the users of one arm: y is a user's total, n the count behind it, m = y/n their mean."""
+
+    users: int
+    sum_n: float
+    sum_y: float
+    sum_nn: float
+    sum_ny: float
+    sum_yy: float
+    sum_m: float
+    sum_mm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with the variance of that mean, and the number of users behind it."""
+
+    users: int
+    mean: float
+    variance: float
+
+
+def user_mean(moments: Moments) -> Estimate:
+    """Mean over users of each user's own mean; every user weighs the same."""
+    users = moments.users
+    if users == 0:
+        return Estimate(0, math.nan, math.nan)
+    mean = moments.sum_m / users
+    return Estimate(users, mean, _unbiased(moments.sum_mm, moments.sum_m, moments.sum_m, users) / users)
+
+
+def ratio(moments: Moments) -> Estimate:
+    """Sum of totals over sum of counts, its variance by the delta method over users.
+
+    Source: Deng, Knoblich, Lu 2018, "Applying the delta method in metric analytics", eq. 6.
+    """
+    users = moments.users
+    if users == 0 or moments.sum_n <= 0:
+        return Estimate(users, math.nan, math.nan)
+    value = moments.sum_y / moments.sum_n
+    residual = (
+        _unbiased(moments.sum_yy, moments.sum_y, moments.sum_y, users)
+        - 2 * value * _unbiased(moments.sum_ny, moments.sum_n, moments.sum_y, users)
+        + value**2 * _unbiased(moments.sum_nn, moments.sum_n, moments.sum_n, users)
+    )
+    return Estimate(users, value, max(0.0, residual) * users / moments.sum_n**2)
+
+
+def proportion(moments: Moments) -> Estimate:
+    """A ratio of events to trials, with at least the variance of its trials with one more of each kind.
+
+    Without the floor, an arm with no event at all would count as certain (Agresti & Caffo 2000).
+    """
+    plain = ratio(moments)
+    if moments.sum_n <= 0:
+        return plain
+    shrunk = (moments.sum_y + 1) / (moments.sum_n + 2)
+    return Estimate(
+        plain.users, plain.mean, max(_zero_if_nan(plain.variance), shrunk * (1 - shrunk) / moments.sum_n)
+    )
+
+
+def design_effect(moments: Moments) -> float:
+    """How many times larger the variance over users is than that of independent trials; at least 1."""
+    value = ratio(moments)
+    trials = value.mean * (1 - value.mean) / moments.sum_n if moments.sum_n > 0 else 0.0
+    return max(1.0, value.variance / trials) if trials > 0 and value.variance > 0 else 1.0
+
+
+def from_sums(users: int, total: float, total_squares: float) -> Estimate:
+    """Mean of one value a user, from its sum and its sum of squares."""
+    return Estimate(users, total / users, _unbiased(total_squares, total, total, users) / users)
+
+
+def relative_difference(candidate: Estimate, control: Estimate) -> tuple[float, float]:
+    """(candidate - control) / control and its variance, by the delta method."""
+    effect = (candidate.mean - control.mean) / control.mean
+    variance = candidate.variance / control.mean**2 + control.variance * candidate.mean**2 / control.mean**4
+    return effect, variance
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A difference with its two-sided interval and p-value. Unsafe to look at repeatedly."""
+
+    effect: float
+    low: float
+    high: float
+    p_value: float
+
+
+def welch(candidate: Estimate, control: Estimate, alpha: float = 0.05) -> Comparison:
+    """Welch's t for a difference of means."""
+    effect = candidate.mean - control.mean
+    variance = candidate.variance + control.variance
+    if not variance > 0 or min(candidate.users, control.users) < 2:
+        return Comparison(effect, math.nan, math.nan, math.nan)
+    freedom = variance**2 / (
+        candidate.variance**2 / (candidate.users - 1) + control.variance**2 / (control.users - 1)
+    )
+    error = math.sqrt(variance)
+    half = float(scipy.stats.t.isf(alpha / 2, freedom)) * error
+    p_value = 2 * float(scipy.stats.t.sf(abs(effect) / error, freedom))
+    return Comparison(effect, effect - half, effect + half, p_value)
+
+
+def two_proportion_z(candidate: tuple[int, int], control: tuple[int, int], alpha: float = 0.05) -> Comparison:
+    """Two-proportion z for (events, trials) an arm: pooled test, unpooled interval."""
+    (x1, n1), (x2, n2) = candidate, control
+    p1, p2, pooled = x1 / n1, x2 / n2, (x1 + x2) / (n1 + n2)
+    error = math.sqrt(pooled * (1 - pooled) * (1 / n1 + 1 / n2))
+    half = float(scipy.stats.norm.isf(alpha / 2)) * math.sqrt(p1 * (1 - p1) / n1 + p2 * (1 - p2) / n2)
+    p_value = 2 * float(scipy.stats.norm.sf(abs(p1 - p2) / error)) if error > 0 else math.nan
+    return Comparison(p1 - p2, p1 - p2 - half, p1 - p2 + half, p_value)
+
+
+def wilson(events: int, trials: int, alpha: float = 0.05) -> tuple[float, float]:
+    """Wilson's score interval for one proportion."""
+    z = float(scipy.stats.norm.isf(alpha / 2))
+    mean = events / trials
+    centre = (mean + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(mean * (1 - mean) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
+    return centre - half, centre + half
+
+
+def newcombe(
+    candidate: tuple[int, int], control: tuple[int, int], alpha: float = 0.05
+) -> tuple[float, float]:
+    """Newcombe's interval for a difference of two proportions, (events, trials) an arm.
+
+    Source: Newcombe 1998, Statistics in Medicine 17, method 10.
+    """
+    p1, p2 = candidate[0] / candidate[1], control[0] / control[1]
+    low1, high1 = wilson(*candidate, alpha)
+    low2, high2 = wilson(*control, alpha)
+    below, above = math.hypot(p1 - low1, high2 - p2), math.hypot(high1 - p1, p2 - low2)
+    return p1 - p2 - below, p1 - p2 + above
+
+
+def _unbiased(sum_ab: float, sum_a: float, sum_b: float, count: int) -> float:
+    """Sample covariance from sums; `nan` below two users."""
+    return (sum_ab - sum_a * sum_b / count) / (count - 1) if count > 1 else math.nan
+
+
+def _zero_if_nan(value: float) -> float:
+    return 0.0 if math.isnan(value) else value

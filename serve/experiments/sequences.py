@@ -1,0 +1,112 @@
+"""Bounds that hold at every look at once (confidence sequences), so a guardrail may be watched continuously.
+
+A fixed-sample test looked at fifty times raises a false alarm about one time in three; these do so at
+most alpha of the time, however often one looks. Time is measured in `intrinsic time` v, the variance of the
+sum S; a bound u(v) satisfies P(S ever reaches u(v)) <= alpha.
+
+Sources: Howard, Ramdas, McAuliffe, Sekhon 2021, "Time-uniform, nonparametric, nonasymptotic confidence
+sequences" (mixtures); Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas 2021, arXiv 2103.06476 (asymptotic
+sequences for means).
+"""
+
+import math
+
+from scipy.optimize import brentq
+from scipy.special import betaln, log_ndtr
+
+EDGE = 1e-12  # probabilities are searched for in [EDGE, 1 - EDGE]
+
+
+def best_rho(optimal_time: float, alpha: float) -> float:
+    """The mixture's parameter that makes the two-sided bound tightest at `optimal_time`.
+
+    For a one-sided bound pass twice its alpha.
+    """
+    log_inverse = math.log(1.0 / alpha)
+    return optimal_time / (2.0 * log_inverse + math.log1p(2.0 * log_inverse))
+
+
+def normal_mixture_bound(time: float, alpha: float, rho: float) -> float:
+    """Two-sided normal-mixture bound: P(|S| ever passes it) <= alpha."""
+    return math.sqrt((time + rho) * math.log((time + rho) / (rho * alpha**2)))
+
+
+def one_sided_log_evidence(total: float, time: float, rho: float) -> float:
+    """Log of the one-sided mixture martingale at S = `total`; large when S is large and positive."""
+    spread = time + rho
+    return (
+        0.5 * math.log(4.0 * rho / spread)
+        + total**2 / (2.0 * spread)
+        + float(log_ndtr(total / math.sqrt(spread)))
+    )
+
+
+def one_sided_normal_mixture_bound(time: float, alpha: float, rho: float) -> float:
+    """One-sided normal-mixture bound: P(S ever passes it) <= alpha."""
+    ceiling = math.sqrt(time + rho) * (4.0 + math.sqrt(2.0 * math.log((time + rho) / rho / alpha**2)))
+    threshold = math.log(1.0 / alpha)
+    return float(brentq(lambda s: one_sided_log_evidence(s, time, rho) - threshold, 0.0, ceiling))
+
+
+def interval_half_width(variance: float, num_users: float, tuning_users: float, alpha: float) -> float:
+    """Half the width of the asymptotic confidence sequence around an estimate.
+
+    Args:
+        variance: of the estimate itself (a squared standard error).
+        num_users: users behind it, both arms together; its intrinsic time.
+        tuning_users: number of users at which the sequence is to be tightest.
+    """
+    rho = best_rho(tuning_users, alpha)
+    return math.sqrt(variance / num_users) * normal_mixture_bound(num_users, alpha, rho)
+
+
+def one_sided_width(variance: float, num_users: float, tuning_users: float, alpha: float) -> float:
+    """Distance from an estimate to its one-sided always-valid bound; arguments as above."""
+    rho = best_rho(tuning_users, min(2.0 * alpha, 0.99))
+    return math.sqrt(variance / num_users) * one_sided_normal_mixture_bound(num_users, alpha, rho)
+
+
+def one_sided_p_value(
+    estimate: float, variance: float, num_users: float, tuning_users: float, alpha: float
+) -> float:
+    """Always-valid p-value of "the true effect is at most 0", tuned for decisions at level `alpha`."""
+    if variance <= 0:
+        return 1.0
+    rho = best_rho(tuning_users, min(2.0 * alpha, 0.99))
+    total = estimate * math.sqrt(num_users / variance)
+    return math.exp(-max(0.0, one_sided_log_evidence(total, num_users, rho)))
+
+
+def bernoulli_interval(
+    successes: float, trials: float, alpha: float, tuning_trials: float, tuning_alpha: float = 0.05
+) -> tuple[float, float]:
+    """Two-sided confidence sequence for a probability (beta-binomial mixture; exact for any sample size).
+
+    For one side alone at level alpha take the bound of that side at 2 alpha.
+    """
+    if trials <= 0:
+        return 0.0, 1.0
+    mean = successes / trials
+    threshold = math.log(1.0 / alpha)
+
+    def excess(probability: float) -> float:
+        return _bernoulli_log_evidence(mean, trials, probability, tuning_trials, tuning_alpha) - threshold
+
+    low = brentq(excess, EDGE, mean) if mean > EDGE and excess(EDGE) > 0 else 0.0
+    high = brentq(excess, mean, 1 - EDGE) if mean < 1 - EDGE and excess(1 - EDGE) > 0 else 1.0
+    return float(low), float(high)
+
+
+def _bernoulli_log_evidence(
+    mean: float, trials: float, probability: float, tuning_trials: float, tuning_alpha: float
+) -> float:
+    """Log mixture martingale of "the probability is `probability`" after `trials` with this mean."""
+    p, q = min(max(probability, EDGE), 1 - EDGE), min(max(1 - probability, EDGE), 1 - EDGE)
+    rho = max(best_rho(tuning_trials * p * q, tuning_alpha) - p * q, 1e-3 * p * q)
+    total, time = (mean - p) * trials, p * q * trials
+    return float(
+        -(time / q + total) * math.log(p)
+        - (time / p - total) * math.log(q)
+        + betaln((rho + time) / p - total, (rho + time) / q + total)
+        - betaln(rho / p, rho / q)
+    )

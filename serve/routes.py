@@ -1,0 +1,338 @@
+"""The traffic split: one row a route, equal writers, compare-and-swap.
+
+A write is `update … where revision = ?` and leaves a `route.changed` event in the same transaction. Writers
+are the deployment config (`apply_config`), a person (`rayloop route`) and the rollout controller; all
+go through `write_route` or `_write_in`, so they obey the same rules.
+"""
+
+import hashlib
+import math
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import orjson
+import sqlalchemy as sa
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from sqlalchemy.engine import Connection, Engine
+
+from cluster.clock import now_us
+from cluster.database import write
+from cluster.errors import ConfigError, ConflictError, InputError, NotFoundError
+from cluster.settings.serving import EngineEndpoint
+from cluster.tables import routes
+from data.events import Event
+from data.log import EventLog
+
+VERSION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}/[1-9][0-9]{0,17}$"
+AGENT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
+CHANGEABLE = ("stable", "candidate", "share", "max_share", "shadow", "experiment_id", "salt", "pinned")
+CONFIG_WRITER = "config"
+
+
+@dataclass(frozen=True, slots=True)
+class RouteKey:
+    """Which route: whose, for which agent, in which modality."""
+
+    tenant: str
+    agent: str
+    modality: str = "text"
+
+    def __str__(self) -> str:
+        return f"{self.agent} ({self.modality}, tenant {self.tenant})"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row: who answers, and which share of users the candidate has."""
+
+    tenant: str
+    agent: str
+    modality: str
+    stable: str
+    candidate: str | None = None
+    share: float = 0.0
+    max_share: float = 1.0
+    """Ceiling set by the deployment config; nobody else can pass it."""
+    shadow: str | None = None
+    experiment_id: str | None = None
+    salt: str = ""
+    pinned: bool = False
+    """Everybody gets stable, whatever the share."""
+    revision: int = 0
+    config_hash: str | None = None
+    config_generation: int | None = None
+    updated_at_us: int = 0
+    updated_by: str = ""
+
+    @property
+    def key(self) -> RouteKey:
+        """What names this route."""
+        return RouteKey(self.tenant, self.agent, self.modality)
+
+    @property
+    def live_share(self) -> float:
+        """The share in force: none without a candidate or when pinned, never above the ceiling."""
+        return 0.0 if self.pinned or self.candidate is None else min(self.share, self.max_share)
+
+
+class Declared(BaseModel):
+    """A route in a deployment config. Fields left out keep the value the row has."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    agent: str = Field(pattern=AGENT_PATTERN)
+    modality: str = Field("text", pattern=r"^[a-z]{1,16}$")
+    tenant: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    stable: str | None = Field(None, pattern=VERSION_PATTERN)
+    candidate: str | None = Field(None, pattern=VERSION_PATTERN)
+    share: float = Field(0.0, ge=0, le=1)
+    max_share: float = Field(1.0, ge=0, le=1)
+    shadow: str | None = Field(None, pattern=VERSION_PATTERN)
+    experiment_id: str | None = Field(None, max_length=64)
+    pinned: bool = False
+
+    @model_validator(mode="after")
+    def _share_under_ceiling(self) -> "Declared":
+        if self.share > self.max_share:
+            raise ValueError(f"share {self.share:g} must not exceed max_share {self.max_share:g}")
+        if self.candidate is not None and self.candidate == self.stable:
+            raise ValueError(f"candidate must differ from stable, both are {self.stable}")
+        return self
+
+    def change(self) -> dict[str, Any]:
+        """Only what the config says about the row."""
+        return self.model_dump(include=set(CHANGEABLE), exclude_unset=True)
+
+    def digest(self) -> str:
+        """Hash of the content, by which a re-applied config is known."""
+        text = orjson.dumps(self.model_dump(exclude_unset=True), option=orjson.OPT_SORT_KEYS)
+        return hashlib.sha256(text).hexdigest()
+
+
+class RouterConfig(BaseModel):
+    """The router's `user_config` in a Serve config file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    generation: int | None = Field(None, ge=0)
+    """A config with a smaller one than the last applied is refused."""
+    routes: list[Declared] = []
+    engines: dict[str, EngineEndpoint] = {}
+    """Over `serve.engines` of the settings."""
+
+    @model_validator(mode="after")
+    def _each_route_once(self) -> "RouterConfig":
+        keys = [(d.tenant, d.agent, d.modality) for d in self.routes]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"route {key[1]} ({key[2]}) is declared twice")
+        return self
+
+
+def parse_config(document: Any) -> RouterConfig:
+    """The config behind a `user_config` document.
+
+    Raises:
+        ConfigError: the first broken rule, with its place.
+    """
+    try:
+        return RouterConfig.model_validate(document or {})
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in ("user_config", *problem["loc"]))
+        rule = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(place, problem["input"], rule, "mend the Serve config and deploy it again") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of one declared route."""
+
+    key: RouteKey
+    status: Literal["applied", "unchanged"]
+    revision: int
+
+
+def read_routes(engine: Engine, tenant: str | None = None) -> list[Route]:
+    """Every route, of one tenant or of all, ordered by key."""
+    query = sa.select(routes).order_by(routes.c.tenant, routes.c.agent, routes.c.modality)
+    if tenant is not None:
+        query = query.where(routes.c.tenant == tenant)
+    with engine.connect() as connection:
+        return [Route(**row) for row in connection.execute(query).mappings()]
+
+
+def read_route(engine: Engine, key: RouteKey) -> Route:
+    """One route.
+
+    Raises:
+        NotFoundError: there is none; the message names the known ones.
+    """
+    for route in (known := read_routes(engine, key.tenant)):
+        if route.key == key:
+            return route
+    names = ", ".join(f"{r.agent} ({r.modality})" for r in known) or "none yet"
+    raise NotFoundError(f"route {key} does not exist; known: {names}")
+
+
+def write_route(
+    engine: Engine,
+    key: RouteKey,
+    change: Mapping[str, Any],
+    *,
+    expected_revision: int,
+    writer: str,
+    reason: str | None = None,
+    workspace: str = "default",
+) -> Route:
+    """Change a route if it still has `expected_revision` (0: it does not exist yet).
+
+    `writer` is `config`, `person:<name>` or `controller`. A candidate other than before gets a new salt
+    unless the change brings one.
+
+    Raises:
+        ConflictError: somebody else wrote first, or the share would pass the ceiling.
+        InputError: a value that breaks a rule.
+    """
+    with write(engine).begin() as connection:
+        before = _read_in(connection, key)
+        after = _changed(before, key, change, writer)
+        return _write_in(engine, connection, before, after, expected_revision, writer, reason, workspace)
+
+
+def update_route(
+    engine: Engine, key: RouteKey, change: Mapping[str, Any], *, writer: str, reason: str | None = None,
+    workspace: str = "default",
+) -> Route:
+    """Change a route whatever its revision is, as a person does who has just looked at it."""
+    with write(engine).begin() as connection:
+        before = _read_in(connection, key)
+        after = _changed(before, key, change, writer)
+        revision = before.revision if before else 0
+        return _write_in(engine, connection, before, after, revision, writer, reason, workspace)
+
+
+def apply_config(engine: Engine, config: RouterConfig, *, tenant: str, workspace: str = "default") -> list[Applied]:
+    """Write each declared route whose content differs from what a config last put there; all or none.
+
+    A route whose declaration is unchanged is left alone, whatever others have made of it since.
+
+    Raises:
+        ConfigError: the generation is older than the last applied, or a route cannot be made.
+    """
+    with write(engine).begin() as connection:
+        return [_apply_one(engine, connection, d, config.generation, tenant, workspace) for d in config.routes]
+
+
+def _apply_one(
+    engine: Engine, connection: Connection, declared: Declared, generation: int | None, tenant: str, workspace: str
+) -> Applied:
+    key = RouteKey(declared.tenant or tenant, declared.agent, declared.modality)
+    before = _read_in(connection, key)
+    known = before.config_generation if before else None
+    if generation is not None and known is not None and generation < known:
+        raise ConfigError("generation", generation, f"must be at least {known}, which was applied to {key}", "raise it")
+    digest = declared.digest()
+    newest = generation if generation is not None else known
+    if before is not None and before.config_hash == digest:
+        if newest != known:
+            where = _is(key) & (routes.c.revision == before.revision)
+            connection.execute(routes.update().where(where).values(config_generation=newest))
+        return Applied(key, "unchanged", before.revision)
+    try:
+        after = _changed(before, key, declared.change(), CONFIG_WRITER)
+    except (InputError, ConflictError) as error:
+        raise ConfigError(f"routes.{declared.agent}", declared.change(), f"cannot be applied ({error})", "mend it") from None
+    after = _replace(after, config_hash=digest, config_generation=newest)
+    revision = before.revision if before else 0
+    reason = f"deployment config {digest[:12]}"
+    route = _write_in(engine, connection, before, after, revision, CONFIG_WRITER, reason, workspace)
+    return Applied(key, "applied", route.revision)
+
+
+def _is(key: RouteKey) -> sa.ColumnElement[bool]:
+    return (routes.c.tenant == key.tenant) & (routes.c.agent == key.agent) & (routes.c.modality == key.modality)
+
+
+def _read_in(connection: Connection, key: RouteKey) -> Route | None:
+    query = sa.select(routes).where(_is(key)).with_for_update()
+    row = connection.execute(query).mappings().first()
+    return Route(**row) if row else None
+
+
+def _changed(before: Route | None, key: RouteKey, change: Mapping[str, Any], writer: str) -> Route:
+    """The row after the change, checked against every rule."""
+    for name in change:
+        if name not in CHANGEABLE:
+            raise InputError(name, change[name], f"is not a field of a route ({', '.join(CHANGEABLE)})", "leave it out")
+    if before is None and not change.get("stable"):
+        raise InputError("stable", change.get("stable"), f"must name a version, as {key} is new", "name one")
+    start = before or Route(key.tenant, key.agent, key.modality, stable=str(change["stable"]), salt=uuid.uuid4().hex)
+    values = dict(change)
+    if "candidate" in values and values["candidate"] != start.candidate:
+        values.setdefault("salt", uuid.uuid4().hex)
+        values.setdefault("experiment_id", None)
+        if values["candidate"] is None:
+            values["share"] = values.get("share") or 0.0
+    after = _replace(start, **values)
+    _check(start, after, writer)
+    return after
+
+
+def _check(before: Route, after: Route, writer: str) -> None:
+    for name in ("share", "max_share"):
+        value = getattr(after, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value <= 1:
+            raise InputError(name, value, "must be between 0 and 1", "write a fraction such as 0.25")
+    if after.share > 0 and after.candidate is None:
+        raise InputError("share", after.share, "needs a candidate", "name one, or write 0")
+    if after.candidate is not None and after.candidate == after.stable:
+        raise InputError("candidate", after.candidate, "must differ from stable", "name another version")
+    if writer == CONFIG_WRITER:
+        return
+    if after.max_share != before.max_share:
+        raise ConflictError(f"max_share={after.max_share} of {after.key} belongs to the deployment config; change it there")
+    if after.share > after.max_share and after.share > before.share:
+        raise ConflictError(f"share={after.share:g} of {after.key} would pass the ceiling {after.max_share:g} of the deployment config")
+    promoted = after.stable != before.stable and after.stable == before.candidate
+    if promoted and after.max_share < 1:
+        raise ConflictError(f"promoting {after.stable} on {after.key} would pass the ceiling {after.max_share:g} of the deployment config")
+
+
+def _write_in(
+    engine: Engine,
+    connection: Connection,
+    before: Route | None,
+    after: Route,
+    expected_revision: int,
+    writer: str,
+    reason: str | None,
+    workspace: str,
+) -> Route:
+    found = before.revision if before else 0
+    if found != expected_revision:
+        raise ConflictError(f"route {after.key} has revision {found}, not {expected_revision}: somebody else changed it; read it again")
+    after = _replace(after, revision=found + 1, updated_at_us=now_us(), updated_by=writer)
+    if before is None:
+        try:
+            connection.execute(routes.insert().values(**asdict(after)))
+        except sa.exc.IntegrityError:
+            raise ConflictError(f"route {after.key} was created by somebody else; read it again") from None
+    else:
+        where = _is(after.key) & (routes.c.revision == expected_revision)
+        if not connection.execute(routes.update().where(where).values(**asdict(after))).rowcount:
+            raise ConflictError(f"route {after.key} was changed by somebody else; read it again")
+    body: dict[str, Any] = {"writer": writer, "after": asdict(after), "revision": after.revision}
+    if before is not None:
+        body["before"] = asdict(before)
+    if reason is not None:
+        body["reason"] = reason
+    event = Event("route.changed", after.tenant, workspace, body, agent=after.agent)
+    EventLog(engine).append_in(connection, [event])
+    return after
+
+
+def _replace(route: Route, **values: Any) -> Route:
+    return Route(**(asdict(route) | values))
