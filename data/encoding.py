@@ -58,11 +58,14 @@ def _unpack(arrays: bytes) -> dict[str, Any]:
     return unpacked
 
 
-def digest(seq: int, event: Event, salt: bytes, stored: bytes, arrays: bytes | None) -> bytes:
+def digest(
+    seq: int, recorded_at_us: int, event: Event, salt: bytes, stored: bytes, arrays: bytes | None
+) -> bytes:
     """SHA-256 over salt, envelope and body as stored."""
     envelope = orjson.dumps(
         (
             seq,
+            recorded_at_us,
             event.event_id,
             event.kind,
             event.tenant,

@@ -37,7 +37,7 @@ class Envelope(BaseModel):
 
 ENVELOPE_FIELDS = frozenset(Envelope.model_fields)
 
-NEEDS_INTERACTION = frozenset({"feedback", "outcome"})
+NEEDS_INTERACTION = frozenset({"interaction", "feedback", "outcome"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Parser:
-    """Turns items of one source into events."""
+    """Turns items into events."""
 
     settings: Settings
     secret: bytes

@@ -24,6 +24,7 @@ from data.encoding import SALT_BYTES, decode_body, digest, encode_body
 from data.events import Event, RecordedEvent
 
 APPEND_LOCK = 7_213_002  # pg_advisory_xact_lock key: one writer numbers events at a time
+LOOKUP_CHUNK = 500  # bound on the variables of one statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,16 +79,13 @@ class EventLog:
         self, after: int = 0, limit: int = 1000, *, kinds: Sequence[str] = (), tenant: str | None = None
     ) -> list[RecordedEvent]:
         """Up to `limit` events with `seq > after`, in order. Empty at the end of the log."""
-        query = sa.select(events, event_bodies.c.body, event_bodies.c.arrays).select_from(
-            events.outerjoin(event_bodies, events.c.seq == event_bodies.c.seq)
-        )
-        query = query.where(events.c.seq > after).order_by(events.c.seq).limit(limit)
+        query = _with_bodies().where(events.c.seq > after).order_by(events.c.seq).limit(limit)
         if kinds:
             query = query.where(events.c.kind.in_(kinds))
         if tenant is not None:
             query = query.where(events.c.tenant == tenant)
         with self.engine.connect() as connection:
-            return [_recorded(row) for row in connection.execute(query).mappings()]
+            return [recorded_event(row) for row in connection.execute(query).mappings()]
 
     def scan(
         self, after: int = 0, *, kinds: Sequence[str] = (), tenant: str | None = None, page: int = 1000
@@ -107,6 +105,21 @@ class EventLog:
         with self.engine.connect() as connection:
             return connection.execute(sa.select(cursors.c.seq).where(cursors.c.name == name)).scalar() or 0
 
+    def about(
+        self, tenant: str, interaction_ids: Sequence[str], *, kinds: Sequence[str] = (), upto: int | None = None
+    ) -> Iterator[RecordedEvent]:
+        """Events about these interactions with `seq <= upto`, in order within each short read."""
+        for start in range(0, len(interaction_ids), LOOKUP_CHUNK):
+            chunk = list(interaction_ids[start : start + LOOKUP_CHUNK])
+            query = _with_bodies().where(events.c.tenant == tenant, events.c.interaction_id.in_(chunk))
+            if kinds:
+                query = query.where(events.c.kind.in_(kinds))
+            if upto is not None:
+                query = query.where(events.c.seq <= upto)
+            with self.engine.connect() as connection:
+                rows = connection.execute(query.order_by(events.c.seq)).mappings().all()
+            yield from map(recorded_event, rows)
+
 
 def save_cursor(connection: Connection, name: str, seq: int) -> None:
     """Move a reader's cursor, in the same transaction as the projection it feeds."""
@@ -114,6 +127,11 @@ def save_cursor(connection: Connection, name: str, seq: int) -> None:
     changed = connection.execute(cursors.update().where(cursors.c.name == name).values(values))
     if not changed.rowcount:
         connection.execute(cursors.insert().values(name=name, **values))
+
+
+def _with_bodies() -> sa.Select[Any]:
+    joined = events.outerjoin(event_bodies, events.c.seq == event_bodies.c.seq)
+    return sa.select(events, event_bodies.c.body, event_bodies.c.arrays).select_from(joined)
 
 
 def _known_ids(connection: Connection, batch: Sequence[Event]) -> set[tuple[str, str]]:
@@ -152,7 +170,9 @@ def _insert(connection: Connection, fresh: Sequence[Event], first_seq: int) -> N
         seq, salt = first_seq + number, salts[number * SALT_BYTES : (number + 1) * SALT_BYTES]
         body, arrays = encode_body(event.body)
         ids.append((event.tenant, event.event_id, recorded_at_us))
-        envelopes.append(_envelope(seq, event, recorded_at_us, digest(seq, event, salt, body, arrays)))
+        envelopes.append(
+            _envelope(seq, event, recorded_at_us, digest(seq, recorded_at_us, event, salt, body, arrays))
+        )
         bodies.append((seq, salt, body, arrays))
     insert_rows(connection, event_ids, ids)
     insert_rows(connection, events, envelopes)
@@ -178,8 +198,10 @@ def _envelope(seq: int, event: Event, recorded_at_us: int, event_digest: bytes) 
     )
 
 
-def _recorded(row: Any) -> RecordedEvent:
-    body = {} if row["body"] is None else decode_body(row["body"], row["arrays"])
+def recorded_event(row: Any, body: dict[str, Any] | None = None) -> RecordedEvent:
+    """An event from a row of `events` joined with `event_bodies`; `body` spares decoding it."""
+    if body is None:
+        body = {} if row["body"] is None else decode_body(row["body"], row["arrays"])
     event = Event(
         kind=row["kind"],
         tenant=row["tenant"],

@@ -22,6 +22,12 @@ class LogSettings(Section):
     """How long a failed commit is tried again before its events are refused."""
     event_id_window_days: int = Field(30, ge=1)
     """How long an `event_id` is remembered for idempotency."""
+    lineage_sample: int = Field(5, ge=0)
+    """Interactions and feedback events that `rayloop lineage` names; all are counted."""
+    verify_page_events: int = Field(1000, ge=1)
+    """Events that `rayloop verify` reads at a time."""
+    verify_shown_faults: int = Field(100, ge=1)
+    """Faults that `rayloop verify` names; all are counted."""
 
 
 class IntakeSettings(Section):
@@ -33,6 +39,12 @@ class IntakeSettings(Section):
     """How far ahead of our clock an item's time may lie."""
     max_text_chars: int = Field(100_000, ge=1, le=1_000_000)
     """Longest text of one item: a correction, a comment, one message."""
+    import_batch_events: int = Field(2000, ge=1)
+    """Events in one transaction of an import."""
+    shown_problems: int = Field(20, ge=0)
+    """Rejected rows that an import prints; `--rejects` keeps all of them."""
+    shown_value_chars: int = Field(120, ge=10)
+    """Characters of a refused value that are shown."""
 
 
 class RewardSettings(Section):
@@ -91,3 +103,22 @@ class ImplicitSettings(Section):
     """A session ends after this many idle minutes."""
     reformulation_similarity: float = Field(0.5, gt=0, le=1)
     """Similarity of two consecutive user turns from which the second asks the same again."""
+
+
+class AuditSettings(Section):
+    """How `rayloop audit` describes a file."""
+
+    max_distinct: int = Field(10_000, ge=10)
+    """Distinct values that are counted in one column; a column with more is called `many`."""
+    max_label_values: int = Field(10, ge=2)
+    """A column with more distinct values is no label."""
+    min_label_repeats: int = Field(5, ge=1)
+    """How often a label's values occur on average, at least."""
+    min_relation_values: int = Field(3, ge=1)
+    """Columns with fewer distinct values are not compared between files."""
+    relation_share: float = Field(0.5, gt=0, le=1)
+    """Share of the smaller column's values that must occur in the other."""
+    baseline_rows: int = Field(5_000, ge=10)
+    """Rows, from the start of the file, that the baselines are measured on."""
+    baseline_folds: int = Field(5, ge=2)
+    """Folds of the cross-validation."""

@@ -5,7 +5,13 @@ from pathlib import Path
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from cluster.settings.capture import ImplicitSettings, IntakeSettings, LogSettings, RewardSettings
+from cluster.settings.capture import (
+    AuditSettings,
+    ImplicitSettings,
+    IntakeSettings,
+    LogSettings,
+    RewardSettings,
+)
 from cluster.settings.curation import CurationSettings
 from cluster.settings.engines import EngineSettings, GraderSettings
 from cluster.settings.evaluation import EvaluationSettings
@@ -55,6 +61,7 @@ class Settings(BaseSettings):
     intake: IntakeSettings = IntakeSettings()
     rewards: RewardSettings = RewardSettings()
     implicit: ImplicitSettings = ImplicitSettings()
+    audit: AuditSettings = AuditSettings()
     learning: LearningSettings = LearningSettings()
     capture: CaptureSettings = CaptureSettings()
     feedback: FeedbackSettings = FeedbackSettings()

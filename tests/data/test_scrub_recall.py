@@ -35,7 +35,12 @@ def test_structured_kinds_are_found_on_marked_sentences(shared_data: Path) -> No
             hit = covered > 0 if host_only else covered == end - start
             found[mark["entity_type"]] += hit
             if not hit:
-                print("missed", mark["entity_type"], repr(mark["entity_value"]), repr(sentence["full_text"][:90]))
+                print(
+                    "missed",
+                    mark["entity_type"],
+                    repr(mark["entity_value"]),
+                    repr(sentence["full_text"][:90]),
+                )
         for span in spans:
             if not any(m["start_position"] < span.end and span.start < m["end_position"] for m in marked):
                 wrong[span.kind] += 1
