@@ -14,6 +14,12 @@ class EngineSettings(Section):
     """Name of this engine in the table of servables; one engine serves one base model."""
     base_model: str | None = None
     """Directory or hub id of the base model. The engine does not start without one."""
+    replicas: int = Field(1, ge=1)
+    """Copies of the engine; each holds the base and every wanted adapter."""
+    cpus: float = Field(1.0, ge=0)
+    """Logical CPUs each replica reserves."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs each replica reserves; set `device` to match."""
     device: str = "cpu"
     """Torch device that holds the model, for example `cpu` or `cuda:0`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -82,6 +88,10 @@ class EngineSettings(Section):
 class GraderSettings(Section):
     """The grader deployment."""
 
+    replicas: int = Field(1, ge=1)
+    """Copies of the grader."""
+    cpus: float = Field(0.1, ge=0)
+    """Logical CPUs each replica reserves."""
     deadline_s: float = Field(2.0, gt=0)
     """A grade not there by then is an abstention, never a zero."""
     max_batch: int = Field(256, ge=1)
