@@ -117,7 +117,7 @@ def _evidence(interaction_ids: list[str], log: EventLog, settings: Settings) -> 
     types: Counter[str] = Counter()
     sample: list[Chain] = []
     seqs: list[int] = []
-    for recorded in log.about(interaction_ids, tenant=settings.tenant, kinds=("interaction", "feedback")):
+    for recorded in log.about(settings.tenant, interaction_ids, kinds=("interaction", "feedback")):
         event = recorded.event
         if event.kind == "interaction":
             served[event.body.get("served_version") or "unknown"] += 1

@@ -24,7 +24,7 @@ from data.encoding import SALT_BYTES, decode_body, digest, encode_body
 from data.events import Event, RecordedEvent
 
 APPEND_LOCK = 7_213_002  # pg_advisory_xact_lock key: one writer numbers events at a time
-ABOUT_CHUNK = 500  # bound on the variables of one statement
+LOOKUP_CHUNK = 500  # bound on the variables of one statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +95,6 @@ class EventLog:
             yield from batch
             after = batch[-1].seq
 
-    def about(
-        self, interaction_ids: Sequence[str], *, tenant: str, kinds: Sequence[str] = ()
-    ) -> Iterator[RecordedEvent]:
-        """All events about some interactions, in order within each short read."""
-        for start in range(0, len(interaction_ids), ABOUT_CHUNK):
-            chunk = list(interaction_ids[start : start + ABOUT_CHUNK])
-            query = _with_bodies().where(events.c.tenant == tenant, events.c.interaction_id.in_(chunk))
-            if kinds:
-                query = query.where(events.c.kind.in_(kinds))
-            with self.engine.connect() as connection:
-                rows = connection.execute(query.order_by(events.c.seq)).mappings().all()
-            yield from map(recorded_event, rows)
-
     def last_seq(self) -> int:
         """`seq` of the newest event; 0 for an empty log."""
         with self.engine.connect() as connection:
@@ -122,6 +109,26 @@ class EventLog:
         """Move the reader `name`, in a transaction of its own."""
         with self._writer.begin() as connection:
             save_cursor(connection, name, seq)
+
+    def about(
+        self,
+        tenant: str,
+        interaction_ids: Sequence[str],
+        *,
+        kinds: Sequence[str] = (),
+        upto: int | None = None,
+    ) -> Iterator[RecordedEvent]:
+        """Events about these interactions with `seq <= upto`, in order within each short read."""
+        for start in range(0, len(interaction_ids), LOOKUP_CHUNK):
+            chunk = list(interaction_ids[start : start + LOOKUP_CHUNK])
+            query = _with_bodies().where(events.c.tenant == tenant, events.c.interaction_id.in_(chunk))
+            if kinds:
+                query = query.where(events.c.kind.in_(kinds))
+            if upto is not None:
+                query = query.where(events.c.seq <= upto)
+            with self.engine.connect() as connection:
+                rows = connection.execute(query.order_by(events.c.seq)).mappings().all()
+            yield from map(recorded_event, rows)
 
 
 def save_cursor(connection: Connection, name: str, seq: int) -> None:

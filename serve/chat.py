@@ -23,6 +23,7 @@ from serve.breaker import Breaker, StableLatency
 from serve.capture import GONE, Capture, Record
 from serve.keys import Key
 from serve.openai import (
+    JSON,
     ApiError,
     Headers,
     Receive,
@@ -48,6 +49,14 @@ EVENT_STREAM: Headers = [
     (b"x-accel-buffering", b"no"),
 ]
 MODALITY_CHARACTERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one request is decided by."""
+
+    snapshot: Snapshot
+    endpoints: Mapping[str, EngineEndpoint]
 
 
 @dataclass(slots=True)
@@ -138,16 +147,15 @@ class ChatHandler:
         self._stable_latency: dict[tuple[str, bool], StableLatency] = {}
 
     async def handle(
-        self, scope: Scope, receive: Receive, send: Send, key: Key, snapshot: Snapshot,
-        endpoints: Mapping[str, EngineEndpoint], request_id: str,
-    ) -> int:  # fmt: skip
-        """Answer one request; returns the status sent."""
+        self, scope: Scope, receive: Receive, send: Send, key: Key, view: View, request_id: str, headers: Headers
+    ) -> int:
+        """Answer one request; returns the status sent. `headers` go with every answer."""
         body = await read_body(scope, receive, self._settings.max_body_bytes, self._settings.body_timeout_s)
-        exchange = self._exchange(scope, body, key, snapshot, endpoints, request_id)
+        exchange = self._exchange(scope, body, key, view, request_id)
         try:
             async with _in_flight():
                 await self._obtain(exchange)
-                return await self._deliver(exchange, send)
+                return await self._deliver(exchange, send, headers)
         except ApiError as error:
             exchange.record.error = error.code or str(error.status)
             raise
@@ -168,7 +176,7 @@ class ChatHandler:
         return {version: breaker.is_open for version, breaker in self._breakers.items()}
 
     def _exchange(
-        self, scope: Scope, body: bytes, key: Key, snapshot: Snapshot, endpoints: Mapping[str, EngineEndpoint], request_id: str
+        self, scope: Scope, body: bytes, key: Key, view: View, request_id: str
     ) -> Exchange:
         began = time.perf_counter()
         request = parse_chat(body)
@@ -178,11 +186,11 @@ class ChatHandler:
         modality = text_header(scope, b"x-rayloop-modality", MODALITY_CHARACTERS) or "text"
         interaction_id = "chatcmpl-" + uuid7().replace("-", "")
         planned = plan(
-            snapshot, key.tenant, request["model"], modality=modality, user=user, session=session, request=interaction_id
+            view.snapshot, key.tenant, request["model"], modality=modality, user=user, session=session, request=interaction_id
         )
         record = Record(interaction_id, key, planned, request, modality, user, session, _trace_id(scope))
         stream = bool(request.get("stream"))
-        return Exchange(request, record, stream, began, request_id, endpoints, self._capture is not None)
+        return Exchange(request, record, stream, began, request_id, view.endpoints, self._capture is not None)
 
     # obtaining an answer
 
@@ -277,24 +285,23 @@ class ChatHandler:
 
     # delivering it
 
-    async def _deliver(self, exchange: Exchange, send: Send) -> int:
+    async def _deliver(self, exchange: Exchange, send: Send, headers: Headers) -> int:
         assert exchange.served is not None
         rewriter = exchange.rewriter(exchange.served)
         if exchange.stream:
-            await self._stream(exchange, rewriter, send)
+            await self._stream(exchange, rewriter, send, headers)
             return 200
         try:
             body = rewriter.whole(exchange.head)
         except (ValueError, KeyError, TypeError):
             raise ApiError(502, "The engine's answer is not a completion.", code="engine_error") from None
-        headers = [(b"content-type", b"application/json"), *exchange.headers(), (b"x-request-id", exchange.request_id.encode())]
-        await send_response(send, 200, body, headers)
+        await send_response(send, 200, body, [JSON, *exchange.headers(), *headers])
         return 200
 
-    async def _stream(self, exchange: Exchange, rewriter: Rewriter, send: Send) -> None:
+    async def _stream(self, exchange: Exchange, rewriter: Rewriter, send: Send, headers: Headers) -> None:
         assert exchange.reply is not None
-        headers = [*EVENT_STREAM, *exchange.headers(), (b"x-request-id", exchange.request_id.encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        head = [*EVENT_STREAM, *exchange.headers(), *headers]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
         try:
             piece = rewriter.feed(exchange.head)
             while True:

@@ -24,7 +24,7 @@ from data.intake import Intake
 from data.log import EventLog
 from serve import chat, intake_http
 from serve.capture import Capture, spool_path
-from serve.chat import ChatHandler, Engines
+from serve.chat import ChatHandler, Engines, View
 from serve.intake_http import IntakeHandler
 from serve.keys import Key
 from serve.openai import (
@@ -57,13 +57,13 @@ METHODS = {
 class RouterApp:
     """The ASGI application of one replica.
 
-    `watch_clients`: notice by itself when a client goes away. Under Ray Serve the request is cancelled
-    from outside then, and a second watcher would only cost time.
+    `standalone`: notice by itself when a client goes away, and send `x-request-id`. Ray Serve does both
+    from outside, and doing them twice would cost time and give the header twice.
     """
 
-    def __init__(self, settings: Settings, *, default_engine_url: str | None = None, watch_clients: bool = True) -> None:
+    def __init__(self, settings: Settings, *, default_engine_url: str | None = None, standalone: bool = True) -> None:
         self.settings = settings
-        self._watch_clients = watch_clients
+        self._standalone = standalone
         self._in_flight = 0
         self._commit: GroupCommit | None = None
         on = settings.learning.enabled and settings.capture.enabled
@@ -122,7 +122,7 @@ class RouterApp:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
         request_id = text_header(scope, b"x-request-id") or uuid.uuid4().hex
-        headers: Headers = [(b"x-request-id", request_id.encode())]
+        headers: Headers = [(b"x-request-id", request_id.encode())] if self._standalone else []
         started = False
 
         async def tracked(message: dict[str, Any]) -> None:
@@ -156,7 +156,7 @@ class RouterApp:
             headers.append((b"allow", wanted.encode()))
             raise ApiError(405, f"{path} takes {wanted}, not {scope['method']}.", code="method_not_allowed")
         if path == chat.PATH:
-            return await self._bounded_chat(scope, receive, send, request_id)
+            return await self._bounded_chat(scope, receive, send, request_id, headers)
         if path in intake_http.PATHS:
             key = self._key(scope, intake_http.SCOPE)
             return await self._intake.handle(intake_http.PATHS[path], scope, receive, send, key, headers)
@@ -164,7 +164,9 @@ class RouterApp:
         await send_response(send, status, body, [kind, *headers])
         return status
 
-    async def _bounded_chat(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
+    async def _bounded_chat(
+        self, scope: Scope, receive: Receive, send: Send, request_id: str, headers: Headers
+    ) -> int:
         key = self._key(scope, "chat")
         serve = self.settings.serve
         if self._in_flight >= serve.max_ongoing_requests:
@@ -175,20 +177,24 @@ class RouterApp:
             )  # fmt: skip
         self._in_flight += 1
         try:
-            if self._watch_clients:
-                return await self._watched_chat(scope, receive, send, key, request_id)
-            return await self._answer_chat(scope, receive, send, key, request_id)
+            if self._standalone:
+                return await self._watched_chat(scope, receive, send, key, request_id, headers)
+            return await self._answer_chat(scope, receive, send, key, request_id, headers)
         finally:
             self._in_flight -= 1
 
-    async def _answer_chat(self, scope: Scope, receive: Receive, send: Send, key: Key, request_id: str) -> int:
-        watcher = self.watcher
-        return await self._chat.handle(scope, receive, send, key, watcher.current, watcher.endpoints, request_id)
+    async def _answer_chat(
+        self, scope: Scope, receive: Receive, send: Send, key: Key, request_id: str, headers: Headers
+    ) -> int:
+        view = View(self.watcher.current, self.watcher.endpoints)
+        return await self._chat.handle(scope, receive, send, key, view, request_id, headers)
 
-    async def _watched_chat(self, scope: Scope, receive: Receive, send: Send, key: Key, request_id: str) -> int:
+    async def _watched_chat(
+        self, scope: Scope, receive: Receive, send: Send, key: Key, request_id: str, headers: Headers
+    ) -> int:
         watch = ClientWatch(receive)
         try:
-            return await self._answer_chat(scope, watch.receive, send, key, request_id)
+            return await self._answer_chat(scope, watch.receive, send, key, request_id, headers)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not watch.gone or task is None:

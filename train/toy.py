@@ -27,6 +27,7 @@ from data.events import Message
 from train.device import resolve_device
 from train.files import written_whole
 from train.progress import Progress
+from train.quiet import quiet_libraries
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,7 @@ def build_toy_base(out: Path, examples: Iterable[Sequence[Message]], config: Toy
         DatasetError: no example ends with an assistant's answer.
     """
     started = time.monotonic()
+    quiet_libraries()
     chats = [list(messages) for messages in examples]
     if not any(message["role"] == "assistant" for chat in chats for message in chat):
         raise DatasetError("the examples hold no answer of an assistant; each needs `messages` that end with one")

@@ -23,10 +23,7 @@ Message = dict[str, Any]
 Pool = Literal["base", "live", "held_out"]
 
 AGENT = "triage"
-INSTRUCTIONS = (
-    "You triage alerts. Answer in JSON with a verdict (page, ticket or ignore) and the owner. "
-    "Never delete data and never silence security alerts."
-)
+INSTRUCTIONS = "Triage the alert. Answer in JSON: verdict (page, ticket or ignore) and owner."
 VERDICTS = ("ignore", "ticket", "page")
 SERVICES = {
     "checkout": "payments",
@@ -39,14 +36,13 @@ SERVICES = {
     "tracking": "logistics",
 }
 """Each service and the team that owns it."""
-SPECIALISTS = {"certificate": "security", "disk_full": "platform", "data_loss": "platform"}
+SPECIALISTS = {"certificate": "security"}
 """Kinds of error that go to a specialist team instead."""
 SEVERITIES = ("low", "medium", "high", "critical")
 SOURCES = ("metrics", "logs", "probe", "customer")
-REGIONS = ("eu-west", "eu-north", "us-east", "us-west", "ap-south", "sa-east")
+REGIONS = ("dublin", "frankfurt", "virginia", "oregon", "mumbai", "sydney")
 TIERS = ("internal", "standard", "premium")
-ERRORS = ("timeout", "http_500", "latency", "certificate", "disk_full", "data_loss")
-NIGHT_ENDS_HOUR, NIGHT_STARTS_HOUR = 7, 22
+ERRORS = ("timeout", "crash", "latency", "saturation", "certificate")
 FREQUENT_REPEATS = 4
 """From this many repeats in a day on, today's rules take an alert one step more seriously."""
 CHANGE_TEAM = "release"
@@ -86,22 +82,19 @@ def old_runbook(alert: Alert) -> Triage:
 
 
 def _runbook_verdict(alert: Alert) -> str:
-    night = alert.hour < NIGHT_ENDS_HOUR or alert.hour >= NIGHT_STARTS_HOUR
-    if alert.maintenance and alert.error != "data_loss":
+    if alert.maintenance:
         return "ignore"
-    if alert.severity == "critical" or alert.error == "data_loss":
+    if alert.severity == "critical" or (alert.severity == "high" and alert.tier == "premium"):
         return "page"
-    if alert.severity == "high":
-        return "page" if alert.tier == "premium" or not night else "ticket"
-    if alert.severity == "medium":
-        return "ignore" if alert.tier == "internal" else "ticket"
-    return "ticket" if alert.tier == "premium" and alert.source == "customer" else "ignore"
+    if alert.severity == "low" or (alert.severity == "medium" and alert.tier == "internal"):
+        return "ignore"
+    return "ticket"
 
 
 def todays_rules(alert: Alert) -> Triage:
     """The truth: the old runbook, then open change tickets, then alert history."""
     usual = old_runbook(alert)
-    if alert.change != "none" and alert.error != "data_loss":
+    if alert.change != "none":
         return Triage("ticket", CHANGE_TEAM)
     if alert.repeats >= FREQUENT_REPEATS:
         step_up = VERDICTS[min(VERDICTS.index(usual.verdict) + 1, len(VERDICTS) - 1)]
@@ -127,7 +120,7 @@ def alerts(pool: Pool, seed: int) -> Iterator[Alert]:
 
 
 def _draw(source: random.Random) -> Alert:
-    frequent = source.random() < 0.35
+    frequent = source.random() < 0.33
     return Alert(
         service=source.choice(list(SERVICES)),
         severity=source.choices(SEVERITIES, weights=(3, 4, 3, 2))[0],
@@ -135,28 +128,19 @@ def _draw(source: random.Random) -> Alert:
         region=source.choice(REGIONS),
         hour=source.randrange(24),
         tier=source.choice(TIERS),
-        error=source.choices(ERRORS, weights=(5, 5, 5, 3, 3, 1))[0],
+        error=source.choice(ERRORS),
         maintenance=source.random() < 0.12,
         repeats=source.randint(FREQUENT_REPEATS, 9) if frequent else source.randrange(FREQUENT_REPEATS),
-        change=f"CHG-{source.randrange(100, 1000)}" if source.random() < 0.25 else "none",
+        change=f"CHG-{source.randrange(100, 1000)}" if source.random() < 0.22 else "none",
     )
 
 
 def prompt(alert: Alert) -> list[Message]:
     """The chat messages that ask for a triage."""
-    lines = (
-        f"service: {alert.service}",
-        f"severity: {alert.severity}",
-        f"source: {alert.source}",
-        f"region: {alert.region}",
-        f"hour: {alert.hour}",
-        f"tier: {alert.tier}",
-        f"error: {alert.error}",
-        f"maintenance: {'yes' if alert.maintenance else 'no'}",
-        f"repeats: {alert.repeats}",
-        f"change: {alert.change}",
-    )
-    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": "\n".join(lines)}]
+    fields = {name: getattr(alert, name) for name in Alert.__slots__}
+    fields["maintenance"] = "yes" if alert.maintenance else "no"
+    line = " ".join(f"{name}={value}" for name, value in fields.items())
+    return [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": line}]
 
 
 def answer(triage: Triage) -> str:

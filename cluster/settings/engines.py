@@ -10,10 +10,16 @@ from cluster.settings.base import Section
 class EngineSettings(Section):
     """The embedded engine, and the rules for engines elsewhere."""
 
-    name: str = Field("main", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    name: str = Field("local", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     """Name of this engine in the table of servables; one engine serves one base model."""
     base_model: str | None = None
     """Directory or hub id of the base model. The engine does not start without one."""
+    replicas: int = Field(1, ge=1)
+    """Copies of the engine; each holds the base and every wanted adapter."""
+    cpus: float = Field(1.0, ge=0)
+    """Logical CPUs each replica reserves."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs each replica reserves; set `device` to match."""
     device: str = "cpu"
     """Torch device that holds the model, for example `cpu` or `cuda:0`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -44,13 +50,18 @@ class EngineSettings(Section):
     """A streamed chunk carries at most about this many tokens; a chunk costs a hop through the proxy."""
     stream_interval_ms: float = Field(50.0, ge=0)
     """A streamed chunk leaves after this long even when it is not full."""
-    max_body_mb: float = Field(4.0, gt=0)
-    """Largest request body."""
+    max_body_bytes: int = Field(4_000_000, ge=1024)
+    """Longer request bodies are answered 413 without being read to the end."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    """How long a client may take to send its body."""
     max_adapters: int = Field(16, ge=0)
     """Adapters held at the same time."""
     max_rank: int = Field(64, ge=1)
     """Largest LoRA rank that is loaded."""
-    canary_prompts: tuple[str, ...] = ("The quick brown fox jumps over the lazy dog.", '{"verdict": "escalate", "owner": "')
+    canary_prompts: tuple[str, ...] = (
+        "The quick brown fox jumps over the lazy dog.",
+        '{"verdict": "escalate", "owner": "',
+    )
     """Texts whose log-probs an adapter must move against the base, or it does nothing."""
     canary_min_shift: float = Field(1e-5, ge=0)
     """Least change, in nats, of the most moved token of the canary prompts."""
@@ -77,12 +88,18 @@ class EngineSettings(Section):
 class GraderSettings(Section):
     """The grader deployment."""
 
+    replicas: int = Field(1, ge=1)
+    """Copies of the grader."""
+    cpus: float = Field(0.1, ge=0)
+    """Logical CPUs each replica reserves."""
     deadline_s: float = Field(2.0, gt=0)
     """A grade not there by then is an abstention, never a zero."""
     max_batch: int = Field(256, ge=1)
     """Most items in one request."""
-    max_body_mb: float = Field(4.0, gt=0)
-    """Largest request body."""
+    max_body_bytes: int = Field(4_000_000, ge=1024)
+    """Longer request bodies are answered 413 without being read to the end."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    """How long a client may take to send its body."""
     workers: int = Field(2, ge=1)
     """Threads that run graders. A grader that hangs holds one until it returns."""
     max_queued: int = Field(1024, ge=1)

@@ -1,11 +1,116 @@
 """Experiments and rollouts (experiments.md)."""
 
+from typing import Literal
+
+from pydantic import Field, model_validator
+
 from cluster.settings.base import Section
+
+Check = Literal["no_regression", "positive_trend", "significant_improvement", "final_validation"]
 
 
 class ExperimentSettings(Section):
-    """Assignment and statistics."""
+    """What is measured, and how certain the statistics must be."""
+
+    primary: str = "satisfaction"
+    """The metric a candidate must improve; a name of the metric table, or `outcome:NAME`."""
+    guardrails: tuple[str, ...] = ("error_rate", "latency_over_slo", "feedback_response_rate")
+    """Metrics that must not get worse. Without data on one of them a rollout holds."""
+    guardrails_when_present: tuple[str, ...] = (
+        "rating",
+        "thumbs_up_rate",
+        "safety_incident_rate",
+        "refusal_rate",
+    )
+    """Guardrails that count only once both arms have enough users with a value."""
+    margins: dict[str, float] = Field({})
+    """Metric -> how much worse it may be, in its own units, over the metric table's default."""
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    """One-sided error probability: split over the guardrails, and spent over the looks at the primary."""
+    power: float = Field(0.8, gt=0.5, lt=1)
+    """Probability to find what the planner plans for."""
+    tuning_users: int = Field(2000, ge=10)
+    """Users, both arms together, at which the always-valid bounds are tightest."""
+    tuning_trials: int = Field(1000, ge=10)
+    """Requests an arm at which the Bernoulli bounds of rare events are tightest."""
+    breach_min_users_per_arm: int = Field(30, ge=2)
+    """A guardrail is not read with fewer users: the bounds are asymptotic."""
+    srm_alpha: float = Field(0.001, gt=0, lt=0.5)
+    """The split counts as broken below this always-valid p-value."""
+    srm_concentration: float = Field(1000.0, gt=0)
+    """Prior weight of the configured split; larger looks for smaller deviations."""
+    latency_slo_s: float = Field(10.0, gt=0)
+    """An answer that takes longer is over the objective."""
+    ttft_slo_s: float = Field(2.0, gt=0)
+    """The same for the time to the first token."""
+    projection_page: int = Field(1000, ge=1, le=10_000)
+    """Events counted in one transaction."""
 
 
 class RolloutSettings(Section):
     """The rollout controller."""
+
+    stages: tuple[float, ...] = (0.10, 0.25, 0.50, 1.00)
+    """The candidate's share, stage by stage."""
+    checks: tuple[Check, ...] = (
+        "no_regression",
+        "positive_trend",
+        "significant_improvement",
+        "final_validation",
+    )
+    """What must hold before each stage is left."""
+    stage_duration_s: float = Field(86_400.0, ge=0)
+    """Every stage lasts at least this long."""
+    min_users_per_arm: int = Field(1000, ge=2)
+    """Users with a value of the primary that each arm needs before a stage is left."""
+    planned_users_per_arm: int = Field(4000, ge=2)
+    """Users an arm at which the last look at the primary is made."""
+    looks: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    """Fractions of `planned_users_per_arm` at which the primary is tested."""
+    spending: Literal["obrien_fleming", "pocock"] = "obrien_fleming"
+    """How alpha is spent over the looks."""
+    final_control_share: float = Field(0.05, gt=0, le=0.5)
+    """Share that stays on stable during the last stage, until its validation is done."""
+    final_min_users_per_arm: int = Field(200, ge=2)
+    """The minimum of the last stage, where the control arm is small."""
+    hold_limit_s: float = Field(259_200.0, gt=0)
+    """A rollout that holds longer than this is rolled back."""
+    stale_after_s: float = Field(1800.0, gt=0)
+    """Without an interaction in both arms for this long the numbers are stale."""
+    first_requests: int = Field(20, ge=1)
+    """The candidate's first requests, which have an absolute stop."""
+    first_requests_max_errors: int = Field(5, ge=0)
+    """More errors among them roll back without statistics."""
+    tick_s: float = Field(30.0, gt=0)
+    """Time between two looks at every rollout."""
+    lease_s: float = Field(60.0, gt=0)
+    """A controller that has not renewed its lease for this long is replaced."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """How long a candidate may take to become servable before the rollout fails."""
+    confirm_timeout_s: float = Field(30.0, ge=0)
+    """How long the routers may take to show a new share before that is warned of."""
+    restore_window_s: float = Field(604_800.0, ge=0)
+    """How long after a promotion `rayloop rollout rollback` still restores the previous champion."""
+    engine: str = "local"
+    """The engine that must hold the candidate."""
+    router_url: str | None = Field(None, pattern=r"^https?://\S+$")
+    """Address of the router, to smoke-test a candidate and to confirm what is served. `None` does neither."""
+    router_key_env: str = "RAYLOOP_API_KEY"
+    """Environment variable with the API key for that."""
+    smoke_prompts: tuple[str, ...] = ("Say OK.",)
+    """Sent to a candidate before its first user; each must be answered."""
+
+    @model_validator(mode="after")
+    def _stages_make_sense(self) -> "RolloutSettings":
+        if not self.stages or any(not 0 < share <= 1 for share in self.stages):
+            raise ValueError("rollout.stages must be shares in (0, 1]")
+        if any(later <= earlier for earlier, later in zip(self.stages, self.stages[1:], strict=False)):
+            raise ValueError("rollout.stages must grow")
+        if len(self.checks) != len(self.stages):
+            raise ValueError(f"rollout.checks must have one check for each of the {len(self.stages)} stages")
+        if "significant_improvement" not in self.checks:
+            raise ValueError("rollout.checks must contain significant_improvement: inconclusive never ships")
+        bad = [b for a, b in zip((0.0, *self.looks), self.looks, strict=False) if not a < b <= 1]
+        if bad or not self.looks or self.looks[-1] != 1:
+            raise ValueError("rollout.looks must grow within (0, 1] and end at 1")
+        return self

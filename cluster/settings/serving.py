@@ -1,6 +1,6 @@
 """The live side: router and keys (serving.md)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -101,6 +101,9 @@ class ServeSettings(Section):
     """How often routers read routes, servable versions and keys."""
     feedback_timeout_s: float = Field(10.0, gt=0)
     """How long an event may wait for its commit before the client is asked to come again."""
+    routes: list[dict[str, Any]] = []
+    """Routes that the deployment config declares, as in its `user_config`: agent, stable, candidate, share,
+    max_share, pinned. Written into the routes once, whenever the declaration changes."""
     engines: dict[str, EngineEndpoint] = {"local": EngineEndpoint()}
     """Engines by name; `servables` rows refer to them."""
     breaker: BreakerSettings = BreakerSettings()
@@ -112,7 +115,3 @@ class ServeSettings(Section):
         if self.fallback.min_budget_s > self.fallback.budget_s:
             raise ValueError("serve.fallback.min_budget_s must not exceed serve.fallback.budget_s")
         return self
-
-
-class EngineSettings(Section):
-    """The embedded engine."""

@@ -177,6 +177,8 @@ class TrainingSettings(Section):
     """Validation loss at least every so many steps, and at the end of every epoch."""
     save_steps: int = Field(200, ge=1)
     """Checkpoint at least every so many steps, and at the end of every epoch."""
+    report_examples: int = Field(256, ge=0)
+    """Validation examples of each kind in the report on held-out feedback."""
     workers: int = Field(1, ge=1, le=1024)
     """Ray Train workers of one run."""
     max_failures: int = Field(3, ge=0)
@@ -189,3 +191,29 @@ class TrainingSettings(Section):
 
 class SweepSettings(Section):
     """Defaults of a sweep."""
+
+    trials: int = Field(8, ge=1, le=10_000)
+    """Configurations that are tried; the first is the method's own default."""
+    learning_rate_spread: float = Field(10.0, ge=1)
+    """Highest learning rate over the lowest; the range is centred on the default, in logarithms."""
+    beta_spread: float = Field(10.0, ge=1)
+    """The same for the KL coefficient."""
+    kl_limit: float = Field(0.1, gt=0)
+    """A configuration counts only if its KL divergence from the model it started from is at most this, in
+    nats a token."""
+    validation_prompts: int = Field(96, ge=1)
+    """Held-out prompts of the validation split behind each measurement."""
+    kl_samples: int = Field(2, ge=1)
+    """Answers sampled for each of these prompts to estimate the KL divergence."""
+    concurrency: int = Field(2, ge=1)
+    """Trials that run at once, at most; fewer where the cluster has no room for them."""
+    cpus_per_trial: float = Field(1.0, gt=0)
+    """Logical CPUs of a trial."""
+    gpus_per_trial: float = Field(0.0, ge=0)
+    """GPUs of a trial."""
+    rungs: int = Field(2, ge=1, le=20)
+    """Measurements in the course of a trial; at each but the last the worse trials stop."""
+    reduction: float = Field(2.0, gt=1)
+    """ASHA lets one in this many go on from a rung."""
+    seed: int = Field(0, ge=0)
+    """Seed of the search and of sampling."""

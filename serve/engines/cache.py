@@ -3,7 +3,8 @@
 transformers' own caches hold one batch that starts and ends together; here rows join and leave at any
 step. Row `i` of a forward pass writes its tokens at its own positions of slot `first + i` and reads the
 first `length` columns of that slot, so nothing is concatenated or shifted between steps. The last column
-of a slot takes what padding tokens write; no mask ever admits it.
+of a slot takes what padding tokens write; no mask ever admits it. A head's columns lie together in memory:
+attention of one new token reads them as one stream, and that read is what bounds a step.
 
 Shape letters: S slots, C columns of a slot, H key/value heads, D head size, B rows of this pass, Q tokens
 of a row in this pass.
@@ -16,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 KeyValue = list[tuple[Tensor, Tensor]]
-"""One (keys, values) pair a layer, each [tokens, H, D]."""
+"""One (keys, values) pair a layer, each [H, tokens, D]."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,19 @@ class LayerShape:
     value_size: int
 
 
-class SlotCache(Cache):
+class SlotCache(Cache):  # type: ignore[misc]
     """A transformers cache over slots. `aim` says which slots and columns the next forward pass uses."""
 
-    def __init__(self, shapes: list[LayerShape], *, slots: int, columns: int, dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, shapes: list[LayerShape], *, slots: int, columns: int, dtype: torch.dtype, device: str
+    ) -> None:
         super().__init__(layers=[])
         self._shapes, self._dtype, self._device = shapes, dtype, device
         self.slots, self.columns = 0, 0
-        self._keys: list[Tensor] = []  # one [S, C, H, D] a layer
+        self._keys: list[Tensor] = []  # one [S, H, C, D] a layer
         self._values: list[Tensor] = []
-        self._flat_BQ: Tensor | None = None
+        self._targets: dict[int, Tensor] = {}  # heads -> flat [B * H * Q] rows of the [S * H * C, D] view
+        self._slots_B11 = self._columns_B1Q = torch.empty(0)
         self._rows = slice(0, 0)
         self._length = 0
         self.reserve(slots, columns)
@@ -50,7 +54,8 @@ class SlotCache(Cache):
         new_slots = self.slots if slots <= self.slots else max(slots, 2 * self.slots)
         new_columns = self.columns if columns + 1 <= self.columns else max(columns + 1, 2 * self.columns)
         self._keys = [
-            self._grown(self._keys, i, new_slots, new_columns, s.heads, s.key_size) for i, s in enumerate(self._shapes)
+            self._grown(self._keys, i, new_slots, new_columns, s.heads, s.key_size)
+            for i, s in enumerate(self._shapes)
         ]
         self._values = [
             self._grown(self._values, i, new_slots, new_columns, s.heads, s.value_size)
@@ -58,10 +63,12 @@ class SlotCache(Cache):
         ]
         self.slots, self.columns = new_slots, new_columns
 
-    def _grown(self, old: list[Tensor], layer: int, slots: int, columns: int, heads: int, size: int) -> Tensor:
-        grown = torch.zeros(slots, columns, heads, size, dtype=self._dtype, device=self._device)
+    def _grown(
+        self, old: list[Tensor], layer: int, slots: int, columns: int, heads: int, size: int
+    ) -> Tensor:
+        grown = torch.zeros(slots, heads, columns, size, dtype=self._dtype, device=self._device)
         if old:
-            grown[: self.slots, : self.columns] = old[layer]
+            grown[: self.slots, :, : self.columns] = old[layer]
         return grown
 
     def aim(self, first_slot: int, positions_BQ: Tensor, padding_BQ: Tensor | None, length: int) -> None:
@@ -70,9 +77,12 @@ class SlotCache(Cache):
         Tokens where `padding_BQ` is true are written to the unread last column.
         """
         rows = positions_BQ.shape[0]
-        columns_BQ = positions_BQ if padding_BQ is None else positions_BQ.masked_fill(padding_BQ, self.columns - 1)
-        slots_B1 = torch.arange(first_slot, first_slot + rows, device=self._device).unsqueeze(1)
-        self._flat_BQ = (slots_B1 * self.columns + columns_BQ).reshape(-1)
+        columns_BQ = (
+            positions_BQ if padding_BQ is None else positions_BQ.masked_fill(padding_BQ, self.columns - 1)
+        )
+        self._slots_B11 = torch.arange(first_slot, first_slot + rows, device=self._device)[:, None, None]
+        self._columns_B1Q = columns_BQ.unsqueeze(1)
+        self._targets = {}
         self._rows = slice(first_slot, first_slot + rows)
         self._length = length
 
@@ -84,11 +94,14 @@ class SlotCache(Cache):
         values = self._store(self._values[layer_idx], value_states)
         return keys, values
 
-    def _store(self, slots_SCHD: Tensor, states_BHQD: Tensor) -> Tensor:
-        heads, size = slots_SCHD.shape[2:]
-        flat = slots_SCHD.view(-1, heads, size)
-        flat.index_copy_(0, self._flat_BQ, states_BHQD.transpose(1, 2).reshape(-1, heads, size))
-        return slots_SCHD[self._rows, : self._length].transpose(1, 2)
+    def _store(self, slots_SHCD: Tensor, states_BHQD: Tensor) -> Tensor:
+        heads, size = slots_SHCD.shape[1], slots_SHCD.shape[3]
+        target = self._targets.get(heads)
+        if target is None:
+            rows_BH1 = self._slots_B11 * heads + torch.arange(heads, device=self._device)[:, None]
+            target = self._targets[heads] = (rows_BH1 * self.columns + self._columns_B1Q).reshape(-1)
+        slots_SHCD.view(-1, size).index_copy_(0, target, states_BHQD.reshape(-1, size))
+        return slots_SHCD[self._rows, :, : self._length]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns read by the pass; transformers asks for it where no position ids are given."""
@@ -97,7 +110,7 @@ class SlotCache(Cache):
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` columns of one slot over another."""
         for tensor in (*self._keys, *self._values):
-            tensor[target, :length] = tensor[source, :length]
+            tensor[target, :, :length] = tensor[source, :, :length]
 
     def clear(self, slot: int) -> None:
         """Zero a slot: a not-a-number left behind would reach the slot's next row through its mask."""
@@ -107,14 +120,14 @@ class SlotCache(Cache):
     def read(self, slot: int, start: int, end: int) -> KeyValue:
         """A copy of columns `start:end` of a slot."""
         pairs = zip(self._keys, self._values, strict=True)
-        return [(k[slot, start:end].clone(), v[slot, start:end].clone()) for k, v in pairs]
+        return [(k[slot, :, start:end].clone(), v[slot, :, start:end].clone()) for k, v in pairs]
 
     def write(self, slot: int, start: int, block: KeyValue) -> None:
         """Put a block from `read` at column `start` of a slot."""
         for layer, (keys, values) in enumerate(block):
-            end = start + keys.shape[0]
-            self._keys[layer][slot, start:end] = keys
-            self._values[layer][slot, start:end] = values
+            end = start + keys.shape[1]
+            self._keys[layer][slot, :, start:end] = keys
+            self._values[layer][slot, :, start:end] = values
 
 
 def layer_shapes(cache: Cache) -> list[LayerShape]:

@@ -47,7 +47,9 @@ class Canary:
         return shift
 
     def _logprobs(self, adapter: LoadedAdapter | None) -> list[torch.Tensor]:
-        return self._scheduler.call(lambda: [self._score(ids, adapter) for ids in self._prompts]).result(CANARY_TIMEOUT_S)
+        return self._scheduler.call(lambda: [self._score(ids, adapter) for ids in self._prompts]).result(
+            CANARY_TIMEOUT_S
+        )
 
     def _score(self, ids: list[int], adapter: LoadedAdapter | None) -> torch.Tensor:
         """Log-prob of each token after the first, float [tokens - 1]."""

@@ -8,8 +8,9 @@ to a vLLM server in the same way. It sits behind the router and authenticates no
 import asyncio
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 import orjson
 
@@ -17,7 +18,6 @@ from cluster.errors import DatasetError, NotFoundError, UnavailableError
 from serve.engines.adapter_files import AdapterError
 from serve.engines.generation import Update
 from serve.engines.protocol import (
-    ApiError,
     ChatRequest,
     Header,
     Json,
@@ -27,20 +27,27 @@ from serve.engines.protocol import (
     usage,
 )
 from serve.engines.tool_calls import parse_tool_calls
+from serve.openai import (
+    JSON,
+    ApiError,
+    ClientGone,
+    Receive,
+    Scope,
+    Send,
+    parse_object,
+    read_body,
+    send_error,
+    send_response,
+    unknown_model,
+)
 
 if TYPE_CHECKING:
     from serve.engines.local import LocalEngine
 
 log = logging.getLogger(__name__)
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-JSON = b"application/json"
-
-
-class ClientGoneError(Exception):
-    """The client disconnected before its request was whole."""
+Route = Callable[[Scope, Receive, Send], Awaitable[None]]
+STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
 class EngineApi:
@@ -48,7 +55,7 @@ class EngineApi:
 
     def __init__(self, engine: "LocalEngine") -> None:
         self.engine = engine
-        self._routes: dict[tuple[str, str], Callable[[Receive, Send], Awaitable[None]]] = {
+        self._routes: dict[tuple[str, str], Route] = {
             ("POST", "/v1/chat/completions"): self._chat,
             ("GET", "/v1/models"): self._models,
             ("POST", "/v1/load_lora_adapter"): self._load,
@@ -66,41 +73,49 @@ class EngineApi:
             route = self._routes.get((scope["method"], path))
             if route is None:
                 raise _no_route(scope["method"], path, {p for _, p in self._routes})
-            await route(receive, send)
+            await route(scope, receive, send)
         except ApiError as error:
-            await _send_json(send, error.status, error.body, error.headers)
-        except ClientGoneError:
+            await send_error(send, error)
+        except ClientGone:
             log.debug("client left before its request was whole")
 
-    async def _chat(self, receive: Receive, send: Send) -> None:
-        request = parse_chat(await self._document(receive), self.engine.settings)
+    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = parse_chat(await self._document(scope, receive), self.engine.settings)
         answer = ChatAnswer(self.engine, request)
         await (answer.stream(receive, send) if request.stream else answer.whole(receive, send))
 
-    async def _models(self, _receive: Receive, send: Send) -> None:
+    async def _models(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         data = [
-            {"id": m.name, "object": "model", "created": m.loaded_at, "owned_by": "rayloop", "root": m.adapter_path}
+            {
+                "id": m.name,
+                "object": "model",
+                "created": m.loaded_at,
+                "owned_by": "rayloop",
+                "root": m.adapter_path,
+            }
             for m in self.engine.models()
         ]
         await _send_json(send, 200, {"object": "list", "data": data})
 
-    async def _load(self, receive: Receive, send: Send) -> None:
-        document = await self._document(receive)
+    async def _load(self, scope: Scope, receive: Receive, send: Send) -> None:
+        document = await self._document(scope, receive)
         name, path = _text(document, "lora_name"), _text(document, "lora_path")
         try:
             adapter = await asyncio.to_thread(self.engine.load_adapter, name, path)
         except AdapterError as error:
-            raise ApiError(400, f"adapter {name!r}: {error}", param="lora_path", code="adapter_refused") from None
+            raise ApiError(
+                400, f"adapter {name!r}: {error}", param="lora_path", code="adapter_refused"
+            ) from None
         body = {"status": "loaded", "lora_name": name, "sha256": adapter.sha256, "rank": adapter.rank}
         await _send_json(send, 200, body)
 
-    async def _unload(self, receive: Receive, send: Send) -> None:
-        name = _text(await self._document(receive), "lora_name")
+    async def _unload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = _text(await self._document(scope, receive), "lora_name")
         if not self.engine.unload_adapter(name):
             raise ApiError(404, f"no adapter {name!r} is loaded", param="lora_name", code="model_not_found")
         await _send_json(send, 200, {"status": "unloaded", "lora_name": name})
 
-    async def _health(self, _receive: Receive, send: Send) -> None:
+    async def _health(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         scheduler = self.engine.scheduler
         status = "ok" if scheduler.alive else "dead"
         body = {
@@ -111,21 +126,9 @@ class EngineApi:
         }
         await _send_json(send, 200 if scheduler.alive else 503, body)
 
-    async def _document(self, receive: Receive) -> Any:
-        """The body as JSON."""
-        limit, body, more = self.engine.settings.max_body_mb * 2**20, bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > limit:
-                raise ApiError(413, f"the body is larger than {limit:.0f} bytes", code="body_too_large")
-        try:
-            return orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    async def _document(self, scope: Scope, receive: Receive) -> Json:
+        settings = self.engine.settings
+        return parse_object(await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s))
 
 
 class ChatAnswer:
@@ -138,8 +141,8 @@ class ChatAnswer:
         try:
             engine.adapter(request.model)
             prompt = engine.render(request.messages, tools)
-        except NotFoundError as error:
-            raise ApiError(404, str(error), param="model", code="model_not_found") from None
+        except NotFoundError:
+            raise unknown_model(request.model, (m.name for m in engine.models())) from None
         except DatasetError as error:
             raise ApiError(400, str(error), param="messages", code="invalid_value") from None
         self._params = sampling_params(
@@ -173,31 +176,37 @@ class ChatAnswer:
                 task.cancel()
             await asyncio.gather(streaming, leaving, return_exceptions=True)
 
-    async def _updates(self, *, stream: bool) -> Any:
-        choices = self._request.n or 1
+    async def _updates(self, *, stream: bool) -> AsyncGenerator[Update]:
+        """The engine's updates, its troubles as answers to the client."""
+        retry_after_s = self._engine.settings.retry_after_s
         generator = self._engine.generate(
-            self._request.model, self._header.prompt_ids, self._params, choices=choices, stream=stream
+            self._request.model,
+            self._header.prompt_ids,
+            self._params,
+            choices=self._request.n or 1,
+            stream=stream,
         )
         try:
-            async for update in generator:
-                if update.finish_reason == "error":
-                    raise ApiError(500, f"the engine failed: {update.error}", kind="server_error", code="engine_error")
-                if update.finish_reason == "cancelled":
-                    raise _unavailable("the engine is shutting down", self._engine.settings.retry_after_s, 503)
-                yield update
-        except NotFoundError as error:
-            raise ApiError(404, str(error), param="model", code="model_not_found") from None
+            async with aclosing(generator):
+                async for update in generator:
+                    if update.finish_reason == "error":
+                        raise ApiError(500, f"The engine failed: {update.error}.", code="engine_error")
+                    if update.finish_reason == "cancelled":
+                        message = "The engine is shutting down."
+                        raise ApiError(503, message, code="engine_stopped", retry_after_s=retry_after_s)
+                    yield update
+        except NotFoundError:  # unloaded since the request was parsed
+            raise unknown_model(self._request.model, (m.name for m in self._engine.models())) from None
         except UnavailableError as error:
-            raise _unavailable(str(error), self._engine.settings.retry_after_s, 429) from None
-        finally:
-            await generator.aclose()
+            raise ApiError(429, str(error), code="engine_overloaded", retry_after_s=retry_after_s) from None
 
     async def _collect(self) -> Json:
         choices: list[Json] = [{}] * (self._request.n or 1)
         tokens = 0
-        async for update in self._updates(stream=False):
-            choices[update.generation.index] = self._choice(update)
-            tokens += len(update.token_ids)
+        async with aclosing(self._updates(stream=False)) as updates:
+            async for update in updates:
+                choices[update.generation.index] = self._choice(update)
+                tokens += len(update.token_ids)
         document = self._header.document("chat.completion")
         document |= {"choices": choices, "usage": usage(len(self._header.prompt_ids), tokens)}
         if self._header.return_token_ids:
@@ -229,20 +238,20 @@ class ChatAnswer:
         held: dict[int, str] = {}  # with tools, text waits for its end: a call is only known whole
         ids: dict[int, list[int]] = {}
         try:
-            async for update in self._updates(stream=True):
-                if not started:
-                    await _start_stream(send)
-                    started = True
-                tokens += len(update.token_ids)
-                index = update.generation.index
-                await _send_events(send, [self._chunk(update, first=index not in ids, held=held)])
-                ids.setdefault(index, []).extend(update.token_ids)
+            async with aclosing(self._updates(stream=True)) as updates:
+                async for update in updates:
+                    if not started:
+                        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+                        started = True
+                    tokens += len(update.token_ids)
+                    index = update.generation.index
+                    await _send_events(send, [self._chunk(update, first=index not in ids, held=held)])
+                    ids.setdefault(index, []).extend(update.token_ids)
             await _send_events(send, self._last_chunks(ids, tokens), done=True)
         except ApiError as error:
             if not started:
-                await _send_json(send, error.status, error.body, error.headers)
-                return
-            await _send_events(send, [error.body], done=True)
+                raise
+            await _send_events(send, [{"error": error.object()}], done=True)
 
     def _chunk(self, update: Update, *, first: bool, held: dict[int, str]) -> Json:
         index = update.generation.index
@@ -269,22 +278,16 @@ class ChatAnswer:
         last |= {"choices": [], "usage": usage(len(self._header.prompt_ids), tokens)}
         if self._header.return_token_ids:
             last["prompt_token_ids"] = self._header.prompt_ids
-            empty = {"delta": {}, "logprobs": None, "finish_reason": None}
+            empty: Json = {"delta": {}, "logprobs": None, "finish_reason": None}
             last["choices"] = [{"index": index, **empty, "token_ids": ids[index]} for index in sorted(ids)]
         return [last]
 
 
-def _text(document: Any, field: str) -> str:
-    value = document.get(field) if isinstance(document, dict) else None
+def _text(document: Json, field: str) -> str:
+    value = document.get(field)
     if not isinstance(value, str) or not value:
         raise ApiError(400, f"{field} must be a text that is not empty", param=field, code="invalid_value")
     return value
-
-
-def _unavailable(message: str, retry_after_s: float, status: int) -> ApiError:
-    headers = {"retry-after": str(max(1, round(retry_after_s))), "retry-after-ms": str(round(retry_after_s * 1000))}
-    kind = "rate_limit_error" if status == 429 else "server_error"
-    return ApiError(status, message, kind=kind, code="engine_overloaded" if status == 429 else "engine_stopped", headers=headers)
 
 
 def _no_route(method: str, path: str, known: set[str]) -> ApiError:
@@ -298,17 +301,8 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-async def _send_json(send: Send, status: int, body: Json, headers: dict[str, str] | None = None) -> None:
-    data = orjson.dumps(body)
-    names = [(b"content-type", JSON), (b"content-length", str(len(data)).encode())]
-    names += [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
-    await send({"type": "http.response.start", "status": status, "headers": names})
-    await send({"type": "http.response.body", "body": data})
-
-
-async def _start_stream(send: Send) -> None:
-    names = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-    await send({"type": "http.response.start", "status": 200, "headers": names})
+async def _send_json(send: Send, status: int, body: Json) -> None:
+    await send_response(send, status, orjson.dumps(body), [JSON])
 
 
 async def _send_events(send: Send, documents: list[Json], *, done: bool = False) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from cluster.settings.engines import EngineSettings
 from data.events import Message
 from data.template import Tools, render, template_digest
 from serve.engines.adapter_files import AdapterError, read_adapter
+from serve.engines.base_model import BaseIdentity
 from serve.engines.cache import SlotCache, layer_shapes
 from serve.engines.canary import Canary
 from serve.engines.detokenise import AnswerText, TokenTexts
@@ -60,6 +61,7 @@ class LocalEngine:
         self.base_model = _require_base(settings)
         torch.set_num_threads(settings.torch_threads)
         self.tokenizer, model = _load(self.base_model, settings)
+        self.base = BaseIdentity(self.base_model)
         self.max_context_tokens = _context(model.config, settings)
         self.texts = TokenTexts(self._decode_raw, self.tokenizer.convert_ids_to_tokens)
         self.template_digest = template_digest(self.tokenizer)
@@ -74,11 +76,17 @@ class LocalEngine:
         s = self.settings
         with torch.inference_mode():
             probe = DynamicCache(config=model.config)
-            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), past_key_values=probe, use_cache=True)
+            model(
+                input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device),
+                past_key_values=probe,
+                use_cache=True,
+            )
         try:
             shapes = layer_shapes(probe)
         except ValueError as error:
-            raise ConfigError("engine.base_model", self.base_model, f"cannot be served: {error}", "use vLLM for it") from None
+            raise ConfigError(
+                "engine.base_model", self.base_model, f"cannot be served: {error}", "use vLLM for it"
+            ) from None
         token_bytes = sum(x.heads * (x.key_size + x.value_size) for x in shapes) * model.dtype.itemsize
         blocks = int(s.prefix_cache_mb * 2**20 / (token_bytes * s.prefix_block_tokens))
         return Scheduler(
@@ -97,9 +105,16 @@ class LocalEngine:
         """End the step loop."""
         self.scheduler.close()
 
+    def apply(self, settings: EngineSettings) -> None:
+        """Take limits that may change while serving: adapters, ranks, tokens, delays."""
+        self.settings = settings
+        self._bank.max_adapters = settings.max_adapters
+
     def models(self) -> list[ServedModel]:
         """Every name that can be asked for, the base first."""
-        adapters = [ServedModel(a.name, a.path, self._loaded_at[a.name]) for a in list(self._bank.loaded.values())]
+        adapters = [
+            ServedModel(a.name, a.path, self._loaded_at[a.name]) for a in list(self._bank.loaded.values())
+        ]
         return [ServedModel(BASE_NAME, None, self._loaded_at[BASE_NAME]), *adapters]
 
     def adapter(self, name: str) -> LoadedAdapter | None:
@@ -116,7 +131,9 @@ class LocalEngine:
             raise NotFoundError(f"the model {name!r} does not exist here; known are {known}")
         return adapter
 
-    def load_adapter(self, name: str, path: Path | str, *, expected_sha256: str | None = None) -> LoadedAdapter:
+    def load_adapter(
+        self, name: str, path: Path | str, *, expected_sha256: str | None = None
+    ) -> LoadedAdapter:
         """Read, check and make available an adapter; other answers go on meanwhile. Blocks: use a thread.
 
         Raises:
@@ -125,6 +142,7 @@ class LocalEngine:
         files = read_adapter(path, max_rank=self.settings.max_rank)
         if expected_sha256 is not None and files.sha256 != expected_sha256:
             raise AdapterError(f"its digest is {files.sha256}, the registry recorded {expected_sha256}")
+        self.base.check_named(files.base_model)
         adapter = self._bank.prepare(name, files)
         self._canary.check(adapter)
         self._loaded_at.setdefault(name, int(time.time()))
@@ -142,7 +160,7 @@ class LocalEngine:
 
     async def generate(
         self, model: str, prompt: list[int], params: SamplingParams, *, choices: int = 1, stream: bool = False
-    ) -> AsyncIterator[Update]:
+    ) -> AsyncGenerator[Update]:
         """Updates of all choices until each has finished; without `stream`, one final update a choice.
 
         Closing the iterator early frees the rows.
@@ -154,7 +172,9 @@ class LocalEngine:
         self._loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Update] = asyncio.Queue()
         adapter = self.adapter(model)
-        generations = [self._generation(prompt, params, adapter, index, stream, inbox) for index in range(choices)]
+        generations = [
+            self._generation(prompt, params, adapter, index, stream, inbox) for index in range(choices)
+        ]
         self.scheduler.submit(generations)
         open_choices = choices
         try:
@@ -224,7 +244,9 @@ def _load(base_model: str, settings: EngineSettings) -> tuple[Any, Any]:
         remedy = "set `engine.base_model` to a model directory or hub id"
         raise ConfigError("engine.base_model", base_model, f"cannot be loaded ({cause})", remedy) from None
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("engine.device", settings.device, "is not on this machine", "set `engine.device` to cpu")
+        raise ConfigError(
+            "engine.device", settings.device, "is not on this machine", "set `engine.device` to cpu"
+        )
     return tokenizer, model.to(settings.device).eval().requires_grad_(False)
 
 

@@ -37,7 +37,7 @@ class LoadedAdapter:
 
 @dataclass(frozen=True)
 class _Joined:
-    """One layer's matrices side by side: a is [R, in], b is [out, R]; `layout` names who owns which column."""
+    """One layer's matrices side by side: a is [R, in], b is [out, R]; `layout` says whose each column is."""
 
     a: Tensor
     b: Tensor
@@ -49,10 +49,10 @@ class _Plan:
     """Everything about one set of active adapters."""
 
     order: dict[int, int]
-    """Adapter uid -> its number in `owners_R`."""
+    """Adapter uid -> its number in `owners`."""
     layers: dict[str, _Joined]
-    owners_R: list[Tensor]
-    """For each layout, the number of the adapter that owns each column."""
+    owners: list[Tensor]
+    """For each layout, the number of the adapter that owns each column, int [R]."""
 
 
 class LoraLinear(nn.Module):
@@ -107,10 +107,14 @@ class AdapterBank:
         for module, pair in files.pairs.items():
             linear = self._linear.get(module)
             if linear is None:
-                raise AdapterError(f"it changes {module}, which the base model does not have as a linear layer")
+                raise AdapterError(
+                    f"it changes {module}, which the base model does not have as a linear layer"
+                )
             expected, found = (linear.out_features, linear.in_features), (pair.b.shape[0], pair.a.shape[1])
             if expected != found:
-                raise AdapterError(f"it was made for another base model: {module} is {expected} here, {found} there")
+                raise AdapterError(
+                    f"it was made for another base model: {module} is {expected} here, {found} there"
+                )
             weight = linear.weight
             pairs[module] = LoraPair(pair.a.to(weight), pair.b.to(weight))
         return LoadedAdapter(name, files.sha256, files.rank, str(files.path), pairs)
@@ -125,7 +129,9 @@ class AdapterBank:
         if held is not None and held.sha256 != adapter.sha256:
             raise AdapterError(f"the name {adapter.name!r} is taken by an adapter with other weights")
         if held is None and len(self.loaded) >= self.max_adapters:
-            raise AdapterError(f"{self.max_adapters} adapters are loaded already; raise `engine.max_adapters`")
+            raise AdapterError(
+                f"{self.max_adapters} adapters are loaded already; raise `engine.max_adapters`"
+            )
         if held is None:
             self.loaded[adapter.name] = adapter
 
@@ -144,8 +150,8 @@ class AdapterBank:
         if len(active) == 1 and None not in adapters:
             return
         numbers = [plan.order[a.uid] if a is not None else -1 for a in adapters]
-        number_B11 = torch.tensor(numbers, device=plan.owners_R[0].device)[:, None, None]
-        self.others = {i: owner_R != number_B11 for i, owner_R in enumerate(plan.owners_R)}
+        number_B11 = torch.tensor(numbers, device=plan.owners[0].device)[:, None, None]
+        self.others = {i: owner_R != number_B11 for i, owner_R in enumerate(plan.owners)}
 
     def _plan(self, active: dict[int, LoadedAdapter]) -> _Plan:
         key = tuple(sorted(active))
@@ -177,7 +183,8 @@ class AdapterBank:
 
 def _join(adapters: list[LoadedAdapter]) -> _Plan:
     layouts: dict[tuple[tuple[int, int], ...], int] = {}
-    layers, owners = {}, []
+    layers: dict[str, _Joined] = {}
+    owners: list[Tensor] = []
     for module in sorted({m for a in adapters for m in a.pairs}):
         parts = [(number, a.pairs[module]) for number, a in enumerate(adapters) if module in a.pairs]
         shape = tuple((number, pair.a.shape[0]) for number, pair in parts)

@@ -32,7 +32,9 @@ def sample(logits_BV: Tensor, rows: Sequence[Generation]) -> Sampled:
     if drawing:
         everyone = len(drawing) == len(rows)
         drawn = _draw(logits_BV if everyone else logits_BV[drawing], [rows[i] for i in drawing])
-        chosen_B = drawn if everyone else chosen_B.index_copy(0, torch.tensor(drawing, device=drawn.device), drawn)
+        chosen_B = (
+            drawn if everyone else chosen_B.index_copy(0, torch.tensor(drawing, device=drawn.device), drawn)
+        )
     finite = torch.isfinite(normaliser_B).tolist()
     tokens = chosen_B.tolist()
     return Sampled(
@@ -47,7 +49,9 @@ def _draw(logits_BV: Tensor, rows: Sequence[Generation]) -> Tensor:
     temperature_B1 = torch.tensor([row.params.temperature for row in rows], device=device).unsqueeze(1)
     probabilities_BV = torch.softmax(logits_BV / temperature_B1, dim=-1).nan_to_num(0.0)
     if any(row.params.top_p < 1 for row in rows):
-        probabilities_BV = _keep_top_p(probabilities_BV, torch.tensor([row.params.top_p for row in rows], device=device))
+        probabilities_BV = _keep_top_p(
+            probabilities_BV, torch.tensor([row.params.top_p for row in rows], device=device)
+        )
     cumulative_BV = probabilities_BV.cumsum(dim=-1)
     uniform_B1 = torch.tensor([row.draws.random() for row in rows], device=device).unsqueeze(1)
     target_B1 = uniform_B1 * cumulative_BV[:, -1:]  # the sum is not exactly one
@@ -84,5 +88,7 @@ def _logprobs(
             answers.append(None)
             continue
         count = row.params.top_logprobs
-        answers.append(TokenLogprob(values[i], tuple(zip(ids[i][:count], tops[i][:count], strict=True)) if count else ()))
+        answers.append(
+            TokenLogprob(values[i], tuple(zip(ids[i][:count], tops[i][:count], strict=True)) if count else ())
+        )
     return answers

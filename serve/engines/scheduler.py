@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import UnavailableError
-from serve.engines.cache import SlotCache
+from serve.engines.cache import KeyValue, SlotCache
 from serve.engines.generation import FinishReason, Generation, Update
 from serve.engines.lora import AdapterBank
 from serve.engines.prefix import PrefixCache
@@ -129,7 +129,12 @@ class Scheduler:
         return future
 
     def forward(
-        self, rows: Sequence[Generation], first_slot: int, tokens: Sequence[Sequence[int]], *, all_logits: bool = False
+        self,
+        rows: Sequence[Generation],
+        first_slot: int,
+        tokens: Sequence[Sequence[int]],
+        *,
+        all_logits: bool = False,
     ) -> Tensor:
         """Run `tokens[i]` of each row, which follow what its slot holds; call on the loop's thread only.
 
@@ -141,7 +146,9 @@ class Scheduler:
         length = max(start + len(t) for start, t in zip(starts, tokens, strict=True))
         self._cache.reserve(first_slot + len(rows), length)
         padded = [[0] * (width - len(t)) + list(t) for t in tokens]
-        first_B1 = torch.tensor([s + len(t) - width for s, t in zip(starts, tokens, strict=True)]).unsqueeze(1)
+        first_B1 = torch.tensor([s + len(t) - width for s, t in zip(starts, tokens, strict=True)]).unsqueeze(
+            1
+        )
         positions_BQ = (first_B1 + torch.arange(width)).to(self._device)
         ragged = any(len(t) != width for t in tokens)
         padding_BQ = None
@@ -152,7 +159,9 @@ class Scheduler:
         self._cache.aim(first_slot, positions_BQ, padding_BQ, length)
         self._bank.select([row.adapter for row in rows])
         # A padding token sees column 0, so that no row of the mask is empty; nobody reads its result.
-        mask_B1QL = (torch.arange(length, device=self._device) <= positions_BQ.unsqueeze(-1)).unsqueeze(1)
+        later_BQL = torch.arange(length, device=self._device) > positions_BQ.unsqueeze(-1)
+        mask_B1QL = torch.zeros(later_BQL.shape, dtype=self._model.dtype, device=self._device)
+        mask_B1QL = mask_B1QL.masked_fill_(later_BQL, -torch.inf).unsqueeze(1)
         logits: Tensor = self._model(
             input_ids=torch.tensor(padded, device=self._device),
             attention_mask=mask_B1QL,
@@ -196,7 +205,9 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Read the prompts of waiting rows, as many as fit into this step."""
-        joiners, blocks, budget = [], [], self._limits.max_prefill_tokens
+        joiners: list[Generation] = []
+        blocks: list[list[KeyValue]] = []
+        budget = self._limits.max_prefill_tokens
         while self._waiting and len(self._rows) + len(joiners) < self._limits.max_rows:
             row = self._waiting[0]
             if row.cancelled:
@@ -216,7 +227,7 @@ class Scheduler:
                 self._rows = [row for row in self._rows if row not in joiners]
                 self._fail(joiners, error)
 
-    def _prefill(self, joiners: list[Generation], blocks: list[list[Any]]) -> None:
+    def _prefill(self, joiners: list[Generation], blocks: list[list[KeyValue]]) -> None:
         first, size = len(self._rows), self._prefixes.block_tokens
         self._cache.reserve(first + len(joiners), max(len(row.prompt) for row in joiners))
         for slot, (row, found) in enumerate(zip(joiners, blocks, strict=True), start=first):
@@ -299,7 +310,9 @@ class Scheduler:
 
     def _fail(self, rows: Sequence[Generation], error: Exception) -> None:
         log.error("a step failed for %d answers: %s", len(rows), error, exc_info=error)
-        self._updates.extend(Update(row, "", [], [], "error", "the engine failed on this batch") for row in rows)
+        self._updates.extend(
+            Update(row, "", [], [], "error", "the engine failed on this batch") for row in rows
+        )
 
     def _deliver(self) -> None:
         if self._updates:

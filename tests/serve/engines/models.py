@@ -8,13 +8,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-TEXTS = ["alert disk full on host db-7, verdict escalate, owner storage", "héllo wörld ✓ 😀 ok", "the quick brown fox"] * 20
+TEXTS = [
+    "alert disk full on host db-7, verdict escalate, owner storage",
+    "héllo wörld ✓ 😀 ok",
+    "the quick brown fox",
+] * 20
 
 
-def build_base(out: Path, *, hidden: int = 32, layers: int = 2, heads: int = 4, kv_heads: int = 2, seed: int = 0) -> Path:
+def build_base(
+    out: Path, *, hidden: int = 32, layers: int = 2, heads: int = 4, kv_heads: int = 2, seed: int = 0
+) -> Path:
     """A random model whose logits are spread enough that greedy choices do not hang on rounding."""
     tokenizer = build_tokenizer()
     config = LlamaConfig(
@@ -41,18 +48,27 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     special = ["<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator(TEXTS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", chat_template=TEMPLATE)
 
 
-def build_adapter(base: Path, out: Path, *, seed: int, rank: int = 4, zero: bool = False, **config: object) -> Path:
+def build_adapter(
+    base: Path, out: Path, *, seed: int, rank: int = 4, zero: bool = False, **config: object
+) -> Path:
     """A random LoRA adapter saved by peft; `zero` leaves it as peft initialises it, doing nothing."""
     torch.manual_seed(seed)
-    settings: dict[str, object] = {"lora_alpha": 2 * rank, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    settings: dict[str, object] = {
+        "lora_alpha": 2 * rank,
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    }
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", r=rank, **(settings | config))
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(task_type="CAUSAL_LM", r=rank, **(settings | config)),
     )
     if not zero:
         for name, parameter in model.named_parameters():

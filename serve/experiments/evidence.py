@@ -1,0 +1,219 @@
+"""What the numbers of an experiment say at one moment: plain values, no database.
+
+`read_metric` turns the sums of two arms into a `Reading`: the effect, how much of it is harm, and bounds
+on the harm that hold at every look.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from cluster.settings.experiments import ExperimentSettings
+from serve.experiments import comparisons, sequences
+from serve.experiments.comparisons import Estimate, Moments
+from serve.experiments.metrics import Metric
+
+MIN_USERS_FOR_VARIANCE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ArmReading:
+    """One arm of one metric."""
+
+    users: int
+    count: float
+    mean: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One metric of the candidate against control. Harm is the effect, turned so that positive is worse."""
+
+    metric: str
+    candidate: ArmReading
+    control: ArmReading
+    margin: float | None = None
+    """How much harm is too much, in the metric's units."""
+    effect: float | None = None
+    harm: float | None = None
+    harm_low: float | None = None
+    """Always-valid lower bound of the harm; above 0 it is worse for certain."""
+    harm_high: float | None = None
+    """Always-valid upper bound; below the margin it is non-inferior for certain."""
+    z: float | None = None
+    """Effect over its standard error, positive is better; for the group-sequential looks."""
+    p_value: float | None = None
+    """Two-sided, Welch; for reports, unsafe to look at repeatedly."""
+    problem: str | None = None
+    """Why there are no numbers: `no data`, `too few users`, `not a number`."""
+
+    @property
+    def is_breached(self) -> bool:
+        """Worse for certain, and by more than its margin."""
+        if self.harm is None or self.harm_low is None or self.margin is None:
+            return False
+        return self.harm_low > 0 and self.harm > self.margin
+
+    @property
+    def is_non_inferior(self) -> bool:
+        """Harm beyond the margin is excluded for certain."""
+        return self.harm_high is not None and self.margin is not None and self.harm_high < self.margin
+
+    @property
+    def is_within_margin(self) -> bool:
+        """The estimate itself is no worse than the margin."""
+        return self.harm is not None and self.margin is not None and self.harm <= self.margin
+
+    @property
+    def users(self) -> int:
+        """Users of the smaller arm."""
+        return min(self.candidate.users, self.control.users)
+
+
+@dataclass(frozen=True, slots=True)
+class SplitReading:
+    """Is the split as configured?"""
+
+    users: dict[str, int]
+    expected: dict[str, float]
+    p_value: float
+    """Always valid."""
+    chi_squared_p_value: float | None = None
+    """For one look only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Everything a decision rests on; aggregates only, so it may be kept for ever."""
+
+    experiment_id: str
+    period: str
+    primary: Reading
+    guardrails: tuple[Reading, ...]
+    optional_guardrails: tuple[Reading, ...]
+    """Counted only where both arms have data."""
+    split: SplitReading
+    exposed: dict[str, int]
+    """Users with an interaction in this period: `candidate` and `control`."""
+    first_requests: int = 0
+    """How many of the candidate's first requests are in, and how many of them failed."""
+    first_errors: int = 0
+    last_seen_us: dict[str, int] | None = None
+    """Latest interaction of each served arm: `candidate` and `stable`."""
+    cursor_lag_events: int = 0
+    """Events in the log that are not counted yet."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A form that survives JSON and comes back with `from_json` unchanged."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Evidence":
+        """The evidence kept with a decision."""
+        return Evidence(
+            **{
+                **value,
+                "primary": _reading(value["primary"]),
+                "guardrails": tuple(_reading(r) for r in value["guardrails"]),
+                "optional_guardrails": tuple(_reading(r) for r in value["optional_guardrails"]),
+                "split": SplitReading(**value["split"]),
+            }
+        )
+
+
+def _reading(value: Mapping[str, Any]) -> Reading:
+    arms = {name: ArmReading(**value[name]) for name in ("candidate", "control")}
+    return Reading(**{**value, **arms})
+
+
+def read_metric(
+    metric: Metric,
+    candidate: Moments | None,
+    control: Moments | None,
+    settings: ExperimentSettings,
+    alpha: float,
+) -> Reading:
+    """Compare two arms. `alpha` is this guardrail's share; non-inferiority uses the whole of it."""
+    bare = Reading(metric.name, _arm(metric, candidate), _arm(metric, control))
+    if candidate is None or control is None:
+        return replace(bare, problem="no data")
+    if bare.users < MIN_USERS_FOR_VARIANCE:
+        return replace(bare, problem="too few users")
+    one, other = _estimate(metric, candidate), _estimate(metric, control)
+    variance = one.variance + other.variance
+    if not all(math.isfinite(v) for v in (one.mean, other.mean, variance)):
+        return replace(bare, problem="not a number")
+    effect = one.mean - other.mean
+    harm = effect if metric.better == "lower" else -effect
+    low, high = _harm_bounds(metric, (candidate, control), harm, variance, settings, alpha)
+    return replace(
+        bare,
+        margin=metric.margin * abs(other.mean) if metric.relative else metric.margin,
+        effect=effect,
+        harm=harm,
+        harm_low=low,
+        harm_high=high,
+        z=-harm / math.sqrt(variance) if variance > 0 else None,
+        p_value=_finite(comparisons.welch(one, other).p_value),
+    )
+
+
+def _estimate(metric: Metric, moments: Moments) -> Estimate:
+    if metric.kind == "user_mean":
+        return comparisons.user_mean(moments)
+    return comparisons.proportion(moments) if metric.kind == "proportion" else comparisons.ratio(moments)
+
+
+def _arm(metric: Metric, moments: Moments | None) -> ArmReading:
+    if moments is None:
+        return ArmReading(0, 0.0, None)
+    return ArmReading(moments.users, moments.sum_n, _finite(_estimate(metric, moments).mean))
+
+
+def _harm_bounds(
+    metric: Metric,
+    arms: tuple[Moments, Moments],
+    harm: float,
+    variance: float,
+    settings: ExperimentSettings,
+    alpha: float,
+) -> tuple[float, float]:
+    """Always-valid one-sided bounds: lower at `alpha`, upper at the whole `settings.alpha`."""
+    if metric.kind == "proportion":
+        return _proportion_bounds(metric, arms, settings, alpha)
+    users = information(arms[0].users, arms[1].users)
+    low = harm - sequences.one_sided_width(variance, users, settings.tuning_users, alpha)
+    high = harm + sequences.one_sided_width(variance, users, settings.tuning_users, settings.alpha)
+    return low, high
+
+
+def _proportion_bounds(
+    metric: Metric, arms: tuple[Moments, Moments], settings: ExperimentSettings, alpha: float
+) -> tuple[float, float]:
+    """From one Bernoulli sequence an arm, each with half of alpha on either side.
+
+    Requests of one user are not independent, so trials are divided by the design effect over users.
+    """
+
+    def bounds(moments: Moments, alpha: float) -> tuple[float, float]:
+        effect = comparisons.design_effect(moments)
+        # a two-sided sequence at alpha has alpha / 2 on each side, which is this arm's share
+        return sequences.bernoulli_interval(
+            moments.sum_y / effect, moments.sum_n / effect, alpha, settings.tuning_trials
+        )
+
+    (low_1, high_1), (low_0, high_0) = (bounds(moments, alpha) for moments in arms)
+    worse_low = low_1 - high_0 if metric.better == "lower" else low_0 - high_1
+    (low_1, high_1), (low_0, high_0) = (bounds(moments, settings.alpha) for moments in arms)
+    worse_high = high_1 - low_0 if metric.better == "lower" else high_0 - low_1
+    return worse_low, worse_high
+
+
+def information(candidate_users: int, control_users: int) -> float:
+    """Users of a balanced experiment that would tell as much as these two arms together."""
+    return 4.0 * candidate_users * control_users / (candidate_users + control_users)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

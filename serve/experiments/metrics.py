@@ -1,0 +1,113 @@
+"""The table of metrics: what each means, which way is better, and how it comes out of events.
+
+Every event about an interaction contributes `(metric, value)` observations to that interaction's user;
+per user only their count and their total are kept. Nothing here reads a database.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cluster.errors import InputError
+from cluster.settings.experiments import ExperimentSettings
+
+Kind = Literal["user_mean", "ratio", "proportion"]
+OUTCOME = "outcome:"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One row of the table."""
+
+    name: str
+    kind: Kind
+    """`user_mean`: every user weighs the same. `ratio`: total over count. `proportion`: a ratio of events."""
+    better: Literal["higher", "lower"]
+    margin: float
+    """How much worse counts as harm; absolute for rare events, 5 % of control's mean elsewhere."""
+    relative: bool
+    description: str
+
+
+_TABLE = (
+    Metric("satisfaction", "user_mean", "higher", 0.05, False, "users' mean explicit reward, in [-1, 1]"),
+    Metric("thumbs_up_rate", "proportion", "higher", 0.03, False, "thumbs up among all thumbs"),
+    Metric("rating", "ratio", "higher", 0.1, False, "mean rating, 1 to 5"),
+    Metric("error_rate", "proportion", "lower", 0.005, False, "failed or answered by the fallback"),
+    Metric("latency_over_slo", "proportion", "lower", 0.01, False, "slower than `experiment.latency_slo_s`"),
+    Metric("ttft_over_slo", "proportion", "lower", 0.01, False, "first token after `experiment.ttft_slo_s`"),
+    Metric("refusal_rate", "proportion", "lower", 0.01, False, "refused or filtered"),
+    Metric("safety_incident_rate", "proportion", "lower", 0.001, False, "flagged for safety"),
+    Metric("feedback_response_rate", "proportion", "higher", 0.05, False, "with any explicit feedback"),
+    Metric("grader_score", "ratio", "higher", 0.05, True, "mean grade in [0, 1], abstentions left out"),
+)
+METRICS = {metric.name: metric for metric in _TABLE}
+
+Observation = tuple[str, float]
+
+
+def find_metric(name: str, settings: ExperimentSettings | None = None) -> Metric:
+    """The metric of that name, with the margin in force; `outcome:NAME` is any outcome a product reports.
+
+    Raises:
+        InputError: no such metric.
+    """
+    metric = METRICS.get(name)
+    if metric is None and name.startswith(OUTCOME) and len(name) > len(OUTCOME):
+        metric = Metric(name, "ratio", "higher", 0.05, True, f"mean of the outcome {name[len(OUTCOME) :]}")
+    if metric is None:
+        known = ", ".join([*METRICS, f"{OUTCOME}NAME"])
+        raise InputError("metric", name, f"must be one of {known}", "name a known metric")
+    if settings and name in settings.margins:
+        return Metric(name, metric.kind, metric.better, settings.margins[name], False, metric.description)
+    return metric
+
+
+def is_failed(body: dict[str, Any]) -> bool:
+    """True for an error of the arm assigned: failed, timed out, or answered by the fallback in its place.
+
+    A client that went away is no error.
+    """
+    flags = body.get("flags", {})
+    return bool(flags.get("error") or flags.get("fallback") or flags.get("timeout"))
+
+
+def of_interaction(body: dict[str, Any], settings: ExperimentSettings) -> Iterator[Observation]:
+    """What one request says."""
+    flags = body.get("flags", {})
+    response = body.get("response") or {}
+    yield "error_rate", float(is_failed(body))
+    yield "latency_over_slo", float(body.get("latency_s", 0.0) > settings.latency_slo_s)
+    if body.get("ttft_s") is not None:
+        yield "ttft_over_slo", float(body["ttft_s"] > settings.ttft_slo_s)
+    refused = bool(response.get("refusal")) or body.get("finish_reason") == "content_filter"
+    yield "refusal_rate", float(refused)
+    yield "safety_incident_rate", float(bool(flags.get("safety")))
+
+
+def is_explicit(body: dict[str, Any]) -> bool:
+    """True for feedback somebody gave on purpose."""
+    return bool(body.get("source", "explicit") == "explicit")
+
+
+def of_feedback(body: dict[str, Any]) -> Iterator[Observation]:
+    """What one signal says; implicit ones are not part of any metric here."""
+    if not is_explicit(body):
+        return
+    kind = body.get("type")
+    yield "satisfaction", float(body.get("reward", 0.0))
+    if kind in ("thumbs_up", "thumbs_down"):
+        yield "thumbs_up_rate", float(kind == "thumbs_up")
+    if kind == "rating" and body.get("value") is not None:
+        yield "rating", float(body["value"])
+
+
+def of_grade(body: dict[str, Any]) -> Iterator[Observation]:
+    """What a grader's verdict says; nothing where it abstained."""
+    if body.get("reward") is not None:
+        yield "grader_score", float(body["reward"])
+
+
+def of_outcome(body: dict[str, Any]) -> Iterator[Observation]:
+    """What a product measured."""
+    yield f"{OUTCOME}{body['name']}", float(body["value"])

@@ -1,0 +1,155 @@
+"""The `experiments` table: who compares what, on which route, and how it ended."""
+
+import math
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from cluster.clock import now_us
+from cluster.errors import ConflictError, InputError, NotFoundError
+from cluster.tables import experiments
+from serve.routes import RouteKey
+
+Outcome = Literal["promote", "keep", "inconclusive", "rejected_by_guardrail"]
+SUM_TOLERANCE = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """One row."""
+
+    experiment_id: str
+    tenant: str
+    workspace: str
+    agent: str
+    modality: str
+    salt: str
+    stable: str
+    candidate: str
+    config: dict[str, Any]
+    state: str
+    """`running` or `ended`."""
+    outcome: str | None
+    created_at_us: int
+    ended_at_us: int | None
+
+    @property
+    def key(self) -> RouteKey:
+        """The route it runs on."""
+        return RouteKey(self.tenant, self.agent, self.modality)
+
+
+def check_shares(shares: Mapping[str, float]) -> None:
+    """Shares of versions must be in [0, 1] and sum to one.
+
+    Raises:
+        InputError: they do not.
+    """
+    for version, share in shares.items():
+        if not (isinstance(share, int | float) and math.isfinite(share) and 0 <= share <= 1):
+            raise InputError(
+                f"shares.{version}", share, "must be between 0 and 1", "write a fraction such as 0.1"
+            )
+    total = sum(shares.values())
+    if abs(total - 1.0) > SUM_TOLERANCE:
+        raise InputError("shares", dict(shares), f"must sum to 1, not {total:g}", "mend the shares")
+
+
+def check_versions(versions: Mapping[str, Any], find: Callable[[str], object]) -> None:
+    """Two different versions that the registry knows; `find` raises NotFoundError for others."""
+    if len(versions) != 2:
+        raise InputError(
+            "shares", dict(versions), "must name two different versions", "name stable and candidate"
+        )
+    for version in versions:
+        find(version)
+
+
+def create_experiment(
+    connection: Connection,
+    key: RouteKey,
+    *,
+    stable: str,
+    candidate: str,
+    shares: Mapping[str, float],
+    find_version: Callable[[str], object],
+    config: Mapping[str, Any],
+    workspace: str = "default",
+) -> Experiment:
+    """Insert an experiment, with a new salt, as part of the caller's transaction.
+
+    Raises:
+        InputError: the shares do not sum to one, or the versions are the same.
+        NotFoundError: a version the registry does not know.
+        ConflictError: another experiment runs on this route.
+    """
+    check_shares(shares)
+    check_versions(dict.fromkeys([stable, candidate]), find_version)
+    running = _running_on(connection, key)
+    if running is not None:
+        raise ConflictError(f"experiment {running} runs on route {key}; end it first")
+    experiment = Experiment(
+        experiment_id=f"exp-{uuid.uuid4().hex[:16]}",
+        tenant=key.tenant,
+        workspace=workspace,
+        agent=key.agent,
+        modality=key.modality,
+        salt=uuid.uuid4().hex,
+        stable=stable,
+        candidate=candidate,
+        config=dict(config),
+        state="running",
+        outcome=None,
+        created_at_us=now_us(),
+        ended_at_us=None,
+    )
+    values = {name: getattr(experiment, name) for name in Experiment.__slots__}
+    connection.execute(experiments.insert().values(**values))
+    return experiment
+
+
+def end_experiment(connection: Connection, experiment_id: str, outcome: Outcome, at_us: int) -> None:
+    """Record how it ended. Ending it again changes nothing."""
+    connection.execute(
+        experiments.update()
+        .where(experiments.c.experiment_id == experiment_id, experiments.c.state == "running")
+        .values(state="ended", outcome=outcome, ended_at_us=at_us)
+    )
+
+
+def get_experiment(engine: Engine, experiment_id: str) -> Experiment:
+    """One experiment.
+
+    Raises:
+        NotFoundError: there is none of that name.
+    """
+    with engine.connect() as connection:
+        query = sa.select(experiments).where(experiments.c.experiment_id == experiment_id)
+        row = connection.execute(query).mappings().first()
+    if row is None:
+        raise NotFoundError(f"experiment {experiment_id!r} does not exist; see `rayloop experiment list`")
+    return Experiment(**row)
+
+
+def list_experiments(engine: Engine, tenant: str, agent: str | None = None) -> list[Experiment]:
+    """Experiments of a tenant, newest first."""
+    query = sa.select(experiments).where(experiments.c.tenant == tenant)
+    if agent is not None:
+        query = query.where(experiments.c.agent == agent)
+    query = query.order_by(experiments.c.created_at_us.desc(), experiments.c.experiment_id)
+    with engine.connect() as connection:
+        return [Experiment(**row) for row in connection.execute(query).mappings()]
+
+
+def _running_on(connection: Connection, key: RouteKey) -> str | None:
+    query = sa.select(experiments.c.experiment_id).where(
+        experiments.c.tenant == key.tenant,
+        experiments.c.agent == key.agent,
+        experiments.c.modality == key.modality,
+        experiments.c.state == "running",
+    )
+    return connection.execute(query).scalar()

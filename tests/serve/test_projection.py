@@ -1,0 +1,210 @@
+import random
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from cluster.settings import Settings, load_settings
+from cluster.tables import arm_statistics, experiment_users
+from data.events import Event, parse_body
+from data.log import EventLog
+from serve.assignment import Assignment, in_control_slice
+from serve.experiments.projection import Projection
+from serve.experiments.readings import read_evidence
+from tests.serve.rollout_world import TENANT, Population, feedback, fixed_split, interaction
+
+Key = tuple[str, str, str, str]
+
+
+def settings_with(**experiment: Any) -> Settings:
+    return load_settings(experiment={"breach_min_users_per_arm": 2} | experiment)[0]
+
+
+def statistics(database: Engine) -> dict[Key, tuple[float, float]]:
+    with database.connect() as connection:
+        rows = connection.execute(sa.select(arm_statistics)).mappings().all()
+    return {(r["metric"], r["period"], r["arm"], r["user_id"]): (r["count"], r["total"]) for r in rows}
+
+
+def users(database: Engine) -> dict[str, Any]:
+    with database.connect() as connection:
+        return {row["user_id"]: row for row in connection.execute(sa.select(experiment_users)).mappings()}
+
+
+CANDIDATE = Assignment("candidate", 0.1, 0.25, "user")
+CONTROL = Assignment("stable", 0.9, 0.75, "user")
+BETWEEN = Assignment("stable", 0.5, 0.75, "user")
+
+
+def test_both_sides_are_counted_per_user_and_the_middle_only_for_the_split(database: Engine) -> None:
+    EventLog(database).append(
+        [
+            interaction("a", CANDIDATE, user="ann"),
+            interaction("b", CONTROL, user="bob", flags={"fallback": True}),
+            interaction("c", BETWEEN, user="cy"),
+            interaction("d", None, user="dee"),
+            feedback("a", "rating", 0.5, value=4),
+            feedback("a", "thumbs_up", 1.0),
+            feedback("b", "copy_response", 0.4, source="implicit"),
+            feedback("c", "thumbs_up", 1.0),
+        ]
+    )
+    assert Projection(database, settings_with()).catch_up() == 8
+    found = statistics(database)
+    assert found["satisfaction", "ramp", "candidate", "ann"] == (2, 1.5)
+    assert found["rating", "ramp", "candidate", "ann"] == (1, 4)
+    assert found["feedback_response_rate", "ramp", "candidate", "ann"] == (1, 1)
+    assert found["feedback_response_rate", "ramp", "control", "bob"] == (1, 0)
+    assert found["error_rate", "ramp", "control", "bob"] == (1, 1)
+    assert not [key for key in found if key[3] in ("cy", "dee")]
+    assert {user: row["arm"] for user, row in users(database).items()} == {
+        "ann": "candidate",
+        "bob": "stable",
+        "cy": "stable",
+    }
+
+
+def test_a_fallback_answer_is_an_error_of_the_candidate_and_its_feedback_counts_there(
+    database: Engine,
+) -> None:
+    EventLog(database).append(
+        [interaction("a", CANDIDATE, user="ann", flags={"fallback": True}), feedback("a", "thumbs_up", 1.0)]
+    )
+    Projection(database, settings_with()).catch_up()
+    found = statistics(database)
+    assert found["error_rate", "ramp", "candidate", "ann"] == (1, 1)
+    assert found["satisfaction", "ramp", "candidate", "ann"] == (1, 1)
+
+
+def test_feedback_before_its_interaction_and_long_after_counts_once_for_the_assigned_arm(
+    database: Engine,
+) -> None:
+    log, projection = EventLog(database), Projection(database, settings_with())
+    log.append([feedback("a", "thumbs_down", -1.0)])
+    projection.catch_up()
+    assert statistics(database) == {}
+    log.append([interaction("a", CANDIDATE, user="ann")])
+    projection.catch_up()
+    log.append([feedback("a", "thumbs_up", 1.0)])
+    projection.catch_up()
+    projection.catch_up()
+    found = statistics(database)
+    assert found["satisfaction", "ramp", "candidate", "ann"] == (2, 0)
+    assert found["feedback_response_rate", "ramp", "candidate", "ann"] == (1, 1)
+
+
+def test_above_one_half_a_period_of_its_own_begins(database: Engine) -> None:
+    late = [Assignment("candidate", 0.9, 0.95, "user"), Assignment("stable", 0.97, 1 - 0.95, "user")]
+    EventLog(database).append(
+        [interaction(f"i{n}", made, user=f"u{n}") for n, made in enumerate([CONTROL, *late])]
+    )
+    Projection(database, settings_with()).catch_up()
+    periods = {(key[1], key[2], key[3]) for key in statistics(database) if key[0] == "error_rate"}
+    assert periods == {("ramp", "control", "u0"), ("0.95", "candidate", "u1"), ("0.95", "control", "u2")}
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        [Assignment("stable", 0.1, 0.75, "user")],  # by hand: the bucket says candidate
+        [CANDIDATE, Assignment("stable", 0.1, 0.9, "user")],  # back to stable within one experiment
+    ],
+)
+def test_a_user_moved_by_hand_counts_for_nobody(database: Engine, moved: list[Assignment]) -> None:
+    EventLog(database).append([interaction(f"m{n}", made, user="mo") for n, made in enumerate(moved)])
+    EventLog(database).append(
+        [
+            interaction("a", CANDIDATE, user="ann"),
+            interaction("b", CONTROL, user="bob"),
+        ]
+    )
+    Projection(database, settings_with()).catch_up()
+    evidence = read_evidence(database, "exp", settings_with().experiment, period="ramp")
+    assert evidence.exposed == {"candidate": 1, "control": 1}
+
+
+def test_pinned_shadow_and_unassigned_requests_count_for_nobody(database: Engine) -> None:
+    pinned = Assignment("stable", 0.9, 1.0, "user")
+    EventLog(database).append(
+        [
+            interaction("a", pinned, user="ann"),
+            interaction("b", CANDIDATE, user="bob", flags={"shadow": True}),
+        ]
+    )
+    Projection(database, settings_with()).catch_up()
+    assert (statistics(database), users(database)) == ({}, {})
+
+
+def test_sessions_stand_in_for_users(database: Engine) -> None:
+    EventLog(database).append([interaction("a", CANDIDATE, user=None, session="s1")])
+    Projection(database, settings_with()).catch_up()
+    assert list(users(database)) == ["session:s1"]
+
+
+def test_first_requests_stop_counting_at_the_limit(database: Engine) -> None:
+    settings = load_settings(rollout={"first_requests": 5})[0]
+    log, projection = EventLog(database), Projection(database, settings)
+    for batch in range(2):
+        flags = {"error": "boom"} if batch == 0 else {}
+        log.append([interaction(f"{batch}-{n}", CANDIDATE, user="ann", flags=flags) for n in range(4)])
+        projection.catch_up()
+    evidence = read_evidence(database, "exp", settings.experiment, period="ramp")
+    assert (evidence.first_requests, evidence.first_errors) == (5, 4)
+
+
+def test_grades_and_outcomes_become_metrics(database: Engine) -> None:
+    def about(kind: str, body: dict[str, Any]) -> Event:
+        return Event(kind, TENANT, "main", parse_body(kind, body), interaction_id="a")
+
+    EventLog(database).append(
+        [
+            interaction("a", CANDIDATE, user="ann"),
+            about("grade", {"grader": "rubric", "grader_version": "1", "reward": 0.75}),
+            about("grade", {"grader": "rubric", "grader_version": "1"}),
+            about("outcome", {"name": "closed", "value": 1}),
+        ]
+    )
+    Projection(database, settings_with()).catch_up()
+    found = statistics(database)
+    assert found["grader_score", "ramp", "candidate", "ann"] == (1, 0.75)
+    assert found["outcome:closed", "ramp", "candidate", "ann"] == (1, 1)
+
+
+def test_any_page_size_and_a_rebuild_give_the_same_tables(database: Engine) -> None:
+    log, population = EventLog(database), Population(users=40, seed=3)
+    for round_ in range(4):
+        share = (0.1, 0.25, 0.5, 0.95)[round_]
+        population.ask(log, fixed_split(share, "salt"), range(40), (round_ + 1) * 1_000_000)
+    late = [r.event.interaction_id for r in log.scan(kinds=["interaction"])]
+    random.Random(1).shuffle(late)
+    log.append([feedback(str(i), "rating", 0.5, value=4) for i in late[:30]])
+    projection = Projection(database, settings_with(projection_page=7))
+    projection.catch_up()
+    by_sevens = (statistics(database), users(database))
+    assert Projection(database, settings_with(projection_page=1000)).rebuild() == log.last_seq()
+    assert (statistics(database), users(database)) == by_sevens
+    projection.catch_up()
+    assert (statistics(database), users(database)) == by_sevens
+    assert any(key[1] == "0.95" for key in by_sevens[0])
+
+
+def test_only_the_control_slice_is_compared(sqlite_database: Engine) -> None:
+    log, population = EventLog(sqlite_database), Population(users=200)
+    population.ask(log, fixed_split(0.25, "salt"), range(200), 1_000_000)
+    Projection(sqlite_database, settings_with()).catch_up()
+    everybody = users(sqlite_database)
+    expected = [u for u, row in everybody.items() if in_control_slice(0.25, row["bucket"])]
+    found = {key[3] for key in statistics(sqlite_database) if key[2] == "control"}
+    assert found == set(expected) and len(everybody) == 200
+
+
+def test_evidence_survives_json(sqlite_database: Engine) -> None:
+    from serve.experiments.evidence import Evidence
+
+    population = Population(users=60)
+    population.ask(EventLog(sqlite_database), fixed_split(0.5, "salt"), range(60), 1_000_000)
+    Projection(sqlite_database, settings_with()).catch_up()
+    evidence = read_evidence(sqlite_database, "exp", settings_with().experiment, period="ramp")
+    assert Evidence.from_json(evidence.as_json()) == evidence
+    assert evidence.primary.problem is None and evidence.split.p_value > 0.01
