@@ -45,7 +45,7 @@ events = Table(
 event_bodies = Table(
     "event_bodies",
     metadata,
-    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("seq", Sequence64, primary_key=True, autoincrement=False),
     Column("salt", LargeBinary, nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("arrays", LargeBinary),
