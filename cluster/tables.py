@@ -40,7 +40,6 @@ events = Table(
     Column("erased", Boolean, nullable=False, default=False),
     Index("events_by_kind", "kind", "seq"),
     Index("events_by_interaction", "tenant", "interaction_id"),
-    Index("events_by_user", "tenant", "user_id"),
 )
 event_bodies = Table(
     "event_bodies",

@@ -42,7 +42,6 @@ def _create_log() -> None:
     )
     op.create_index("events_by_interaction", "events", ["tenant", "interaction_id"])
     op.create_index("events_by_kind", "events", ["kind", "seq"])
-    op.create_index("events_by_user", "events", ["tenant", "user_id"])
     op.create_table(
         "event_bodies",
         sa.Column("seq", Sequence64, primary_key=True, autoincrement=False),
