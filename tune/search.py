@@ -27,7 +27,7 @@ METRICS = ("win_rate", "kl", "reward", "score", "progress")
 
 
 class NestedRuns(ray.tune.Callback):  # type: ignore[misc]  # Ray is untyped here
-    """One MLflow run a trial, under the sweep's run; remembered in a file so that a resumed trial keeps its own."""
+    """One MLflow run a trial, under the sweep's; remembered in a file, so a resumed trial keeps its own."""
 
     def __init__(self, parent: Run, file: Path) -> None:
         self.parent, self.file = parent, file

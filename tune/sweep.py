@@ -165,11 +165,7 @@ def read_sweep(settings: Settings, sweep_id: str) -> Sweep:
         known = sorted(path.parent.name for path in root.glob(f"*/{SPEC}")) if root.is_dir() else []
         raise NotFoundError(f"no sweep {sweep_id!r}; there are {', '.join(known) or 'none'}")
     values = json.loads(file.read_text())
-    kinds: dict[str, type[Range | Choice]] = {"Range": Range, "Choice": Choice}
-    space = {}
-    for name, fields in values.pop("space").items():
-        kind = kinds[fields.pop("kind")]
-        space[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    space = {name: _dimension(fields) for name, fields in values.pop("space").items()}
     return Sweep(**values, space=space)
 
 
@@ -281,6 +277,12 @@ def _log_result(run: tracking.Run, found: SweepResult) -> None:
         best = {"chosen.win_rate": found.chosen.win_rate, "chosen.kl": found.chosen.kl}
         run.log_metrics(best)
         run.set_tags({"rayloop.chosen": json.dumps(found.chosen.config)})
+
+
+def _dimension(fields: dict[str, Any]) -> Range | Choice:
+    if fields.pop("kind") == "Choice":
+        return Choice(tuple(fields["values"]))
+    return Range(**fields)
 
 
 def _text(dimension: Range | Choice) -> str:

@@ -51,7 +51,7 @@ def _from_sft(rows: Iterable[Row]) -> Iterator[Truth]:
     for row in rows:
         *prompt, answer = json.loads(row["messages"])
         if answer.get("role") == "assistant" and (text := message_text(answer)).strip():
-            yield _truth(row, prompt, text, ORIGINS.get(row["origin"], row["origin"]))
+            yield _truth(row, prompt, text, ORIGINS.get(row["origin"], str(row["origin"])))
 
 
 def _from_preference(rows: Iterable[Row]) -> Iterator[Truth]:
