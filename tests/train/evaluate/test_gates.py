@@ -71,13 +71,8 @@ def test_shuffled_control_needs_answers_that_fit_their_prompt(make_evidence: Mak
     gate = measure("shuffled_control", right_for_each)
     assert gate.status == "passed" and gate.value == pytest.approx(1 / 201)
     assert gate.metrics["shuffled_win_rate"] == pytest.approx(0.5, abs=0.05)
-    always = make_evidence(
-        lambda text: answer_json("malicious"),
-        right,
-        [t for t in truths if number(t.prompt.messages[0]["content"]) % 2 == 0],
-    )
-    assert measure("win_rate", always).status == "passed"
-    assert measure("shuffled_control", always).status == "failed"
+    alike = make_evidence(right, half_right, make_truths(60))
+    assert measure("shuffled_control", alike).status == "not_applicable"
 
 
 def test_a_candidate_seldom_passes_on_shuffled_feedback(make_evidence: Make) -> None:
