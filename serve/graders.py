@@ -25,7 +25,7 @@ from serve.keys import Key, KeyRing
 from serve.openai import (
     JSON,
     ApiError,
-    ClientGone,
+    ClientGoneError,
     Receive,
     Scope,
     Send,
@@ -80,7 +80,7 @@ class GraderApi:
             await send_response(send, 200, orjson.dumps(body), [JSON])
         except ApiError as error:
             await send_error(send, error)
-        except ClientGone:
+        except ClientGoneError:
             log.debug("client left before its request was whole")
 
     async def _answer(self, path: str, scope: Scope, receive: Receive) -> Json:
