@@ -105,8 +105,18 @@ class EventLog:
         with self.engine.connect() as connection:
             return connection.execute(sa.select(cursors.c.seq).where(cursors.c.name == name)).scalar() or 0
 
+    def save_cursor(self, name: str, seq: int) -> None:
+        """Move the reader `name`, in a transaction of its own."""
+        with self._writer.begin() as connection:
+            save_cursor(connection, name, seq)
+
     def about(
-        self, tenant: str, interaction_ids: Sequence[str], *, kinds: Sequence[str] = (), upto: int | None = None
+        self,
+        tenant: str,
+        interaction_ids: Sequence[str],
+        *,
+        kinds: Sequence[str] = (),
+        upto: int | None = None,
     ) -> Iterator[RecordedEvent]:
         """Events about these interactions with `seq <= upto`, in order within each short read."""
         for start in range(0, len(interaction_ids), LOOKUP_CHUNK):
