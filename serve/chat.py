@@ -75,7 +75,10 @@ class Engines:
             return known[1]
         settings = self.settings
         limits = Limits(
-            settings.connect_timeout_s, settings.request_timeout_s, settings.upstream_connections, settings.max_response_bytes
+            settings.connect_timeout_s,
+            settings.request_timeout_s,
+            settings.upstream_connections,
+            settings.max_response_bytes,
         )
         key = self.environment.get(endpoint.api_key_env) if endpoint.api_key_env else None
         made = Upstream(endpoint.base_url or self.default_url, limits, key)
@@ -120,7 +123,9 @@ class Exchange:
 
     def rewriter(self, target: Target) -> Rewriter:
         """Turns that engine's answer into ours."""
-        return Rewriter(self.record.interaction_id, target.version, Wanted.by(self.request), self.record.answer)
+        return Rewriter(
+            self.record.interaction_id, target.version, Wanted.by(self.request), self.record.answer
+        )
 
     def headers(self) -> Headers:
         """Who served, in headers."""
@@ -141,13 +146,22 @@ class Exchange:
 class ChatHandler:
     """Chat completions of one router replica; its state is breakers, latencies and open connections."""
 
-    def __init__(self, settings: ServeSettings, engines: Engines, capture: Capture | None, secret: bytes) -> None:
+    def __init__(
+        self, settings: ServeSettings, engines: Engines, capture: Capture | None, secret: bytes
+    ) -> None:
         self._settings, self._engines, self._capture, self._secret = settings, engines, capture, secret
         self._breakers: dict[str, Breaker] = {}
         self._stable_latency: dict[tuple[str, bool], StableLatency] = {}
 
     async def handle(
-        self, scope: Scope, receive: Receive, send: Send, key: Key, view: View, request_id: str, headers: Headers
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        key: Key,
+        view: View,
+        request_id: str,
+        headers: Headers,
     ) -> int:
         """Answer one request; returns the status sent. `headers` go with every answer."""
         body = await read_body(scope, receive, self._settings.max_body_bytes, self._settings.body_timeout_s)
@@ -175,9 +189,7 @@ class ChatHandler:
         """Version -> True while it is left alone."""
         return {version: breaker.is_open for version, breaker in self._breakers.items()}
 
-    def _exchange(
-        self, scope: Scope, body: bytes, key: Key, view: View, request_id: str
-    ) -> Exchange:
+    def _exchange(self, scope: Scope, body: bytes, key: Key, view: View, request_id: str) -> Exchange:
         began = time.perf_counter()
         request = parse_chat(body)
         raw_user = request.get("user") or text_header(scope, b"x-rayloop-user")
@@ -186,7 +198,13 @@ class ChatHandler:
         modality = text_header(scope, b"x-rayloop-modality", MODALITY_CHARACTERS) or "text"
         interaction_id = "chatcmpl-" + uuid7().replace("-", "")
         planned = plan(
-            view.snapshot, key.tenant, request["model"], modality=modality, user=user, session=session, request=interaction_id
+            view.snapshot,
+            key.tenant,
+            request["model"],
+            modality=modality,
+            user=user,
+            session=session,
+            request=interaction_id,
         )
         record = Record(interaction_id, key, planned, request, modality, user, session, _trace_id(scope))
         stream = bool(request.get("stream"))
@@ -213,8 +231,14 @@ class ChatHandler:
             await self._ask(exchange, target)
         except UpstreamError as error:
             exchange.record.timeout = error.code == "engine_timeout"
-            raise ApiError(error.status, error.message, code=error.code, retry_after_s=self._settings.retry_after_s) from None
-        if exchange.plan.arm != "none" and exchange.record.fallback is None and exchange.record.ttft_s is not None:
+            raise ApiError(
+                error.status, error.message, code=error.code, retry_after_s=self._settings.retry_after_s
+            ) from None
+        if (
+            exchange.plan.arm != "none"
+            and exchange.record.fallback is None
+            and exchange.record.ttft_s is not None
+        ):
             latency.record(exchange.record.ttft_s)
 
     async def _ask_candidate(self, exchange: Exchange) -> None:
@@ -254,12 +278,16 @@ class ChatHandler:
         """
         endpoint = exchange.endpoints.get(target.engine)
         if endpoint is None:
-            raise UpstreamError(f"engine {target.engine} is not configured", code="engine_unavailable", status=503)
+            raise UpstreamError(
+                f"engine {target.engine} is not configured", code="engine_unavailable", status=503
+            )
         upstream = self._engines.upstream(target.engine, endpoint)
         reply = await upstream.post(PATH, exchange.body_for(target), request_id=exchange.request_id)
         try:
             if reply.status != 200:
-                raise _failure(reply, await reply.read(), target, exchange.plan.fallback, self._settings.retry_after_s)
+                raise _failure(
+                    reply, await reply.read(), target, exchange.plan.fallback, self._settings.retry_after_s
+                )
             exchange.head = await reply.next() if exchange.stream else await reply.read()
             if not exchange.head:
                 raise UpstreamError("the engine's answer was empty", code="engine_error")
@@ -360,13 +388,17 @@ def _wrong(name: str, value: Any, rule: str) -> ApiError:
     return ApiError(400, f"{name}={shown(value)} {rule}.", code="invalid_value", param=name)
 
 
-def _failure(reply: Reply, body: bytes, target: Target, fallback: Target | None, retry_after_s: float) -> Exception:
+def _failure(
+    reply: Reply, body: bytes, target: Target, fallback: Target | None, retry_after_s: float
+) -> Exception:
     """An engine's refusal: its own fault (then somebody else may answer) or the request's."""
     error = from_engine(reply.status, body)
     elsewhere = fallback is not None and fallback.engine != target.engine
     if reply.status >= 500 or reply.status in (401, 403, 404, 408) or (reply.status == 429 and elsewhere):
         status = 503 if reply.status == 503 else 504 if reply.status == 504 else 502
-        return UpstreamError(f"engine {target.engine}: {error.message}", code=error.code or "engine_error", status=status)
+        return UpstreamError(
+            f"engine {target.engine}: {error.message}", code=error.code or "engine_error", status=status
+        )
     if reply.status == 429:
         after = reply.headers.get(b"retry-after", b"")
         error.retry_after_s = float(after) if after.isdigit() else retry_after_s

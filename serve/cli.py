@@ -102,18 +102,35 @@ def _refuse_second(settings: Settings) -> None:
     record = _read_record(settings)
     if record and _process(record, record["pids"]["supervisor"]) is not None:
         url = record["urls"].get("api", "an address it has not chosen yet")
-        raise ConflictError(f"the live side of {settings.home} is up already at {url}; `rayloop down` ends it")
+        raise ConflictError(
+            f"the live side of {settings.home} is up already at {url}; `rayloop down` ends it"
+        )
     if record:
         _end(record)  # what a killed supervisor left behind
         (settings.home / RUN_RECORD).unlink(missing_ok=True)
 
 
 def _launch(settings: Settings, mlflow: bool) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "serve.supervisor", str(settings.home), *(["--mlflow"] if mlflow else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.supervisor",
+        str(settings.home),
+        *(["--mlflow"] if mlflow else []),
+    ]
     project = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([project, os.environ.get("PYTHONPATH", "")]).rstrip(":")}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([project, os.environ.get("PYTHONPATH", "")]).rstrip(":")
+    }
     with (settings.home / LOG_FILE).open("wb") as file:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def _wait_until_ready(settings: Settings, process: "subprocess.Popen[bytes]") -> dict[str, Any]:
@@ -125,7 +142,9 @@ def _wait_until_ready(settings: Settings, process: "subprocess.Popen[bytes]") ->
                 if record["ready"]:
                     return record
                 if record["failure"]:
-                    raise UnavailableError(f"the live side did not start: {record['failure']}; see {settings.home / LOG_FILE}")
+                    raise UnavailableError(
+                        f"the live side did not start: {record['failure']}; see {settings.home / LOG_FILE}"
+                    )
             if process.poll() is not None or time.monotonic() > deadline:
                 raise UnavailableError(f"the live side did not start; see {settings.home / LOG_FILE}")
             time.sleep(WAIT_S)

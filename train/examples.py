@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as pa_dataset
 
 from cluster.errors import DatasetError
+from data.manifest import read_examples
 from data.template import render_pair, render_with_mask
 
 IGNORED = -100  # label outside the loss
@@ -104,27 +104,22 @@ def _tools(row: Row) -> Any:
     return json.loads(row["tools"]) if row.get("tools") else None
 
 
-def read_split(dataset: Path, kind: str, split: str) -> pa.Table:
-    """One split of a curated dataset in the order of example ids; a split without files is empty.
-
-    Raises:
-        DatasetError: there is no dataset there, or its files cannot be read.
-    """
-    if not (dataset / "manifest.json").is_file():
-        raise DatasetError(f"dataset {str(dataset)!r} does not exist (no manifest.json); run `rayloop curate`")
-    files = sorted((dataset / kind / split).glob("*.parquet"))
-    if not files:
-        return pa.table({"example_id": pa.array([], pa.string())})
-    try:
-        table = pa_dataset.dataset([str(file) for file in files], format="parquet").to_table()
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"dataset {str(dataset)!r} cannot be read ({error})") from None
-    return in_order(table)
-
-
 def in_order(table: pa.Table) -> pa.Table:
     """Rows sorted by example id, so that neither files nor parallel readers decide the order."""
     return table.sort_by("example_id") if table.num_rows else table
+
+
+def read_split(dataset: Path, kind: str, split: str) -> pa.Table:
+    """One split of a curated dataset, in the order of example ids.
+
+    Raises:
+        NotFoundError: there is no dataset there.
+        DatasetError: its files cannot be read.
+    """
+    try:
+        return in_order(read_examples(dataset, kind, split))
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"dataset {str(dataset)!r} cannot be read ({error})") from None
 
 
 def read_data(dataset: Path, kind: str) -> TrainData:

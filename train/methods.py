@@ -113,18 +113,18 @@ class Method:
     """One row of the table."""
 
     trainer: type[Any]
-    arguments: Callable[[TrainConfig, Device, dict[str, Any]], Any]
+    arguments: Callable[[TrainConfig, Device, Sequence[Row], dict[str, Any]], Any]
     encode: Callable[[Encoder, Any], Encoded]
     arrange: Callable[[Sequence[Row], TrainConfig], list[Row]]
     """Puts rows in the order, and gives them the columns, that the trainer wants."""
 
 
-def _sft_arguments(config: TrainConfig, device: Device, common: dict[str, Any]) -> SFTConfig:
+def _sft_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]) -> SFTConfig:
     packing = config.packing and device.type == "cuda" and device.attention.startswith("flash")
     return SFTConfig(**common, max_length=config.max_length, packing=packing, padding_free=packing)
 
 
-def _dpo_arguments(config: TrainConfig, device: Device, common: dict[str, Any]) -> DPOConfig:
+def _dpo_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]) -> DPOConfig:
     terms = [("sigmoid", 1.0), ("sft", config.sft_weight)]
     used = [(name, weight) for name, weight in terms if weight]
     return DPOConfig(
@@ -137,15 +137,27 @@ def _dpo_arguments(config: TrainConfig, device: Device, common: dict[str, Any]) 
     )
 
 
-def _kto_arguments(config: TrainConfig, device: Device, common: dict[str, Any]) -> KTOConfig:
+def _kto_arguments(
+    config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]
+) -> KTOConfig:
     return KTOConfig(
         **common,
         max_length=config.max_length,
         beta=config.beta,
-        desirable_weight=config.desirable_weight,
+        desirable_weight=config.desirable_weight or balanced_weight(rows, config.undesirable_weight),
         undesirable_weight=config.undesirable_weight,
         precompute_ref_log_probs=config.epochs > 1,
     )
+
+
+def balanced_weight(rows: Sequence[Row], undesirable_weight: float) -> float:
+    """Weight of liked answers under which they count at least as much as the disliked, never under 1.
+
+    Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, equation 9: the ratio of the two
+    sides should lie between 1 and 4/3.
+    """
+    liked = sum(row["label"] for row in rows)
+    return max(1.0, undesirable_weight * (len(rows) - liked) / max(liked, 1))
 
 
 def _as_they_are(rows: Sequence[Row], config: TrainConfig) -> list[Row]:

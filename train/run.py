@@ -210,7 +210,7 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
     common = common_arguments(config, prepared.device, prepared.steps)
     trainer = method.trainer(
         model=model,
-        args=method.arguments(config, prepared.device, common),
+        args=method.arguments(config, prepared.device, rows, common),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=prepared.tokenizer,

@@ -70,7 +70,12 @@ class ServeSettings(Section):
     """Threads of HAProxy."""
     dashboard: bool = True
     """Start Ray's dashboard on loopback; `serve deploy` talks to it."""
-    applications: list[Literal["gateway", "engine", "grader", "control"]] = ["gateway", "engine", "grader", "control"]
+    applications: list[Literal["gateway", "engine", "grader", "control"]] = [
+        "gateway",
+        "engine",
+        "grader",
+        "control",
+    ]
     """What `rayloop up` deploys; a smaller list is for engines elsewhere and for tests."""
     start_timeout_s: float = Field(120.0, gt=0)
     """How long `rayloop up` waits until every application runs."""

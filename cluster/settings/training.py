@@ -58,8 +58,9 @@ class KtoSettings(Section):
     """Passes over the training split."""
     beta: float = Field(0.1, gt=0, le=100)
     """KL coefficient."""
-    desirable_weight: float = Field(1.0, gt=0)
-    """Weight of the loss of liked answers."""
+    desirable_weight: float | None = Field(None, gt=0)
+    """Weight of the loss of liked answers. `None` raises it until the liked answers weigh as much as the
+    disliked ones together: with more dislikes than likes, plain KTO unlearned both (measured)."""
     undesirable_weight: float = Field(1.0, gt=0)
     """Weight of the loss of disliked answers."""
 
@@ -183,8 +184,8 @@ class TrainingSettings(Section):
     """Ray Train workers of one run."""
     max_failures: int = Field(3, ge=0)
     """How often a run whose worker died is resumed from its last checkpoint."""
-    retry_backoff_s: float = Field(2.0, ge=0)
-    """Wait before the first retry of a failed job; it doubles each time."""
+    job_silent_s: float = Field(300.0, gt=0)
+    """A running job that has said nothing for so long counts as failed."""
     sft_baseline: bool = True
     """Train SFT on the same feedback beside every DPO or KTO run and report both."""
 

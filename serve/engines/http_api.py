@@ -30,7 +30,7 @@ from serve.engines.tool_calls import parse_tool_calls
 from serve.openai import (
     JSON,
     ApiError,
-    ClientGone,
+    ClientGoneError,
     Receive,
     Scope,
     Send,
@@ -76,7 +76,7 @@ class EngineApi:
             await route(scope, receive, send)
         except ApiError as error:
             await send_error(send, error)
-        except ClientGone:
+        except ClientGoneError:
             log.debug("client left before its request was whole")
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:

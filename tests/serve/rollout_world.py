@@ -314,8 +314,8 @@ DEMO = {
     },
     "rollout": {
         "stage_duration_s": 5,
-        "min_users_per_arm": 25,
-        "planned_users_per_arm": 150,
+        "min_users_per_arm": 20,
+        "detectable_improvement": 0.15,
         "final_min_users_per_arm": 20,
         "final_control_share": 0.1,
         "hold_limit_s": 60,

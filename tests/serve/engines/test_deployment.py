@@ -51,10 +51,7 @@ def test_engine_on_serve_answers_and_follows_servables(
 ) -> None:
     url, settings = served
     database = connect(settings)
-    good, broken = (
-        version_of(base, adapters["red"], 3),
-        version_of(base, make_adapter(tmp_path / "b", seed=4), 4),
-    )
+    good, broken = version_of(3, adapters["red"]), version_of(4, make_adapter(tmp_path / "b", seed=4))
     (tmp_path / "b" / "adapter_model.safetensors").write_bytes(b"short")
     name = want(database, good, "local").model_name
     want(database, broken, "local")
