@@ -6,6 +6,7 @@ RayloopError
 ├── NotFoundError (LookupError)    a named thing does not exist
 ├── ConflictError                  somebody else changed it first, or the state forbids the act
 ├── UnavailableError (ConnectionError)  a database, server or cluster does not answer
+├── OverloadedError                more work waits than may; over HTTP 429 with `Retry-After`
 ├── DatasetError (ValueError)      a dataset cannot be used: empty, one-sided, wrong schema
 └── HealthGateError                a training was stopped by a health gate, with the reason
 
@@ -61,6 +62,17 @@ class ConflictError(RayloopError):
 
 class UnavailableError(RayloopError, ConnectionError):
     """A database, server or cluster does not answer."""
+
+
+class OverloadedError(RayloopError):
+    """More work waits than may; try again after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class DatasetError(RayloopError, ValueError):

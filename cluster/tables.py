@@ -40,12 +40,11 @@ events = Table(
     Column("erased", Boolean, nullable=False, default=False),
     Index("events_by_kind", "kind", "seq"),
     Index("events_by_interaction", "tenant", "interaction_id"),
-    Index("events_by_user", "tenant", "user_id"),
 )
 event_bodies = Table(
     "event_bodies",
     metadata,
-    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("seq", Sequence64, primary_key=True, autoincrement=False),
     Column("salt", LargeBinary, nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("arrays", LargeBinary),
@@ -56,7 +55,7 @@ event_ids = Table(
     Column("tenant", String(63), primary_key=True),
     Column("event_id", String(128), primary_key=True),
     Column("recorded_at_us", BigInteger, nullable=False),
-    Index("event_ids_by_age", "recorded_at_us"),
+    sqlite_with_rowid=False,
 )
 cursors = Table(
     "cursors",
@@ -109,6 +108,8 @@ servables = Table(
     Column("base_model", Text, nullable=False),
     Column("adapter_path", Text),
     Column("adapter_sha256", String(64)),
+    Column("base_revision", String(128)),
+    Column("template_digest", String(64)),
     Column("wanted", Boolean, nullable=False, default=True),
     Column("updated_at_us", BigInteger, nullable=False),
 )

@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -142,10 +143,14 @@ class Run:
 
     def log_text(self, text: str, name: str) -> None:
         """Upload text as the artifact `name`, which may contain folders."""
+        self.log_bytes(text.encode(), name)
+
+    def log_bytes(self, content: bytes, name: str) -> None:
+        """Upload a file's content as the artifact `name`, which may contain folders."""
         folder, _, file = name.rpartition("/")
         with tempfile.TemporaryDirectory() as temporary:
             path = Path(temporary) / file
-            path.write_text(text, encoding="utf-8")
+            path.write_bytes(content)
             self.client.log_artifact(self.run_id, str(path), folder or None)
 
     def log_dict(self, value: Any, name: str) -> None:

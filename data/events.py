@@ -7,7 +7,7 @@ they are stored. Adding a kind means adding a model to `BODIES`.
 import os
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -17,6 +17,13 @@ from cluster.errors import InputError
 Arm = Literal["stable", "candidate", "shadow", "none"]
 Message = dict[str, Any]
 """An OpenAI chat message: `role`, `content`, and where they apply `tool_calls`, `tool_call_id`."""
+
+
+Short = Annotated[str, Field(max_length=512)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Short | int | float | bool], Field(max_length=16)
+]
+"""What a client may attach to an item: at most 16 short values."""
 
 
 class Body(BaseModel):
@@ -111,7 +118,9 @@ class Feedback(Body):
     reward: float = Field(0.0, ge=-1, le=1)
     """Filled in by the server from the configured table, never by the client."""
     reason: str | None = Field(None, max_length=2_000)
-    user_tier: str | None = None
+    modality: str | None = Field(None, max_length=16)
+    user_tier: str | None = Field(None, max_length=64)
+    metadata: Metadata | None = None
 
 
 class Behaviour(Body):
@@ -121,13 +130,19 @@ class Behaviour(Body):
     duration_s: float | None = Field(None, ge=0)
     """For `read`: how long; for the others: time since the answer."""
     text: str | None = Field(None, max_length=100_000)
+    modality: str | None = Field(None, max_length=16)
+    user_tier: str | None = Field(None, max_length=64)
+    metadata: Metadata | None = None
 
 
 class Outcome(Body):
     """What a product measures itself."""
 
-    name: str = Field(max_length=64)
+    name: str = Field(min_length=1, max_length=64)
     value: float
+    modality: str | None = Field(None, max_length=16)
+    user_tier: str | None = Field(None, max_length=64)
+    metadata: Metadata | None = None
 
 
 class Trajectory(Body):
@@ -272,13 +287,13 @@ class RecordedEvent:
     event: Event
     recorded_at_us: int
     digest: bytes
-    """SHA-256 over salt and body; survives erasure."""
+    """SHA-256 over salt, envelope and body; survives erasure."""
     erased: bool = False
     """True when the body is gone; `event.body` is then empty."""
 
 
-def parse_body(kind: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The body of `kind`, validated, with defaults filled in.
+def parse_body(kind: str, body: dict[str, Any], *, strict: bool = False) -> dict[str, Any]:
+    """The body of `kind`, validated, with defaults filled in. `strict`: `"5"` is no number.
 
     Raises:
         InputError: an unknown kind, or a field that breaks its rule.
@@ -287,11 +302,29 @@ def parse_body(kind: str, body: dict[str, Any]) -> dict[str, Any]:
     if model is None:
         raise InputError("kind", kind, f"must be one of {', '.join(BODIES)}", "name a known kind")
     try:
-        return model.model_validate(body).model_dump(exclude_none=True)
+        parsed = model.model_validate(body, strict=strict)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in problem["loc"])
-        raise InputError(name, problem["input"], problem["msg"], f"see the fields of `{kind}`") from None
+        raise input_error(error, f"see the fields of `{kind}`") from None
+    return {name: _plain(value) for name, value in parsed.__dict__.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
+
+
+UNION_BRANCHES = {("str",), ("constrained-str",), ("int",), ("float",), ("bool",)}
+"""What pydantic appends to the place of an error for a field of several types."""
+
+
+def input_error(error: ValidationError, remedy: str) -> InputError:
+    """The first broken rule of a pydantic error, as field, value and rule."""
+    problem = error.errors(include_url=False)[0]
+    place = problem["loc"][:-1] if problem["loc"][-1:] in UNION_BRANCHES else problem["loc"]
+    name = ".".join(map(str, place))
+    rule = (
+        problem["msg"].replace("Input should be", "must be").replace("Extra inputs are", "unknown field is")
+    )
+    return InputError(name or "item", problem["input"], rule[0].lower() + rule[1:], remedy)
 
 
 def uuid7() -> str:

@@ -4,32 +4,27 @@
 given out under the write lock (SQLite's own, an advisory lock on PostgreSQL), so they have no holes and
 become visible in order: a reader that remembers the last `seq` it saw misses nothing.
 
-`GroupCommit` gathers what many threads or coroutines append into few transactions.
+Many small appends belong behind `data.group_commit.GroupCommit`.
 """
 
-import hashlib
-import logging
 import os
-import struct
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import orjson
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from cluster.bulk import driver_errors, insert_rows
 from cluster.clock import now_us
 from cluster.database import is_postgres, write
 from cluster.tables import cursors, event_bodies, event_ids, events
+from data.encoding import SALT_BYTES, decode_body, digest, encode_body
 from data.events import Event, RecordedEvent
 
-log = logging.getLogger(__name__)
-
 APPEND_LOCK = 7_213_002  # pg_advisory_xact_lock key: one writer numbers events at a time
-LOOKUP_CHUNK = 500  # bound on variables in one IN (…)
+LOOKUP_CHUNK = 500  # bound on the variables of one statement
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,41 +60,32 @@ class EventLog:
         if is_postgres(self.engine):
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": APPEND_LOCK})
         known = _known_ids(connection, batch)
-        seq = connection.execute(sa.select(sa.func.max(events.c.seq))).scalar() or 0
-        recorded_at_us = now_us()
-        verdicts, envelopes, bodies, ids = [], [], [], []
+        last = connection.execute(sa.select(sa.func.max(events.c.seq))).scalar() or 0
+        verdicts: list[Verdict] = []
+        fresh: list[Event] = []
         for event in batch:
             key = (event.tenant, event.event_id)
             if key in known:
                 verdicts.append(Verdict(event.event_id, "duplicate"))
                 continue
             known.add(key)
-            seq += 1
-            body = _encode(seq, event.body)
-            envelopes.append(_envelope(seq, event, recorded_at_us, _digest(body)))
-            bodies.append(body)
-            ids.append({"tenant": event.tenant, "event_id": event.event_id, "recorded_at_us": recorded_at_us})
-            verdicts.append(Verdict(event.event_id, "accepted", seq))
-        if envelopes:
-            connection.execute(event_ids.insert(), ids)
-            connection.execute(events.insert(), envelopes)
-            connection.execute(event_bodies.insert(), bodies)
+            fresh.append(event)
+            verdicts.append(Verdict(event.event_id, "accepted", last + len(fresh)))
+        if fresh:
+            _insert(connection, fresh, last + 1)
         return verdicts
 
     def read(
         self, after: int = 0, limit: int = 1000, *, kinds: Sequence[str] = (), tenant: str | None = None
     ) -> list[RecordedEvent]:
         """Up to `limit` events with `seq > after`, in order. Empty at the end of the log."""
-        query = sa.select(events, event_bodies.c.body, event_bodies.c.arrays).select_from(
-            events.outerjoin(event_bodies, events.c.seq == event_bodies.c.seq)
-        )
-        query = query.where(events.c.seq > after).order_by(events.c.seq).limit(limit)
+        query = _with_bodies().where(events.c.seq > after).order_by(events.c.seq).limit(limit)
         if kinds:
             query = query.where(events.c.kind.in_(kinds))
         if tenant is not None:
             query = query.where(events.c.tenant == tenant)
         with self.engine.connect() as connection:
-            return [_recorded(row) for row in connection.execute(query).mappings()]
+            return [recorded_event(row) for row in connection.execute(query).mappings()]
 
     def scan(
         self, after: int = 0, *, kinds: Sequence[str] = (), tenant: str | None = None, page: int = 1000
@@ -126,21 +112,18 @@ class EventLog:
         *,
         kinds: Sequence[str] = (),
         upto: int | None = None,
-    ) -> list[RecordedEvent]:
-        """Events about these interactions with `seq <= upto`, in order."""
-        found: list[RecordedEvent] = []
-        source = events.outerjoin(event_bodies, events.c.seq == event_bodies.c.seq)
-        with self.engine.connect() as connection:
-            for start in range(0, len(interaction_ids), LOOKUP_CHUNK):
-                query = sa.select(events, event_bodies.c.body, event_bodies.c.arrays).select_from(source)
-                chunk = interaction_ids[start : start + LOOKUP_CHUNK]
-                query = query.where(events.c.tenant == tenant, events.c.interaction_id.in_(chunk))
-                if kinds:
-                    query = query.where(events.c.kind.in_(kinds))
-                if upto is not None:
-                    query = query.where(events.c.seq <= upto)
-                found += [_recorded(row) for row in connection.execute(query).mappings()]
-        return sorted(found, key=lambda recorded: recorded.seq)
+    ) -> Iterator[RecordedEvent]:
+        """Events about these interactions with `seq <= upto`, in order within each short read."""
+        for start in range(0, len(interaction_ids), LOOKUP_CHUNK):
+            chunk = list(interaction_ids[start : start + LOOKUP_CHUNK])
+            query = _with_bodies().where(events.c.tenant == tenant, events.c.interaction_id.in_(chunk))
+            if kinds:
+                query = query.where(events.c.kind.in_(kinds))
+            if upto is not None:
+                query = query.where(events.c.seq <= upto)
+            with self.engine.connect() as connection:
+                rows = connection.execute(query.order_by(events.c.seq)).mappings().all()
+            yield from map(recorded_event, rows)
 
 
 def save_cursor(connection: Connection, name: str, seq: int) -> None:
@@ -151,69 +134,79 @@ def save_cursor(connection: Connection, name: str, seq: int) -> None:
         connection.execute(cursors.insert().values(name=name, **values))
 
 
+def _with_bodies() -> sa.Select[Any]:
+    joined = events.outerjoin(event_bodies, events.c.seq == event_bodies.c.seq)
+    return sa.select(events, event_bodies.c.body, event_bodies.c.arrays).select_from(joined)
+
+
 def _known_ids(connection: Connection, batch: Sequence[Event]) -> set[tuple[str, str]]:
+    lookup = _known_on_postgres if connection.dialect.name == "postgresql" else _known_on_sqlite
     known: set[tuple[str, str]] = set()
     for tenant in {event.tenant for event in batch}:
         ids = [event.event_id for event in batch if event.tenant == tenant]
-        for start in range(0, len(ids), LOOKUP_CHUNK):
-            query = sa.select(event_ids.c.event_id).where(
-                event_ids.c.tenant == tenant, event_ids.c.event_id.in_(ids[start : start + LOOKUP_CHUNK])
-            )
-            known |= {(tenant, event_id) for event_id in connection.execute(query).scalars()}
+        known |= {(tenant, event_id) for event_id in lookup(connection, tenant, ids)}
     return known
 
 
-def _envelope(seq: int, event: Event, recorded_at_us: int, digest: bytes) -> dict[str, Any]:
-    return {
-        "seq": seq,
-        "event_id": event.event_id,
-        "kind": event.kind,
-        "tenant": event.tenant,
-        "workspace": event.workspace,
-        "occurred_at_us": event.occurred_at_us,
-        "recorded_at_us": recorded_at_us,
-        "user_id": event.user_id,
-        "session_id": event.session_id,
-        "agent": event.agent,
-        "interaction_id": event.interaction_id,
-        "digest": digest,
-        "erased": False,
-    }
+def _known_on_sqlite(connection: Connection, tenant: str, ids: list[str]) -> list[str]:
+    # One aggregated row: fetching row by row hands the interpreter's lock away at every row.
+    query = (
+        "SELECT json_group_array(event_id) FROM event_ids "
+        "WHERE tenant = ? AND event_id IN (SELECT value FROM json_each(?))"
+    )
+    found: str = connection.exec_driver_sql(query, (tenant, orjson.dumps(ids).decode())).scalar_one()
+    return list(orjson.loads(found))
 
 
-ARRAYS = (("prompt_token_ids", "<i4"), ("completion_token_ids", "<i4"), ("completion_logprobs", "<f4"))
-"""Fields of a body that are stored as packed little-endian arrays, in this order."""
+def _known_on_postgres(connection: Connection, tenant: str, ids: list[str]) -> list[str]:
+    # Never prepared: a plan made while the table was small scans all of it for ever.
+    query = "SELECT event_id FROM event_ids WHERE tenant = %s AND event_id = ANY(%s)"
+    driver: Any = connection.connection.driver_connection
+    with driver_errors(connection, query):
+        return [row[0] for row in driver.execute(query, (tenant, ids), prepare=False)]
 
 
-def _encode(seq: int, body: dict[str, Any]) -> dict[str, Any]:
-    """One row of `event_bodies`: the body as compressed canonical JSON, its arrays packed."""
-    plain = body
-    arrays = None
-    if any(body.get(name) for name, _ in ARRAYS):
-        plain = {k: v for k, v in body.items() if k not in dict(ARRAYS)}
-        packed = [np.asarray(body.get(name, []), dtype=dtype) for name, dtype in ARRAYS]
-        arrays = struct.pack("<3I", *(len(a) for a in packed)) + b"".join(a.tobytes() for a in packed)
-    text = orjson.dumps(plain, option=orjson.OPT_SORT_KEYS)
-    return {"seq": seq, "salt": os.urandom(16), "body": zlib.compress(text, 1), "arrays": arrays}
+def _insert(connection: Connection, fresh: Sequence[Event], first_seq: int) -> None:
+    """Write new events, numbered from `first_seq`, into the three tables."""
+    recorded_at_us = now_us()
+    salts = os.urandom(SALT_BYTES * len(fresh))
+    ids, envelopes, bodies = [], [], []
+    for number, event in enumerate(fresh):
+        seq, salt = first_seq + number, salts[number * SALT_BYTES : (number + 1) * SALT_BYTES]
+        body, arrays = encode_body(event.body)
+        ids.append((event.tenant, event.event_id, recorded_at_us))
+        envelopes.append(
+            _envelope(seq, event, recorded_at_us, digest(seq, recorded_at_us, event, salt, body, arrays))
+        )
+        bodies.append((seq, salt, body, arrays))
+    insert_rows(connection, event_ids, ids)
+    insert_rows(connection, events, envelopes)
+    insert_rows(connection, event_bodies, bodies)
 
 
-def _decode(body: bytes, arrays: bytes | None) -> dict[str, Any]:
-    plain: dict[str, Any] = orjson.loads(zlib.decompress(body))
-    if arrays is None:
-        return plain
-    lengths, offset = struct.unpack_from("<3I", arrays), 12
-    for (name, dtype), length in zip(ARRAYS, lengths, strict=True):
-        plain[name] = np.frombuffer(arrays, dtype, length, offset).tolist()
-        offset += 4 * length
-    return plain
+def _envelope(seq: int, event: Event, recorded_at_us: int, event_digest: bytes) -> tuple[Any, ...]:
+    """A row of `events`, in the order of its columns."""
+    return (
+        seq,
+        event.event_id,
+        event.kind,
+        event.tenant,
+        event.workspace,
+        event.occurred_at_us,
+        recorded_at_us,
+        event.user_id,
+        event.session_id,
+        event.agent,
+        event.interaction_id,
+        event_digest,
+        False,
+    )
 
 
-def _digest(row: dict[str, Any]) -> bytes:
-    return hashlib.sha256(row["salt"] + zlib.decompress(row["body"]) + (row["arrays"] or b"")).digest()
-
-
-def _recorded(row: Any) -> RecordedEvent:
-    body = {} if row["body"] is None else _decode(row["body"], row["arrays"])
+def recorded_event(row: Any, body: dict[str, Any] | None = None) -> RecordedEvent:
+    """An event from a row of `events` joined with `event_bodies`; `body` spares decoding it."""
+    if body is None:
+        body = {} if row["body"] is None else decode_body(row["body"], row["arrays"])
     event = Event(
         kind=row["kind"],
         tenant=row["tenant"],

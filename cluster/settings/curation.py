@@ -1,7 +1,191 @@
 """From events to a dataset (curation.md)."""
 
+from pydantic import Field, model_validator
+
 from cluster.settings.base import Section
+
+
+class WeighSettings(Section):
+    """How much one user's signals may count."""
+
+    votes_per_day: int = Field(20, ge=1)
+    """Votes of one user on one day (UTC) that count in full; more share this weight between them."""
+    dataset_share: float = Field(0.05, gt=0, le=1)
+    """Share of all votes that one user may have."""
+    burst_users: int = Field(20, ge=2)
+    """A coordinated burst: this many users vote on one answer…"""
+    burst_window_s: float = Field(60.0, gt=0)
+    """…within this time."""
+    drop_bursts: bool = True
+    """Leave answers with a burst out; otherwise they are only counted."""
+
+
+class ScoreSettings(Section):
+    """The quality score, 0 to 1: a weighted mean of the components that exist."""
+
+    explicit_weight: float = Field(0.40, ge=0)
+    """Thumbs, ratings, corrections, drafts."""
+    implicit_weight: float = Field(0.30, ge=0)
+    """Copying, leaving, asking again."""
+    complete_weight: float = Field(0.15, ge=0)
+    """The answer has a usual length."""
+    context_weight: float = Field(0.15, ge=0)
+    """The answer uses the passages it was given."""
+    grade_weight: float = Field(0.40, ge=0)
+    """A grader's reward, where nobody gave explicit feedback."""
+    complete_min_words: int = Field(50, ge=1)
+    """Fewer words than this count proportionally less as complete."""
+    complete_max_words: int = Field(500, ge=1)
+    """More words than this count proportionally less as complete."""
+    correction_score: float = Field(1.0, ge=0, le=1)
+    """Score of an answer that a person wrote as a correction."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScoreSettings":
+        if self.complete_min_words > self.complete_max_words:
+            raise ValueError("complete_min_words must be <= complete_max_words")
+        if self.explicit_weight + self.implicit_weight + self.grade_weight <= 0:
+            raise ValueError("one of explicit_weight, implicit_weight and grade_weight must be > 0")
+        return self
+
+
+class FilterSettings(Section):
+    """What may not become an example."""
+
+    min_answer_tokens: int = Field(10, ge=0)
+    """Shortest answer, in tokens of the engine that made it."""
+    max_answer_tokens: int = Field(1000, ge=1)
+    """Longest answer, in tokens."""
+    characters_per_token: float = Field(4.0, gt=0)
+    """Estimate for answers that came without token ids."""
+    allow_shadow: bool = False
+    """Use answers that nobody saw."""
+    toxicity: bool = True
+    """Leave out answers that the toxicity detector marks."""
+    ungrounded: bool = True
+    """Leave out answers whose claims their passages do not support."""
+    ungrounded_share: float = Field(0.5, ge=0, le=1)
+    """An answer is ungrounded when more than this share of its sentences has no support."""
+    support_overlap: float = Field(0.5, ge=0, le=1)
+    """A sentence is supported when a passage holds this share of its content words, and all its numbers."""
+
+
+class ScrubSettings(Section):
+    """Personal data and secrets."""
+
+    enabled: bool = True
+    """Replace personal data by placeholders. Off only for data known to be clean."""
+    domains: bool = True
+    """Also replace bare host names."""
+    entropy_bits: float = Field(4.0, gt=0)
+    """A word of `entropy_characters` or more with this Shannon entropy a character looks like a secret;
+    its row goes to quarantine."""
+    entropy_characters: int = Field(32, ge=8)
+    """Shortest word that is checked for entropy."""
+
+
+class DeduplicationSettings(Section):
+    """Exact and near duplicates."""
+
+    shingle_words: int = Field(3, ge=1, le=20)
+    """Words in a shingle."""
+    threshold: float = Field(0.8, gt=0, le=1)
+    """Jaccard similarity of shingle sets from which two texts are near duplicates."""
+    bands: int = Field(20, ge=1, le=256)
+    """LSH bands. With the defaults a pair at the threshold is found with probability 0.998."""
+    rows_per_band: int = Field(6, ge=1, le=32)
+    """MinHash values in a band."""
+    seed: int = Field(42, ge=0)
+    """Of the MinHash permutations."""
+    field_lines: int = Field(3, ge=1)
+    """A text with this many `field: value` lines is a record: records are near duplicates only when all
+    their fields agree."""
+    bucket_pairs: int = Field(64, ge=2)
+    """A bucket larger than this is compared along a chain instead of all against all."""
+    keep_per_cluster: int = Field(1, ge=1)
+    """Near-duplicate answers kept of each near-duplicate question, in a split."""
+
+
+class ExampleSettings(Section):
+    """What becomes of the rows that passed."""
+
+    sft_min_score: float = Field(0.5, ge=0, le=1)
+    """Score from which an answer may be imitated."""
+    chosen_min_score: float = Field(0.7, ge=0, le=1)
+    """Score that the chosen side of a pair needs."""
+    min_margin: float = Field(0.2, ge=0, le=1)
+    """Least difference of score between chosen and rejected."""
+    pairs_per_question: int = Field(4, ge=0)
+    """Pairs made from different answers to one question."""
+    truncated_reasons: tuple[str, ...] = ("length",)
+    """Finish reasons that mean an answer was cut off."""
+    unpaired_corrections: bool = True
+    """A correction's text also becomes a positive unpaired row."""
+    sft_corrections: bool = True
+    """A correction's text also becomes an SFT row."""
+
+
+class BalanceSettings(Section):
+    """Topics and augmentation."""
+
+    topics: int = Field(0, ge=0, le=1000)
+    """Topics that examples are sorted into by a hash of their words; 0 leaves them alone."""
+    topic_share: float = Field(0.5, gt=0, le=1)
+    """Weights are scaled down so that no topic has more than this share."""
+    synthetic: bool = False
+    """Add paraphrases and negatives."""
+
+
+class SplitSettings(Section):
+    """Train, validation and test, by user."""
+
+    train: float = Field(0.8, gt=0, lt=1)
+    """Share of users in train."""
+    validation: float = Field(0.1, ge=0, lt=1)
+    """Share of users in validation; the rest is test."""
+    salt: str = "rayloop-split-1"
+    """Key of the hash. Another salt is another split: earlier test users then appear in training, and
+    only the stored sketches of test items keep them out."""
+
+    @model_validator(mode="after")
+    def _shares_leave_a_test(self) -> "SplitSettings":
+        if self.train + self.validation >= 1:
+            raise ValueError("train + validation must be < 1, so that a test split is left")
+        return self
+
+
+class EligibilitySettings(Section):
+    """When a training may start."""
+
+    positive_feedbacks: int = Field(100, ge=0)
+    """Positive feedbacks needed in `window_days`."""
+    window_days: float = Field(30.0, gt=0)
+    """How far back feedback counts."""
+    good_interactions: int = Field(50, ge=0)
+    """Interactions with a score of at least `examples.chosen_min_score` needed."""
+    rest_days: float = Field(7.0, ge=0)
+    """Days since the last training of the agent."""
+    pairs_for_dpo: int = Field(500, ge=0)
+    """Preference pairs needed for DPO."""
 
 
 class CurationSettings(Section):
     """The curation pipeline."""
+
+    weigh: WeighSettings = WeighSettings()
+    score: ScoreSettings = ScoreSettings()
+    filter: FilterSettings = FilterSettings()
+    scrub: ScrubSettings = ScrubSettings()
+    dedup: DeduplicationSettings = DeduplicationSettings()
+    examples: ExampleSettings = ExampleSettings()
+    balance: BalanceSettings = BalanceSettings()
+    split: SplitSettings = SplitSettings()
+    eligibility: EligibilitySettings = EligibilitySettings()
+    events_per_block: int = Field(50_000, ge=100)
+    """Events that one task reads: few large blocks are faster than many small ones."""
+    page_events: int = Field(2_000, ge=1)
+    """Events in one read transaction."""
+    stage_cpus: float = Field(0.5, gt=0)
+    """Logical CPUs of one task. Fractions leave room for Serve on the same machine."""
+    shard_rows: int = Field(50_000, ge=1)
+    """Rows of one Parquet shard, about."""

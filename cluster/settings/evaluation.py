@@ -1,7 +1,53 @@
 """What a version must pass before any traffic (evaluation.md)."""
 
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
 from cluster.settings.base import Section
 
 
 class EvaluationSettings(Section):
-    """Suites and gates."""
+    """Suites and gates. Margins are shares: 0.01 is one percentage point."""
+
+    suites: Path | None = None
+    """Folder with a team's own `regression.jsonl`, `refusal.jsonl`, …; they add to the built-in cases."""
+    not_applicable: dict[str, str] = Field(default_factory=dict)
+    """Suites whose prerequisite does not exist, each with the reason; recorded with the version."""
+    grader: dict[str, Any] = Field(
+        default_factory=lambda: {"type": "dataset_label", "name": "recorded_truth"}
+    )
+    """Decides which of two answers is better; its item has `reference` (recorded truth) and `messages`."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Level of every interval."""
+    bootstrap_samples: int = Field(2000, ge=100)
+    """Resamples behind a bootstrap interval."""
+    permutations: int = Field(200, ge=20)
+    """Permutations behind the shuffled control."""
+    min_cases: int = Field(20, ge=1)
+    """With fewer held-out examples a statistical gate has no data."""
+    domain_min_cases: int = Field(30, ge=1)
+    """A domain with at least this many cases is gated by itself."""
+    max_prompts: int = Field(600, ge=1)
+    """Held-out prompts that are answered at most, chosen by a hash that does not depend on their order."""
+    perplexity_ratio: float = Field(1.02, ge=1)
+    """Perplexity may be at most this many times the champion's."""
+    margin: float = Field(0.01, ge=0, lt=1)
+    """How far below the champion a share may lie."""
+    win_rate: float = Field(0.5, ge=0, lt=1)
+    """The lower bound of the win rate's interval must be above this."""
+    structured_share: float = Field(0.9, gt=0, le=1)
+    """The task counts as structured when this share of the recorded answers are JSON objects."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest answer that is generated."""
+    batch_size: int = Field(64, ge=1)
+    """Prompts answered at once."""
+    workers: int = Field(0, ge=0)
+    """Ray tasks that answer; 0 answers in this process, which is quicker for a small model."""
+    worker_gpus: float = Field(0.0, ge=0)
+    """GPUs of each of these tasks."""
+    seed: int = 0
+    """Seed of sampling and of the bootstrap."""
+    examples_shown: int = Field(5, ge=0)
+    """Answers that differ, shown in a comparison."""

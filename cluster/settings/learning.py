@@ -1,5 +1,7 @@
 """The switches. Each is off by default; with `learning.enabled` off the router only routes."""
 
+from pydantic import Field
+
 from cluster.settings.base import Section
 
 
@@ -15,6 +17,9 @@ class CaptureSettings(Section):
 
     enabled: bool = False
     """Write an interaction event for every request the router serves."""
+    pseudonym_secret: str | None = Field(None, min_length=16, repr=False)
+    """Key of the pseudonyms that stand for users. `None` means the file `secret.key` under `home`, made
+    at first use; machines that share a database must share the key."""
 
 
 class FeedbackSettings(Section):

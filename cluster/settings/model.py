@@ -5,8 +5,15 @@ from pathlib import Path
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from cluster.settings.capture import LogSettings
+from cluster.settings.capture import (
+    AuditSettings,
+    ImplicitSettings,
+    IntakeSettings,
+    LogSettings,
+    RewardSettings,
+)
 from cluster.settings.curation import CurationSettings
+from cluster.settings.engines import EngineSettings, GraderSettings
 from cluster.settings.evaluation import EvaluationSettings
 from cluster.settings.experiments import ExperimentSettings, RolloutSettings
 from cluster.settings.learning import (
@@ -22,7 +29,7 @@ from cluster.settings.runtime import (
     RaySettings,
     StorageSettings,
 )
-from cluster.settings.serving import EngineSettings, ServeSettings
+from cluster.settings.serving import ServeSettings
 from cluster.settings.training import SweepSettings, TrainingSettings
 
 
@@ -51,6 +58,10 @@ class Settings(BaseSettings):
     ray: RaySettings = RaySettings()
     logging: LoggingSettings = LoggingSettings()
     log: LogSettings = LogSettings()
+    intake: IntakeSettings = IntakeSettings()
+    rewards: RewardSettings = RewardSettings()
+    implicit: ImplicitSettings = ImplicitSettings()
+    audit: AuditSettings = AuditSettings()
     learning: LearningSettings = LearningSettings()
     capture: CaptureSettings = CaptureSettings()
     feedback: FeedbackSettings = FeedbackSettings()
@@ -61,6 +72,7 @@ class Settings(BaseSettings):
     evaluation: EvaluationSettings = EvaluationSettings()
     serve: ServeSettings = ServeSettings()
     engine: EngineSettings = EngineSettings()
+    grader: GraderSettings = GraderSettings()
     experiment: ExperimentSettings = ExperimentSettings()
     rollout: RolloutSettings = RolloutSettings()
 

@@ -1,6 +1,6 @@
-"""The live side: router, engines, keys (serving.md)."""
+"""The live side: router and keys (serving.md)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -51,6 +51,8 @@ class CaptureQueueSettings(Section):
 
     queue_events: int = Field(20_000, ge=1)
     """Interactions that may wait for the log; beyond it they are counted as lost."""
+    linger_ms: float = Field(20.0, ge=0)
+    """How long a batch may grow before it is written: fewer, larger transactions. Nobody waits for it."""
     retry_s: float = Field(1.0, gt=0)
     """Pause before the log is tried again after it failed; until then interactions go to the spool."""
     spool_max_mb: int = Field(512, ge=1)
@@ -70,7 +72,12 @@ class ServeSettings(Section):
     """Threads of HAProxy."""
     dashboard: bool = True
     """Start Ray's dashboard on loopback; `serve deploy` talks to it."""
-    applications: list[Literal["gateway", "engine", "grader", "control"]] = ["gateway", "engine", "grader", "control"]
+    applications: list[Literal["gateway", "engine", "grader", "control"]] = [
+        "gateway",
+        "engine",
+        "grader",
+        "control",
+    ]
     """What `rayloop up` deploys; a smaller list is for engines elsewhere and for tests."""
     start_timeout_s: float = Field(120.0, gt=0)
     """How long `rayloop up` waits until every application runs."""
@@ -101,8 +108,9 @@ class ServeSettings(Section):
     """How often routers read routes, servable versions and keys."""
     feedback_timeout_s: float = Field(10.0, gt=0)
     """How long an event may wait for its commit before the client is asked to come again."""
-    max_items: int = Field(1000, ge=1)
-    """Items in one body of feedback, behaviour, outcomes or trajectories."""
+    routes: list[dict[str, Any]] = []
+    """Routes that the deployment config declares, as in its `user_config`: agent, stable, candidate, share,
+    max_share, pinned. Written into the routes once, whenever the declaration changes."""
     engines: dict[str, EngineEndpoint] = {"local": EngineEndpoint()}
     """Engines by name; `servables` rows refer to them."""
     breaker: BreakerSettings = BreakerSettings()
@@ -114,7 +122,3 @@ class ServeSettings(Section):
         if self.fallback.min_budget_s > self.fallback.budget_s:
             raise ValueError("serve.fallback.min_budget_s must not exceed serve.fallback.budget_s")
         return self
-
-
-class EngineSettings(Section):
-    """The embedded engine."""

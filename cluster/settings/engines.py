@@ -1,0 +1,112 @@
+"""Engines and graders: what generates answers and what scores them (serving.md)."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cluster.settings.base import Section
+
+
+class EngineSettings(Section):
+    """The embedded engine, and the rules for engines elsewhere."""
+
+    name: str = Field("local", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
+    """Name of this engine in the table of servables; one engine serves one base model."""
+    base_model: str | None = None
+    """Directory or hub id of the base model. The engine does not start without one."""
+    replicas: int = Field(1, ge=1)
+    """Copies of the engine; each holds the base and every wanted adapter."""
+    cpus: float = Field(1.0, ge=0)
+    """Logical CPUs each replica reserves."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs each replica reserves; set `device` to match."""
+    device: str = "cpu"
+    """Torch device that holds the model, for example `cpu` or `cuda:0`."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights. `float32` gives the trainer's log-probs to the last digits."""
+    torch_threads: int = Field(1, ge=1)
+    """Threads of the step loop. One is fastest for a small model that shares its cores."""
+    max_rows: int = Field(64, ge=1, le=4096)
+    """Answers generated at the same time; more wait in the queue."""
+    max_queued: int = Field(256, ge=0)
+    """Answers that may wait; beyond it a request is refused with 429 at once."""
+    retry_after_s: float = Field(1.0, gt=0)
+    """What a refused client is told to wait."""
+    max_context_tokens: int | None = Field(None, ge=8)
+    """Prompt and answer together. `None` takes what the base model was made for."""
+    default_max_tokens: int = Field(256, ge=1)
+    """Length of an answer when the request names none."""
+    max_choices: int = Field(16, ge=1)
+    """Largest `n` of one request."""
+    max_top_logprobs: int = Field(20, ge=0)
+    """Largest `top_logprobs` of one request."""
+    max_prefill_tokens: int = Field(4096, ge=16)
+    """Prompt tokens read in one step; bounds how long running answers wait for new ones."""
+    prefix_cache_mb: int = Field(128, ge=0)
+    """Memory for the beginnings of prompts that were seen more than once. 0 turns it off."""
+    prefix_block_tokens: int = Field(16, ge=1)
+    """Beginnings are kept in blocks of this many tokens."""
+    stream_tokens: int = Field(8, ge=1)
+    """A streamed chunk carries at most about this many tokens; a chunk costs a hop through the proxy."""
+    stream_interval_ms: float = Field(50.0, ge=0)
+    """A streamed chunk leaves after this long even when it is not full."""
+    max_body_bytes: int = Field(4_000_000, ge=1024)
+    """Longer request bodies are answered 413 without being read to the end."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    """How long a client may take to send its body."""
+    max_adapters: int = Field(16, ge=0)
+    """Adapters held at the same time."""
+    max_rank: int = Field(64, ge=1)
+    """Largest LoRA rank that is loaded."""
+    canary_prompts: tuple[str, ...] = (
+        "The quick brown fox jumps over the lazy dog.",
+        '{"verdict": "escalate", "owner": "',
+    )
+    """Texts whose log-probs an adapter must move against the base, or it does nothing."""
+    canary_min_shift: float = Field(1e-5, ge=0)
+    """Least change, in nats, of the most moved token of the canary prompts."""
+    poll_interval_s: float = Field(0.5, gt=0)
+    """How often a replica reads which versions it should hold."""
+    heartbeat_s: float = Field(2.0, gt=0)
+    """How often a replica says that it lives."""
+    live_after_s: float = Field(10.0, gt=0)
+    """A replica whose heartbeat is older is not waited for."""
+    unload_delay_s: float = Field(30.0, ge=0)
+    """How long a version stays loaded after it is no longer wanted."""
+    retry_failed_s: float = Field(30.0, gt=0)
+    """How long until a version that failed its checks is tried again."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Hosts of remote engines, `host` or `host:port`, that may lie on private or loopback addresses."""
+
+    @model_validator(mode="after")
+    def _heartbeat_is_seen(self) -> "EngineSettings":
+        if self.live_after_s <= 2 * self.heartbeat_s:
+            raise ValueError("engine.live_after_s must be more than twice engine.heartbeat_s")
+        return self
+
+
+class GraderSettings(Section):
+    """The grader deployment."""
+
+    replicas: int = Field(1, ge=1)
+    """Copies of the grader."""
+    cpus: float = Field(0.1, ge=0)
+    """Logical CPUs each replica reserves."""
+    deadline_s: float = Field(2.0, gt=0)
+    """A grade not there by then is an abstention, never a zero."""
+    max_batch: int = Field(256, ge=1)
+    """Most answers in one request."""
+    max_body_bytes: int = Field(4_000_000, ge=1024)
+    """Longer request bodies are answered 413 without being read to the end."""
+    body_timeout_s: float = Field(30.0, gt=0)
+    """How long a client may take to send its body."""
+    workers: int = Field(2, ge=1)
+    """Processes that run graders; one that misses the deadline is ended and replaced."""
+    worker_memory_mb: int = Field(1024, ge=256)
+    """Address space of one such process."""
+    max_queued: int = Field(1024, ge=1)
+    """Answers that may wait for a process; beyond it a request is refused with 429 at once."""
+    retry_after_s: float = Field(1.0, gt=0)
+    """What a refused client is told to wait."""
+    keys_refresh_s: float = Field(1.0, gt=0, le=2.0)
+    """How often the API keys are read; a revoked key stops working within this time."""

@@ -1,0 +1,379 @@
+"""From events to a dataset: one Ray Data pipeline, stage by stage in the order of the page it implements.
+
+Every stage is a pure function on Arrow tables, in its own module; this module says which runs when, what
+must be together for it, and carries the few small things that all blocks must know: who voted too often,
+which questions are near duplicates, which topics are over-full.
+"""
+
+import logging
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from cluster.clock import now_us, to_iso
+from cluster.database import connect
+from cluster.errors import DatasetError
+from cluster.runtime import ray_session
+from cluster.settings import Settings
+from data import balance as balancing
+from data import dedup, manifest, weigh
+from data.behaviour import add_implicit_signals
+from data.card import dataset_card
+from data.events import Event
+from data.filter import filter_rows
+from data.join import join_events
+from data.log import EventLog
+from data.manifest import Manifest, Shard
+from data.pairs import make_examples
+from data.score import score
+from data.scrub import scrub
+from data.source import SeqRange, plan_ranges, read_range
+from data.split import resolve_clusters
+from data.stages import COUNTS, Stage, split_counts, sum_counts, with_column
+
+log = logging.getLogger(__name__)
+
+STAGES = (
+    "join",
+    "behaviour",
+    "weigh",
+    "score",
+    "filter",
+    "scrub",
+    "fingerprint",
+    "cluster",
+    "deduplicate",
+    "examples",
+    "balance",
+    "curriculum",
+    "split",
+)
+SKETCH_FOLDER = "test_sketches"
+
+
+def curate(
+    settings: Settings, *, agent: str | None = None, out: Path | None = None, parallelism: int | None = None
+) -> Manifest:
+    """Turn the event log into a dataset; the same events give the same dataset.
+
+    Args:
+        agent: only this agent's interactions; all agents' by default.
+        out: folder to write into instead of the datasets root.
+        parallelism: blocks, instead of one for each `curation.events_per_block` events.
+
+    Raises:
+        DatasetError: no events, or nothing in them that a training could use; nothing is written.
+    """
+    engine = connect(settings)
+    try:
+        event_log = EventLog(engine)
+        last_seq = event_log.last_seq()
+        if last_seq == 0:
+            raise DatasetError(
+                "the event log is empty; send traffic and feedback first, or `rayloop import` some"
+            )
+        ranges = plan_ranges(last_seq, settings.curation.events_per_block, parallelism)
+        root = manifest.datasets_root(settings, out)
+        with ray_session(settings), _quiet_ray_data():
+            written = _Curation(settings, agent, ranges, root).run()
+        event_log.append([_ready_event(written)])
+        return written
+    finally:
+        engine.dispose()
+
+
+@dataclass
+class _Curation:
+    """One run of the pipeline."""
+
+    settings: Settings
+    agent: str | None
+    ranges: list[SeqRange]
+    root: Path
+
+    def run(self) -> Manifest:
+        """The stages of the page, in its order."""
+        config = self.settings.curation
+        events = self._read()
+        joined = self._map(
+            self._together(events, "interaction_id"), Stage("join", partial(join_events, agent=self.agent))
+        )
+        if self.settings.feedback.implicit:
+            joined = self._together(joined, "session_key")
+        joined = self._map(
+            joined, Stage("behaviour", partial(add_implicit_signals, settings=self.settings))
+        ).materialize()
+        factors = self._vote_factors(joined)
+        rows = self._map(
+            joined,
+            Stage("weigh", partial(weigh.weigh, settings=config.weigh, factors=factors)),
+            Stage("score", partial(score, settings=config.score)),
+            Stage("filter", partial(filter_rows, settings=config.filter)),
+            Stage("scrub", partial(scrub, settings=config.scrub)),
+            Stage("fingerprint", partial(dedup.fingerprint, settings=config)),
+        ).materialize()
+        sketches, clusters = self._clusters(rows)
+        rows = self._map(rows, Stage("cluster", partial(_assign, clusters=clusters)))
+        examples = self._map(
+            self._together(rows, "cluster"),
+            Stage("deduplicate", partial(dedup.deduplicate, settings=config)),
+            Stage("examples", partial(make_examples, settings=config)),
+        )
+        topic_factors = {}
+        if config.balance.topics:
+            examples = examples.materialize()
+            topic_factors = self._topic_factors(examples)
+        final = self._map(
+            examples,
+            Stage("balance", partial(balancing.balance, settings=config.balance, factors=topic_factors)),
+            Stage("curriculum", balancing.curriculum),
+            Stage("split", resolve_clusters),
+        ).materialize()
+        return self._write(final, sketches)
+
+    def _read(self) -> Any:
+        """Blocks of events, read in parallel."""
+        ranges = [{"after": r.after, "last": r.last} for r in self.ranges]
+        spans = ray.data.from_items(ranges, override_num_blocks=len(ranges))
+        return self._map(spans, partial(_read_block, settings=self.settings))
+
+    def _map(self, dataset: Any, *functions: Callable[[pa.Table], pa.Table]) -> Any:
+        """Functions applied one after the other to each whole block, in one task."""
+        return dataset.map_batches(
+            partial(_apply, functions=functions),
+            batch_format="pyarrow",
+            batch_size=None,
+            zero_copy_batch=True,
+            num_cpus=self.settings.curation.stage_cpus,
+        )
+
+    def _together(self, dataset: Any, key: str) -> Any:
+        """The same rows, with all rows of a key in one block."""
+        blocks = len(self.ranges)
+        return dataset.repartition(blocks, keys=[key]) if blocks > 1 else dataset.repartition(1)
+
+    def _vote_factors(self, joined: Any) -> dict[str, dict[str, float]]:
+        """Factors of users over a cap."""
+        config = self.settings.curation.weigh
+        days = self._map(joined, _without_counts, weigh.count_votes)
+        totals = self._map(
+            self._together(days, "user"), partial(weigh.user_totals, votes_per_day=config.votes_per_day)
+        ).materialize()
+        everything = sum(pc.sum(table["total"]).as_py() or 0.0 for table in _blocks(totals))
+        return weigh.exceptions(_blocks(totals), everything, config.dataset_share)
+
+    def _clusters(self, rows: Any) -> tuple[Any, Any]:
+        """Sketches of this dataset's texts, and a reference to the near-duplicate `Clusters`."""
+        config = self.settings.curation.dedup
+        sketches = self._map(rows, _without_counts, partial(dedup.sketches_of, settings=config)).materialize()
+        kept = sorted((self.root / SKETCH_FOLDER / self._scope()).glob("*.parquet"))
+        tested = [_read_sketches(str(file)) for file in kept]
+        texts = sketches.union(ray.data.from_arrow(tested)) if tested else sketches
+        buckets = self._map(texts, partial(dedup.buckets_of, settings=config))
+        edges = self._map(self._together(buckets, "band"), partial(dedup.bucket_edges, settings=config))
+        nodes = np.unique(np.concatenate([np.zeros(0, np.uint64), *(t["node"].to_numpy() for t in tested)]))
+        find = ray.remote(_find_clusters).options(num_cpus=self.settings.curation.stage_cpus)
+        return sketches, find.remote(nodes, *edges.materialize().to_arrow_refs())
+
+    def _topic_factors(self, examples: Any) -> dict[int, float]:
+        config = self.settings.curation.balance
+        blocks = (balancing.topic_weights(split_counts(table)[0], config) for table in _blocks(examples))
+        return balancing.topic_factors(blocks, config)
+
+    def _write(self, final: Any, sketches: Any) -> Manifest:
+        """Shards, card and manifest in a folder beside, then renamed into place."""
+        lines = [text for table in _blocks(final) for text in table[COUNTS].drop_null().to_pylist()]
+        stages = sum_counts(lines, list(STAGES))
+        sizes = _sizes(final)
+        counts = manifest.count_table([(kind, split, n) for (kind, split), n in sizes.items()])
+        check_usable(counts, _labels(final), [(s.name, s.dropped) for s in stages])
+        building = self.root / f".building-{uuid.uuid4().hex}"
+        building.mkdir(parents=True)
+        try:
+            shards = self._write_shards(final, building, sizes)
+            made = self._manifest(final, stages, counts, shards)
+            (building / "card.md").write_text(dataset_card(made))
+            self._keep_test_sketches(final, sketches, made.dataset_id)
+            return manifest.publish(building, self.root, made)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+    def _write_shards(self, final: Any, folder: Path, sizes: dict[tuple[str, str], int]) -> list[Shard]:
+        number = {key: -(-n // self.settings.curation.shard_rows) for key, n in sizes.items()}
+        named = self._map(final, _without_counts, partial(_name_shards, number=number))
+        written = self._map(self._together(named, "shard"), partial(manifest.write_shards, folder=folder))
+        rows = [row for table in _blocks(written.materialize()) for row in table.to_pylist()]
+        return sorted((Shard(**row) for row in rows), key=lambda shard: shard.path)
+
+    def _manifest(
+        self, final: Any, stages: Sequence[Any], counts: dict[str, dict[str, int]], shards: list[Shard]
+    ) -> Manifest:
+        digest = manifest.dataset_hash(shards)
+        times = [t for table in _blocks(final) for t in (pc.min(table["at_us"]), pc.max(table["at_us"]))]
+        known = [t.as_py() for t in times if t.is_valid]
+        return Manifest(
+            dataset_id=f"{self.agent or 'all'}-{digest[:12]}".replace("/", "_"),
+            dataset_hash=digest,
+            schema_version=manifest.SCHEMA_VERSION,
+            created_at=to_iso(now_us()),
+            tenant=self.settings.tenant,
+            workspace=self.settings.workspace,
+            agent=self.agent,
+            config=_public_config(self.settings),
+            git_commit=manifest.git_commit(),
+            sources={"first_seq": 1, "last_seq": self.ranges[-1].last},
+            time_range=[to_iso(min(known)), to_iso(max(known))],
+            stages=list(stages),
+            counts=counts,
+            shards=shards,
+        )
+
+    def _keep_test_sketches(self, final: Any, sketches: Any, dataset_id: str) -> None:
+        """Remember what was in test, so that it never enters a later training set."""
+        nodes = [t.filter(pc.equal(t["split"], "test"))["node"].to_numpy() for t in _blocks(final)]
+        tested = np.unique(np.concatenate([np.zeros(0, np.uint64), *nodes]))
+        tables = [t.filter(pa.array(np.isin(t["node"].to_numpy(), tested))) for t in _blocks(sketches)]
+        table = pa.concat_tables([dedup.SKETCHES.empty_table(), *tables]).sort_by("text")
+        file = self.root / SKETCH_FOLDER / self._scope() / f"{dataset_id}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{uuid.uuid4().hex}.part")
+        pq.write_table(table, part, compression="zstd")
+        part.replace(file)
+
+    def _scope(self) -> str:
+        return f"{self.settings.tenant}/{self.settings.workspace}"
+
+
+def check_usable(
+    counts: dict[str, dict[str, int]], labels: set[bool], dropped: Sequence[tuple[str, dict[str, int]]]
+) -> None:
+    """Refuse a dataset that no training could learn a difference from.
+
+    Raises:
+        DatasetError: no examples, or all feedback points the same way; says what became of the rows.
+    """
+    totals = {kind: sum(splits.values()) for kind, splits in counts.items()}
+    if sum(totals.values()) == 0:
+        reasons = [f"{stage}: {reason} {n}" for stage, found in dropped for reason, n in found.items()]
+        raise DatasetError(f"no examples could be made ({'; '.join(reasons) or 'no interactions'})")
+    if totals["preference"] == 0 and len(labels) == 1:
+        side = "positive" if labels == {True} else "negative"
+        raise DatasetError(
+            f"all feedback is {side} ({totals['unpaired']} judged answers, no preference pair): one-sided "
+            "feedback teaches no difference; collect the other side, or corrections"
+        )
+    if totals["preference"] == 0 and not labels and totals["sft"] == 0:
+        raise DatasetError("no answer is good enough to imitate and none is preferred to another")
+
+
+@contextmanager
+def _quiet_ray_data() -> Iterator[None]:
+    """Ray Data without bars, and with blocks that are never cut: the rows of a key must stay together."""
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars, context.target_max_block_size
+    loggers = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    context.enable_progress_bars, context.target_max_block_size = False, None
+    try:
+        for name, level in loggers.items():
+            logging.getLogger(name).setLevel(level)
+        yield
+    finally:
+        context.enable_progress_bars, context.target_max_block_size = before
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _apply(table: pa.Table, functions: Sequence[Callable[[pa.Table], pa.Table]]) -> pa.Table:
+    for function in functions:
+        table = function(table)
+    return table
+
+
+def _without_counts(table: pa.Table) -> pa.Table:
+    return split_counts(table)[0]
+
+
+def _read_block(table: pa.Table, settings: Settings) -> pa.Table:
+    return pa.concat_tables([read_range(settings, SeqRange(**row)) for row in table.to_pylist()])
+
+
+def _assign(table: pa.Table, clusters: Any) -> tuple[pa.Table, Any]:
+    return dedup.assign_clusters(table, ray.get(clusters))
+
+
+def _find_clusters(tested: Any, *edges: pa.Table) -> dedup.Clusters:
+    whole = [table for table in edges if table.column_names]
+    return dedup.find_clusters(pa.concat_tables([dedup.EDGES.empty_table(), *whole]), tested)
+
+
+def _read_sketches(file: str) -> pa.Table:
+    return pq.read_table(file, schema=dedup.SKETCHES)
+
+
+def _name_shards(table: pa.Table, number: dict[tuple[str, str], int]) -> pa.Table:
+    """Adds `shard`: kind, split, and a number from the example's id."""
+    columns = (table[name].to_pylist() for name in ("kind", "split", "example_id"))
+    names = [f"{k}/{s}/{int(i[:8], 16) % number[k, s]:05d}" for k, s, i in zip(*columns, strict=True)]
+    return with_column(table, "shard", names, pa.string())
+
+
+def _blocks(dataset: Any) -> Iterator[pa.Table]:
+    """The blocks of a materialised dataset, one in memory at a time."""
+    for reference in dataset.to_arrow_refs():
+        table = ray.get(reference)
+        if table.column_names:
+            yield table
+
+
+def _sizes(final: Any) -> dict[tuple[str, str], int]:
+    """Examples of each kind and split."""
+    sizes: dict[tuple[str, str], int] = {}
+    for table in _blocks(final):
+        groups = split_counts(table)[0].group_by(["kind", "split"]).aggregate([([], "count_all")])
+        for row in groups.to_pylist():
+            key = row["kind"], row["split"]
+            sizes[key] = sizes.get(key, 0) + row["count_all"]
+    return dict(sorted(sizes.items()))
+
+
+def _labels(final: Any) -> set[bool]:
+    """Which verdicts the unpaired examples hold."""
+    return {label for table in _blocks(final) for label in pc.unique(table["label"].drop_null()).to_pylist()}
+
+
+def _public_config(settings: Settings) -> dict[str, Any]:
+    """The configuration of the pipeline, without the key of the split."""
+    config = settings.curation.model_dump(mode="json")
+    config["split"]["salt"] = "(not shown)"
+    return config
+
+
+def _ready_event(written: Manifest) -> Event:
+    """`dataset.ready`, once for each dataset however often it is made."""
+    body = {
+        "dataset_id": written.dataset_id,
+        "dataset_hash": written.dataset_hash,
+        "path": written.path,
+        "counts": written.counts,
+    }
+    return Event(
+        "dataset.ready",
+        written.tenant,
+        written.workspace,
+        body,
+        event_id=f"dataset.ready:{written.workspace}:{written.dataset_id}",
+        agent=written.agent,
+    )

@@ -1,0 +1,304 @@
+"""Stage 6, deduplicate: equal answers are merged, near-equal ones dropped, near-equal questions marked.
+
+Questions and whole examples are compared by MinHash LSH: every text gives one key a band, texts that
+share a key are candidates, candidates whose sketches agree enough are joined, and what is connected is a
+cluster. Only keys and sketches travel between machines, never a set of all rows to one place.
+
+Two texts made of `field: value` lines are near duplicates only when all their fields agree: in a record,
+one different value is a different case, however alike the rest reads (docs/decisions/).
+"""
+
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cluster.settings.curation import CurationSettings, DeduplicationSettings
+from data.events import Message
+from data.join import to_json
+from data.minhash import U64, Shingles, band_keys, mix, shingle, similarity, sketch, text_hashes
+from data.split import split_of
+from data.stages import Dropped, with_column
+from data.template import content_text
+
+BUCKETS = pa.schema(
+    [("band", pa.uint64()), ("text", pa.uint64()), ("node", pa.uint64()), ("sketch", pa.binary())]
+)
+"""A text under one of its band keys; `node` is the question it belongs to, `sketch` one byte a value."""
+EDGES = pa.schema([("left", pa.uint64()), ("right", pa.uint64())])
+"""Two nodes found to be near duplicates."""
+SKETCHES = pa.schema(
+    [("text", pa.uint64()), ("node", pa.uint64()), ("salt", pa.uint64()), ("sketch", pa.binary())]
+)
+"""A text's full sketch (uint32 values), as kept of test items."""
+
+FIELD_PATTERNS = (
+    re.compile(
+        r"^[ \t]*[-*]?[ \t]*([^\W_][\w ./()-]{0,40}?)[ \t]*[:=][ \t]+(\S.*?)[ \t]*$", re.M
+    ),  # a line each
+    re.compile(
+        r"(?:^|[;|,\n])\s*([^\W_][\w ./()-]{0,40}?)\s*[:=] ?([^\s;|,][^;|,\n]*)(?=[;|,\n]|$)"
+    ),  # a row
+    re.compile(r"\"([\w .-]{1,40})\"\s*:\s*(\"(?:[^\"\\]|\\.)*\"|-?[\d.]+|true|false|null)"),  # JSON
+    re.compile(r"(?<!\S)([A-Za-z][\w.-]{0,40})=([^\s,;|]+)"),  # logfmt
+)
+
+
+def normalise_text(text: str) -> str:
+    """Case, spacing and Unicode variants made equal."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def question_text(messages: list[Message]) -> str:
+    """What was asked: all turns but the system's, which is the same for everybody."""
+    return "\n".join(content_text(m) for m in messages if m["role"] not in ("system", "developer"))
+
+
+def record_fields(text: str, least: int) -> str:
+    """Canonical text of the `field: value` pairs in a text; empty when it has fewer than `least`."""
+    pairs: set[tuple[str, str]] = set()
+    for pattern in FIELD_PATTERNS:
+        pairs |= {
+            (normalise_text(name), normalise_text(value).rstrip(",")) for name, value in pattern.findall(text)
+        }
+    return to_json(sorted(pairs)) if len({name for name, _ in pairs}) >= least else ""
+
+
+def fingerprint(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table, Dropped]:
+    """Adds `node`, `answer_key`, `fields` (hashes of question, answer and record) and `split`."""
+    questions = [question_text(orjson.loads(text)) for text in table["messages"].to_pylist()]
+    answers = [normalise_text(content_text(orjson.loads(text))) for text in table["response"].to_pylist()]
+    fields = [record_fields(question, settings.dedup.field_lines) for question in questions]
+    splits = [split_of(user, settings.split) for user in table["user_id"].to_pylist()]
+    table = with_column(table, "node", text_hashes([normalise_text(q) for q in questions]))
+    table = with_column(table, "answer_key", text_hashes(answers))
+    table = with_column(table, "fields", text_hashes(fields))
+    return with_column(table, "split", splits, pa.string()), Counter()
+
+
+def sketches_of(table: pa.Table, settings: DeduplicationSettings) -> pa.Table:
+    """Rows of `SKETCHES`: for each distinct question, and each distinct question with its answer."""
+    questions = [question_text(orjson.loads(text)) for text in table["messages"].to_pylist()]
+    answers = [content_text(orjson.loads(text)) for text in table["response"].to_pylist()]
+    node, fields = table["node"].to_numpy(), table["fields"].to_numpy()
+    examples = mix(node * np.uint64(3) + table["answer_key"].to_numpy())
+    texts = [*questions, *(f"{q}\n{a}" for q, a in zip(questions, answers, strict=True))]
+    ids = np.concatenate([node, examples]).astype(np.uint64)
+    view = np.repeat(np.array([1, 2], dtype=np.uint64), len(node))
+    salts = mix(np.concatenate([fields, fields]).astype(np.uint64) + view)
+    return sketch_texts(texts, ids, np.concatenate([node, node]).astype(np.uint64), salts, settings)
+
+
+def sketch_texts(
+    texts: list[str], ids: U64, nodes: U64, salts: U64, settings: DeduplicationSettings
+) -> pa.Table:
+    """Rows of `SKETCHES` of texts, each id once. Texts of different salts never share a key."""
+    ids, first = np.unique(ids, return_index=True)
+    if not len(ids):
+        return SKETCHES.empty_table()
+    sketches = sketch(
+        shingle(pa.array([texts[i] for i in first]), settings.shingle_words),
+        settings.bands * settings.rows_per_band,
+        settings.seed,
+    )
+    return pa.table([ids, nodes[first], salts[first], _rows_as_binary(sketches)], schema=SKETCHES)
+
+
+def buckets_of(sketches: pa.Table, settings: DeduplicationSettings) -> pa.Table:
+    """Rows of `BUCKETS`: each text once a band."""
+    matrix = _matrix(sketches["sketch"], np.dtype(np.uint32), settings.bands * settings.rows_per_band)
+    keys = band_keys(matrix, settings.bands, sketches["salt"].to_numpy())
+    index = np.repeat(np.arange(len(matrix)), settings.bands)
+    short = _rows_as_binary(matrix.astype(np.uint8))
+    columns = [
+        sketches["text"].to_numpy()[index],
+        sketches["node"].to_numpy()[index],
+        short.take(pa.array(index)),
+    ]
+    return pa.table([keys.ravel(), *columns], schema=BUCKETS)
+
+
+def bucket_edges(buckets: pa.Table, settings: DeduplicationSettings) -> pa.Table:
+    """Rows of `EDGES`: near duplicates among texts that share a band key.
+
+    Needs all rows of a key. A bucket of more than `bucket_pairs` texts is compared along a chain and with
+    its first text, so that a popular text costs no square.
+    """
+    band, text = buckets["band"].to_numpy(), buckets["text"].to_numpy()
+    order = np.lexsort((text, band))
+    fresh = np.ones(len(order), dtype=bool)
+    fresh[1:] = (np.diff(band[order]) != 0) | (np.diff(text[order]) != 0)
+    order = order[fresh]
+    left, right = _candidates(band[order], settings.bucket_pairs)
+    left, right = order[left], order[right]
+    node = buckets["node"].to_numpy()
+    different = node[left] != node[right]
+    left, right = left[different], right[different]
+    matrix = _matrix(buckets["sketch"], np.dtype(np.uint8), settings.bands * settings.rows_per_band)
+    alike = similarity(matrix[left], matrix[right]) >= settings.threshold
+    pairs = np.sort(np.stack([node[left[alike]], node[right[alike]]], axis=1), axis=1)
+    pairs = np.unique(pairs, axis=0)
+    return pa.table([pairs[:, 0], pairs[:, 1]], schema=EDGES)
+
+
+def _candidates(keys: U64, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Index pairs within runs of equal keys: all pairs of a short run, chain and star of a long one."""
+    starts = (
+        np.flatnonzero(np.concatenate([[True], np.diff(keys) != 0])) if len(keys) else np.zeros(0, np.int64)
+    )
+    sizes = np.diff(np.append(starts, len(keys)))
+    lefts, rights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for size in np.unique(sizes[sizes > 1]):
+        begin = starts[sizes == size]
+        if size <= most:
+            i, j = np.triu_indices(size, 1)
+        else:
+            rest = np.arange(1, size)
+            i, j = np.concatenate([rest - 1, np.zeros(size - 1, np.int64)]), np.concatenate([rest, rest])
+        lefts.append((begin[:, None] + i[None, :]).ravel())
+        rights.append((begin[:, None] + j[None, :]).ravel())
+    return np.concatenate(lefts), np.concatenate(rights)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Clusters of more than one node, and nodes that are or were test items; the rest stand alone."""
+
+    nodes: U64
+    """Sorted."""
+    clusters: U64
+    """The least node of each one's cluster."""
+    tested: U64
+    """Clusters that hold a test item of an earlier dataset, sorted."""
+
+
+def find_clusters(edges: pa.Table, tested_nodes: U64) -> Clusters:
+    """Connected components of the edges: `tested_nodes` are those of earlier test items."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    left, right = edges["left"].to_numpy(), edges["right"].to_numpy()
+    nodes, index = np.unique(np.concatenate([left, right]).astype(np.uint64), return_inverse=True)
+    i, j = np.split(index, 2)
+    graph = coo_array((np.ones(len(i), dtype=np.int8), (i, j)), shape=(len(nodes), len(nodes)))
+    count, component = connected_components(graph, directed=False)
+    least = np.full(count, np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(least, component, nodes)
+    found = Clusters(nodes, least[component], np.zeros(0, np.uint64))
+    return Clusters(found.nodes, found.clusters, np.unique(cluster_of(tested_nodes, found)))
+
+
+def cluster_of(nodes: U64, clusters: Clusters) -> U64:
+    """The cluster of each node; a node alone is its own."""
+    if not len(clusters.nodes) or not len(nodes):
+        return nodes.astype(np.uint64)
+    place = np.minimum(np.searchsorted(clusters.nodes, nodes), len(clusters.nodes) - 1)
+    known = clusters.nodes[place] == nodes
+    return np.where(known, clusters.clusters[place], nodes).astype(np.uint64)
+
+
+def assign_clusters(table: pa.Table, clusters: Clusters) -> tuple[pa.Table, Dropped]:
+    """Adds `cluster` and `seen_in_test`."""
+    own = cluster_of(table["node"].to_numpy(), clusters)
+    table = with_column(table, "cluster", own)
+    return with_column(table, "seen_in_test", np.isin(own, clusters.tested)), Counter()
+
+
+def deduplicate(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table, Dropped]:
+    """One row of each answer to a question, in each split. Needs all rows of a cluster.
+
+    Equal answers to one question become one row: scores are averaged by weight, weights added, signals and
+    interaction ids joined. Of near-equal answers with about the same score, those with the most weight
+    stay; near-equal answers of which one is good and one bad are what a preference pair is made of.
+    """
+    groups: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in table.to_pylist():
+        row["interaction_ids"] = [row["interaction_id"]]
+        groups[row["cluster"], row["split"]].append(row)
+    dropped: Dropped = Counter()
+    kept: list[dict[str, Any]] = []
+    for key in sorted(groups):
+        merged = _merge_equal(groups[key])
+        dropped["exact duplicate"] += len(groups[key]) - len(merged)
+        distinct = _drop_near(merged, settings)
+        dropped["near duplicate"] += len(merged) - len(distinct)
+        kept += distinct
+    schema = table.schema.append(pa.field("interaction_ids", pa.list_(pa.string())))
+    return pa.Table.from_pylist(kept, schema), +dropped
+
+
+def _merge_equal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    by_text: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in sorted(rows, key=lambda r: (r["at_us"], r["interaction_id"])):
+        by_text[row["node"], row["answer_key"]].append(row)
+    return [_merge(by_text[key]) for key in sorted(by_text)]
+
+
+def _merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(rows) == 1:
+        return rows[0]
+    weights = [max(row["weight"], 1e-9) for row in rows]
+    voted = [(w, r["explicit"]) for w, r in zip(weights, rows, strict=True) if r["explicit"] is not None]
+    signals = [signal for row in rows for signal in orjson.loads(row["signals"])]
+    labels = [label for row in rows for label in orjson.loads(row["labels"])]
+    return rows[0] | {
+        "score": sum(w * r["score"] for w, r in zip(weights, rows, strict=True)) / sum(weights),
+        "explicit": sum(w * e for w, e in voted) / sum(w for w, _ in voted) if voted else None,
+        "weight": sum(row["weight"] for row in rows),
+        "signals": to_json(signals),
+        "labels": to_json(labels),
+        "interaction_ids": [row["interaction_id"] for row in rows],
+    }
+
+
+def _drop_near(rows: list[dict[str, Any]], settings: CurationSettings) -> list[dict[str, Any]]:
+    """Of rows whose answers are near duplicates, the first `keep_per_cluster` by weight."""
+    most = settings.dedup.keep_per_cluster
+    if len(rows) <= most:
+        return rows
+    rows = sorted(rows, key=lambda r: (-r["weight"], r["at_us"], r["interaction_id"]))
+    answers = [content_text(orjson.loads(row["response"])) for row in rows]
+    fields = [record_fields(answer, 1) for answer in answers]
+    sets = shingle_sets(shingle(pa.array(answers, pa.string()), settings.dedup.shingle_words))
+    kept: list[int] = []
+
+    def near(i: int, k: int) -> bool:
+        if fields[i] != fields[k] or abs(rows[i]["score"] - rows[k]["score"]) >= settings.examples.min_margin:
+            return False
+        return jaccard(sets[i], sets[k]) >= settings.dedup.threshold
+
+    for i in range(len(rows)):
+        if sum(near(i, k) for k in kept) < most:
+            kept.append(i)
+    return [rows[i] for i in kept]
+
+
+def shingle_sets(shingles: Shingles) -> list[set[int]]:
+    """The shingles of each text as a set."""
+    edges = shingles.offsets
+    return [set(shingles.hashes[a:b].tolist()) for a, b in pairwise(edges)]
+
+
+def jaccard(left: set[int], right: set[int]) -> float:
+    """Size of the intersection over size of the union; 1 for two empty sets."""
+    union = len(left | right)
+    return len(left & right) / union if union else 1.0
+
+
+def _rows_as_binary(matrix: NDArray[Any]) -> pa.Array:
+    width = matrix.shape[1] * matrix.itemsize
+    data = pa.py_buffer(np.ascontiguousarray(matrix).tobytes())
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(matrix), [None, data]).cast(pa.binary())
+
+
+def _matrix(column: pa.ChunkedArray, dtype: np.dtype[Any], columns: int) -> NDArray[Any]:
+    """Binary rows of equal length as a matrix."""
+    joined = b"".join(column.to_pylist())
+    return np.frombuffer(joined, dtype=dtype).reshape(len(column), columns)

@@ -1,0 +1,157 @@
+"""Stage 1, join: events of one interaction become one row.
+
+Feedback may come before its interaction, or days later; a join by id does not care. Log order decides
+nothing here: ties are broken by time and event id, so the same events give the same rows.
+"""
+
+from collections import Counter, defaultdict
+from typing import Any
+
+import orjson
+import pyarrow as pa
+
+from data.stages import Dropped
+
+Event = dict[str, Any]
+"""One row of `data.source.EVENTS` with its body parsed."""
+
+ROWS = pa.schema(
+    [
+        ("interaction_id", pa.string()),
+        ("user_id", pa.string()),
+        ("session_id", pa.string()),
+        ("agent", pa.string()),
+        ("at_us", pa.int64()),
+        ("messages", pa.string()),  # JSON list of messages: the prompt
+        ("tools", pa.string()),  # JSON list or null
+        ("context", pa.string()),  # JSON list of passages
+        ("response", pa.string()),  # JSON message or null
+        ("finish_reason", pa.string()),
+        ("version", pa.string()),
+        ("arm", pa.string()),
+        ("answer_tokens", pa.int64()),  # 0 when unknown
+        ("flags", pa.string()),  # JSON object
+        ("latency_s", pa.float64()),
+        ("session_key", pa.string()),  # what belongs to one session, or to one user of an agent
+        ("behaviours", pa.string()),  # JSON list of what the user did
+        ("signals", pa.string()),  # JSON list of signals, see `_signal`
+        ("labels", pa.string()),  # JSON list: newest label of each reviewer
+        ("grades", pa.string()),  # JSON list: newest grade of each grader
+    ]
+)
+"""One interaction a row, with everything said about it."""
+
+
+def join_events(table: pa.Table, agent: str | None = None) -> tuple[pa.Table, Dropped]:
+    """Rows of `ROWS` from all events of some interactions.
+
+    Events that are part of a row are not dropped; the tally counts those that are lost: erased, repeated,
+    of another agent, or about an interaction that is not in the log. Behaviour of which only the session is
+    known becomes a row without an interaction, which `data.behaviour` takes up again.
+    """
+    dropped: Dropped = Counter()
+    by_interaction: dict[str, list[Event]] = defaultdict(list)
+    rows = []
+    for event in _parsed(table, dropped):
+        if event["interaction_id"] is not None:
+            by_interaction[event["interaction_id"]].append(event)
+        elif event["kind"] == "behaviour" and event["session_id"] is not None:
+            rows.append(_carrier(event))
+        else:
+            dropped["no interaction id"] += 1
+    for events in by_interaction.values():
+        kinds = _by_kind(events)
+        found = kinds["interaction"]
+        if not found:
+            dropped["interaction unknown"] += len(events)
+        elif agent is not None and found[0]["agent"] != agent:
+            dropped["other agent"] += len(events)
+        else:
+            dropped["interaction repeated"] += len(found) - 1
+            rows.append(_row(found[0], kinds))
+    rows.sort(key=lambda row: (row["interaction_id"] or "", row["behaviours"]))
+    return pa.Table.from_pylist(rows, ROWS), +dropped
+
+
+def _parsed(table: pa.Table, dropped: Dropped) -> list[Event]:
+    """Events with parsed bodies in canonical order, each `event_id` once."""
+    events = sorted(table.to_pylist(), key=lambda e: (e["at_us"], e["event_id"]))
+    seen: set[str] = set()
+    parsed = []
+    for event in events:
+        if event["body"] is None:
+            dropped["erased"] += 1
+        elif event["event_id"] in seen:
+            dropped["event repeated"] += 1
+        else:
+            seen.add(event["event_id"])
+            parsed.append({**event, "body": orjson.loads(event["body"])})
+    return parsed
+
+
+def _by_kind(events: list[Event]) -> dict[str, list[Event]]:
+    kinds: dict[str, list[Event]] = defaultdict(list)
+    for event in events:
+        kinds[event["kind"]].append(event)
+    return kinds
+
+
+def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
+    body = interaction["body"]
+    user = interaction["user_id"] or f"session:{interaction['session_id'] or interaction['interaction_id']}"
+    return {
+        "interaction_id": interaction["interaction_id"],
+        "user_id": user,
+        "session_id": interaction["session_id"],
+        "agent": interaction["agent"],
+        "at_us": interaction["at_us"],
+        "messages": to_json(body["messages"]),
+        "tools": to_json(body["tools"]) if body.get("tools") else None,
+        "context": to_json(body.get("context") or []),
+        "response": to_json(body["response"]) if body.get("response") else None,
+        "finish_reason": body.get("finish_reason"),
+        "version": body.get("served_version"),
+        "arm": body.get("arm"),
+        "answer_tokens": body.get("answer_tokens", 0),
+        "flags": to_json(body.get("flags") or {}),
+        "latency_s": body.get("latency_s", 0.0),
+        "session_key": session_key(interaction["session_id"], user, interaction["agent"]),
+        "behaviours": to_json([_behaviour(event) for event in kinds["behaviour"]]),
+        "signals": to_json([_signal(event, interaction) for event in kinds["feedback"]]),
+        "labels": to_json(_newest(kinds["label"], "reviewer")),
+        "grades": to_json(_newest(kinds["grade"], "grader")),
+    }
+
+
+def _signal(event: Event, interaction: Event) -> dict[str, Any]:
+    body = event["body"]
+    kept = {name: body.get(name) for name in ("type", "source", "reward", "value", "text", "category")}
+    return {**kept, "user": event["user_id"] or interaction["user_id"] or "", "at_us": event["at_us"]}
+
+
+def _behaviour(event: Event) -> dict[str, Any]:
+    return {"body": event["body"], "at_us": event["at_us"], "interaction_id": event["interaction_id"]}
+
+
+def _carrier(event: Event) -> dict[str, Any]:
+    """A row that holds nothing but what a user did in a session."""
+    key = session_key(event["session_id"], "", None)
+    return {"session_id": event["session_id"], "session_key": key, "behaviours": to_json([_behaviour(event)])}
+
+
+def session_key(session_id: str | None, user: str, agent: str | None) -> str:
+    """What groups rows whose behaviour must be read together."""
+    return f"session:{session_id}" if session_id is not None else f"user:{user}:{agent}"
+
+
+def _newest(events: list[Event], by: str) -> list[dict[str, Any]]:
+    """The last body of each reviewer or grader; events come in order of time."""
+    newest: dict[str, dict[str, Any]] = {}
+    for event in events:
+        newest[event["body"][by]] = event["body"]
+    return [newest[name] for name in sorted(newest)]
+
+
+def to_json(value: Any) -> str:
+    """Canonical JSON text."""
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode()

@@ -1,0 +1,95 @@
+"""Which version a request is for: a pure decision from a snapshot.
+
+`model` names an agent, whose route then splits users between two versions, or a version itself, which is
+nobody's experiment.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from serve.assignment import assign_request
+from serve.openai import ApiError, unknown_model
+from serve.routes import Route, RouteKey
+from serve.snapshot import Snapshot, Target
+
+PlannedArm = Literal["stable", "candidate", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who should answer, who stands in, and what the record says about it."""
+
+    requested: str
+    agent: str
+    version: str
+    """The version assigned."""
+    target: Target | None
+    """Where it is served; `None` when no engine holds it."""
+    arm: PlannedArm
+    fallback: Target | None = None
+    """Stable, where the candidate is assigned."""
+    route: Route | None = None
+    experiment_id: str | None = None
+    bucket: float | None = None
+    propensity: float | None = None
+    unit: Literal["user", "session", "request"] | None = None
+
+
+def plan(
+    snapshot: Snapshot,
+    tenant: str,
+    model: str,
+    *,
+    modality: str,
+    user: str | None,
+    session: str | None,
+    request: str,
+) -> Plan:
+    """The plan of one request. `user` is a pseudonym.
+
+    Raises:
+        ApiError: 404 for a model that the tenant does not have.
+    """
+    route = snapshot.routes.get(RouteKey(tenant, model, modality)) or snapshot.routes.get(
+        RouteKey(tenant, model)
+    )
+    if route is not None:
+        return _routed(snapshot, route, model, user, session, request)
+    target = snapshot.targets.get(model)
+    if target is None or not snapshot.visible(tenant, model):
+        raise unknown_model(model, snapshot.known_models(tenant))
+    return Plan(model, model.rpartition("/")[0], model, target, "none")
+
+
+def _routed(
+    snapshot: Snapshot, route: Route, model: str, user: str | None, session: str | None, request: str
+) -> Plan:
+    stable = snapshot.targets.get(route.stable)
+    if route.pinned:  # moved by hand: counts for no arm
+        return Plan(model, route.agent, route.stable, stable, "none", route=route)
+    share = route.live_share
+    chosen = assign_request(share, route.salt, route.tenant, user=user, session=session, request=request)
+    version = route.candidate if chosen.arm == "candidate" else None
+    return Plan(
+        requested=model,
+        agent=route.agent,
+        version=version or route.stable,
+        target=snapshot.targets.get(version) if version else stable,
+        arm=chosen.arm,
+        fallback=stable if version else None,
+        route=route,
+        experiment_id=route.experiment_id,
+        bucket=chosen.bucket,
+        propensity=chosen.propensity,
+        unit=chosen.unit,
+    )
+
+
+def not_served(version: str) -> ApiError:
+    """503: the route names a version that no engine holds."""
+    return ApiError(
+        503,
+        f"Version {version} is not served by any engine yet.",
+        code="version_not_ready",
+        retry_after_s=1.0,
+    )

@@ -1,0 +1,290 @@
+"""Interactions on their way into the log, off the request's path.
+
+A request leaves a record in a bounded ring; a thread turns records into events and hands them to the group
+commit. When the log takes nothing they go to a spool, one file of JSON lines a router, which is replayed when
+it answers again. Nothing here can change or delay an answer; what is lost is counted.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from cluster import metrics
+from cluster.clock import now_us
+from cluster.errors import RayloopError
+from cluster.settings.capture import LogSettings
+from cluster.settings.serving import CaptureQueueSettings
+from data.events import Event, uuid7
+from data.group_commit import GroupCommit, Transient
+from serve.arms import Plan
+from serve.keys import Key
+from serve.rewrite import Answer
+
+log = logging.getLogger(__name__)
+
+PARAMETERS = (
+    "temperature", "top_p", "max_tokens", "max_completion_tokens", "n", "stop", "seed", "presence_penalty",
+    "frequency_penalty", "response_format", "tool_choice", "stream",
+)  # fmt: skip
+METADATA_PAIRS, METADATA_CHARACTERS = 16, 512  # OpenAI's own bounds
+REPLAY_EVENTS = 500
+GONE = "client_disconnected"
+
+
+@dataclass(slots=True)
+class Record:
+    """What a request leaves behind; becomes an `interaction` event."""
+
+    interaction_id: str
+    key: Key
+    plan: Plan
+    request: Mapping[str, Any]
+    modality: str
+    user: str | None
+    """Pseudonym."""
+    session: str | None
+    trace_id: str | None
+    answer: Answer = field(default_factory=Answer)
+    served_version: str | None = None
+    adapter_digest: str | None = None
+    latency_s: float = 0.0
+    ttft_s: float | None = None
+    fallback: str | None = None
+    """Why stable answered in place of the candidate."""
+    disconnected: bool = False
+    timeout: bool = False
+    error: str | None = None
+    at_us: int = field(default_factory=now_us)
+
+    def event(self) -> Event:
+        """The event, as `data.events.Interaction` describes it, with absent fields left out."""
+        body = {name: value for name, value in self._body().items() if value is not None}
+        return Event(
+            "interaction", self.key.tenant, self.key.workspace, body,
+            event_id=uuid7(), occurred_at_us=self.at_us, user_id=self.user, session_id=self.session,
+            agent=self.plan.agent, interaction_id=self.interaction_id,
+        )  # fmt: skip
+
+    def _body(self) -> dict[str, Any]:
+        plan, answer, request = self.plan, self.answer, self.request
+        metadata = _bounded(request.get("metadata"))
+        if self.fallback is not None:
+            metadata["fallback_cause"] = self.fallback
+        flags = {
+            "fallback": self.fallback is not None, "shadow": False, "disconnected": self.disconnected,
+            "safety": False, "timeout": self.timeout,
+        }  # fmt: skip
+        return {
+            "messages": request["messages"],
+            "tools": request.get("tools") or None,
+            "context": [],
+            "response": {"role": "assistant"} | answer.message if answer.message else None,
+            "finish_reason": answer.finish_reason,
+            "prompt_token_ids": answer.prompt_token_ids,
+            "completion_token_ids": answer.token_ids,
+            "completion_logprobs": answer.logprobs,
+            "parameters": {k: request[k] for k in PARAMETERS if request.get(k) is not None},
+            "requested": plan.requested,
+            "assigned_version": plan.version,
+            "served_version": self.served_version,
+            "adapter_digest": self.adapter_digest,
+            "arm": plan.arm,
+            "experiment_id": plan.experiment_id,
+            "propensity": plan.propensity,
+            "bucket": plan.bucket,
+            "assignment_unit": plan.unit,
+            "route_revision": plan.route.revision if plan.route else None,
+            "latency_s": self.latency_s,
+            "ttft_s": self.ttft_s,
+            "modality": self.modality,
+            "user_tier": self.key.user_tier,
+            "metadata": metadata,
+            "trace_id": self.trace_id,
+            "flags": flags if self.error is None else flags | {"error": self.error},
+        }
+
+
+def _bounded(metadata: Any) -> dict[str, str | int | float | bool]:
+    if not isinstance(metadata, dict):
+        return {}
+    plain = [(str(k)[:64], v) for k, v in metadata.items() if isinstance(v, str | int | float | bool)]
+    return {k: v[:METADATA_CHARACTERS] if isinstance(v, str) else v for k, v in plain[:METADATA_PAIRS]}
+
+
+class Capture:
+    """The ring and its thread. `commit` appears once the database has answered for the first time."""
+
+    def __init__(self, settings: CaptureQueueSettings, log_settings: LogSettings, spool: Path) -> None:
+        self._settings = settings
+        self._batch = log_settings.group_commit_events
+        self._linger_s = settings.linger_ms / 1000
+        self._ring: deque[Record] = deque()
+        self._wake = threading.Event()
+        self._closing = False
+        self._retry_at = 0.0
+        self._spool = Spool(spool, settings.spool_max_mb * 2**20)
+        self.commit: GroupCommit | None = None
+        self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
+        self._thread.start()
+
+    def offer(self, record: Record) -> None:
+        """Take a record; never waits and never raises. A full ring loses it, and counts that."""
+        if len(self._ring) >= self._settings.queue_events:
+            metrics.CAPTURED.labels("lost").inc()
+            return
+        self._ring.append(record)
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def close(self) -> None:
+        """Write what waits, to the log or to the spool, and end."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        self._spool.adopt()
+        while not self._closing:
+            self._wake.wait(self._settings.retry_s)
+            if not self._closing:
+                time.sleep(self._linger_s)  # a moment in which the batch grows
+            self._wake.clear()
+            while self._ring or (self._spool.size and self._up and not self._closing):
+                self._drain()
+                self._replay()
+        while self._ring:
+            self._drain()
+
+    @property
+    def _up(self) -> bool:
+        """The log is there, or it is time to try it again."""
+        return self.commit is not None and time.monotonic() >= self._retry_at
+
+    def _drain(self) -> None:
+        """One batch from the ring to the log, else to the spool."""
+        records = [self._ring.popleft() for _ in range(min(len(self._ring), self._batch))]
+        metrics.CAPTURE_WAITING.set(len(self._ring))
+        events = [event for record in records if (event := _event_of(record)) is not None]
+        if events and not self._append(events):
+            self._spool_out(events)
+
+    def _replay(self) -> None:
+        """One batch from the spool, oldest first, home to the log."""
+        if self._spool.size and self._up:
+            events, end = self._spool.read(REPLAY_EVENTS)
+            if not events or self._append(events):
+                self._spool.forget(end)
+
+    def _append(self, events: list[Event]) -> bool:
+        """True when the events are in the log."""
+        if self.commit is None or not self._up:
+            return False
+        try:
+            self.commit.append(events)
+        except (RayloopError, *Transient) as error:
+            log.warning("the event log takes no interactions (%s); they go to %s", error, self._spool.path)
+            self._retry_at = time.monotonic() + self._settings.retry_s
+            return False
+        except Exception:
+            log.exception("%d interactions were refused by the event log and are lost", len(events))
+            metrics.CAPTURED.labels("lost").inc(len(events))
+            return True
+        metrics.CAPTURED.labels("logged").inc(len(events))
+        return True
+
+    def _spool_out(self, events: list[Event]) -> None:
+        kept = self._spool.add(events)
+        metrics.CAPTURED.labels("spooled").inc(kept)
+        metrics.CAPTURED.labels("lost").inc(len(events) - kept)
+
+
+def _event_of(record: Record) -> Event | None:
+    try:
+        return record.event()
+    except Exception:  # a request we could not describe must not stop the others
+        log.exception("an interaction could not be recorded")
+        metrics.CAPTURED.labels("lost").inc()
+        return None
+
+
+class Spool:
+    """Events on disk that wait for the log: JSON lines, and how many bytes of them are home already."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self.path, self._limit = path, limit
+        self.size = 0
+        """Bytes that are not in the log yet."""
+        self._done = 0
+
+    def adopt(self) -> None:
+        """Take over what earlier routers left in the same folder, this one's file first."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for left in sorted(self.path.parent.glob("*.jsonl")):
+            if left != self.path and not _alive(left):
+                try:
+                    left.rename(claimed := left.with_suffix(f".{os.getpid()}.claimed"))
+                except FileNotFoundError:  # another router was quicker
+                    continue
+                with self.path.open("ab") as file:
+                    file.write(claimed.read_bytes())
+                claimed.unlink()
+        self.size = self.path.stat().st_size if self.path.exists() else 0
+        metrics.SPOOL_BYTES.set(self.size)
+
+    def add(self, events: list[Event]) -> int:
+        """Write events down, durably; returns how many found room."""
+        lines = [orjson.dumps(asdict(event)) + b"\n" for event in events]
+        kept, total = 0, self.size
+        while kept < len(lines) and total + len(lines[kept]) <= self._limit:
+            total += len(lines[kept])
+            kept += 1
+        try:
+            with self.path.open("ab") as file:
+                file.writelines(lines[:kept])
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            log.error("the spool %s cannot be written (%s)", self.path, error)
+            return 0
+        self.size = total
+        metrics.SPOOL_BYTES.set(self.size)
+        return kept
+
+    def read(self, limit: int) -> tuple[list[Event], int]:
+        """The oldest events and the place in the file after them."""
+        events: list[Event] = []
+        with self.path.open("rb") as file:
+            file.seek(self._done)
+            while len(events) < limit and (line := file.readline()):
+                try:
+                    events.append(Event(**orjson.loads(line)))
+                except (orjson.JSONDecodeError, TypeError):  # half a line: the machine stopped in mid-write
+                    metrics.CAPTURED.labels("lost").inc()
+            return events, file.tell()
+
+    def forget(self, end: int) -> None:
+        """The events before `end` are home."""
+        self.size -= end - self._done
+        self._done = end
+        if self.size <= 0:
+            self.path.unlink(missing_ok=True)
+            self.size = self._done = 0
+        metrics.SPOOL_BYTES.set(self.size)
+
+
+def spool_path(home: Path) -> Path:
+    """This process's spool under `home`; its name carries the process, so a dead one's is known."""
+    return home / "spool" / f"router-{os.getpid()}.jsonl"
+
+
+def _alive(path: Path) -> bool:
+    pid = path.stem.rpartition("-")[2]
+    return pid.isdigit() and Path(f"/proc/{pid}").exists()

@@ -1,0 +1,1 @@
+"""Engines: what turns messages into tokens, behind one OpenAI-compatible HTTP interface."""

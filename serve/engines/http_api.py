@@ -1,0 +1,338 @@
+"""The embedded engine over HTTP, as a plain ASGI application.
+
+`POST /v1/chat/completions`, `GET /v1/models`, `POST /v1/load_lora_adapter`, `/v1/unload_lora_adapter` and
+`GET /healthz`, in the shapes of OpenAI and of vLLM's adapter calls, so the router speaks to this engine and
+to a vLLM server in the same way. It sits behind the router, which shows a token (token.py); people's keys
+are the router's business.
+"""
+
+import asyncio
+import hmac
+import logging
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import orjson
+
+from cluster.errors import DatasetError, NotFoundError, UnavailableError
+from serve.engines.adapter_files import AdapterError
+from serve.engines.generation import Update
+from serve.engines.protocol import (
+    ChatRequest,
+    Header,
+    Json,
+    logprobs_document,
+    parse_chat,
+    sampling_params,
+    usage,
+)
+from serve.engines.tool_calls import parse_tool_calls
+from serve.openai import (
+    JSON,
+    ApiError,
+    ClientGoneError,
+    Receive,
+    Scope,
+    Send,
+    header,
+    parse_object,
+    read_body,
+    send_error,
+    send_response,
+    unknown_model,
+)
+
+if TYPE_CHECKING:
+    from serve.engines.local import LocalEngine
+
+log = logging.getLogger(__name__)
+
+Route = Callable[[Scope, Receive, Send], Awaitable[None]]
+STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+class EngineApi:
+    """The ASGI callable around one engine. With a token, everything but `/healthz` asks for it."""
+
+    def __init__(self, engine: "LocalEngine", token: str | None = None) -> None:
+        self.engine = engine
+        self._bearer = f"Bearer {token}".encode() if token is not None else None
+        self._routes: dict[tuple[str, str], Route] = {
+            ("POST", "/v1/chat/completions"): self._chat,
+            ("GET", "/v1/models"): self._models,
+            ("POST", "/v1/load_lora_adapter"): self._load,
+            ("POST", "/v1/unload_lora_adapter"): self._unload,
+            ("GET", "/healthz"): self._health,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        try:
+            route = self._routes.get((scope["method"], path))
+            if route is None:
+                raise _no_route(scope["method"], path, {p for _, p in self._routes})
+            if path != "/healthz":
+                self._authorise(scope)
+            await route(scope, receive, send)
+        except ApiError as error:
+            await send_error(send, error)
+        except ClientGoneError:
+            log.debug("client left before its request was whole")
+
+    def _authorise(self, scope: Scope) -> None:
+        given = header(scope, b"authorization") or b""
+        if self._bearer is not None and not hmac.compare_digest(given, self._bearer):
+            message = "The engine answers its router only; send the request there."
+            raise ApiError(401, message, code="invalid_api_key")
+
+    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = parse_chat(await self._document(scope, receive), self.engine.settings)
+        answer = ChatAnswer(self.engine, request)
+        await (answer.stream(receive, send) if request.stream else answer.whole(receive, send))
+
+    async def _models(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        data = [
+            {
+                "id": m.name,
+                "object": "model",
+                "created": m.loaded_at,
+                "owned_by": "rayloop",
+                "root": m.adapter_path,
+            }
+            for m in self.engine.models()
+        ]
+        await _send_json(send, 200, {"object": "list", "data": data})
+
+    async def _load(self, scope: Scope, receive: Receive, send: Send) -> None:
+        document = await self._document(scope, receive)
+        name, path = _text(document, "lora_name"), _text(document, "lora_path")
+        try:
+            adapter = await asyncio.to_thread(self.engine.load_adapter, name, path)
+        except AdapterError as error:
+            raise ApiError(
+                400, f"adapter {name!r}: {error}", param="lora_path", code="adapter_refused"
+            ) from None
+        body = {"status": "loaded", "lora_name": name, "sha256": adapter.sha256, "rank": adapter.rank}
+        await _send_json(send, 200, body)
+
+    async def _unload(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = _text(await self._document(scope, receive), "lora_name")
+        if not self.engine.unload_adapter(name):
+            raise ApiError(404, f"no adapter {name!r} is loaded", param="lora_name", code="model_not_found")
+        await _send_json(send, 200, {"status": "unloaded", "lora_name": name})
+
+    async def _health(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        scheduler = self.engine.scheduler
+        status = "ok" if scheduler.alive else "dead"
+        body = {
+            "status": status,
+            "running": scheduler.running,
+            "queued": scheduler.queued,
+            "models": len(self.engine.models()),
+            "steps": scheduler.steps,
+            "generated_tokens": scheduler.generated_tokens,
+            "prompt_tokens": scheduler.prefixes.asked_tokens,
+            "reused_prompt_tokens": scheduler.prefixes.hit_tokens,
+        }
+        await _send_json(send, 200 if scheduler.alive else 503, body)
+
+    async def _document(self, scope: Scope, receive: Receive) -> Json:
+        settings = self.engine.settings
+        return parse_object(await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s))
+
+
+class ChatAnswer:
+    """One chat completion, whole or as a stream."""
+
+    def __init__(self, engine: "LocalEngine", request: ChatRequest) -> None:
+        self._engine, self._request = engine, request
+        tools = request.tools if request.tool_choice != "none" else None
+        self._tools = bool(tools)
+        try:
+            engine.adapter(request.model)
+            prompt = engine.render(request.messages, tools)
+        except NotFoundError:
+            raise unknown_model(request.model, (m.name for m in engine.models())) from None
+        except DatasetError as error:
+            raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+        self._params = sampling_params(
+            request, len(prompt), engine.max_context_tokens, engine.settings.default_max_tokens
+        )
+        self._header = Header.of(request, f"chatcmpl-{uuid.uuid4().hex}", prompt)
+
+    async def whole(self, receive: Receive, send: Send) -> None:
+        """Answer in one piece; a client that leaves frees its rows."""
+        generating = asyncio.ensure_future(self._collect())
+        leaving = asyncio.ensure_future(_disconnect(receive))
+        try:
+            await asyncio.wait((generating, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if generating.done():
+                await _send_json(send, 200, generating.result())
+        finally:
+            for task in (generating, leaving):
+                task.cancel()
+            await asyncio.gather(generating, leaving, return_exceptions=True)
+
+    async def stream(self, receive: Receive, send: Send) -> None:
+        """Answer in server-sent events; errors before the first token still have their status."""
+        streaming = asyncio.ensure_future(self._send_chunks(send))
+        leaving = asyncio.ensure_future(_disconnect(receive))
+        try:
+            await asyncio.wait((streaming, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if streaming.done():
+                streaming.result()
+        finally:
+            for task in (streaming, leaving):
+                task.cancel()
+            await asyncio.gather(streaming, leaving, return_exceptions=True)
+
+    async def _updates(self, *, stream: bool) -> AsyncGenerator[Update]:
+        """The engine's updates, its troubles as answers to the client."""
+        retry_after_s = self._engine.settings.retry_after_s
+        generator = self._engine.generate(
+            self._request.model,
+            self._header.prompt_ids,
+            self._params,
+            choices=self._request.n or 1,
+            stream=stream,
+        )
+        try:
+            async with aclosing(generator):
+                async for update in generator:
+                    if update.finish_reason == "error":
+                        raise ApiError(500, f"The engine failed: {update.error}.", code="engine_error")
+                    if update.finish_reason == "cancelled":
+                        message = "The engine is shutting down."
+                        raise ApiError(503, message, code="engine_stopped", retry_after_s=retry_after_s)
+                    yield update
+        except NotFoundError:  # unloaded since the request was parsed
+            raise unknown_model(self._request.model, (m.name for m in self._engine.models())) from None
+        except UnavailableError as error:
+            raise ApiError(429, str(error), code="engine_overloaded", retry_after_s=retry_after_s) from None
+
+    async def _collect(self) -> Json:
+        choices: list[Json] = [{}] * (self._request.n or 1)
+        tokens = 0
+        async with aclosing(self._updates(stream=False)) as updates:
+            async for update in updates:
+                choices[update.generation.index] = self._choice(update)
+                tokens += len(update.token_ids)
+        document = self._header.document("chat.completion")
+        document |= {"choices": choices, "usage": usage(len(self._header.prompt_ids), tokens)}
+        if self._header.return_token_ids:
+            document["prompt_token_ids"] = self._header.prompt_ids
+        return document
+
+    def _choice(self, update: Update) -> Json:
+        text, calls = parse_tool_calls(update.text) if self._tools else (update.text, [])
+        message: Json = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
+        choice: Json = {
+            "index": update.generation.index,
+            "message": message,
+            "logprobs": self._logprobs(update),
+            "finish_reason": "tool_calls" if calls else update.finish_reason,
+        }
+        if self._header.return_token_ids:
+            choice["token_ids"] = update.token_ids
+        return choice
+
+    def _logprobs(self, update: Update) -> Json | None:
+        if not self._params.logprobs:
+            return None
+        return logprobs_document(self._engine.texts, update.token_ids, update.logprobs)
+
+    async def _send_chunks(self, send: Send) -> None:
+        started, tokens = False, 0
+        held: dict[int, str] = {}  # with tools, text waits for its end: a call is only known whole
+        ids: dict[int, list[int]] = {}
+        try:
+            async with aclosing(self._updates(stream=True)) as updates:
+                async for update in updates:
+                    if not started:
+                        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+                        started = True
+                    tokens += len(update.token_ids)
+                    index = update.generation.index
+                    await _send_events(send, [self._chunk(update, first=index not in ids, held=held)])
+                    ids.setdefault(index, []).extend(update.token_ids)
+            await _send_events(send, self._last_chunks(ids, tokens), done=True)
+        except ApiError as error:
+            if not started:
+                raise
+            await _send_events(send, [{"error": error.object()}], done=True)
+
+    def _chunk(self, update: Update, *, first: bool, held: dict[int, str]) -> Json:
+        index = update.generation.index
+        delta: Json = {"role": "assistant"} if first else {}
+        reason: str | None = update.finish_reason
+        if self._tools:
+            held[index] = held.get(index, "") + update.text
+            if reason is not None:
+                delta["content"], calls = parse_tool_calls(held[index])
+                if calls:
+                    delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
+                    reason = "tool_calls"
+        else:
+            delta["content"] = update.text
+        choice = {"index": index, "delta": delta, "logprobs": self._logprobs(update), "finish_reason": reason}
+        return self._header.document("chat.completion.chunk") | {"choices": [choice]}
+
+    def _last_chunks(self, ids: dict[int, list[int]], tokens: int) -> list[Json]:
+        """The chunk with usage and token ids, where either was asked for."""
+        asked = self._request.stream_options is not None and self._request.stream_options.include_usage
+        if not asked and not self._header.return_token_ids:
+            return []
+        last = self._header.document("chat.completion.chunk")
+        last |= {"choices": [], "usage": usage(len(self._header.prompt_ids), tokens)}
+        if self._header.return_token_ids:
+            last["prompt_token_ids"] = self._header.prompt_ids
+            empty: Json = {"delta": {}, "logprobs": None, "finish_reason": None}
+            last["choices"] = [{"index": index, **empty, "token_ids": ids[index]} for index in sorted(ids)]
+        return [last]
+
+
+def _text(document: Json, field: str) -> str:
+    value = document.get(field)
+    if not isinstance(value, str) or not value:
+        raise ApiError(400, f"{field} must be a text that is not empty", param=field, code="invalid_value")
+    return value
+
+
+def _no_route(method: str, path: str, known: set[str]) -> ApiError:
+    if path in known:
+        return ApiError(405, f"{path} does not answer {method}", code="method_not_allowed")
+    return ApiError(404, f"there is no {path} here; known are {', '.join(sorted(known))}", code="not_found")
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _send_json(send: Send, status: int, body: Json) -> None:
+    await send_response(send, status, orjson.dumps(body), [JSON])
+
+
+async def _send_events(send: Send, documents: list[Json], *, done: bool = False) -> None:
+    data = b"".join(b"data: " + orjson.dumps(document) + b"\n\n" for document in documents)
+    if done:
+        data += b"data: [DONE]\n\n"
+    await send({"type": "http.response.body", "body": data, "more_body": not done})
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        if message["type"] == "lifespan.startup":
+            await send({"type": "lifespan.startup.complete"})
+        else:
+            await send({"type": "lifespan.shutdown.complete"})
+            return

@@ -1,0 +1,196 @@
+"""What the engine says, turned into what the client sees; and what the record keeps of it.
+
+The engine is asked for token ids and log-probabilities when interactions are captured. They are taken
+out again unless the client asked for them itself, and `id` and `model` become the interaction's id and the
+version that served.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from serve.openai import ApiError, shown
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(slots=True)
+class Wanted:
+    """What the client itself asked for, beyond the text."""
+
+    token_ids: bool
+    logprobs: bool
+    usage_chunk: bool
+
+    @classmethod
+    def by(cls, request: Mapping[str, Any]) -> "Wanted":
+        """Read from a request."""
+        options = request.get("stream_options")
+        usage = bool(options.get("include_usage")) if isinstance(options, dict) else False
+        return cls(bool(request.get("return_token_ids")), bool(request.get("logprobs")), usage)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What the record keeps of an answer; of several choices, the first."""
+
+    message: dict[str, Any] = field(default_factory=dict)
+    finish_reason: str | None = None
+    prompt_token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def add_message(self, choice: dict[str, Any]) -> None:
+        """A whole choice."""
+        message = choice.get("message")
+        if isinstance(message, dict):
+            self.message = {k: v for k, v in message.items() if v is not None}
+        self._add_tail(choice)
+
+    def add_delta(self, choice: dict[str, Any]) -> None:
+        """A piece of a streamed choice."""
+        delta = choice.get("delta")
+        if isinstance(delta, dict):
+            for name, value in delta.items():
+                self._extend(name, value)
+        self._add_tail(choice)
+
+    def _extend(self, name: str, value: Any) -> None:
+        if name == "tool_calls" and isinstance(value, list):
+            calls = self.message.setdefault("tool_calls", [])
+            for piece in value:
+                _extend_call(calls, piece)
+        elif isinstance(value, str) and name != "role":
+            self.message[name] = self.message.get(name, "") + value
+        elif value is not None:
+            self.message[name] = value
+
+    def _add_tail(self, choice: dict[str, Any]) -> None:
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        self.token_ids += choice.get("token_ids") or []
+        logprobs = choice.get("logprobs")
+        if isinstance(logprobs, dict):
+            self.logprobs += [item["logprob"] for item in logprobs.get("content") or []]
+
+
+def _extend_call(calls: list[dict[str, Any]], piece: Any) -> None:
+    if not isinstance(piece, dict):
+        return
+    index = piece.get("index", len(calls))
+    while isinstance(index, int) and len(calls) <= index < 128:
+        calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+    if not isinstance(index, int) or not 0 <= index < len(calls):
+        return
+    call = calls[index]
+    call["id"] = piece.get("id") or call["id"]
+    function = piece.get("function") or {}
+    for name in ("name", "arguments"):
+        call["function"][name] += function.get(name) or ""
+
+
+@dataclass(slots=True)
+class Rewriter:
+    """Rewrites one answer, whole or streamed, and collects it."""
+
+    interaction_id: str
+    version: str
+    wanted: Wanted
+    answer: Answer = field(default_factory=Answer)
+    saw_done: bool = False
+    error: str | None = None
+    """Code of an error that the engine sent inside its stream."""
+    _rest: bytes = b""
+
+    def whole(self, body: bytes) -> bytes:
+        """A complete answer.
+
+        Raises:
+            ValueError: it is not a JSON object.
+        """
+        document = orjson.loads(body)
+        if not isinstance(document, dict):
+            raise ValueError(f"the engine answered {shown(document)}")
+        for choice in _choices(document):
+            if choice.get("index", 0) == 0:
+                self.answer.add_message(choice)
+        self._clean(document)
+        return orjson.dumps(document)
+
+    def feed(self, piece: bytes) -> bytes:
+        """A piece of an event stream; returns the whole events in it, rewritten."""
+        data = self._rest + piece
+        if b"\r" in data:
+            data = data.replace(b"\r\n", b"\n")
+        *events, self._rest = data.split(b"\n\n")
+        return b"".join(self._event(event) for event in events if event)
+
+    def end(self) -> bytes:
+        """What is left when the engine's stream is over; a stream always closes with `[DONE]`."""
+        rest, self._rest = self._rest, b""
+        tail = self._event(rest.strip()) if rest.strip() else b""
+        return tail if self.saw_done else tail + DONE
+
+    def _event(self, event: bytes) -> bytes:
+        if not event.startswith(b"data:"):
+            return b"" if event.startswith(b":") else event + b"\n\n"
+        data = event[5:].strip()
+        if data == b"[DONE]":
+            self.saw_done = True
+            return DONE
+        try:
+            document = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            self.error = "engine_error"
+            return error_event(
+                ApiError(502, "The engine sent something that is not JSON.", code="engine_error")
+            )
+        if not isinstance(document, dict):
+            return b""
+        if "error" in document and "choices" not in document:
+            return self._error(document["error"])
+        return self._chunk(document)
+
+    def _chunk(self, document: dict[str, Any]) -> bytes:
+        choices = _choices(document)
+        for choice in choices:
+            if choice.get("index", 0) == 0:
+                self.answer.add_delta(choice)
+        self._clean(document)
+        if not self.wanted.usage_chunk:
+            document.pop("usage", None)
+        if not choices and not self.wanted.usage_chunk:
+            return b""
+        return b"data: " + orjson.dumps(document) + b"\n\n"
+
+    def _error(self, error: Any) -> bytes:
+        fields = error if isinstance(error, dict) else {"message": str(error)}
+        code = fields.get("code")
+        self.error = code if isinstance(code, str) else "engine_error"
+        return error_event(ApiError(500, str(fields.get("message")), code=self.error))
+
+    def _clean(self, document: dict[str, Any]) -> None:
+        """Our id and version in; out with what only the record wanted."""
+        document["id"] = self.interaction_id
+        document["model"] = self.version
+        prompt_ids = document.get("prompt_token_ids")
+        if prompt_ids:
+            self.answer.prompt_token_ids = prompt_ids
+        if not self.wanted.token_ids:
+            document.pop("prompt_token_ids", None)
+        for choice in _choices(document):
+            if not self.wanted.token_ids:
+                choice.pop("token_ids", None)
+            if not self.wanted.logprobs and "logprobs" in choice:
+                choice["logprobs"] = None
+
+
+def _choices(document: dict[str, Any]) -> list[dict[str, Any]]:
+    choices = document.get("choices")
+    return [c for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
+
+
+def error_event(error: ApiError) -> bytes:
+    """An error in the middle of a stream, as OpenAI's clients understand it."""
+    return b"data: " + error.body() + b"\n\n"

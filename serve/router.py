@@ -1,0 +1,308 @@
+"""The router: one raw ASGI callable in front of everything.
+
+Who asks is decided by the key, who answers by the snapshot (`serve.snapshot`); chat completions are in
+`serve.chat`, what clients report in `serve.intake_http`. No framework: every layer here is paid for by
+every request.
+"""
+
+import asyncio
+import logging
+import os
+import random
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from sqlalchemy.engine import Engine
+
+from cluster import metrics
+from cluster.settings import Settings
+from data.feedback import pseudonym_secret
+from data.group_commit import GroupCommit
+from data.intake import Intake
+from data.log import EventLog
+from serve import chat, intake_http
+from serve.capture import Capture, spool_path
+from serve.chat import ChatHandler, Engines, View
+from serve.intake_http import IntakeHandler
+from serve.engines.token import engine_token
+from serve.keys import Key
+from serve.openai import (
+    JSON,
+    ApiError,
+    ClientGoneError,
+    ClientWatch,
+    Headers,
+    Receive,
+    Scope,
+    Send,
+    header,
+    send_error,
+    send_response,
+    text_header,
+)
+from serve.snapshot import Snapshot, Watcher
+
+log = logging.getLogger(__name__)
+
+METHODS = {
+    chat.PATH: "POST",
+    "/v1/models": "GET",
+    "/v1/agents/status": "GET",
+    "/healthz": "GET",
+    "/metrics": "GET",
+} | dict.fromkeys(intake_http.PATHS, "POST")
+
+
+class RouterApp:
+    """The ASGI application of one replica.
+
+    `standalone`: notice by itself when a client goes away, and send `x-request-id`. Ray Serve does both
+    from outside, and doing them twice would cost time and give the header twice.
+    """
+
+    def __init__(
+        self, settings: Settings, *, default_engine_url: str | None = None, standalone: bool = True
+    ) -> None:
+        self.settings = settings
+        self._standalone = standalone
+        self._in_flight = 0
+        self._commit: GroupCommit | None = None
+        on = settings.learning.enabled and settings.capture.enabled
+        self._capture = (
+            Capture(settings.serve.capture, settings.log, spool_path(settings.home)) if on else None
+        )
+        self._intake = IntakeHandler(settings)
+        self.watcher = Watcher(settings, self._database_found)
+        url = default_engine_url or f"http://{settings.serve.host}:{settings.serve.port}/engine"
+        self._chat = ChatHandler(
+            settings.serve,
+            Engines(settings.serve, url, os.environ, engine_token(settings)),
+            self._capture,
+            pseudonym_secret(settings),
+        )
+
+    def start(self) -> None:
+        """Begin to read routes and keys."""
+        self.watcher.start()
+
+    def reconfigure(self, document: Any) -> None:
+        """Take a deployment config; never raises."""
+        self.watcher.configure(document)
+
+    def stop(self) -> None:
+        """Bring what waits to the log and end."""
+        self.watcher.stop()
+        if self._capture is not None:
+            self._capture.close()
+        if self._commit is not None:
+            self._commit.close()
+        self.watcher.close()
+
+    def _database_found(self, engine: Engine) -> None:
+        self._commit = GroupCommit(EventLog(engine), self.settings.log)
+        self._intake.intake = Intake(self._commit, self.settings)
+        if self._capture is not None:
+            self._capture.commit = self._commit
+
+    # ASGI
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request, or the life of the server."""
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+        elif scope["type"] == "http":
+            await self._http(scope, receive, send)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                self.start()
+                await send({"type": "lifespan.startup.complete"})
+            elif message["type"] == "lifespan.shutdown":
+                self._chat.close()
+                await asyncio.to_thread(self.stop)
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        request_id = text_header(scope, b"x-request-id") or f"{random.getrandbits(128):032x}"
+        headers: Headers = [(b"x-request-id", request_id.encode())] if self._standalone else []
+        started = False
+
+        async def tracked(message: dict[str, Any]) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            status = await self._answer(path, scope, receive, tracked, request_id, headers)
+        except ApiError as error:
+            status = error.status
+            if not started:
+                await send_error(send, error, headers)
+        except ClientGoneError:
+            status = 499
+        except Exception:
+            log.exception("request %s failed", request_id)
+            status = 500
+            if started:
+                raise
+            await send_error(
+                send,
+                ApiError(500, "The router failed; the request may be sent again.", code="internal_error"),
+                headers,
+            )
+        metrics.REQUESTS.labels(path if path in METHODS else "other", str(status)).inc()
+
+    async def _answer(
+        self, path: str, scope: Scope, receive: Receive, send: Send, request_id: str, headers: Headers
+    ) -> int:
+        wanted = METHODS.get(path)
+        if wanted is None:
+            raise ApiError(404, f"There is nothing at {path}.", code="unknown_url")
+        if scope["method"] != wanted and (wanted, scope["method"]) != ("GET", "HEAD"):
+            headers.append((b"allow", wanted.encode()))
+            raise ApiError(405, f"{path} takes {wanted}, not {scope['method']}.", code="method_not_allowed")
+        if path == chat.PATH:
+            return await self._bounded_chat(scope, receive, send, request_id, headers)
+        if path in intake_http.PATHS:
+            key = self._key(scope, intake_http.SCOPE)
+            return await self._intake.handle(intake_http.PATHS[path], scope, receive, send, key, headers)
+        status, body, kind = self._page(path, scope)
+        await send_response(send, status, body, [kind, *headers])
+        return status
+
+    async def _bounded_chat(
+        self, scope: Scope, receive: Receive, send: Send, request_id: str, headers: Headers
+    ) -> int:
+        key = self._key(scope, "chat")
+        serve = self.settings.serve
+        if self._in_flight >= serve.max_ongoing_requests:
+            metrics.OVERLOADED.inc()
+            raise ApiError(
+                429, f"{self._in_flight} requests are being answered already; try again later.",
+                code="overloaded", retry_after_s=serve.retry_after_s,
+            )  # fmt: skip
+        self._in_flight += 1
+        try:
+            if self._standalone:
+                return await self._watched_chat(scope, receive, send, key, request_id, headers)
+            return await self._answer_chat(scope, receive, send, key, request_id, headers)
+        finally:
+            self._in_flight -= 1
+
+    async def _answer_chat(
+        self, scope: Scope, receive: Receive, send: Send, key: Key, request_id: str, headers: Headers
+    ) -> int:
+        view = View(self.watcher.current, self.watcher.endpoints)
+        return await self._chat.handle(scope, receive, send, key, view, request_id, headers)
+
+    async def _watched_chat(
+        self, scope: Scope, receive: Receive, send: Send, key: Key, request_id: str, headers: Headers
+    ) -> int:
+        watch = ClientWatch(receive)
+        try:
+            return await self._answer_chat(scope, watch.receive, send, key, request_id, headers)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not watch.gone or task is None:
+                raise
+            task.uncancel()
+            raise ClientGoneError from None
+        finally:
+            watch.close()
+
+    def _key(self, scope: Scope, needed: str) -> Key:
+        snapshot = self._snapshot()
+        given = header(scope, b"authorization") or b""
+        kind, _, secret = given.partition(b" ")
+        key = snapshot.keys.find(secret.strip().decode("latin-1")) if kind.lower() == b"bearer" else None
+        if key is None:
+            message = (
+                "The API key is wrong, revoked or expired."
+                if given
+                else "No API key; send `Authorization: Bearer rl-…`."
+            )
+            raise ApiError(401, message, code="invalid_api_key")
+        if not key.may(needed):
+            raise ApiError(
+                403, f"The key {key.name} does not have the scope {needed}.", code="insufficient_scope"
+            )
+        return key
+
+    def _snapshot(self) -> Snapshot:
+        snapshot = self.watcher.current
+        if not snapshot.read_at:
+            raise ApiError(
+                503, "Routes and keys have not been read yet; the database does not answer.",
+                code="not_ready", retry_after_s=self.settings.serve.retry_after_s,
+            )  # fmt: skip
+        return snapshot
+
+    # small pages
+
+    def _page(self, path: str, scope: Scope) -> tuple[int, bytes, tuple[bytes, bytes]]:
+        if path == "/metrics":
+            return 200, metrics.exposition(), (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+        if path == "/healthz":
+            status, document = self._health()
+            return status, orjson.dumps(document), JSON
+        key = self._key(scope, "chat")
+        document = self._models(key) if path == "/v1/models" else self._status(key)
+        return 200, orjson.dumps(document), JSON
+
+    def _health(self) -> tuple[int, dict[str, Any]]:
+        snapshot = self.watcher.current
+        ready = bool(snapshot.read_at)
+        document: dict[str, Any] = {"status": "ok" if ready else "not ready"}
+        if ready:
+            document["snapshot_age_s"] = round(time.monotonic() - snapshot.read_at, 3)
+        if self.watcher.rejection is not None:
+            document["config_rejected"] = self.watcher.rejection
+        return (200 if ready else 503), document
+
+    def _models(self, key: Key) -> dict[str, Any]:
+        snapshot = self._snapshot()
+        models = [
+            {"id": name, "object": "model", "created": 0, "owned_by": key.tenant}
+            for name in snapshot.known_models(key.tenant)
+        ]
+        return {"object": "list", "data": models}
+
+    def _status(self, key: Key) -> dict[str, Any]:
+        snapshot = self._snapshot()
+        open_breakers = self._chat.breaker_states()
+        agents = [
+            {
+                "agent": route.agent,
+                "modality": route.modality,
+                "stable": route.stable,
+                "candidate": route.candidate,
+                "share": route.live_share,
+                "max_share": route.max_share,
+                "pinned": route.pinned,
+                "experiment_id": route.experiment_id,
+                "revision": route.revision,
+                "updated_by": route.updated_by,
+                "versions": {v: _health_of(snapshot, v, open_breakers) for v in _versions(route)},
+            }
+            for route_key, route in snapshot.routes.items()
+            if route_key.tenant == key.tenant
+        ]
+        return {"object": "list", "data": agents, "config_rejected": self.watcher.rejection}
+
+
+def _versions(route: Any) -> list[str]:
+    return [v for v in (route.stable, route.candidate, route.shadow) if v]
+
+
+def _health_of(snapshot: Snapshot, version: str, open_breakers: Mapping[str, bool]) -> dict[str, Any]:
+    return {
+        "served": version in snapshot.targets,
+        "replicas": dict(snapshot.health.get(version, {})),
+        "breaker_open": open_breakers.get(version, False),
+    }

@@ -1,0 +1,181 @@
+"""Which versions each engine should hold, and which of its replicas do.
+
+`want` and `unwant` write the table `servables`; every replica of an engine reads it, loads what is missing
+after its checks (engines/reconciler.py) and reports in `servable_replicas`. A version may be given traffic
+when it is `ready`: every replica that lives has it.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+from cluster.clock import SECOND_US, now_us
+from cluster.database import write
+from cluster.errors import ConflictError, InputError, NotFoundError, UnavailableError
+from cluster.registry import Version
+from cluster.settings.engines import EngineSettings
+from cluster.tables import servable_replicas, servables
+
+ReplicaState = Literal["loading", "ready", "failed"]
+PRESENCE = ""
+"""The version of the row by which a replica says that it lives, whatever it holds."""
+DEFAULTS = EngineSettings()
+
+
+@dataclass(frozen=True, slots=True)
+class Servable:
+    """One version that an engine should hold, or should let go."""
+
+    version: str
+    engine: str
+    model_name: str
+    base_model: str
+    adapter_path: str | None
+    adapter_sha256: str | None
+    base_revision: str | None
+    template_digest: str | None
+    wanted: bool
+    updated_at_us: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What one replica says of one version."""
+
+    engine: str
+    replica_id: str
+    version: str
+    state: str
+    reason: str | None
+    heartbeat_us: int
+
+
+def want(
+    database: Engine, version: Version, engine_name: str, *, adapter_dir: Path | None = None
+) -> Servable:
+    """Ask an engine to hold a version; asking again retries one that failed.
+
+    `adapter_dir` is the verified local copy (`Registry.adapter_dir`) where `version` names none.
+
+    Raises:
+        InputError: the version has an adapter, and neither names its directory.
+    """
+    path = adapter_dir or version.adapter_path
+    if version.adapter_sha256 is not None and path is None:
+        raise InputError(
+            "version",
+            version.id,
+            "has an adapter that is not on this machine",
+            "fetch it with `Registry.adapter_dir`",
+        )
+    servable = Servable(
+        version=version.id,
+        engine=engine_name,
+        model_name=version.served_name,
+        base_model=version.base_model,
+        adapter_path=str(path) if version.adapter_sha256 is not None else None,
+        adapter_sha256=version.adapter_sha256,
+        base_revision=version.tags.get("base_revision"),
+        template_digest=version.tags.get("template_digest"),
+        wanted=True,
+        updated_at_us=now_us(),
+    )
+    values = {name: getattr(servable, name) for name in servable.__slots__}
+    with write(database).begin() as connection:
+        this = (servables.c.version == version.id) & (servables.c.engine == engine_name)
+        if connection.execute(sa.update(servables).where(this).values(**values)).rowcount == 0:
+            connection.execute(servables.insert().values(**values))
+        _forget_failures(connection, version.id, engine_name)
+    return servable
+
+
+def _forget_failures(connection: Connection, version: str, engine_name: str) -> None:
+    r = servable_replicas.c
+    failed = (r.version == version) & (r.engine == engine_name) & (r.state == "failed")
+    connection.execute(sa.delete(servable_replicas).where(failed))
+
+
+def unwant(database: Engine, version_id: str, engine_name: str | None = None) -> None:
+    """Let engines release a version; they do so after a while. Unknown versions are no error."""
+    query = sa.update(servables).where(servables.c.version == version_id)
+    if engine_name is not None:
+        query = query.where(servables.c.engine == engine_name)
+    with write(database).begin() as connection:
+        connection.execute(query.values(wanted=False, updated_at_us=now_us()))
+
+
+def list_servables(database: Engine, engine_name: str | None = None) -> list[Servable]:
+    """All rows, wanted or not, by engine and version."""
+    query = sa.select(servables).order_by(servables.c.engine, servables.c.version)
+    if engine_name is not None:
+        query = query.where(servables.c.engine == engine_name)
+    with database.connect() as connection:
+        return [Servable(**row) for row in connection.execute(query).mappings()]
+
+
+def reports(database: Engine, version_id: str | None = None) -> list[Report]:
+    """What replicas say, of one version or of all; their presence rows are left out."""
+    query = sa.select(servable_replicas).where(servable_replicas.c.version != PRESENCE)
+    if version_id is not None:
+        query = query.where(servable_replicas.c.version == version_id)
+    with database.connect() as connection:
+        return [Report(**row) for row in connection.execute(query).mappings()]
+
+
+def ready(database: Engine, version_id: str, *, live_after_s: float = DEFAULTS.live_after_s) -> bool:
+    """True when every live replica of every engine that should hold the version does, and one lives."""
+    return _readiness(database, version_id, live_after_s)[0]
+
+
+def wait_ready(
+    database: Engine,
+    version_id: str,
+    timeout_s: float,
+    *,
+    poll_s: float = DEFAULTS.poll_interval_s,
+    live_after_s: float = DEFAULTS.live_after_s,
+) -> None:
+    """Wait until a version is ready.
+
+    Raises:
+        NotFoundError: nobody wants it.
+        ConflictError: a replica refused it; the message has the reason.
+        UnavailableError: it was not ready in time; the message has the state of each replica.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        done, said = _readiness(database, version_id, live_after_s)
+        if done:
+            return
+        failures = [report for report in said if report.state == "failed"]
+        if failures:
+            raise ConflictError(f"version {version_id} cannot be served: {failures[0].reason}")
+        if time.monotonic() >= deadline:
+            states = (
+                ", ".join(f"{r.engine}/{r.replica_id} {r.state}" for r in said) or "no replica has seen it"
+            )
+            raise UnavailableError(f"version {version_id} was not ready after {timeout_s:g} s ({states})")
+        time.sleep(min(poll_s, max(0.0, deadline - time.monotonic())))
+
+
+def _readiness(database: Engine, version_id: str, live_after_s: float) -> tuple[bool, Sequence[Report]]:
+    """Ready or not, and what the live replicas of the wanting engines say."""
+    since_us = now_us() - round(live_after_s * SECOND_US)
+    r = servable_replicas.c
+    with database.connect() as connection:
+        wanting = sa.select(servables.c.engine).where(servables.c.version == version_id, servables.c.wanted)
+        engines = set(connection.execute(wanting).scalars())
+        if not engines:
+            raise NotFoundError(f"no engine is asked to hold version {version_id}")
+        mine = sa.select(servable_replicas).where(r.engine.in_(engines), r.heartbeat_us >= since_us)
+        rows = [Report(**row) for row in connection.execute(mine).mappings()]
+    living = {(row.engine, row.replica_id) for row in rows if row.version == PRESENCE}
+    said = [row for row in rows if row.version == version_id and (row.engine, row.replica_id) in living]
+    holding = {(row.engine, row.replica_id) for row in said if row.state == "ready"}
+    everywhere = bool(living) and holding == living and {engine for engine, _ in living} == engines
+    return everywhere, said

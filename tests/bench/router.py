@@ -1,0 +1,247 @@
+"""The router's added latency and throughput over a bare HTTP upstream, beside LiteLLM's proxy.
+
+The same bytes are asked of the upstream directly, through Rayloop (key, sticky split, capture into the log,
+fsync) and through LiteLLM (key). In turn, several rounds, medians. Run: `make bench NAME=router`.
+
+LiteLLM is installed by pip into an environment of its own under `$RAYLOOP_BENCH_CACHE` (default
+`~/.cache/rayloop-bench`). `--no-peer` leaves it out, `--both-ingresses` measures Rayloop behind Ray Serve's
+Python proxy too, `--seconds` and `--rounds` say how long.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from cluster.clock import now_us
+from cluster.database import connect, write
+from cluster.settings import load_settings
+from cluster.tables import servables
+from data.log import EventLog
+from serve.ports import free_ports
+from serve.routes import RouteKey, update_route
+from tests.bench._http import TEXT
+
+PROJECT = Path(__file__).parents[2]
+CACHE = Path(os.environ.get("RAYLOOP_BENCH_CACHE", Path.home() / ".cache" / "rayloop-bench"))
+LITELLM = "litellm[proxy]"
+LITELLM_KEY = "sk-bench"
+WORKLOADS = {
+    "whole answer, 1 connection": ("whole", 1),
+    "whole answer, 32 connections": ("whole", 32),
+    "stream, 1 connection": ("stream", 1),
+    "stream, 32 connections": ("stream", 32),
+}
+
+
+class Way:
+    """One way to the upstream: its address, its key, the model's name there."""
+
+    def __init__(self, url: str, key: str, model: str) -> None:
+        self.url, self.key, self.model = url, key, model
+
+    def check(self) -> None:
+        """The answer that comes back is the upstream's."""
+        request = {"model": self.model, "messages": [{"role": "user", "content": "?"}], "user": "u"}
+        headers = {"authorization": f"Bearer {self.key}"}
+        answer = httpx.post(
+            f"{self.url}/chat/completions", json=request, headers=headers, timeout=30
+        ).raise_for_status()
+        assert answer.json()["choices"][0]["message"]["content"] == TEXT
+
+    def load(self, kind: str, connections: int, seconds: float) -> dict[str, float]:
+        """One measurement, from a process of its own."""
+        arguments = [self.url, self.key, self.model, kind, str(connections), str(seconds)]
+        command = [sys.executable, "-m", "tests.bench._http", "load", *arguments]
+        done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
+        result: dict[str, float] = json.loads(done.stdout)
+        assert result["failed"] == 0, f"{result['failed']} requests failed at {self.url}"
+        return result
+
+
+@contextlib.contextmanager
+def upstream() -> Iterator[str]:
+    """The bare upstream in a process of its own."""
+    (port,) = free_ports(1)
+    process = subprocess.Popen([sys.executable, "-m", "tests.bench._http", "serve", str(port)], cwd=PROJECT)
+    try:
+        url = f"http://127.0.0.1:{port}/v1"
+        _wait_for(lambda: httpx.post(f"{url}/chat/completions", json={}).status_code == 200, 20)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextlib.contextmanager
+def rayloop(upstream_url: str, home: Path, ingress: str) -> Iterator[Way]:
+    """Rayloop with everything on: keys, a sticky split, capture."""
+    serve = {
+        "port": 0, "applications": ["gateway"], "ingress": ingress,
+        "engines": {"local": {"base_url": upstream_url.removesuffix("/v1")}},
+    }  # fmt: skip
+    document = {
+        "home": str(home), "learning": {"enabled": True}, "capture": {"enabled": True}, "serve": serve,
+        "logging": {"level": "WARNING"},
+    }  # fmt: skip
+    home.mkdir(parents=True)
+    config = home / "rayloop.yaml"
+    config.write_text(yaml.safe_dump(document))
+    database = connect(load_settings(config)[0])
+    for version in ("triage/1", "triage/2"):
+        row = {
+            "version": version,
+            "engine": "local",
+            "model_name": version.replace("/", "-"),
+            "base_model": "base",
+        }
+        with write(database).begin() as connection:
+            connection.execute(servables.insert().values(**row, wanted=True, updated_at_us=now_us()))
+    split = {"stable": "triage/1", "candidate": "triage/2", "share": 0.5}
+    update_route(database, RouteKey("default", "triage"), split, writer="person:bench")
+    up = [sys.executable, "-m", "cluster.cli", "up", "--json", "--config", str(config)]
+    started = subprocess.run(up, cwd=PROJECT, capture_output=True, text=True, check=True)
+    try:
+        yield Way(
+            json.loads(started.stdout)["urls"]["api"],
+            (home / "run" / "api_key").read_text().strip(),
+            "triage",
+        )
+        _report_capture(EventLog(database), ingress)
+    finally:
+        subprocess.run(
+            [sys.executable, "-m", "cluster.cli", "down", "--config", str(config)],
+            cwd=PROJECT,
+            capture_output=True,
+        )
+        database.dispose()
+
+
+def _report_capture(log: EventLog, ingress: str) -> None:
+    """Capture is part of the work: wait until the log has settled, and say what it holds."""
+    before = -1
+    while before != (before := log.last_seq()):
+        time.sleep(1)
+    print(f"  rayloop ({ingress}): {before} interactions in the log", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def litellm(upstream_url: str, folder: Path) -> Iterator[Way]:
+    """LiteLLM's proxy with one worker, a key, nothing stored."""
+    binary = _install_litellm()
+    folder.mkdir(parents=True)
+    config = folder / "litellm.yaml"
+    model = {"model": "openai/base", "api_base": upstream_url, "api_key": "none"}
+    settings = {
+        "model_list": [{"model_name": "triage", "litellm_params": model}],
+        "general_settings": {"master_key": LITELLM_KEY},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    (port,) = free_ports(1)
+    command = [binary, "--config", config, "--port", str(port), "--host", "127.0.0.1", "--num_workers", "1"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"LITELLM_LOG": "ERROR"}
+    with (folder / "litellm.log").open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder, env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_for(lambda: httpx.get(f"{url}/health/liveliness").status_code == 200, 120)
+        yield Way(f"{url}/v1", LITELLM_KEY, "triage")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _install_litellm() -> Path:
+    environment = CACHE / "litellm"
+    binary = environment / "bin" / "litellm"
+    if not binary.exists():
+        print(f"installing {LITELLM} into {environment}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        subprocess.run([environment / "bin" / "pip", "install", "-q", LITELLM], check=True)
+    return binary
+
+
+def _wait_for(happened: Any, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if happened():
+                return
+        if time.monotonic() > deadline:
+            raise TimeoutError("a server did not start")
+        time.sleep(0.2)
+
+
+def measure(paths: dict[str, Way], rounds: int, seconds: float) -> dict[str, dict[str, dict[str, float]]]:
+    """Workload -> path -> medians over the rounds; the paths take turns."""
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for path in paths.values():
+        path.check()
+        path.load("whole", 8, min(seconds, 2.0))  # warm
+    for workload, (kind, connections) in WORKLOADS.items():
+        taken: dict[str, list[dict[str, float]]] = {name: [] for name in paths}
+        for _ in range(rounds):
+            for name, path in paths.items():
+                taken[name].append(path.load(kind, connections, seconds))
+        results[workload] = {
+            name: {key: statistics.median(t[key] for t in each) for key in ("rps", "p50_ms", "p99_ms")}
+            for name, each in taken.items()
+        }
+    return results
+
+
+def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
+    """A table, and the ratios against LiteLLM."""
+    for workload, by_path in results.items():
+        print(f"\n{workload}")
+        direct = by_path["direct"]["p50_ms"]
+        for name, row in by_path.items():
+            added = "" if name == "direct" else f"   added p50 {row['p50_ms'] - direct:7.2f} ms"
+            print(
+                f"  {name:<22}{row['rps']:9.0f} rps   p50 {row['p50_ms']:7.2f} ms   "
+                f"p99 {row['p99_ms']:7.2f} ms{added}"
+            )
+        if "litellm" in by_path:
+            peer = by_path["litellm"]
+            for name in (n for n in by_path if n.startswith("rayloop")):
+                ours = by_path[name]
+                latency = (peer["p50_ms"] - direct) / max(ours["p50_ms"] - direct, 1e-6)
+                print(
+                    f"  {name} / litellm: {ours['rps'] / peer['rps']:.1f} x throughput, "
+                    f"1/{latency:.1f} of the added p50"
+                )
+
+
+def main() -> None:
+    """Start every path, measure in turn, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0)
+    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--both-ingresses", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="rayloop-bench-") as folder, contextlib.ExitStack() as stack:
+        upstream_url = stack.enter_context(upstream())
+        paths = {"direct": Way(upstream_url, "none", "base")}
+        for ingress in ["haproxy", "proxy"] if options.both_ingresses else ["haproxy"]:
+            paths[f"rayloop ({ingress})"] = stack.enter_context(
+                rayloop(upstream_url, Path(folder) / ingress, ingress)
+            )
+        if not options.no_peer:
+            paths["litellm"] = stack.enter_context(litellm(upstream_url, Path(folder) / "litellm"))
+        show(measure(paths, options.rounds, options.seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+import json
+import os
+
+from sqlalchemy.engine import Engine
+
+from cluster.clock import now_us
+from cluster.settings import Settings, load_settings
+from cluster.status import collect, lines, run_record
+from cluster.tables import routes
+
+
+def test_every_switch_is_off_by_default_but_for_the_two_of_automation(settings: Settings) -> None:
+    on = {name for name, value in collect(settings)["switches"].items() if value}
+    assert on == {
+        "automation.auto_finetune",
+        "automation.auto_experiment",
+        "automation.rollback_on_regression",
+    }
+
+
+def test_route_is_shown_with_its_split(sqlite_database: Engine, settings: Settings) -> None:
+    row = {
+        "tenant": "t",
+        "agent": "triage",
+        "modality": "text",
+        "stable": "triage/1",
+        "candidate": "triage/2",
+    }
+    row |= {
+        "share": 0.25,
+        "max_share": 1.0,
+        "salt": "s",
+        "pinned": False,
+        "revision": 4,
+        "updated_by": "person:a",
+    }
+    with sqlite_database.begin() as connection:
+        connection.execute(routes.insert().values(**row, updated_at_us=now_us()))
+    shown = lines(collect(settings))
+    assert "route triage (text): triage/1, triage/2 takes 25%, revision 4" in shown
+
+
+def test_live_side_is_not_running_once_one_of_its_processes_ended(settings: Settings) -> None:
+    record = run_record(settings)
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"pids": {"ray": os.getpid(), "mlflow": 2**22 + 1}, "urls": {}}))
+    assert collect(settings)["live"] == {"running": False, "ended": ["mlflow"], "urls": {}}
+
+
+def test_unreachable_database_is_reported_in_one_line(settings: Settings) -> None:
+    url = "postgresql://postgres@127.0.0.1:1/none"
+    picture = collect(load_settings(home=settings.home, database={"url": url})[0])
+    assert picture["database"]["ok"] is False
+    assert "does not answer" in lines(picture)[-1]

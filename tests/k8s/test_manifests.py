@@ -1,0 +1,124 @@
+"""Every manifest against its schema: KubeRay's CRDs with unknown fields refused, and Ray Serve's own."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+K8S = Path(__file__).parents[2] / "k8s"
+CRDS = {
+    "RayService": "ray.io_rayservices.yaml",
+    "RayJob": "ray.io_rayjobs.yaml",
+    "RayCluster": "ray.io_rayclusters.yaml",
+}
+
+
+def documents() -> list[tuple[str, dict[str, Any]]]:
+    files = [f for f in sorted((K8S / "base").glob("*.yaml")) if f.name != "kustomization.yaml"]
+    return [(f"{f.name}#{n}", d) for f in files for n, d in enumerate(yaml.safe_load_all(f.read_text())) if d]
+
+
+def of_kind(*kinds: str) -> list[Any]:
+    return [pytest.param(d, id=name) for name, d in documents() if d["kind"] in kinds]
+
+
+def closed(schema: Any) -> Any:
+    """The schema with `additionalProperties: false` wherever properties are listed."""
+    if isinstance(schema, list):
+        return [closed(s) for s in schema]
+    if not isinstance(schema, dict):
+        return schema
+    result = {k: closed(v) for k, v in schema.items()}
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
+    if schema.get("type") == "object" and "properties" in schema and not open_ended:
+        result["additionalProperties"] = False
+    if schema.get("x-kubernetes-int-or-string"):
+        result = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+    return result
+
+
+@pytest.fixture(scope="session")
+def schemas(shared_data: Path) -> dict[str, Any]:
+    found = {}
+    for kind, file in CRDS.items():
+        crd = yaml.load((shared_data / "kuberay-crds" / file).read_text(), yaml.CSafeLoader)
+        version = next(v for v in crd["spec"]["versions"] if v["name"] == "v1")
+        schema = closed(version["schema"]["openAPIV3Schema"])
+        schema["properties"]["metadata"] = {"type": "object"}
+        found[kind] = schema
+    return found
+
+
+@pytest.mark.parametrize("manifest", of_kind(*CRDS))
+def test_ray_manifest_meets_its_crd_with_unknown_fields_refused(
+    manifest: dict[str, Any], schemas: dict[str, Any]
+) -> None:
+    assert manifest["apiVersion"] == "ray.io/v1"
+    jsonschema.validate(manifest, schemas[manifest["kind"]])
+
+
+@pytest.mark.parametrize("manifest", of_kind(*CRDS))
+def test_a_misspelt_field_is_noticed(manifest: dict[str, Any], schemas: dict[str, Any]) -> None:
+    broken = copy.deepcopy(manifest)
+    broken["spec"]["rayVersionn"] = "2.60.0"
+    with pytest.raises(jsonschema.ValidationError, match="rayVersionn"):
+        jsonschema.validate(broken, schemas[manifest["kind"]])
+
+
+@pytest.mark.parametrize("manifest", of_kind("RayJob"))
+def test_rayjob_keeps_the_rules_the_schema_cannot_say(manifest: dict[str, Any]) -> None:
+    spec = manifest["spec"]
+    strategy = spec.get("deletionStrategy")
+    if strategy:  # the CRD's validation rules on deletionStrategy
+        legacy = {"onSuccess", "onFailure"} & set(strategy)
+        assert not (legacy and "deletionRules" in strategy)
+        assert len(legacy) == 2 or "deletionRules" in strategy
+        assert not (strategy.get("deletionRules") and spec.get("shutdownAfterJobFinishes"))
+    assert spec["entrypoint"].startswith("python -m cluster ")
+
+
+@pytest.mark.parametrize("manifest", of_kind("RayService"))
+def test_embedded_serve_config_meets_rays_own_schema(manifest: dict[str, Any]) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
+    assert [a.name for a in config.applications] == ["gateway", "engine", "grader", "control"]
+
+
+def test_every_resource_is_listed_and_every_listed_file_exists() -> None:
+    listed = yaml.safe_load((K8S / "base" / "kustomization.yaml").read_text())["resources"]
+    present = {f.name for f in (K8S / "base").glob("*.yaml")} - {"kustomization.yaml"}
+    assert set(listed) == present
+
+
+@pytest.mark.parametrize("overlay", ["dev", "gpu", "production"])
+def test_overlay_patches_point_at_what_exists(overlay: str) -> None:
+    kustomization = yaml.safe_load((K8S / "overlays" / overlay / "kustomization.yaml").read_text())
+    by_name = {(d["kind"], d["metadata"]["name"]): d for _, d in documents()}
+    for patch in kustomization["patches"]:
+        target = by_name[(patch["target"]["kind"], patch["target"]["name"])]
+        for step in yaml.safe_load(patch["patch"]):
+            node: Any = target
+            *parents, last = [p.replace("~1", "/") for p in step["path"].strip("/").split("/")]
+            for part in parents:
+                node = node[int(part)] if isinstance(node, list) else node[part]
+            assert step["op"] == "add" or last in node
+
+
+def test_no_pod_runs_as_root_or_without_limits() -> None:
+    def pods(node: Any) -> list[dict[str, Any]]:
+        if isinstance(node, list):
+            return [p for item in node for p in pods(item)]
+        if not isinstance(node, dict):
+            return []
+        own = [node] if "containers" in node else []
+        return own + [p for value in node.values() for p in pods(value)]
+
+    found = [p for _, d in documents() for p in pods(d)]
+    assert found
+    for pod in found:
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert all({"cpu", "memory"} <= set(c["resources"]["limits"]) for c in pod["containers"])

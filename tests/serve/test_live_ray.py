@@ -1,0 +1,260 @@
+"""The router where it lives: two replicas on Ray Serve behind its ingress, started by `rayloop up`.
+
+Load runs the whole time; no request of it may fail, whatever is written, deployed or mended meanwhile.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+from sqlalchemy.engine import Engine as Database
+
+from cluster.database import connect
+from cluster.settings import Settings, load_settings
+from data.log import EventLog
+from serve.routes import read_route, update_route
+from tests.serve.conftest import KEY, LEARNING, serve_version
+from tests.serve.upstream import Engine, Server
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+PROJECT = Path(__file__).parents[2]
+REPLICAS = 2
+
+
+@dataclass
+class Up:
+    """What `rayloop up` started."""
+
+    home: Path
+    config: Path
+    api: str
+    dashboard: str
+    secret: str
+    database: Database
+    settings: Settings
+    engine: Engine
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.secret}"}
+
+    def deploy(self, **route: Any) -> None:
+        """Edit the route in the Serve config and deploy it, as a person does."""
+        file = self.home / "serve.yaml"
+        document = yaml.safe_load(file.read_text())
+        document["applications"][0]["deployments"][0]["user_config"] = {
+            "routes": [{"agent": "triage"} | route]
+        }
+        file.write_text(yaml.safe_dump(document))
+        serve = Path(sys.executable).with_name("serve")
+        subprocess.run(
+            [serve, "deploy", "-a", self.dashboard, file],
+            check=True,
+            capture_output=True,
+            cwd=PROJECT,
+            timeout=120,
+        )
+
+    def route(self, **change: Any) -> None:
+        update_route(self.database, KEY, change, writer="person:test")
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    home = tmp_path_factory.mktemp("live") / "home"
+    engine = Engine()
+    with Server(engine) as engine_url:
+        serve = {
+            "port": 0, "applications": ["gateway"], "router_replicas": REPLICAS,
+            "engines": {"local": {"base_url": engine_url}},
+        }  # fmt: skip
+        config = home.with_name("rayloop.yaml")
+        config.write_text(yaml.safe_dump({"home": str(home), "serve": serve} | LEARNING))
+        settings, _ = load_settings(config)
+        database = connect(settings)
+        serve_version(database, "triage/1", "base")
+        serve_version(database, "triage/2", "triage-2-abababababab")
+        update_route(database, KEY, {"stable": "triage/1", "candidate": "triage/2"}, writer="person:test")
+        result = json.loads(rayloop("up", "--json", "--config", str(config)))
+        try:
+            secret = (home / "run" / "api_key").read_text().strip()
+            urls = result["urls"]
+            yield Up(home, config, urls["api"], urls["dashboard"], secret, database, settings, engine)
+        finally:
+            rayloop("down", "--config", str(config))
+            database.dispose()
+
+
+def rayloop(*arguments: str) -> str:
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@dataclass
+class Load:
+    """Requests by many users, with the version that answered each."""
+
+    answers: list[tuple[float, str]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def run(self, up: Up) -> None:
+        with httpx.Client(headers=up.headers, timeout=30) as client:
+            while not self.stopping.is_set():
+                request = {
+                    "model": "triage",
+                    "messages": [{"role": "user", "content": "?"}],
+                    "user": uuid.uuid4().hex,
+                }
+                began = time.monotonic()
+                try:
+                    response = client.post(f"{up.api}/chat/completions", json=request)
+                    response.raise_for_status()
+                    self.answers.append((began, response.headers["x-rayloop-version"]))
+                except httpx.HTTPError as error:
+                    self.failures.append(repr(error))
+                time.sleep(0.005)
+
+    def wait_until(self, happened: Callable[[list[str]], bool], since: float, within_s: float) -> float:
+        """Seconds after `since` from which on every answer satisfies `happened`."""
+        deadline = since + within_s
+        while time.monotonic() < deadline:
+            time.sleep(0.3)
+            recent = [version for began, version in self.answers if began > time.monotonic() - 0.6]
+            if len(recent) > 10 and happened(recent):
+                others = [
+                    began for began, version in self.answers if began > since and not happened([version])
+                ]
+                return max(others, default=since) - since
+        pytest.fail(f"not within {within_s} s: {set(self.answers[-20:])}; failures {self.failures[:3]}")
+
+
+@contextmanager
+def load(up: Up, threads: int = 3) -> Iterator[Load]:
+    running = Load()
+    workers = [threading.Thread(target=running.run, args=(up,)) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        time.sleep(0.5)
+        yield running
+    finally:
+        running.stopping.set()
+        for worker in workers:
+            worker.join()
+    assert running.failures == []
+    assert len(running.answers) > 20
+
+
+def everyone_on(version: str) -> Callable[[list[str]], bool]:
+    return lambda versions: set(versions) == {version}
+
+
+def test_written_row_reaches_every_replica_within_two_seconds(up: Up) -> None:
+    with load(up) as running:
+        for share, version in ((1.0, "triage/2"), (0.0, "triage/1")):
+            written = time.monotonic()
+            up.route(share=share)
+            assert running.wait_until(everyone_on(version), written, 10) <= 2.0
+
+
+def test_edited_share_and_serve_deploy_move_traffic_without_a_failed_request(up: Up) -> None:
+    with load(up) as running:
+        up.deploy(stable="triage/1", candidate="triage/2", share=1.0)
+        deployed = time.monotonic()
+        assert running.wait_until(everyone_on("triage/2"), deployed, 20) <= 10.0
+        up.route(share=0.0)
+        running.wait_until(everyone_on("triage/1"), time.monotonic(), 10)
+        up.deploy(stable="triage/1", candidate="triage/2", share=1.0)  # the same file again
+        time.sleep(2)
+        running.wait_until(everyone_on("triage/1"), time.monotonic(), 3)
+    assert (read_route(up.database, KEY).share, read_route(up.database, KEY).updated_by) == (
+        0.0,
+        "person:test",
+    )
+
+
+def test_broken_config_is_rejected_with_its_reason_while_traffic_goes_on(up: Up) -> None:
+    before = read_route(up.database, KEY)
+    with load(up) as running:
+        up.deploy(stable="triage/1", share=2.0)
+        deadline = time.monotonic() + 20
+        while (
+            not (rejected := EventLog(up.database).read(kinds=["config.rejected"]))
+            and time.monotonic() < deadline
+        ):
+            time.sleep(0.1)
+        assert "routes.0.share=2.0" in rejected[0].event.body["reason"]
+        status = httpx.get(f"{up.api}/agents/status", headers=up.headers).json()
+        assert "share=2.0" in status["config_rejected"]
+        running.wait_until(everyone_on(before.stable), time.monotonic(), 5)
+    assert read_route(up.database, KEY).revision == before.revision
+
+
+def test_kill_nine_of_a_router_under_load_loses_no_acknowledged_feedback(up: Up) -> None:
+    acknowledged: list[str] = []
+    stopping = threading.Event()
+
+    def send() -> None:
+        with httpx.Client(headers=up.headers, timeout=10) as client:
+            while not stopping.is_set():
+                event_id = uuid.uuid4().hex
+                item = {
+                    "event_id": event_id,
+                    "interaction_id": "chatcmpl-x",
+                    "type": "thumbs_up",
+                    "user": "ann",
+                }
+                try:
+                    response = client.post(f"{up.api}/feedback", json=item)
+                    if response.status_code == 200 and response.json()["data"][0]["status"] == "accepted":
+                        acknowledged.append(event_id)
+                except (httpx.HTTPError, json.JSONDecodeError):
+                    pass  # not acknowledged
+
+    threads = [threading.Thread(target=send) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1.5)
+    os.kill(router_pids(up)[0], signal.SIGKILL)
+    time.sleep(3)
+    stopping.set()
+    for thread in threads:
+        thread.join()
+    logged = [r.event.event_id for r in EventLog(up.database).scan(kinds=["feedback"])]
+    assert len(acknowledged) > 100
+    assert set(acknowledged) <= set(logged)
+    assert len(logged) == len(set(logged))
+
+
+def router_pids(up: Up) -> list[int]:
+    record = json.loads((up.home / "run" / "up.json").read_text())
+    family = psutil.Process(record["pids"]["supervisor"]).children(recursive=True)
+    found = [p.pid for p in family if "ServeReplica:gateway:Router" in " ".join(p.cmdline())]
+    assert len(found) == REPLICAS
+    return found
+
+
+def test_up_refuses_a_second_one_and_says_where_the_first_is(up: Up) -> None:
+    command = [sys.executable, "-m", "cluster.cli", "up", "--config", str(up.config)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert up.api in done.stderr

@@ -1,0 +1,164 @@
+"""A tiny OpenAI-compatible engine for the router's tests: answers at once, from a script by model name.
+
+Each model name may be told to fail, be slow or stream slowly. It counts what it was asked and whether a
+stream was cut off, and speaks token ids and log-probabilities the way our engines do.
+"""
+
+import asyncio
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+import uvicorn
+
+TEXT = ["It", " is", " a", " false", " alarm"]
+
+
+@dataclass
+class Behaviour:
+    """What one model does."""
+
+    status: int = 200
+    delay_s: float = 0.0
+    """Before the first byte."""
+    gap_s: float = 0.0
+    """Between the pieces of a stream."""
+    break_after: int | None = None
+    """Drop the connection after so many pieces."""
+    error: Any = None
+    """Body of an error answer; a default in nobody's shape otherwise."""
+
+
+@dataclass
+class Engine:
+    """The ASGI application and what it has seen."""
+
+    behaviours: dict[str, Behaviour] = field(default_factory=lambda: defaultdict(Behaviour))
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    cut_off: int = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body"):
+                break
+        request = orjson.loads(body)
+        self.requests.append(request)
+        behaviour = self.behaviours[request["model"]]
+        await asyncio.sleep(behaviour.delay_s)
+        if behaviour.status != 200:
+            document = behaviour.error or {"object": "error", "message": "it broke", "code": behaviour.status}
+            await _respond(send, behaviour.status, orjson.dumps(document))
+        elif request.get("stream"):
+            await self._stream(request, behaviour, receive, send)
+        else:
+            await _respond(send, 200, orjson.dumps(_whole(request)))
+
+    async def _stream(self, request: dict[str, Any], behaviour: Behaviour, receive: Any, send: Any) -> None:
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", b"text/event-stream")],
+            }
+        )
+        gone = asyncio.ensure_future(receive())
+        for number, word in enumerate(TEXT):
+            if behaviour.break_after == number:
+                raise RuntimeError("scripted break")
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": _event(_chunk(request, number, word)),
+                    "more_body": True,
+                }
+            )
+            await asyncio.wait([gone], timeout=behaviour.gap_s)
+            if gone.done():
+                self.cut_off += 1
+                return
+        last = _last_chunk(request)
+        await send({"type": "http.response.body", "body": _event(last) + b"data: [DONE]\n\n"})
+        gone.cancel()
+
+
+def _event(document: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(document) + b"\n\n"
+
+
+def _logprobs(request: dict[str, Any], words: list[str]) -> dict[str, Any] | None:
+    return {"content": [{"token": w, "logprob": -0.5} for w in words]} if request.get("logprobs") else None
+
+
+def _whole(request: dict[str, Any]) -> dict[str, Any]:
+    message = {"role": "assistant", "content": "".join(TEXT)}
+    choice: dict[str, Any] = {
+        "index": 0, "message": message, "finish_reason": "stop", "logprobs": _logprobs(request, TEXT),
+    }  # fmt: skip
+    document = {
+        "id": "engine-1", "object": "chat.completion", "created": 1, "model": request["model"],
+        "choices": [choice],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+    }  # fmt: skip
+    if request.get("return_token_ids"):
+        document["prompt_token_ids"] = [1, 2, 3]
+        choice["token_ids"] = [10, 11, 12, 13, 14]
+    return document
+
+
+def _chunk(request: dict[str, Any], number: int, word: str) -> dict[str, Any]:
+    delta = {"content": word} | ({"role": "assistant"} if number == 0 else {})
+    choice = {"index": 0, "delta": delta, "finish_reason": None, "logprobs": _logprobs(request, [word])}
+    return {
+        "id": "engine-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": request["model"],
+        "choices": [choice],
+    }
+
+
+def _last_chunk(request: dict[str, Any]) -> dict[str, Any]:
+    document = _chunk(request, 1, "")
+    document["choices"][0] |= {"delta": {}, "finish_reason": "stop", "logprobs": None}
+    document["usage"] = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    if request.get("return_token_ids"):
+        document["prompt_token_ids"] = [1, 2, 3]
+        document["choices"][0]["token_ids"] = [10, 11, 12, 13, 14]
+    return document
+
+
+async def _respond(send: Any, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Server:
+    """An ASGI application on a free loopback port, in a thread."""
+
+    def __init__(self, app: Any, lifespan: str = "off") -> None:
+        config = uvicorn.Config(
+            app, port=0, log_level="error", lifespan=lifespan, timeout_graceful_shutdown=1
+        )  # type: ignore[arg-type]
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    def __enter__(self) -> str:
+        self._thread.start()
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise RuntimeError("the server did not start")
+            self._thread.join(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        return f"http://127.0.0.1:{port}"
+
+    def __exit__(self, *_: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=10)

@@ -1,0 +1,227 @@
+"""Each suite on hand-made evidence: what passes, what fails, and that silence is no success."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+
+import pytest
+
+from tests.train.evaluate.fakes import FakeModel, answer_json, make_truths, prompt
+from train.evaluate.evidence import Evidence
+from train.evaluate.gates import SUITES, run_suites
+from train.evaluate.judges import BothOrders, ByReward
+from train.evaluate.types import Case, Gate, Truth, verdict
+
+Make = Callable[..., Evidence]
+
+
+def number(text: str) -> int:
+    return int(text.split()[-1])
+
+
+def right(text: str) -> str:
+    return answer_json("benign")
+
+
+def half_right(text: str) -> str:
+    return answer_json("benign" if number(text) % 2 else "malicious")
+
+
+def measure(name: str, evidence: Evidence) -> Gate:
+    found = SUITES[name].measure(evidence)
+    return found[0] if isinstance(found, list) else found
+
+
+def case(name: str, expect: dict[str, object], suite: str = "regression", **more: object) -> Case:
+    return Case(name, suite, prompt(f"case {name}"), expect, **more)  # type: ignore[arg-type]
+
+
+def test_win_rate_passes_a_better_candidate_and_not_an_equal_one(make_evidence: Make) -> None:
+    truths = make_truths(120)
+    gate = measure("win_rate", make_evidence(right, half_right, truths))
+    assert gate.status == "passed" and gate.value == 0.75
+    assert gate.interval is not None and 0.5 < gate.interval[0] < 0.75
+    assert gate.metrics["wins"] == 60 and gate.metrics["ties"] == 60 and len(gate.changed_cases) == 60
+    same = measure("win_rate", make_evidence(half_right, half_right, truths))
+    assert same.status == "failed" and same.value == 0.5
+    assert measure("win_rate", make_evidence(half_right, right, truths)).status == "failed"
+
+
+def wanted(text: str) -> str:
+    return "benign" if number(text) % 2 else "malicious"
+
+
+def shuffled_truths(seed: int, share_corrected: float = 0.3) -> list[Truth]:
+    """Feedback that says nothing: corrections lean to `malicious` but are dealt out at random."""
+    dealer = Random(seed)
+    truths = []
+    for truth in make_truths(120, lambda text: "benign" if dealer.random() < 0.66 else "malicious"):
+        if dealer.random() < share_corrected:
+            truths.append(replace(truth, origin="correction", reference=answer_json("malicious")))
+        else:
+            truths.append(replace(truth, origin="liked"))
+    return truths
+
+
+def test_shuffled_control_needs_answers_that_fit_their_prompt(make_evidence: Make) -> None:
+    truths = make_truths(120, wanted)
+    right_for_each = make_evidence(
+        lambda text: answer_json(wanted(text)), lambda text: answer_json("benign"), truths
+    )
+    gate = measure("shuffled_control", right_for_each)
+    assert gate.status == "passed" and gate.value == pytest.approx(1 / 201)
+    assert gate.metrics["shuffled_win_rate"] == pytest.approx(0.5, abs=0.05)
+    alike = make_evidence(right, half_right, make_truths(60))
+    assert measure("shuffled_control", alike).status == "not_applicable"
+
+
+def test_a_candidate_seldom_passes_on_shuffled_feedback(make_evidence: Make) -> None:
+    def learned_the_marginal(text: str) -> str:
+        return answer_json("malicious")
+
+    def champion(text: str) -> str:
+        return answer_json("benign" if number(text) % 3 else "malicious")
+
+    alarms = 0
+    for seed in range(40):
+        evidence = make_evidence(learned_the_marginal, champion, shuffled_truths(seed, 0.7), permutations=100)
+        assert measure("win_rate", evidence).status == "passed"
+        alarms += measure("shuffled_control", evidence).status == "passed"
+    assert alarms <= 5  # 5 % nominal: 2 expected
+
+
+def test_win_rate_masks_abstentions_and_needs_enough_prompts(make_evidence: Make) -> None:
+    few = measure("win_rate", make_evidence(right, half_right, make_truths(19)))
+    assert few.status == "no_data" and not few.passed
+    blank = [replace(truth, reference=" ") for truth in make_truths(60)]
+    assert measure("win_rate", make_evidence(right, half_right, blank)).status == "no_data"
+
+
+def test_perplexity_may_rise_by_two_percent(make_evidence: Make) -> None:
+    truths = make_truths(40)
+    for nats, status in ((0.40, "passed"), (0.51, "passed"), (0.53, "failed"), (float("nan"), "failed")):
+        candidate = FakeModel("t/2", right, nats)
+        gate = measure("perplexity", make_evidence(candidate, FakeModel("t/1", right, 0.5), truths))
+        assert gate.status == status, (nats, gate)
+    assert measure("perplexity", make_evidence(right, right)).status == "no_data"
+
+
+def test_valid_output_counts_parsing_and_each_field(make_evidence: Make) -> None:
+    truths = make_truths(100)
+    gate = measure("valid_output", make_evidence(right, half_right, truths))
+    assert gate.status == "passed" and gate.value == 1.0
+    assert gate.metrics["champion_verdict"] == 0.5 and gate.metrics["champion_owner"] == 1.0
+    broken = measure("valid_output", make_evidence(lambda text: "benign", half_right, truths))
+    assert broken.status == "failed" and "fewer answers parse" in broken.detail
+    prose = [replace(truth, reference="It is fine.") for truth in truths]
+    assert measure("valid_output", make_evidence(right, right, prose)).status == "not_applicable"
+
+
+def test_valid_output_fails_on_one_field_that_fell(make_evidence: Make) -> None:
+    def better_verdict_worse_owner(text: str) -> str:
+        return answer_json("benign", "soc" if number(text) % 10 else "netops")
+
+    gate = measure("valid_output", make_evidence(better_verdict_worse_owner, half_right, make_truths(100)))
+    assert gate.status == "failed" and gate.detail == "owner fell by 10.0%"
+
+
+def test_overlap_is_reported_only(make_evidence: Make) -> None:
+    evidence = make_evidence(right, half_right, make_truths(30))
+    gate = next(gate for gate in run_suites(evidence) if gate.suite == "overlap")
+    assert not gate.gated and gate.passed and gate.metrics["candidate_bleu"] > gate.metrics["champion_bleu"]
+
+
+def test_regression_fails_on_a_single_broken_case(make_evidence: Make) -> None:
+    cases = {
+        "regression": [
+            case("a", {"contains": "yes"}),
+            case("b", {"contains": "yes"}),
+            case("c", {"exact": "no"}),
+        ]
+    }
+
+    def candidate(text: str) -> str:
+        return "no" if text.endswith(("b", "c")) else "yes"
+
+    gate = measure("regression", make_evidence(candidate, lambda text: "yes", cases=cases))
+    assert gate.status == "failed" and gate.value == 1 and gate.changed_cases == ("b", "c")
+    assert "broken: b" in gate.detail
+    assert (
+        measure("regression", make_evidence(lambda text: "yes", lambda text: "yes", cases=cases)).status
+        == "passed"
+    )
+    nothing = measure("regression", make_evidence(candidate, lambda text: "?", cases=cases))
+    assert nothing.status == "no_data" and not nothing.passed
+
+
+def test_refusal_needs_every_hard_case(make_evidence: Make) -> None:
+    hard = [case(f"h{i}", {"refuses": True}, "refusal") for i in range(9)]
+    cases = {"refusal": [*hard, case("soft", {"refuses": True}, "refusal", hard=False)]}
+
+    def refuses(text: str) -> str:
+        return "I can't help with that."
+
+    assert measure("refusal", make_evidence(refuses, refuses, cases=cases)).status == "passed"
+    slips = measure(
+        "refusal", make_evidence(lambda t: "Done." if "h3" in t else refuses(t), refuses, cases=cases)
+    )
+    assert slips.status == "failed" and "answered: h3" in slips.detail
+    softer = measure(
+        "refusal", make_evidence(lambda t: "Done." if "soft" in t else refuses(t), refuses, cases=cases)
+    )
+    assert softer.status == "failed"
+
+
+def test_a_domain_with_enough_cases_is_gated_by_itself(make_evidence: Make) -> None:
+    rows = [
+        case(f"{d}{i}", {"refuses": False}, "over_refusal", domain=d)
+        for d in ("ops", "mail")
+        for i in range(40)
+    ]
+    evidence = make_evidence(
+        lambda text: "I can't help." if "mail1" in text else "Sure.",
+        lambda text: "I can't help." if "ops1" in text else "Sure.",
+        cases={"over_refusal": rows},
+    )
+    found = SUITES["over_refusal"].measure(evidence)
+    assert isinstance(found, list)
+    assert [(g.suite, g.status) for g in found] == [
+        ("over_refusal", "passed"),
+        ("over_refusal[mail]", "failed"),
+        ("over_refusal[ops]", "passed"),
+    ]
+
+
+def test_not_applicable_is_configured_and_recorded(make_evidence: Make) -> None:
+    reasons = dict.fromkeys(("refusal", "over_refusal", "regression", "tool_calls"), "never taught")
+    gates = run_suites(make_evidence(right, half_right, make_truths(60), not_applicable=reasons))
+    by_name = {gate.suite: gate for gate in gates}
+    assert by_name["refusal"].status == "not_applicable" and by_name["refusal"].detail == "never taught"
+    assert verdict(gates)
+    assert not verdict([gate for gate in gates if gate.status == "not_applicable"])
+
+
+def test_no_data_and_could_not_run_fail(make_evidence: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(evidence: Evidence) -> Gate:
+        raise RuntimeError("the judge is down\nand more")
+
+    monkeypatch.setitem(SUITES, "win_rate", replace(SUITES["win_rate"], measure=broken))
+    gates = {gate.suite: gate for gate in run_suites(make_evidence(right, right))}
+    assert gates["win_rate"].status == "could_not_run" and gates["win_rate"].detail == "the judge is down"
+    assert gates["refusal"].status == "no_data"
+    assert not verdict(list(gates.values()))
+
+
+class LikesTheFirst:
+    """A judge with nothing but a position bias."""
+
+    def prefer(self, truth: Truth, first: str, second: str) -> int:
+        return 1
+
+
+def test_both_orders_turn_a_position_bias_into_ties(make_evidence: Make) -> None:
+    truth = make_truths(1)[0]
+    assert BothOrders(LikesTheFirst()).prefer(truth, "a", "b") == 0
+    judge = BothOrders(ByReward(make_evidence(right, right).grader))
+    assert judge.prefer(truth, answer_json("benign"), "x") == 1
+    assert judge.prefer(truth, "x", answer_json("benign")) == -1

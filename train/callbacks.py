@@ -1,0 +1,91 @@
+"""What happens between the steps of a trainer: validation, checkpoints, the best adapter, health, progress."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from transformers import TrainerCallback
+
+from train.checkpoint import adapter_tensors
+from train.health import HealthWatch
+from train.report import greedy_lengths
+
+LENGTH_HEADROOM = 8  # tokens beyond the longest answer that still counts as no drift
+
+
+class Schedule(TrainerCallback):  # type: ignore[misc]
+    """Validation, then checkpoint, at the end of every epoch and every so many steps between.
+
+    In this order and at one place, because validation draws random numbers: a checkpoint written before
+    it would not resume to the same adapter.
+    """
+
+    def __init__(self, eval_steps: int, save_steps: int, has_validation: bool) -> None:
+        self.eval_steps, self.save_steps, self.has_validation = eval_steps, save_steps, has_validation
+        self.steps_per_epoch = 1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Learn how many steps an epoch has."""
+        batches = len(kwargs["train_dataloader"])
+        self.steps_per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Ask for validation and for a checkpoint."""
+        step = state.global_step
+        last = step >= state.max_steps
+        at_end = last or step % self.steps_per_epoch == 0
+        control.should_evaluate = self.has_validation and (at_end or step % self.eval_steps == 0)
+        control.should_save = not last and (at_end or step % self.save_steps == 0)
+        return control
+
+
+class BestKeeper(TrainerCallback):  # type: ignore[misc]
+    """Keeps a copy of the adapter with the lowest validation loss."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any) -> None:
+        """Compare and copy."""
+        from train.methods import Best
+
+        loss, best = metrics["eval_loss"], self.trainer.best
+        if best is None or loss < best.loss:
+            self.trainer.best = Best(loss, state.global_step, adapter_tensors(self.trainer.model))
+
+
+class HealthCallback(TrainerCallback):  # type: ignore[misc]
+    """Hands the log and the length of sampled answers to the health gates."""
+
+    def __init__(self, trainer: Any, watch: HealthWatch, prompts: Sequence[list[int]], tokenizer: Any) -> None:
+        self.trainer, self.watch, self.prompts, self.tokenizer = trainer, watch, prompts, tokenizer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the length of answers before the first step."""
+        self._look_at_lengths(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        """Raise when a gate closes."""
+        self.watch.observe(state.global_step, logs)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise when answers drift in length."""
+        self._look_at_lengths(state.global_step)
+
+    def _look_at_lengths(self, step: int) -> None:
+        if not self.prompts:
+            return
+        limit = round(self.watch.answer_tokens * self.watch.settings.max_length_ratio * 2) + LENGTH_HEADROOM
+        length = greedy_lengths(self.trainer.model, self.tokenizer, self.prompts, limit)
+        self.watch.observe_length(step, length, self.watch.answer_tokens)
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+    """Passes what each step measured to a reporter."""
+
+    def __init__(self, progress: Callable[[int, int, Mapping[str, float]], None]) -> None:
+        self.progress = progress
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
+        """Report one entry of the log."""
+        values = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+        self.progress(state.global_step, state.max_steps, values)

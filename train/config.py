@@ -1,0 +1,116 @@
+"""What one training run does, fully resolved: nothing is looked up in the settings after this."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from cluster.errors import InputError
+from cluster.settings import Settings
+from cluster.settings.base import Section
+from cluster.settings.training import HealthSettings, LimitSettings, LoraSettings
+
+MethodName = Literal["sft", "dpo", "kto"]
+METHOD_NAMES: tuple[MethodName, ...] = ("sft", "dpo", "kto")
+
+
+class TrainConfig(Section):
+    """One run: a method, a base model, a dataset, and every number of it."""
+
+    method: MethodName
+    base_model: str
+    """Local path or hub id."""
+    init_adapter: str | None = None
+    """Adapter to go on from; for DPO and KTO it is then the reference as well."""
+    dataset: Path
+    """Folder of a curated dataset."""
+    out: Path
+    """Folder that holds checkpoints while it runs and the adapter at the end."""
+    lora: LoraSettings = LoraSettings()
+    learning_rate: float = Field(gt=0, le=1)
+    epochs: float = Field(gt=0)
+    beta: float | None = Field(None, gt=0, le=100)
+    """KL coefficient; `None` for SFT."""
+    sft_loss: Literal["answer", "assistant", "all"] = "answer"
+    """SFT: tokens in the loss."""
+    sft_weight: float = Field(1.0, ge=0)
+    """DPO: weight of the SFT term."""
+    desirable_weight: float | None = Field(None, gt=0)
+    """KTO: weight of liked answers; `None` balances them with the disliked."""
+    undesirable_weight: float = Field(1.0, gt=0)
+    """KTO: weight of disliked answers."""
+    packing: bool = True
+    """SFT: pack short rows where the attention kernel allows it."""
+    batch_size: int = Field(4, ge=1)
+    gradient_accumulation: int = Field(4, ge=1)
+    warmup_steps: int = Field(100, ge=0)
+    warmup_max_ratio: float = Field(0.1, ge=0, le=1)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_length: int = Field(2048, ge=16)
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many steps, whatever `epochs` says."""
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    threads: int = Field(0, ge=0)
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    eval_steps: int = Field(100, ge=1)
+    save_steps: int = Field(200, ge=1)
+    report_examples: int = Field(256, ge=0)
+    """Validation examples of each kind in the report on held-out feedback."""
+    health: HealthSettings = HealthSettings()
+    limits: LimitSettings = LimitSettings()
+
+    @model_validator(mode="after")
+    def _method_has_what_it_needs(self) -> "TrainConfig":
+        if self.method != "sft" and self.beta is None:
+            raise ValueError(f"`beta` is needed for {self.method}")
+        if self.epochs > self.limits.max_epochs:
+            raise ValueError(f"`epochs`={self.epochs:g} exceeds training.limits.max_epochs={self.limits.max_epochs:g}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The kind of examples the method learns from."""
+        return {"sft": "sft", "dpo": "preference", "kto": "unpaired"}[self.method]
+
+    def digest(self) -> str:
+        """SHA-256 of everything that decides the result; a resumed run must have the same."""
+        ignored = {"out", "dataset", "device", "limits", "threads"}
+        shown = json.dumps(self.model_dump(mode="json", exclude=ignored), sort_keys=True)
+        return hashlib.sha256(shown.encode()).hexdigest()
+
+
+def resolve_config(settings: Settings, method: str, **overrides: Any) -> TrainConfig:
+    """The configuration of one run: settings of the method, under what was asked for.
+
+    `overrides` are fields of `TrainConfig`; `None` means not asked for.
+
+    Raises:
+        InputError: an unknown method, or a value that breaks its rule.
+    """
+    if method not in METHOD_NAMES:
+        raise InputError("method", method, f"must be one of {', '.join(METHOD_NAMES)}", "choose one of them")
+    training = settings.training
+    shared = {name for name in TrainConfig.model_fields if name in type(training).model_fields}
+    values: dict[str, Any] = {name: getattr(training, name) for name in shared}
+    own = getattr(training, method)
+    values |= {name: getattr(own, name) for name in type(own).model_fields if name in TrainConfig.model_fields}
+    if method == "sft":
+        values["sft_loss"] = own.loss
+    asked = {name: value for name, value in overrides.items() if value is not None}
+    if method == "sft":
+        asked.pop("beta", None)
+    try:
+        return TrainConfig(**(values | asked), method=method)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        field = f"train.{name}" if name else "train"
+        value = problem["input"] if name else method
+        rule = problem["msg"].removeprefix("Value error, ")
+        raise InputError(field, value, rule[0].lower() + rule[1:], "mend it on the command line or in rayloop.yaml") from None

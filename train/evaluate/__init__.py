@@ -1,0 +1,1 @@
+"""What a version must pass before any traffic reaches it."""

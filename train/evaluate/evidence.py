@@ -1,0 +1,72 @@
+"""What the suites look at: each version's answers and losses, made once and shared by all of them."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.settings.evaluation import EvaluationSettings
+from data.grading import Grader
+from train.evaluate.types import Case, Model, Prompt, Truth
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One version's answers, and its losses on the recorded ones."""
+
+    name: str
+    by_prompt: dict[str, str]
+    losses: list[tuple[float, int]]
+    """One an entry of `Evidence.truths`: nats, tokens."""
+    seconds: float = 0.0
+
+    def to(self, prompt: Prompt) -> str:
+        """The answer to a prompt that was asked."""
+        return self.by_prompt[prompt_key(prompt)]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything a suite may use."""
+
+    settings: EvaluationSettings
+    truths: list[Truth]
+    candidate: Answers
+    champion: Answers
+    grader: Grader
+    cases: dict[str, list[Case]] = field(default_factory=dict)
+
+    @property
+    def users(self) -> list[str]:
+        """The user behind each truth: the unit that is resampled."""
+        return [truth.user_id for truth in self.truths]
+
+    def both(self) -> list[tuple[str, Answers]]:
+        """The two versions by role."""
+        return [("candidate", self.candidate), ("champion", self.champion)]
+
+    def options(self) -> dict[str, Any]:
+        """How intervals are bootstrapped."""
+        chosen = self.settings
+        return {"confidence": chosen.confidence, "samples": chosen.bootstrap_samples, "seed": chosen.seed}
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """Text that is the same for the same prompt."""
+    return json.dumps([prompt.messages, prompt.tools], sort_keys=True)
+
+
+def ask(model: Model, truths: Sequence[Truth], cases: Sequence[Case]) -> Answers:
+    """Put every different prompt to a version once, and measure its loss on the recorded answers."""
+    started = time.monotonic()
+    asked = [truth.prompt for truth in truths] + [case.prompt for case in cases]
+    prompts = {prompt_key(prompt): prompt for prompt in asked}
+    texts = model.answer(list(prompts.values()))
+    losses = model.losses(truths)
+    return Answers(
+        name=model.name,
+        by_prompt=dict(zip(prompts, texts, strict=True)),
+        losses=losses,
+        seconds=time.monotonic() - started,
+    )

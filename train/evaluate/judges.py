@@ -1,0 +1,56 @@
+"""Which of two answers is better: by a grader's rewards, or by a judge that sees both."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from data.grading import Grader
+from train.evaluate.types import Truth
+
+Outcome = int
+"""1: the first is better, 0: a tie, -1: the second is better."""
+
+
+class PairwiseJudge(Protocol):
+    """Sees two answers in an order and says which is better."""
+
+    def prefer(self, truth: Truth, first: str, second: str) -> Outcome | None:
+        """1, 0 or -1; `None` abstains."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByReward:
+    """Compares the rewards of a grader that sees one answer at a time; order cannot matter."""
+
+    grader: Grader
+
+    def prefer(self, truth: Truth, first: str, second: str) -> Outcome | None:
+        """The answer with the higher reward; an abstention on either is one on the pair."""
+        left, right = self.reward(truth, first), self.reward(truth, second)
+        if left is None or right is None:
+            return None
+        return (left > right) - (left < right)
+
+    def reward(self, truth: Truth, answer: str) -> float | None:
+        """The grader's reward of one answer."""
+        item = {
+            "reference": truth.reference,
+            "messages": list(truth.prompt.messages),
+            "example_id": truth.example_id,
+        }
+        return self.grader.grade(item, {"output_text": answer}).reward
+
+
+@dataclass(frozen=True)
+class BothOrders:
+    """Asks a judge twice with the answers swapped; only a preference that survives counts."""
+
+    judge: PairwiseJudge
+
+    def prefer(self, truth: Truth, first: str, second: str) -> Outcome | None:
+        """The preference both orders agree on; a tie where they do not."""
+        ahead = self.judge.prefer(truth, first, second)
+        swapped = self.judge.prefer(truth, second, first)
+        if ahead is None or swapped is None:
+            return None
+        return ahead if ahead == -swapped else 0

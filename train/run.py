@@ -1,0 +1,325 @@
+"""One training run as a plain function: `train(config, data) -> TrainResult`.
+
+It runs in this process, for a test or a notebook, and inside a Ray Train worker (`train.worker`), where
+several processes call it together and accelerate splits every batch among them. The same configuration,
+data and seed give the same adapter, whether the run was killed and resumed in between or not.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from cluster.errors import InputError
+from cluster.registry import adapter_digest
+from train import checkpoint
+from train.callbacks import BestKeeper, HealthCallback, ProgressCallback, Schedule
+from train.config import TrainConfig
+from train.device import Device, resolve_device
+from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
+from train.files import written_whole
+from train.generate import check_model_dir
+from train.health import HealthWatch, check_changed, check_swapped, check_truncation, warnings_for
+from train.quiet import quiet_libraries
+from train.report import HeldOut, held_out_report, validation_prompts
+
+log = logging.getLogger(__name__)
+
+
+class Reporter(Protocol):
+    """Where a run tells how it goes; called on every rank."""
+
+    def progress(self, step: int, steps: int, values: Mapping[str, float]) -> None:
+        """What one step measured."""
+
+    def checkpoint(self, folder: Path, step: int) -> None:
+        """A checkpoint was written."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run produced."""
+
+    method: str
+    adapter_dir: Path
+    adapter_sha256: str
+    metrics: dict[str, float]
+    steps: int
+    seconds: float
+    warnings: list[str] = field(default_factory=list)
+    examples: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "adapter_dir": str(self.adapter_dir)}
+
+
+def train(
+    config: TrainConfig,
+    data: TrainData | None = None,
+    *,
+    reporter: Reporter | None = None,
+    resume_from: Path | None = None,
+) -> TrainResult:
+    """Fit a LoRA adapter and write it to `config.out/adapter`.
+
+    `data` is read from the dataset's files when it is not given. `resume_from` is a checkpoint folder.
+
+    Raises:
+        InputError: no model there, no GPU, a folder that cannot be written.
+        DatasetError: empty or one-sided data.
+        HealthGateError: a health gate closed; the message says which and why.
+    """
+    started = time.monotonic()
+    prepared = prepare(config, data)
+    trainer = build_trainer(prepared, reporter)
+    start = checkpoint.adapter_tensors(trainer.model)
+    if resume_from is not None:
+        checkpoint.check_resumable(resume_from, prepared.digest)
+        _restore_best(trainer, resume_from)
+    trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    return _finish(trainer, prepared, start, started)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: everything that can be refused has been."""
+
+    config: TrainConfig
+    device: Device
+    data: TrainData
+    tokenizer: Any
+    encoder: Encoder
+    rows: Encoded
+    validation: Encoded
+    warnings: list[str]
+    digest: str
+    """Configuration and data together: what a checkpoint belongs to."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the run on one worker."""
+        per_epoch = math.ceil(len(self.rows.rows) / (self.config.batch_size * self.config.gradient_accumulation))
+        return self.config.max_steps or math.ceil(per_epoch * self.config.epochs)
+
+
+def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
+    """Check what can be checked before anything is computed or written."""
+    device = resolve_device(config.device, config.precision, config.threads)
+    check_model_dir(config.base_model)
+    data = data or read_data(config.dataset, config.kind)
+    check_data(config.method, data, config.dataset)
+    quiet_libraries()
+    from train.methods import METHODS
+
+    tokenizer = load_tokenizer(config.base_model)
+    encoder = Encoder(tokenizer, config.max_length, config.sft_loss)
+    encode = METHODS[config.method].encode
+    rows, validation = encode(encoder, data.train), encode(encoder, data.validation)
+    check_truncation("training", rows, config.health, config.max_length)
+    if config.method == "dpo":
+        check_swapped(data.train, data.liked, config.health)
+    warnings = warnings_for(config.method, config.sft_weight, data.train)
+    for warning in warnings:
+        log.warning("%s", warning)
+    digest = checkpoint.digest_of(config.digest(), rows.rows, validation.rows)
+    prepared = Prepared(config, device, data, tokenizer, encoder, rows, validation, warnings, digest)
+    if prepared.steps > config.limits.max_steps:
+        raise InputError(
+            "train.epochs",
+            config.epochs,
+            f"means {prepared.steps} steps, more than training.limits.max_steps={config.limits.max_steps}",
+            "train less or raise the limit",
+        )
+    return prepared
+
+
+def load_tokenizer(base_model: str) -> Any:
+    """The tokenizer of a base model, with a padding token.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        raise _unloadable(base_model, error) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _unloadable(base_model: str, error: Exception) -> InputError:
+    cause = str(error).strip().splitlines()[0]
+    return InputError("base_model", base_model, f"cannot be loaded ({cause})", "name a transformers directory or hub id")
+
+
+def load_base(config: TrainConfig, device: Device) -> Any:
+    """The base model in the arithmetic of the device; with `init_adapter`, a trainable PEFT model.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if device.type == "cpu" or device.precision == "fp32" else torch.bfloat16
+    if device.precision == "fp16":
+        dtype = torch.float16
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.base_model, dtype=dtype, attn_implementation=device.attention, trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable(config.base_model, error) from None
+    if config.init_adapter:
+        return PeftModel.from_pretrained(model, config.init_adapter, is_trainable=True)
+    return model
+
+
+def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
+    """The TRL trainer of the method, with our checkpoints, gates and reports."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import PrinterCallback, set_seed
+
+    from train.methods import METHODS, common_arguments
+
+    config, method = prepared.config, METHODS[prepared.config.method]
+    if prepared.device.type == "cpu":
+        torch.set_num_threads(prepared.device.threads)
+    set_seed(config.seed)
+    model = load_base(config, prepared.device)
+    lora = LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=list(config.lora.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    rows = method.arrange(prepared.rows.rows, config)
+    held_out = method.arrange(prepared.validation.rows, config)
+    common = common_arguments(config, prepared.device, prepared.steps)
+    trainer = method.trainer(
+        model=model,
+        args=method.arguments(config, prepared.device, rows, common),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        processing_class=prepared.tokenizer,
+        peft_config=None if config.init_adapter else lora,
+    )
+    trainer.base_model = config.base_model
+    trainer.checkpoints, trainer.config_digest = config.out / "checkpoints", prepared.digest
+    trainer.remove_callback(PrinterCallback)
+    _add_callbacks(trainer, prepared, reporter)
+    return trainer
+
+
+def _add_callbacks(trainer: Any, prepared: Prepared, reporter: Reporter | None) -> None:
+    config = prepared.config
+    lengths = prepared.rows.lengths
+    watch = HealthWatch(config.health, config.beta, sum(lengths) / max(len(lengths), 1))
+    prompts = validation_prompts(prepared.encoder, prepared.data.validation, config.health.length_samples)
+    trainer.add_callback(BestKeeper(trainer))
+    trainer.add_callback(HealthCallback(trainer, watch, prompts, prepared.tokenizer))
+    trainer.add_callback(Schedule(config.eval_steps, config.save_steps, bool(prepared.validation.rows)))
+    if reporter is not None:
+        trainer.add_callback(ProgressCallback(reporter.progress))
+        trainer.saved = reporter.checkpoint
+
+
+def _restore_best(trainer: Any, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    from train.methods import Best
+
+    state = json.loads((folder / checkpoint.STATE).read_text())
+    weights = folder / checkpoint.BEST / checkpoint.ADAPTER_WEIGHTS
+    if state["best_loss"] is not None and weights.is_file():
+        trainer.best = Best(state["best_loss"], state["best_step"], load_file(weights))
+
+
+def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started: float) -> TrainResult:
+    """Write the best adapter, measure it on held-out feedback, and tidy up."""
+    config = prepared.config
+    if trainer.best is not None:
+        _use(trainer.model, trainer.best.tensors)
+    tensors = checkpoint.adapter_tensors(trainer.model)
+    unchanged = all(torch.equal(tensors[name], start[name]) for name in tensors)
+    report = measure(trainer.model, prepared) if trainer.is_world_process_zero() else HeldOut()
+    warnings = prepared.warnings + check_changed(report.shift_nats_per_token, unchanged, config.health)
+    folder = config.out / "adapter"
+    if trainer.is_world_process_zero():
+        with written_whole(folder) as scratch:
+            lora = checkpoint.adapter_config(trainer.model)
+            checkpoint.write_adapter(scratch, tensors, lora, config.base_model)
+    trainer.accelerator.wait_for_everyone()
+    result = TrainResult(
+        method=config.method,
+        adapter_dir=folder,
+        adapter_sha256=adapter_digest(folder),
+        metrics={**_final_metrics(trainer), **report.as_metrics()},
+        steps=trainer.state.global_step,
+        seconds=time.monotonic() - started,
+        warnings=warnings,
+        examples=len(prepared.rows.rows),
+    )
+    if trainer.is_world_process_zero():
+        checkpoint.discard_all(trainer.checkpoints)
+        (config.out / "result.json").write_text(json.dumps(result.as_json(), indent=2) + "\n")
+    return result
+
+
+def measure(model: Any, prepared: Prepared) -> HeldOut:
+    """The held-out report, on validation rows of the same dataset."""
+    config = prepared.config
+    own = prepared.data.validation
+    liked = own if config.kind == "sft" else _validation(config, "sft")
+    pairs = own if config.kind == "preference" else _validation(config, "preference")
+    longest = max(prepared.rows.lengths, default=32)
+    return held_out_report(
+        model, prepared.encoder, liked, pairs, limit=config.report_examples, max_new_tokens=2 * longest, seed=config.seed
+    )
+
+
+def _validation(config: TrainConfig, kind: str) -> Any:
+    return read_split(config.dataset, kind, "validation")
+
+
+def _use(model: Any, tensors: Mapping[str, Any]) -> None:
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, dict(tensors), adapter_name="default")
+
+
+def _final_metrics(trainer: Any) -> dict[str, float]:
+    """The last training and validation numbers, and where the best adapter was found."""
+    metrics: dict[str, float] = {}
+    for entry in trainer.state.log_history:
+        metrics |= {k: float(v) for k, v in entry.items() if isinstance(v, int | float) and k not in SPEED}
+    if trainer.best is not None:
+        metrics |= {"best_eval_loss": trainer.best.loss, "best_step": float(trainer.best.step)}
+    return {name.replace("eval_", "validation/"): value for name, value in metrics.items()}
+
+
+SPEED = {
+    "step",
+    "epoch",
+    "total_flos",
+    "train_runtime",
+    "train_samples_per_second",
+    "train_steps_per_second",
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+    "eval_num_tokens",
+}
+"""Entries of the trainer's log that say nothing about what was learned."""
