@@ -13,7 +13,7 @@ import psutil
 import typer
 
 from cluster.database import connect
-from cluster.errors import ConflictError, UnavailableError
+from cluster.errors import ConflictError, InputError, UnavailableError
 from cluster.logs import configure_logging
 from cluster.settings import Settings, load_settings
 from serve.config import write_files, write_private
@@ -45,6 +45,7 @@ def up(
     settings, _ = load_settings(config, **overrides)
     configure_logging(settings.logging)
     _refuse_second(settings)
+    _require_base_model(settings)
     settings = _with_port(settings)
     secret = everyday_key(settings)
     write_files(settings)
@@ -87,6 +88,18 @@ def everyday_key(settings: Settings) -> str:
         engine.dispose()
     write_private(path, secret + "\n")
     return secret
+
+
+def _require_base_model(settings: Settings) -> None:
+    """Say at once what the engine would say after half a minute."""
+    base = settings.engine.base_model
+    if "engine" not in settings.serve.applications:
+        return
+    if base is None:
+        remedy = "set it in rayloop.yaml; `rayloop demo` trains a small one"
+        raise InputError("engine.base_model", base, "must name the model to serve", remedy)
+    if base.startswith(("/", ".", "~")) and not (Path(base).expanduser() / "config.json").is_file():
+        raise InputError("engine.base_model", base, "is no model directory", "name one that holds config.json")
 
 
 def _with_port(settings: Settings) -> Settings:
@@ -134,7 +147,7 @@ def _launch(settings: Settings, mlflow: bool) -> "subprocess.Popen[bytes]":
 
 
 def _wait_until_ready(settings: Settings, process: "subprocess.Popen[bytes]") -> dict[str, Any]:
-    deadline = time.monotonic() + settings.serve.start_timeout_s + END_S
+    deadline = time.monotonic() + 2 * settings.serve.start_timeout_s + END_S  # Ray, then the applications
     try:
         while True:
             record = _read_record(settings)
