@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,7 +100,9 @@ def _require_base_model(settings: Settings) -> None:
         remedy = "set it in rayloop.yaml; `rayloop demo` trains a small one"
         raise InputError("engine.base_model", base, "must name the model to serve", remedy)
     if base.startswith(("/", ".", "~")) and not (Path(base).expanduser() / "config.json").is_file():
-        raise InputError("engine.base_model", base, "is no model directory", "name one that holds config.json")
+        raise InputError(
+            "engine.base_model", base, "is no model directory", "name one that holds config.json"
+        )
 
 
 def _with_port(settings: Settings) -> Settings:
@@ -163,6 +166,8 @@ def _wait_until_ready(settings: Settings, process: "subprocess.Popen[bytes]") ->
             time.sleep(WAIT_S)
     except BaseException:
         process.terminate()
+        process.wait(END_S)
+        (settings.home / RUN_RECORD).unlink(missing_ok=True)
         raise
 
 
@@ -195,7 +200,7 @@ def _process(record: dict[str, Any], pid: int) -> psutil.Process | None:
 
 def _end(record: dict[str, Any]) -> int:
     """End the supervisor, which ends the rest; what it leaves, or left when it was killed, is ended here."""
-    from serve.supervisor import end_processes
+    from serve.supervisor import end_processes, sockets_folder
 
     numbers = [record["pids"]["supervisor"], *map(int, record["started"])]
     found = [p for pid in numbers if (p := _process(record, pid)) is not None]
@@ -203,6 +208,7 @@ def _end(record: dict[str, Any]) -> int:
     end_processes(supervisor, END_S)
     left = [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     end_processes(left, WAIT_S * 50)
+    shutil.rmtree(sockets_folder(record["pids"]["supervisor"]), ignore_errors=True)
     return len(found)
 
 

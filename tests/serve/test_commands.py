@@ -96,7 +96,9 @@ def test_up_without_a_base_model_is_one_line(config: Path) -> None:
     config.write_text(config.read_text().replace("- gateway", "- gateway\n  - engine"))
     one_line_failure(run("up", "--port", "0", config=config), "engine.base_model=None must name the model")
     config.write_text(config.read_text() + "engine: {base_model: /nowhere}\n")
-    one_line_failure(run("up", "--port", "0", config=config), "engine.base_model='/nowhere' is no model directory")
+    one_line_failure(
+        run("up", "--port", "0", config=config), "engine.base_model='/nowhere' is no model directory"
+    )
 
 
 def test_down_with_nothing_running_says_so(config: Path) -> None:
