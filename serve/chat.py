@@ -69,6 +69,8 @@ class Engines:
     settings: ServeSettings
     default_url: str
     environment: Mapping[str, str]
+    engine_token: str | None = None
+    """What the engine of this installation asks for."""
     _open: dict[str, tuple[EngineEndpoint, Upstream]] = field(default_factory=dict)
 
     def upstream(self, name: str, endpoint: EngineEndpoint) -> Upstream:
@@ -84,6 +86,8 @@ class Engines:
             settings.max_response_bytes,
         )
         key = self.environment.get(endpoint.api_key_env) if endpoint.api_key_env else None
+        if endpoint.base_url is None:
+            key = key or self.engine_token
         made = Upstream(endpoint.base_url or self.default_url, limits, key)
         if known is not None:
             known[1].close()

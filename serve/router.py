@@ -26,6 +26,7 @@ from serve import chat, intake_http
 from serve.capture import Capture, spool_path
 from serve.chat import ChatHandler, Engines, View
 from serve.intake_http import IntakeHandler
+from serve.engines.token import engine_token
 from serve.keys import Key
 from serve.openai import (
     JSON,
@@ -77,7 +78,7 @@ class RouterApp:
         url = default_engine_url or f"http://{settings.serve.host}:{settings.serve.port}/engine"
         self._chat = ChatHandler(
             settings.serve,
-            Engines(settings.serve, url, os.environ),
+            Engines(settings.serve, url, os.environ, engine_token(settings)),
             self._capture,
             pseudonym_secret(settings),
         )
