@@ -8,8 +8,8 @@ every request.
 import asyncio
 import logging
 import os
+import random
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,7 +129,7 @@ class RouterApp:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        request_id = text_header(scope, b"x-request-id") or uuid.uuid4().hex
+        request_id = text_header(scope, b"x-request-id") or f"{random.getrandbits(128):032x}"
         headers: Headers = [(b"x-request-id", request_id.encode())] if self._standalone else []
         started = False
 
