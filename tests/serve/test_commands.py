@@ -16,7 +16,8 @@ PROJECT = Path(__file__).parents[2]
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     file = tmp_path / "rayloop.yaml"
-    file.write_text(yaml.safe_dump({"home": str(tmp_path / "home")}))
+    serve = {"applications": ["gateway"]}
+    file.write_text(yaml.safe_dump({"home": str(tmp_path / "home"), "serve": serve}))
     return file
 
 
@@ -87,8 +88,17 @@ def test_up_with_an_unreachable_database_is_one_line(config: Path) -> None:
 
 
 def test_up_with_broken_declared_routes_is_one_line(config: Path) -> None:
-    config.write_text(config.read_text() + "serve:\n  routes: [{agent: triage, share: 2}]\n")
+    config.write_text(config.read_text() + "  routes: [{agent: triage, share: 2}]\n")
     one_line_failure(run("up", "--port", "0", config=config), "user_config.routes.0.share=2")
+
+
+def test_up_without_a_base_model_is_one_line(config: Path) -> None:
+    config.write_text(config.read_text().replace("- gateway", "- gateway\n  - engine"))
+    one_line_failure(run("up", "--port", "0", config=config), "engine.base_model=None must name the model")
+    config.write_text(config.read_text() + "engine: {base_model: /nowhere}\n")
+    one_line_failure(
+        run("up", "--port", "0", config=config), "engine.base_model='/nowhere' is no model directory"
+    )
 
 
 def test_down_with_nothing_running_says_so(config: Path) -> None:
