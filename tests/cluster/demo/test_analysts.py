@@ -48,7 +48,17 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/chat/completions":
             if self.server.failures:
                 self.server.failures -= 1
-                return self.reply(400, {"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": None}})
+                return self.reply(
+                    400,
+                    {
+                        "error": {
+                            "message": "no",
+                            "type": "invalid_request_error",
+                            "param": None,
+                            "code": None,
+                        }
+                    },
+                )
             return self.reply(200, self.chat(body))
         kept = {"/v1/feedback": self.server.feedback, "/v1/behaviour": self.server.behaviour}[self.path]
         kept.extend(body["items"])
@@ -85,7 +95,12 @@ class Handler(BaseHTTPRequestHandler):
 def alert_of(line: str) -> world.Alert:
     fields: dict[str, Any] = dict(pair.split("=") for pair in line.split())
     return world.Alert(
-        **fields | {"hour": int(fields["hour"]), "repeats": int(fields["repeats"]), "maintenance": fields["maintenance"] == "yes"}
+        **fields
+        | {
+            "hour": int(fields["hour"]),
+            "repeats": int(fields["repeats"]),
+            "maintenance": fields["maintenance"] == "yes",
+        }
     )
 
 
@@ -166,7 +181,10 @@ def test_shuffled_feedback_says_nothing_about_the_answers(router: Router) -> Non
     assert agreement == pytest.approx(by_chance, abs=0.07)
     assert 0.5 < liked < 0.7, "as much is liked as without shuffling"
     corrections = [item for item in router.feedback if item["type"] == "correction"]
-    right = sum(item["text"] == world.answer(world.todays_rules(router.chats[item["interaction_id"]]["alert"])) for item in corrections)
+    right = sum(
+        item["text"] == world.answer(world.todays_rules(router.chats[item["interaction_id"]]["alert"]))
+        for item in corrections
+    )
     assert corrections and right / len(corrections) < 0.35
 
 
