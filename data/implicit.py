@@ -81,11 +81,11 @@ def signals_of(
     group_of: dict[str, tuple[str, ...]] = {}
     for event in kinds["interaction"]:
         if event.interaction_id is not None and not event.body.get("flags", {}).get("shadow"):
-            group_of[event.interaction_id] = session_group(event)
-            turns[session_group(event)].append(_turn(event, event.interaction_id))
+            group_of[event.interaction_id] = _group(event)
+            turns[_group(event)].append(_turn(event, event.interaction_id))
     actions: dict[tuple[str, ...], list[Action]] = defaultdict(list)
     for event in kinds["behaviour"]:
-        actions[group_of.get(event.interaction_id or "", session_group(event))].append(_action(event))
+        actions[group_of.get(event.interaction_id or "", _group(event))].append(_action(event))
     explicit: dict[str, set[str]] = defaultdict(set)
     for event in kinds["feedback"]:
         if event.interaction_id is not None and event.body.get("source") == "explicit":
@@ -221,7 +221,7 @@ def _at(moment: Turn | Action) -> int:
     return moment.answered_at_us if isinstance(moment, Turn) else moment.at_us
 
 
-def session_group(event: Event) -> tuple[str, ...]:
+def _group(event: Event) -> tuple[str, ...]:
     """What is looked at together: a session, else a user's time with an agent, else one interaction."""
     if event.session_id is not None:
         return (event.tenant, "session", event.session_id)

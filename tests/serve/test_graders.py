@@ -206,7 +206,7 @@ def test_grader_on_serve(ray_session: None, settings: Settings) -> None:
     if answer.status_code == 404 or not answer.is_success:
         raise AssertionError(answer.text)
     assert answer.json()["reward"] == 1.0
-    ray.serve.delete("grader")
+    ray.serve.shutdown()
 
 
 def test_the_pool_is_gone_after_close(settings: Settings) -> None:

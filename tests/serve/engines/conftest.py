@@ -1,20 +1,17 @@
 """One tiny base model with two adapters for all engine tests, and an engine served by uvicorn."""
 
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import uvicorn
 
 from cluster.registry import Version, adapter_digest, describe_base
 from cluster.settings.engines import EngineSettings
 from serve.engines.http_api import EngineApi
 from serve.engines.local import LocalEngine
 from tests.serve.engines import models
+from tests.serve.upstream import Server
 
 
 @pytest.fixture(scope="session")
@@ -90,15 +87,5 @@ def engine(engine_settings: EngineSettings, adapters: dict[str, Path]) -> Iterat
 @pytest.fixture(scope="session")
 def engine_url(engine: LocalEngine) -> Iterator[str]:
     """Base URL of the engine's HTTP interface under uvicorn."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        config = uvicorn.Config(EngineApi(engine), log_level="warning", lifespan="on")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}"
-        server.should_exit = True
-        thread.join(10)
+    with Server(EngineApi(engine), "on") as url:
+        yield url

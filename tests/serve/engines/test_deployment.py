@@ -16,6 +16,7 @@ from cluster.errors import ConfigError
 from cluster.settings import Settings, load_settings
 from cluster.settings.engines import EngineSettings
 from serve.engines.deployment import build, changed
+from serve.engines.token import engine_token
 from serve.servables import reports, unwant, wait_ready, want
 
 MESSAGES = [{"role": "user", "content": "disk full on host db-7"}]
@@ -41,7 +42,7 @@ def served(
     ray.serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
     ray.serve.run(build(settings), name="engine", route_prefix="/engine")
     yield f"http://127.0.0.1:{port}/engine", settings
-    ray.serve.delete("engine")
+    ray.serve.shutdown()
 
 
 @pytest.mark.ray
@@ -56,7 +57,7 @@ def test_engine_on_serve_answers_and_follows_servables(
     name = want(database, good, "local").model_name
     want(database, broken, "local")
     wait_ready(database, "triage/3", 30.0, live_after_s=3.0)
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=engine_token(settings), max_retries=0)
     whole = client.chat.completions.create(model=name, messages=MESSAGES, max_tokens=20, seed=1)
     stream = client.chat.completions.create(model=name, messages=MESSAGES, max_tokens=20, seed=1, stream=True)
     assert "".join(c.choices[0].delta.content or "" for c in stream) == whole.choices[0].message.content
@@ -76,9 +77,10 @@ def test_engine_on_serve_answers_and_follows_servables(
 @pytest.mark.ray
 @pytest.mark.slow
 def test_disconnect_through_serve_frees_the_row(served: tuple[str, Settings]) -> None:
-    url, _ = served
+    url, settings = served
+    headers = {"authorization": f"Bearer {engine_token(settings)}"}
     body = {"model": "base", "messages": MESSAGES, "max_tokens": 480, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as answer:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, headers=headers, timeout=30) as answer:
         next(answer.iter_bytes())
     deadline = time.monotonic() + 10
     while httpx.get(f"{url}/healthz").json()["running"] and time.monotonic() < deadline:
