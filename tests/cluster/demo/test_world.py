@@ -80,7 +80,7 @@ def test_old_runbook_agrees_with_today_about_two_times_in_three() -> None:
             Triage("page", "security"),
         ),
         (changed(repeats=4), Triage("ticket", "payments"), Triage("page", "payments")),
-        (changed(severity="low", repeats=9), Triage("ignore", "payments"), Triage("ticket", "payments")),
+        (changed(severity="low", repeats=9), Triage("ignore", "payments"), Triage("page", "payments")),
         (changed(severity="critical", repeats=9), Triage("page", "payments"), Triage("page", "payments")),
         (
             changed(severity="critical", change="CHG-123", repeats=9),
