@@ -19,7 +19,9 @@ SIMULATED = (
     "and the analysts themselves. The servers, the pipeline, the trainings, the gates and the statistics are "
     "the production ones."
 )
-HEADER = "# Written by `rayloop demo`. Stages of seconds and small populations: fine for a demonstration only.\n"
+HEADER = (
+    "# Written by `rayloop demo`. Stages of seconds and small populations: fine for a demonstration only.\n"
+)
 BASE_VERSION = f"{AGENT}/1"
 NOT_APPLICABLE = "the toy agent triages alerts and nothing else; it was taught no refusals"
 
