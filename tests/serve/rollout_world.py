@@ -296,6 +296,7 @@ class World:
             rollout = get_rollout(self.engine, rollout_id)
             if rollout.state in ENDED:
                 break
+        controller.close()
         return rollout
 
     def decisions(self) -> list[dict[str, Any]]:
