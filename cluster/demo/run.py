@@ -187,15 +187,9 @@ class Demo:
             )
             stage.found(", ".join(rates))
 
-    def choose(self) -> str | None:
-        """The version with the best win rate on recorded feedback among those that passed every gate."""
-        passed = [found for _, found in self._judged() if found["passed"]]
-        best = max(passed, key=lambda found: _win_rate(found) or 0.0, default=None)
-        return None if best is None else str(best["version"])
-
     def roll_out(self) -> None:
         """Give the best version a growing share of live traffic until it is promoted, or not."""
-        chosen = self.choose()
+        chosen = choose(self.findings.gates)
         if chosen is None:
             self.findings.why_not = "no version passed its gates"
             self.story.note("no version passed its gates, so none gets traffic")
