@@ -114,13 +114,15 @@ def run_trials(
 
 def _tune_config(settings: SweepSettings, sweep: Sweep, first: dict[str, Any]) -> ray.tune.TuneConfig:
     points = [first] if first and not sweep.grid else []
+    search = BasicVariantGenerator(
+        points_to_evaluate=points, max_concurrent=settings.concurrency, random_state=settings.seed
+    )
     return ray.tune.TuneConfig(
         metric="score",
         mode="max",
         num_samples=1 if sweep.grid else sweep.trials,
-        search_alg=BasicVariantGenerator(points_to_evaluate=points, random_state=settings.seed),
+        search_alg=search,
         scheduler=_scheduler(settings, sweep.scheduler),
-        max_concurrent_trials=settings.concurrency,
         reuse_actors=True,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
