@@ -8,6 +8,7 @@ SQLite a statement, so the interpreter's lock is let go once a few hundred rows 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import sqlalchemy as sa
@@ -73,7 +74,7 @@ def _insert_values(connection: Connection, table: sa.Table, rows: Sequence[tuple
     while start < len(rows):
         while size > len(rows) - start:
             size //= 2
-        values = tuple(value for row in rows[start : start + size] for value in row)
+        values = tuple(chain.from_iterable(rows[start : start + size]))
         connection.exec_driver_sql(_insert_statement(table, size), values)
         start += size
 

@@ -1,4 +1,4 @@
-"""Commands about the whole: `config`, `status`, `submit`."""
+"""Commands about the whole: `config`, `status`, `jobs`, `loop`, `submit`."""
 
 import json
 import sys
@@ -68,6 +68,75 @@ def status(config: ConfigOption = None, json_output: JsonOption = False) -> None
 
     picture = collect(load_settings(config)[0])
     print(json.dumps(picture) if json_output else "\n".join(lines(picture)))
+
+
+@app.command()
+def jobs(
+    job_id: Annotated[str | None, typer.Argument(help="Show this one whole.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Only pending, running, completed or failed ones.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Newest first, so many.")] = 20,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Training jobs, sweeps and turns of the loop, and their state."""
+    from dataclasses import asdict
+
+    from cluster.clock import to_iso
+    from cluster.database import connect
+    from cluster.jobs import STATES, Jobs
+
+    if state is not None and state not in STATES:
+        raise InputError(
+            "--state", state, f"must be one of {', '.join(STATES)}", "name a state or leave it out"
+        )
+    settings, _ = load_settings(config)
+    table = Jobs(connect(settings), settings.tenant, settings.workspace)
+    found = [table.get(job_id)] if job_id else table.list(state=state, limit=limit)
+    if json_output:
+        print(json.dumps({"jobs": [asdict(job) for job in found]}, default=str))
+        return
+    if job_id:
+        print("\n".join(f"{name}: {value}" for name, value in asdict(found[0]).items()))
+        return
+    for job in found:
+        ended = job.output_version or job.error or ""
+        print(
+            f"{job.job_id:<24} {job.kind:<6} {job.state:<10} {to_iso(job.created_at_us)[:19]} {ended}"[:160]
+        )
+    print(
+        "next: rayloop jobs JOB" if found else "no jobs; start one with `rayloop train run` or `rayloop loop`"
+    )
+
+
+@app.command()
+def loop(
+    agent: Annotated[str, typer.Option(help="Whose loop turns.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help="sft, dpo, kto; repeat it to compare several.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="JOB", help="Go on with a turn that was cut off.")
+    ] = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """One turn of the loop: curate, train, register, evaluate, start a rollout of the best version."""
+    from cluster.database import connect
+    from cluster.jobs import Jobs
+    from cluster.turn import Turn, run_turn
+
+    settings, _ = load_settings(config)
+    turn = Turn(agent, tuple(method or ["sft", "dpo"]), config.resolve() if config else None)
+    table = Jobs(connect(settings), settings.tenant, settings.workspace)
+    result = run_turn(settings, table, turn, resume=resume, say=lambda line: print(line, file=sys.stderr))
+    if json_output:
+        print(json.dumps(result))
+        return
+    started = result["steps"]["rollout"]
+    print(f"passed: {', '.join(result['passed']) or 'none'}; best: {result['version'] or 'none'}")
+    print("next: rayloop rollout status" if started["started"] else f"no rollout: {started['reason']}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

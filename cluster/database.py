@@ -77,10 +77,19 @@ def _sqlite(url: sa.URL, settings: Settings) -> Engine:
         url, connect_args={"timeout": settings.database.busy_timeout_s, "check_same_thread": False}
     )
 
+    pragmas = (
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+        "secure_delete=ON",
+        f"cache_size=-{settings.database.sqlite_cache_mb * 1024}",
+        f"wal_autocheckpoint={settings.database.sqlite_checkpoint_pages}",
+    )
+
     @sa.event.listens_for(engine, "connect")
     def _pragmas(connection: object, _record: object) -> None:
         cursor = connection.cursor()  # type: ignore[attr-defined]
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "secure_delete=ON"):
+        for pragma in pragmas:
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
         connection.isolation_level = None  # type: ignore[attr-defined]  # we write BEGIN ourselves

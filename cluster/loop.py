@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,35 @@ class JobError(RayloopError):
 
 
 def run_command(
-    arguments: Sequence[str], *, config: Path | None = None, on_line: Callable[[str], None] | None = None
+    arguments: Sequence[str],
+    *,
+    config: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+    accepted: Collection[int] = (0,),
 ) -> dict[str, Any]:
     """Run `rayloop ARGUMENTS --json` to its end and return its result.
 
     Lines of its standard error (progress) go to `on_line` as they come. An interrupt is passed on: the
-    child belongs to the same foreground group.
+    child belongs to the same foreground group. `environment` is added to this process's own.
 
     Raises:
-        JobError: it exited with another code than 0, or printed no JSON.
+        JobError: its exit code is not an `accepted` one, or it printed no JSON.
     """
     line = [sys.executable, "-m", "cluster", *arguments, "--json"]
     if config is not None:
         line += ["--config", str(config)]
     tail: list[str] = []
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as answer,  # a pipe nobody reads yet would fill up
-        subprocess.Popen(line, env=environment, stdout=answer, stderr=subprocess.PIPE, text=True) as child,
+        subprocess.Popen(
+            line,
+            env={**os.environ, **path, **(environment or {})},
+            stdout=answer,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as child,
     ):
         assert child.stderr is not None
         for text in child.stderr:
@@ -52,12 +63,19 @@ def run_command(
         answer.seek(0)
         output = answer.read()
     name = " ".join(arguments[:2])
-    if child.returncode != 0:
+    result = _parsed(output)
+    if child.returncode not in accepted or (child.returncode and result is None):
         raise JobError(f"`rayloop {name}` exited with {child.returncode}: {_last_error(tail)}")
+    if result is None:
+        raise JobError(f"`rayloop {name}` printed no JSON: {output[:200]!r}")
+    return result
+
+
+def _parsed(output: str) -> dict[str, Any] | None:
     try:
         result: dict[str, Any] = json.loads(output)
     except ValueError:
-        raise JobError(f"`rayloop {name}` printed no JSON: {output[:200]!r}") from None
+        return None
     return result
 
 

@@ -27,26 +27,43 @@ FIRST_TOKEN = Histogram(
     registry=REGISTRY,
 )
 FALLBACKS = Counter(
-    "rayloop_fallbacks_total", "Requests of the candidate that stable answered.", ["agent", "cause"], registry=REGISTRY
+    "rayloop_fallbacks_total",
+    "Requests of the candidate that stable answered.",
+    ["agent", "cause"],
+    registry=REGISTRY,
 )
-BREAKER_OPEN = Gauge("rayloop_breaker_open", "1 while a version is left alone.", ["version"], registry=REGISTRY)
+BREAKER_OPEN = Gauge(
+    "rayloop_breaker_open", "1 while a version is left alone.", ["version"], registry=REGISTRY
+)
 DISCONNECTS = Counter(
     "rayloop_disconnects_total", "Clients that went away before the end.", ["agent"], registry=REGISTRY
 )
 IN_FLIGHT = Gauge("rayloop_in_flight", "Chat requests being worked on.", registry=REGISTRY)
-OVERLOADED = Counter("rayloop_overloaded_total", "Requests refused because too many were in flight.", registry=REGISTRY)
+OVERLOADED = Counter(
+    "rayloop_overloaded_total", "Requests refused because too many were in flight.", registry=REGISTRY
+)
 ROUTE_REVISION = Gauge(
-    "rayloop_route_revision", "Revision of each route this router serves.", ["tenant", "agent", "modality"], registry=REGISTRY
+    "rayloop_route_revision",
+    "Revision of each route this router serves.",
+    ["tenant", "agent", "modality"],
+    registry=REGISTRY,
 )
 ROUTE_SHARE = Gauge(
-    "rayloop_route_share", "Share of users on the candidate, as in force here.", ["tenant", "agent", "modality"], registry=REGISTRY
+    "rayloop_route_share",
+    "Share of users on the candidate, as in force here.",
+    ["tenant", "agent", "modality"],
+    registry=REGISTRY,
 )
 SNAPSHOT_AGE = Gauge("rayloop_snapshot_age_seconds", "Age of the routes and keys in use.", registry=REGISTRY)
 CONFIG_REJECTED = Counter("rayloop_config_rejected_total", "Deployment configs refused.", registry=REGISTRY)
-CAPTURED = Counter("rayloop_captured_total", "Interactions by what became of them.", ["outcome"], registry=REGISTRY)
+CAPTURED = Counter(
+    "rayloop_captured_total", "Interactions by what became of them.", ["outcome"], registry=REGISTRY
+)
 CAPTURE_WAITING = Gauge("rayloop_capture_waiting", "Interactions that wait for the log.", registry=REGISTRY)
 SPOOL_BYTES = Gauge("rayloop_spool_bytes", "Interactions on disk that wait for the log.", registry=REGISTRY)
-INTAKE = Counter("rayloop_intake_total", "Events that came in over HTTP.", ["kind", "status"], registry=REGISTRY)
+INTAKE = Counter(
+    "rayloop_intake_total", "Events that came in over HTTP.", ["kind", "status"], registry=REGISTRY
+)
 
 
 def exposition() -> bytes:

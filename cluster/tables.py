@@ -40,12 +40,11 @@ events = Table(
     Column("erased", Boolean, nullable=False, default=False),
     Index("events_by_kind", "kind", "seq"),
     Index("events_by_interaction", "tenant", "interaction_id"),
-    Index("events_by_user", "tenant", "user_id"),
 )
 event_bodies = Table(
     "event_bodies",
     metadata,
-    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("seq", Sequence64, primary_key=True, autoincrement=False),
     Column("salt", LargeBinary, nullable=False),
     Column("body", LargeBinary, nullable=False),
     Column("arrays", LargeBinary),

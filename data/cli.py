@@ -1,4 +1,4 @@
-"""Commands about data: `import`, `audit`, `lineage`, `verify`."""
+"""Commands about data: `import`, `audit`, `curate`, `lineage`, `verify`; `data list`, `show`, `validate`."""
 
 import json
 import sys
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.database import connect
+from cluster.errors import InputError
 from cluster.logs import configure_logging
 from cluster.settings import Settings, load_settings
 
@@ -142,6 +143,103 @@ def verify(config: ConfigOption = None, json_output: JsonOption = False) -> None
             print(f"{place}{fault.what}", file=sys.stderr)
         print(f"{report.events} events, {report.erased} erased, {report.fault_count} faults")
     raise typer.Exit(1 if report.fault_count else 0)
+
+
+@app.command()
+def curate(
+    agent: Annotated[str | None, typer.Option("--agent", help="Only this agent's interactions.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write into.")] = None,
+    parallelism: Annotated[
+        int | None, typer.Option("--parallelism", min=1, help="Blocks worked on at once.")
+    ] = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Turn events into a dataset. The same events give the same dataset, whatever the parallelism."""
+    settings = _settings(config)
+    from data.curate import curate as run
+    from data.show import as_json, to_text
+
+    made = run(settings, agent=agent, out=out, parallelism=parallelism)
+    if json_output:
+        _print_json(as_json(made))
+        return
+    print(to_text(made))
+    print(f"next: rayloop data validate {made.dataset_id if out is None else made.path}")
+
+
+@app.command("list")
+def list_(config: ConfigOption = None, json_output: JsonOption = False) -> None:
+    """The datasets there are, the oldest first."""
+    from data.manifest import list_datasets
+    from data.show import as_json, to_line
+
+    found = list_datasets(_settings(config))
+    if json_output:
+        _print_json({"datasets": [as_json(manifest) for manifest in found]})
+        return
+    for manifest in found:
+        print(to_line(manifest))
+    print("next: rayloop data show DATASET" if found else "no datasets yet\nnext: rayloop curate")
+
+
+@app.command()
+def show(
+    dataset: Annotated[str, typer.Argument(help="Id, path, prefix of the hash, or latest.")] = "latest",
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """What a dataset holds and how it came about."""
+    from data.manifest import find_dataset, load_manifest
+    from data.show import as_json, to_text
+
+    manifest = load_manifest(find_dataset(_settings(config), dataset))
+    if json_output:
+        _print_json(as_json(manifest))
+        return
+    print(to_text(manifest))
+    print(f"next: rayloop train run --method dpo --dataset {manifest.dataset_id}")
+
+
+@app.command()
+def validate(
+    dataset: Annotated[str, typer.Argument(help="Id, path, prefix of the hash, or latest.")] = "latest",
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Model folder whose template must fit.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", min=1, help="Longest conversation, with --tokenizer.")
+    ] = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Is a dataset whole and fit to train on? Exit code 1 if a check failed."""
+    from data.manifest import find_dataset, load_manifest
+    from data.show import check_line, checks_as_json
+    from data.validate import validate as run
+
+    settings = _settings(config)
+    manifest = load_manifest(find_dataset(settings, dataset))
+    checks = run(manifest, settings.curation, tokenizer=_tokenizer(tokenizer), max_tokens=max_tokens)
+    failed = any(check.status == "failed" for check in checks)
+    if json_output:
+        _print_json(checks_as_json(manifest, checks))
+    else:
+        for check in checks:
+            print(check_line(check))
+        if not failed:
+            print(f"next: rayloop train run --method dpo --dataset {manifest.dataset_id}")
+    raise typer.Exit(1 if failed else 0)
+
+
+def _tokenizer(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise InputError("tokenizer", str(folder), "must be a folder with a tokenizer", "name a model folder")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def _settings(config: Path | None) -> Settings:

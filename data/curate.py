@@ -29,6 +29,7 @@ from cluster.runtime import ray_session
 from cluster.settings import Settings
 from data import balance as balancing
 from data import dedup, manifest, weigh
+from data.behaviour import add_implicit_signals
 from data.card import dataset_card
 from data.events import Event
 from data.filter import filter_rows
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 
 STAGES = (
     "join",
+    "behaviour",
     "weigh",
     "score",
     "filter",
@@ -105,7 +107,14 @@ class _Curation:
         """The stages of the page, in its order."""
         config = self.settings.curation
         events = self._read()
-        joined = self._map(self._together(events, "interaction_id"), Stage("join", self._join)).materialize()
+        joined = self._map(
+            self._together(events, "interaction_id"), Stage("join", partial(join_events, agent=self.agent))
+        )
+        if self.settings.feedback.implicit:
+            joined = self._together(joined, "session_key")
+        joined = self._map(
+            joined, Stage("behaviour", partial(add_implicit_signals, settings=self.settings))
+        ).materialize()
         factors = self._vote_factors(joined)
         rows = self._map(
             joined,
@@ -139,9 +148,6 @@ class _Curation:
         ranges = [{"after": r.after, "last": r.last} for r in self.ranges]
         spans = ray.data.from_items(ranges, override_num_blocks=len(ranges))
         return self._map(spans, partial(_read_block, settings=self.settings))
-
-    def _join(self, table: pa.Table) -> tuple[pa.Table, Any]:
-        return join_events(table, self.agent)
 
     def _map(self, dataset: Any, *functions: Callable[[pa.Table], pa.Table]) -> Any:
         """Functions applied one after the other to each whole block, in one task."""
@@ -277,15 +283,17 @@ def _quiet_ray_data() -> Iterator[None]:
     """Ray Data without bars, and with blocks that are never cut: the rows of a key must stay together."""
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars, context.target_max_block_size
-    logger = logging.getLogger("ray.data")
-    level = logger.level
+    loggers = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+    levels = {name: logging.getLogger(name).level for name in loggers}
     context.enable_progress_bars, context.target_max_block_size = False, None
-    logger.setLevel(logging.WARNING)
     try:
+        for name, level in loggers.items():
+            logging.getLogger(name).setLevel(level)
         yield
     finally:
         context.enable_progress_bars, context.target_max_block_size = before
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _apply(table: pa.Table, functions: Sequence[Callable[[pa.Table], pa.Table]]) -> pa.Table:

@@ -40,9 +40,14 @@ SKETCHES = pa.schema(
 """A text's full sketch (uint32 values), as kept of test items."""
 
 FIELD_PATTERNS = (
-    re.compile(r"^[ \t]*[-*]?[ \t]*([^\W_][\w ./()-]{0,40}?)[ \t]*[:=][ \t]+(\S.*?)[ \t]*$", re.M),
-    re.compile(r"\"([\w .-]{1,40})\"\s*:\s*(\"(?:[^\"\\]|\\.)*\"|-?[\d.]+|true|false|null)"),
-    re.compile(r"(?<!\S)([A-Za-z][\w.-]{0,40})=([^\s,;|]+)"),
+    re.compile(
+        r"^[ \t]*[-*]?[ \t]*([^\W_][\w ./()-]{0,40}?)[ \t]*[:=][ \t]+(\S.*?)[ \t]*$", re.M
+    ),  # a line each
+    re.compile(
+        r"(?:^|[;|,\n])\s*([^\W_][\w ./()-]{0,40}?)\s*[:=] ?([^\s;|,][^;|,\n]*)(?=[;|,\n]|$)"
+    ),  # a row
+    re.compile(r"\"([\w .-]{1,40})\"\s*:\s*(\"(?:[^\"\\]|\\.)*\"|-?[\d.]+|true|false|null)"),  # JSON
+    re.compile(r"(?<!\S)([A-Za-z][\w.-]{0,40})=([^\s,;|]+)"),  # logfmt
 )
 
 
@@ -88,6 +93,13 @@ def sketches_of(table: pa.Table, settings: DeduplicationSettings) -> pa.Table:
     ids = np.concatenate([node, examples]).astype(np.uint64)
     view = np.repeat(np.array([1, 2], dtype=np.uint64), len(node))
     salts = mix(np.concatenate([fields, fields]).astype(np.uint64) + view)
+    return sketch_texts(texts, ids, np.concatenate([node, node]).astype(np.uint64), salts, settings)
+
+
+def sketch_texts(
+    texts: list[str], ids: U64, nodes: U64, salts: U64, settings: DeduplicationSettings
+) -> pa.Table:
+    """Rows of `SKETCHES` of texts, each id once. Texts of different salts never share a key."""
     ids, first = np.unique(ids, return_index=True)
     if not len(ids):
         return SKETCHES.empty_table()
@@ -96,8 +108,7 @@ def sketches_of(table: pa.Table, settings: DeduplicationSettings) -> pa.Table:
         settings.bands * settings.rows_per_band,
         settings.seed,
     )
-    nodes = np.concatenate([node, node]).astype(np.uint64)[first]
-    return pa.table([ids, nodes, salts[first], _rows_as_binary(sketches)], schema=SKETCHES)
+    return pa.table([ids, nodes[first], salts[first], _rows_as_binary(sketches)], schema=SKETCHES)
 
 
 def buckets_of(sketches: pa.Table, settings: DeduplicationSettings) -> pa.Table:

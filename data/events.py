@@ -302,9 +302,14 @@ def parse_body(kind: str, body: dict[str, Any], *, strict: bool = False) -> dict
     if model is None:
         raise InputError("kind", kind, f"must be one of {', '.join(BODIES)}", "name a known kind")
     try:
-        return model.model_validate(body, strict=strict).model_dump(exclude_none=True)
+        parsed = model.model_validate(body, strict=strict)
     except ValidationError as error:
         raise input_error(error, f"see the fields of `{kind}`") from None
+    return {name: _plain(value) for name, value in parsed.__dict__.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
 
 
 UNION_BRANCHES = {("str",), ("constrained-str",), ("int",), ("float",), ("bool",)}

@@ -222,6 +222,7 @@ def _at(moment: Turn | Action) -> int:
 
 
 def _group(event: Event) -> tuple[str, ...]:
+    """What is looked at together: a session, else a user's time with an agent, else one interaction."""
     if event.session_id is not None:
         return (event.tenant, "session", event.session_id)
     if event.user_id is not None:

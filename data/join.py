@@ -5,7 +5,6 @@ nothing here: ties are broken by time and event id, so the same events give the 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -15,8 +14,6 @@ from data.stages import Dropped
 
 Event = dict[str, Any]
 """One row of `data.source.EVENTS` with its body parsed."""
-ImplicitSignals = Callable[[Event, Sequence[Event]], Sequence[tuple[str, float, str]]]
-"""Signals from behaviour: (type, reward, reason) of each, for an interaction and its behaviour events."""
 
 ROWS = pa.schema(
     [
@@ -34,6 +31,9 @@ ROWS = pa.schema(
         ("arm", pa.string()),
         ("answer_tokens", pa.int64()),  # 0 when unknown
         ("flags", pa.string()),  # JSON object
+        ("latency_s", pa.float64()),
+        ("session_key", pa.string()),  # what belongs to one session, or to one user of an agent
+        ("behaviours", pa.string()),  # JSON list of what the user did
         ("signals", pa.string()),  # JSON list of signals, see `_signal`
         ("labels", pa.string()),  # JSON list: newest label of each reviewer
         ("grades", pa.string()),  # JSON list: newest grade of each grader
@@ -42,27 +42,23 @@ ROWS = pa.schema(
 """One interaction a row, with everything said about it."""
 
 
-def no_implicit_signals(
-    _interaction: Event, _behaviours: Sequence[Event]
-) -> Sequence[tuple[str, float, str]]:
-    """Behaviour counts only as far as it was already turned into feedback events."""
-    return ()
-
-
-def join_events(
-    table: pa.Table, agent: str | None = None, implicit: ImplicitSignals = no_implicit_signals
-) -> tuple[pa.Table, Dropped]:
+def join_events(table: pa.Table, agent: str | None = None) -> tuple[pa.Table, Dropped]:
     """Rows of `ROWS` from all events of some interactions.
 
     Events that are part of a row are not dropped; the tally counts those that are lost: erased, repeated,
-    of another agent, or about an interaction that is not in the log.
+    of another agent, or about an interaction that is not in the log. Behaviour of which only the session is
+    known becomes a row without an interaction, which `data.behaviour` takes up again.
     """
     dropped: Dropped = Counter()
-    by_interaction: dict[str | None, list[Event]] = defaultdict(list)
-    for event in _parsed(table, dropped):
-        by_interaction[event["interaction_id"]].append(event)
-    dropped["no interaction id"] += len(by_interaction.pop(None, []))
+    by_interaction: dict[str, list[Event]] = defaultdict(list)
     rows = []
+    for event in _parsed(table, dropped):
+        if event["interaction_id"] is not None:
+            by_interaction[event["interaction_id"]].append(event)
+        elif event["kind"] == "behaviour" and event["session_id"] is not None:
+            rows.append(_carrier(event))
+        else:
+            dropped["no interaction id"] += 1
     for events in by_interaction.values():
         kinds = _by_kind(events)
         found = kinds["interaction"]
@@ -72,8 +68,8 @@ def join_events(
             dropped["other agent"] += len(events)
         else:
             dropped["interaction repeated"] += len(found) - 1
-            rows.append(_row(found[0], kinds, implicit))
-    rows.sort(key=lambda row: row["interaction_id"])
+            rows.append(_row(found[0], kinds))
+    rows.sort(key=lambda row: (row["interaction_id"] or "", row["behaviours"]))
     return pa.Table.from_pylist(rows, ROWS), +dropped
 
 
@@ -100,14 +96,12 @@ def _by_kind(events: list[Event]) -> dict[str, list[Event]]:
     return kinds
 
 
-def _row(interaction: Event, kinds: dict[str, list[Event]], implicit: ImplicitSignals) -> dict[str, Any]:
+def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
     body = interaction["body"]
-    signals = [_signal(event, interaction) for event in kinds["feedback"]]
-    signals += [_implicit_signal(interaction, *found) for found in implicit(interaction, kinds["behaviour"])]
+    user = interaction["user_id"] or f"session:{interaction['session_id'] or interaction['interaction_id']}"
     return {
         "interaction_id": interaction["interaction_id"],
-        "user_id": interaction["user_id"]
-        or f"session:{interaction['session_id'] or interaction['interaction_id']}",
+        "user_id": user,
         "session_id": interaction["session_id"],
         "agent": interaction["agent"],
         "at_us": interaction["at_us"],
@@ -120,7 +114,10 @@ def _row(interaction: Event, kinds: dict[str, list[Event]], implicit: ImplicitSi
         "arm": body.get("arm"),
         "answer_tokens": body.get("answer_tokens", 0),
         "flags": to_json(body.get("flags") or {}),
-        "signals": to_json(signals),
+        "latency_s": body.get("latency_s", 0.0),
+        "session_key": session_key(interaction["session_id"], user, interaction["agent"]),
+        "behaviours": to_json([_behaviour(event) for event in kinds["behaviour"]]),
+        "signals": to_json([_signal(event, interaction) for event in kinds["feedback"]]),
         "labels": to_json(_newest(kinds["label"], "reviewer")),
         "grades": to_json(_newest(kinds["grade"], "grader")),
     }
@@ -132,15 +129,19 @@ def _signal(event: Event, interaction: Event) -> dict[str, Any]:
     return {**kept, "user": event["user_id"] or interaction["user_id"] or "", "at_us": event["at_us"]}
 
 
-def _implicit_signal(interaction: Event, kind: str, reward: float, reason: str) -> dict[str, Any]:
-    return {
-        "type": kind,
-        "source": "implicit",
-        "reward": reward,
-        "text": reason,
-        "user": interaction["user_id"] or "",
-        "at_us": interaction["at_us"],
-    }
+def _behaviour(event: Event) -> dict[str, Any]:
+    return {"body": event["body"], "at_us": event["at_us"], "interaction_id": event["interaction_id"]}
+
+
+def _carrier(event: Event) -> dict[str, Any]:
+    """A row that holds nothing but what a user did in a session."""
+    key = session_key(event["session_id"], "", None)
+    return {"session_id": event["session_id"], "session_key": key, "behaviours": to_json([_behaviour(event)])}
+
+
+def session_key(session_id: str | None, user: str, agent: str | None) -> str:
+    """What groups rows whose behaviour must be read together."""
+    return f"session:{session_id}" if session_id is not None else f"user:{user}:{agent}"
 
 
 def _newest(events: list[Event], by: str) -> list[dict[str, Any]]:

@@ -106,7 +106,12 @@ class EventLog:
             return connection.execute(sa.select(cursors.c.seq).where(cursors.c.name == name)).scalar() or 0
 
     def about(
-        self, tenant: str, interaction_ids: Sequence[str], *, kinds: Sequence[str] = (), upto: int | None = None
+        self,
+        tenant: str,
+        interaction_ids: Sequence[str],
+        *,
+        kinds: Sequence[str] = (),
+        upto: int | None = None,
     ) -> Iterator[RecordedEvent]:
         """Events about these interactions with `seq <= upto`, in order within each short read."""
         for start in range(0, len(interaction_ids), LOOKUP_CHUNK):

@@ -65,14 +65,18 @@ def join_counts(table: pa.Table, counts: list[str]) -> pa.Table:
 
 
 def sum_counts(lines: Iterable[str], order: list[str]) -> list[StageCount]:
-    """The counting rows of all blocks added up, in the order of the stages."""
-    totals: dict[str, tuple[int, int, Counter[str]]] = {name: (0, 0, Counter()) for name in order}
+    """The counting rows of all blocks added up, in the order of the stages that ran."""
+    totals: dict[str, tuple[int, int, Counter[str]]] = {}
     for text in lines:
         line: dict[str, Any] = orjson.loads(text)
-        rows_in, rows_out, dropped = totals[line["stage"]]
+        rows_in, rows_out, dropped = totals.get(line["stage"], (0, 0, Counter()))
         dropped.update(line["dropped"])
         totals[line["stage"]] = (rows_in + line["rows_in"], rows_out + line["rows_out"], dropped)
-    return [StageCount(n, i, o, dict(sorted(d.items()))) for n, (i, o, d) in totals.items()]
+    return [
+        StageCount(name, totals[name][0], totals[name][1], dict(sorted(totals[name][2].items())))
+        for name in order
+        if name in totals
+    ]
 
 
 def keep(table: pa.Table, reasons: list[str | None]) -> tuple[pa.Table, Dropped]:

@@ -48,7 +48,8 @@ class Router:
 def gateway(arguments: Arguments) -> Any:
     """The router, at `/`."""
     settings = read_settings(arguments)
-    return Router.options(**router_deployment(settings)).bind(settings)
+    deployment: Any = Router
+    return deployment.options(**router_deployment(settings)).bind(settings)
 
 
 def engine(arguments: Arguments) -> Any:
@@ -71,5 +72,7 @@ def _build(name: str, arguments: Arguments) -> Any:
     try:
         builder: Callable[[Settings], Any] = getattr(importlib.import_module(module), function)
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"application {name} cannot be built: {error}; leave it out of `serve.applications`") from None
+        raise UnavailableError(
+            f"application {name} cannot be built: {error}; leave it out of `serve.applications`"
+        ) from None
     return builder(read_settings(arguments))

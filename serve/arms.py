@@ -50,7 +50,9 @@ def plan(
     Raises:
         ApiError: 404 for a model that the tenant does not have.
     """
-    route = snapshot.routes.get(RouteKey(tenant, model, modality)) or snapshot.routes.get(RouteKey(tenant, model))
+    route = snapshot.routes.get(RouteKey(tenant, model, modality)) or snapshot.routes.get(
+        RouteKey(tenant, model)
+    )
     if route is not None:
         return _routed(snapshot, route, model, user, session, request)
     target = snapshot.targets.get(model)
@@ -85,4 +87,9 @@ def _routed(
 
 def not_served(version: str) -> ApiError:
     """503: the route names a version that no engine holds."""
-    return ApiError(503, f"Version {version} is not served by any engine yet.", code="version_not_ready", retry_after_s=1.0)
+    return ApiError(
+        503,
+        f"Version {version} is not served by any engine yet.",
+        code="version_not_ready",
+        retry_after_s=1.0,
+    )

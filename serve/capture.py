@@ -125,7 +125,7 @@ class Capture:
     def __init__(self, settings: CaptureQueueSettings, log_settings: LogSettings, spool: Path) -> None:
         self._settings = settings
         self._batch = log_settings.group_commit_events
-        self._linger_s = log_settings.group_commit_ms / 1000
+        self._linger_s = settings.linger_ms / 1000
         self._ring: deque[Record] = deque()
         self._wake = threading.Event()
         self._closing = False

@@ -6,17 +6,18 @@ the candidate fails before its first byte, pass the answer on, leave a record.
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import orjson
 
 from cluster import metrics
 from cluster.settings.serving import EngineEndpoint, ServeSettings
-from data.events import uuid7
 from data.feedback import pseudonym
 from serve.arms import Plan, not_served, plan
 from serve.breaker import Breaker, StableLatency
@@ -49,6 +50,8 @@ EVENT_STREAM: Headers = [
     (b"x-accel-buffering", b"no"),
 ]
 MODALITY_CHARACTERS = 16
+PSEUDONYMS_KEPT = 50_000
+"""A keyed hash lets go of the interpreter's lock and then waits for other threads to give it back: 90 us."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,8 @@ class Engines:
     settings: ServeSettings
     default_url: str
     environment: Mapping[str, str]
+    engine_token: str | None = None
+    """What the engine of this installation asks for."""
     _open: dict[str, tuple[EngineEndpoint, Upstream]] = field(default_factory=dict)
 
     def upstream(self, name: str, endpoint: EngineEndpoint) -> Upstream:
@@ -75,9 +80,14 @@ class Engines:
             return known[1]
         settings = self.settings
         limits = Limits(
-            settings.connect_timeout_s, settings.request_timeout_s, settings.upstream_connections, settings.max_response_bytes
+            settings.connect_timeout_s,
+            settings.request_timeout_s,
+            settings.upstream_connections,
+            settings.max_response_bytes,
         )
         key = self.environment.get(endpoint.api_key_env) if endpoint.api_key_env else None
+        if endpoint.base_url is None:
+            key = key or self.engine_token
         made = Upstream(endpoint.base_url or self.default_url, limits, key)
         if known is not None:
             known[1].close()
@@ -120,7 +130,9 @@ class Exchange:
 
     def rewriter(self, target: Target) -> Rewriter:
         """Turns that engine's answer into ours."""
-        return Rewriter(self.record.interaction_id, target.version, Wanted.by(self.request), self.record.answer)
+        return Rewriter(
+            self.record.interaction_id, target.version, Wanted.by(self.request), self.record.answer
+        )
 
     def headers(self) -> Headers:
         """Who served, in headers."""
@@ -141,13 +153,23 @@ class Exchange:
 class ChatHandler:
     """Chat completions of one router replica; its state is breakers, latencies and open connections."""
 
-    def __init__(self, settings: ServeSettings, engines: Engines, capture: Capture | None, secret: bytes) -> None:
-        self._settings, self._engines, self._capture, self._secret = settings, engines, capture, secret
+    def __init__(
+        self, settings: ServeSettings, engines: Engines, capture: Capture | None, secret: bytes
+    ) -> None:
+        self._settings, self._engines, self._capture = settings, engines, capture
+        self._pseudonym = lru_cache(PSEUDONYMS_KEPT)(partial(pseudonym, secret))
         self._breakers: dict[str, Breaker] = {}
         self._stable_latency: dict[tuple[str, bool], StableLatency] = {}
 
     async def handle(
-        self, scope: Scope, receive: Receive, send: Send, key: Key, view: View, request_id: str, headers: Headers
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        key: Key,
+        view: View,
+        request_id: str,
+        headers: Headers,
     ) -> int:
         """Answer one request; returns the status sent. `headers` go with every answer."""
         body = await read_body(scope, receive, self._settings.max_body_bytes, self._settings.body_timeout_s)
@@ -175,18 +197,22 @@ class ChatHandler:
         """Version -> True while it is left alone."""
         return {version: breaker.is_open for version, breaker in self._breakers.items()}
 
-    def _exchange(
-        self, scope: Scope, body: bytes, key: Key, view: View, request_id: str
-    ) -> Exchange:
+    def _exchange(self, scope: Scope, body: bytes, key: Key, view: View, request_id: str) -> Exchange:
         began = time.perf_counter()
         request = parse_chat(body)
         raw_user = request.get("user") or text_header(scope, b"x-rayloop-user")
-        user = pseudonym(self._secret, key.tenant, raw_user) if raw_user else None
+        user = self._pseudonym(key.tenant, raw_user) if raw_user else None
         session = text_header(scope, b"x-rayloop-session", 128)
         modality = text_header(scope, b"x-rayloop-modality", MODALITY_CHARACTERS) or "text"
-        interaction_id = "chatcmpl-" + uuid7().replace("-", "")
+        interaction_id = new_interaction_id()
         planned = plan(
-            view.snapshot, key.tenant, request["model"], modality=modality, user=user, session=session, request=interaction_id
+            view.snapshot,
+            key.tenant,
+            request["model"],
+            modality=modality,
+            user=user,
+            session=session,
+            request=interaction_id,
         )
         record = Record(interaction_id, key, planned, request, modality, user, session, _trace_id(scope))
         stream = bool(request.get("stream"))
@@ -213,8 +239,14 @@ class ChatHandler:
             await self._ask(exchange, target)
         except UpstreamError as error:
             exchange.record.timeout = error.code == "engine_timeout"
-            raise ApiError(error.status, error.message, code=error.code, retry_after_s=self._settings.retry_after_s) from None
-        if exchange.plan.arm != "none" and exchange.record.fallback is None and exchange.record.ttft_s is not None:
+            raise ApiError(
+                error.status, error.message, code=error.code, retry_after_s=self._settings.retry_after_s
+            ) from None
+        if (
+            exchange.plan.arm != "none"
+            and exchange.record.fallback is None
+            and exchange.record.ttft_s is not None
+        ):
             latency.record(exchange.record.ttft_s)
 
     async def _ask_candidate(self, exchange: Exchange) -> None:
@@ -254,12 +286,16 @@ class ChatHandler:
         """
         endpoint = exchange.endpoints.get(target.engine)
         if endpoint is None:
-            raise UpstreamError(f"engine {target.engine} is not configured", code="engine_unavailable", status=503)
+            raise UpstreamError(
+                f"engine {target.engine} is not configured", code="engine_unavailable", status=503
+            )
         upstream = self._engines.upstream(target.engine, endpoint)
         reply = await upstream.post(PATH, exchange.body_for(target), request_id=exchange.request_id)
         try:
             if reply.status != 200:
-                raise _failure(reply, await reply.read(), target, exchange.plan.fallback, self._settings.retry_after_s)
+                raise _failure(
+                    reply, await reply.read(), target, exchange.plan.fallback, self._settings.retry_after_s
+                )
             exchange.head = await reply.next() if exchange.stream else await reply.read()
             if not exchange.head:
                 raise UpstreamError("the engine's answer was empty", code="engine_error")
@@ -336,6 +372,11 @@ class ChatHandler:
             self._capture.offer(record)
 
 
+def new_interaction_id() -> str:
+    """A completion id that sorts by time, as UUIDv7 does; needs to be unique, not secret."""
+    return f"chatcmpl-{time.time_ns() // 1_000_000:012x}{random.getrandbits(80):020x}"
+
+
 def parse_chat(body: bytes) -> dict[str, Any]:
     """The request in a body; only what we decide by is looked at, the rest passes through.
 
@@ -360,13 +401,17 @@ def _wrong(name: str, value: Any, rule: str) -> ApiError:
     return ApiError(400, f"{name}={shown(value)} {rule}.", code="invalid_value", param=name)
 
 
-def _failure(reply: Reply, body: bytes, target: Target, fallback: Target | None, retry_after_s: float) -> Exception:
+def _failure(
+    reply: Reply, body: bytes, target: Target, fallback: Target | None, retry_after_s: float
+) -> Exception:
     """An engine's refusal: its own fault (then somebody else may answer) or the request's."""
     error = from_engine(reply.status, body)
     elsewhere = fallback is not None and fallback.engine != target.engine
     if reply.status >= 500 or reply.status in (401, 403, 404, 408) or (reply.status == 429 and elsewhere):
         status = 503 if reply.status == 503 else 504 if reply.status == 504 else 502
-        return UpstreamError(f"engine {target.engine}: {error.message}", code=error.code or "engine_error", status=status)
+        return UpstreamError(
+            f"engine {target.engine}: {error.message}", code=error.code or "engine_error", status=status
+        )
     if reply.status == 429:
         after = reply.headers.get(b"retry-after", b"")
         error.retry_after_s = float(after) if after.isdigit() else retry_after_s

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import psutil
 import typer
 
 from cluster.database import connect
-from cluster.errors import ConflictError, UnavailableError
+from cluster.errors import ConflictError, InputError, UnavailableError
 from cluster.logs import configure_logging
 from cluster.settings import Settings, load_settings
 from serve.config import write_files, write_private
@@ -45,6 +46,7 @@ def up(
     settings, _ = load_settings(config, **overrides)
     configure_logging(settings.logging)
     _refuse_second(settings)
+    _require_base_model(settings)
     settings = _with_port(settings)
     secret = everyday_key(settings)
     write_files(settings)
@@ -89,6 +91,20 @@ def everyday_key(settings: Settings) -> str:
     return secret
 
 
+def _require_base_model(settings: Settings) -> None:
+    """Say at once what the engine would say after half a minute."""
+    base = settings.engine.base_model
+    if "engine" not in settings.serve.applications:
+        return
+    if base is None:
+        remedy = "set it in rayloop.yaml; `rayloop demo` trains a small one"
+        raise InputError("engine.base_model", base, "must name the model to serve", remedy)
+    if base.startswith(("/", ".", "~")) and not (Path(base).expanduser() / "config.json").is_file():
+        raise InputError(
+            "engine.base_model", base, "is no model directory", "name one that holds config.json"
+        )
+
+
 def _with_port(settings: Settings) -> Settings:
     serve = settings.serve
     if serve.port == 0:
@@ -102,22 +118,39 @@ def _refuse_second(settings: Settings) -> None:
     record = _read_record(settings)
     if record and _process(record, record["pids"]["supervisor"]) is not None:
         url = record["urls"].get("api", "an address it has not chosen yet")
-        raise ConflictError(f"the live side of {settings.home} is up already at {url}; `rayloop down` ends it")
+        raise ConflictError(
+            f"the live side of {settings.home} is up already at {url}; `rayloop down` ends it"
+        )
     if record:
         _end(record)  # what a killed supervisor left behind
         (settings.home / RUN_RECORD).unlink(missing_ok=True)
 
 
 def _launch(settings: Settings, mlflow: bool) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "serve.supervisor", str(settings.home), *(["--mlflow"] if mlflow else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.supervisor",
+        str(settings.home),
+        *(["--mlflow"] if mlflow else []),
+    ]
     project = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([project, os.environ.get("PYTHONPATH", "")]).rstrip(":")}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([project, os.environ.get("PYTHONPATH", "")]).rstrip(":")
+    }
     with (settings.home / LOG_FILE).open("wb") as file:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True)
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 def _wait_until_ready(settings: Settings, process: "subprocess.Popen[bytes]") -> dict[str, Any]:
-    deadline = time.monotonic() + settings.serve.start_timeout_s + END_S
+    deadline = time.monotonic() + 2 * settings.serve.start_timeout_s + END_S  # Ray, then the applications
     try:
         while True:
             record = _read_record(settings)
@@ -125,12 +158,16 @@ def _wait_until_ready(settings: Settings, process: "subprocess.Popen[bytes]") ->
                 if record["ready"]:
                     return record
                 if record["failure"]:
-                    raise UnavailableError(f"the live side did not start: {record['failure']}; see {settings.home / LOG_FILE}")
+                    raise UnavailableError(
+                        f"the live side did not start: {record['failure']}; see {settings.home / LOG_FILE}"
+                    )
             if process.poll() is not None or time.monotonic() > deadline:
                 raise UnavailableError(f"the live side did not start; see {settings.home / LOG_FILE}")
             time.sleep(WAIT_S)
     except BaseException:
         process.terminate()
+        process.wait(END_S)
+        (settings.home / RUN_RECORD).unlink(missing_ok=True)
         raise
 
 
@@ -163,7 +200,7 @@ def _process(record: dict[str, Any], pid: int) -> psutil.Process | None:
 
 def _end(record: dict[str, Any]) -> int:
     """End the supervisor, which ends the rest; what it leaves, or left when it was killed, is ended here."""
-    from serve.supervisor import end_processes
+    from serve.supervisor import end_processes, sockets_folder
 
     numbers = [record["pids"]["supervisor"], *map(int, record["started"])]
     found = [p for pid in numbers if (p := _process(record, pid)) is not None]
@@ -171,6 +208,7 @@ def _end(record: dict[str, Any]) -> int:
     end_processes(supervisor, END_S)
     left = [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     end_processes(left, WAIT_S * 50)
+    shutil.rmtree(sockets_folder(record["pids"]["supervisor"]), ignore_errors=True)
     return len(found)
 
 

@@ -78,8 +78,10 @@ def unknown_model(model: Any, known: Iterable[str]) -> ApiError:
     """404 with the ids that would work."""
     ids = ", ".join(sorted(known)) or "none yet"
     return ApiError(
-        404, f"The model {shown(model)} does not exist or you have no access to it. Known: {ids}.",
-        code="model_not_found", param="model",
+        404,
+        f"The model {shown(model)} does not exist or you have no access to it. Known: {ids}.",
+        code="model_not_found",
+        param="model",
     )
 
 
@@ -119,7 +121,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
 
     Raises:
         ApiError: 413 when it is or becomes longer, 408 when it does not come in time.
-        ClientGone: the client went away before its end.
+        ClientGoneError: the client went away before its end.
     """
     declared = header(scope, b"content-length")
     if declared is not None and declared.isdigit() and int(declared) > limit:
@@ -134,14 +136,16 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
         async with asyncio.timeout(timeout_s):
             return await _rest_of_body(message, receive, limit)
     except TimeoutError:
-        raise ApiError(408, f"The body did not arrive within {timeout_s:g} seconds.", code="body_timeout") from None
+        raise ApiError(
+            408, f"The body did not arrive within {timeout_s:g} seconds.", code="body_timeout"
+        ) from None
 
 
 async def _rest_of_body(message: dict[str, Any], receive: Receive, limit: int) -> bytes:
     parts = bytearray()
     while True:
         if message["type"] == "http.disconnect":
-            raise ClientGone
+            raise ClientGoneError
         parts += message.get("body", b"")
         if len(parts) > limit:
             raise _too_long(limit)
@@ -150,7 +154,7 @@ async def _rest_of_body(message: dict[str, Any], receive: Receive, limit: int) -
         message = await receive()
 
 
-class ClientGone(Exception):
+class ClientGoneError(Exception):
     """The client closed its connection; there is nobody to answer."""
 
 

@@ -62,7 +62,12 @@ class Upstream:
             UpstreamError: no connection, silence, or not HTTP.
         """
         request = b"POST %b%b HTTP/1.1\r\n%b\r\nx-request-id: %b\r\ncontent-length: %d\r\n\r\n%b" % (
-            self._path.encode(), path.encode(), self._head, request_id.encode(), len(body), body,
+            self._path.encode(),
+            path.encode(),
+            self._head,
+            request_id.encode(),
+            len(body),
+            body,
         )
         wait_s = self.limits.silence_timeout_s
         while self._idle:
@@ -70,13 +75,15 @@ class Upstream:
             if connection.usable:
                 try:
                     return await connection.exchange(request, wait_s)
-                except _StaleConnection:
+                except _StaleConnectionError:
                     break
         connection = await self._connect()
         try:
             return await connection.exchange(request, wait_s)
-        except _StaleConnection:
-            raise UpstreamError("the engine closed the connection without an answer", code="engine_unavailable") from None
+        except _StaleConnectionError:
+            raise UpstreamError(
+                "the engine closed the connection without an answer", code="engine_unavailable"
+            ) from None
 
     def close(self) -> None:
         """Drop the idle connections."""
@@ -99,11 +106,13 @@ class Upstream:
                 )
         except (OSError, TimeoutError) as error:
             cause = str(error) or f"no answer within {self.limits.connect_timeout_s:g} s"
-            raise UpstreamError(f"cannot connect to the engine: {cause}", code="engine_unavailable", status=503) from None
+            raise UpstreamError(
+                f"cannot connect to the engine: {cause}", code="engine_unavailable", status=503
+            ) from None
         return connection
 
 
-class _StaleConnection(Exception):
+class _StaleConnectionError(Exception):
     """Closed before the first byte of an answer."""
 
 
@@ -222,7 +231,7 @@ class _Connection(asyncio.Protocol):
         """Wait for more of the body."""
         try:
             await self._wait(self.upstream.limits.silence_timeout_s)
-        except _StaleConnection:
+        except _StaleConnectionError:
             raise UpstreamError("the engine broke off its answer", code="engine_error") from None
         except UpstreamError:
             self.abort()
@@ -252,7 +261,9 @@ class _Connection(asyncio.Protocol):
             self._waiter = None
 
     def _expire(self, timeout_s: float) -> None:
-        self._fail(UpstreamError(f"the engine was silent for {timeout_s:g} s", code="engine_timeout", status=504))
+        self._fail(
+            UpstreamError(f"the engine was silent for {timeout_s:g} s", code="engine_timeout", status=504)
+        )
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -288,14 +299,16 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """The end of an answer without a length, or a failure."""
         answer = self._answer
-        by_length = b"content-length" in answer.headers or answer.headers.get(b"transfer-encoding") == b"chunked"
+        by_length = (
+            b"content-length" in answer.headers or answer.headers.get(b"transfer-encoding") == b"chunked"
+        )
         if answer.started and not answer.complete and not by_length and error is None:
             answer.complete = True
             self._wake()
         elif answer.started and not answer.complete:
             self._fail(UpstreamError("the engine broke off its answer", code="engine_error"))
         else:
-            self._fail(_StaleConnection())
+            self._fail(_StaleConnectionError())
 
     # httptools callbacks
 

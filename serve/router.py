@@ -8,8 +8,8 @@ every request.
 import asyncio
 import logging
 import os
+import random
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,11 +26,12 @@ from serve import chat, intake_http
 from serve.capture import Capture, spool_path
 from serve.chat import ChatHandler, Engines, View
 from serve.intake_http import IntakeHandler
+from serve.engines.token import engine_token
 from serve.keys import Key
 from serve.openai import (
     JSON,
     ApiError,
-    ClientGone,
+    ClientGoneError,
     ClientWatch,
     Headers,
     Receive,
@@ -61,18 +62,25 @@ class RouterApp:
     from outside, and doing them twice would cost time and give the header twice.
     """
 
-    def __init__(self, settings: Settings, *, default_engine_url: str | None = None, standalone: bool = True) -> None:
+    def __init__(
+        self, settings: Settings, *, default_engine_url: str | None = None, standalone: bool = True
+    ) -> None:
         self.settings = settings
         self._standalone = standalone
         self._in_flight = 0
         self._commit: GroupCommit | None = None
         on = settings.learning.enabled and settings.capture.enabled
-        self._capture = Capture(settings.serve.capture, settings.log, spool_path(settings.home)) if on else None
+        self._capture = (
+            Capture(settings.serve.capture, settings.log, spool_path(settings.home)) if on else None
+        )
         self._intake = IntakeHandler(settings)
         self.watcher = Watcher(settings, self._database_found)
         url = default_engine_url or f"http://{settings.serve.host}:{settings.serve.port}/engine"
         self._chat = ChatHandler(
-            settings.serve, Engines(settings.serve, url, os.environ), self._capture, pseudonym_secret(settings)
+            settings.serve,
+            Engines(settings.serve, url, os.environ, engine_token(settings)),
+            self._capture,
+            pseudonym_secret(settings),
         )
 
     def start(self) -> None:
@@ -121,7 +129,7 @@ class RouterApp:
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        request_id = text_header(scope, b"x-request-id") or uuid.uuid4().hex
+        request_id = text_header(scope, b"x-request-id") or f"{random.getrandbits(128):032x}"
         headers: Headers = [(b"x-request-id", request_id.encode())] if self._standalone else []
         started = False
 
@@ -136,14 +144,18 @@ class RouterApp:
             status = error.status
             if not started:
                 await send_error(send, error, headers)
-        except ClientGone:
+        except ClientGoneError:
             status = 499
         except Exception:
             log.exception("request %s failed", request_id)
             status = 500
             if started:
                 raise
-            await send_error(send, ApiError(500, "The router failed; the request may be sent again.", code="internal_error"), headers)
+            await send_error(
+                send,
+                ApiError(500, "The router failed; the request may be sent again.", code="internal_error"),
+                headers,
+            )
         metrics.REQUESTS.labels(path if path in METHODS else "other", str(status)).inc()
 
     async def _answer(
@@ -200,7 +212,7 @@ class RouterApp:
             if not watch.gone or task is None:
                 raise
             task.uncancel()
-            raise ClientGone from None
+            raise ClientGoneError from None
         finally:
             watch.close()
 
@@ -210,10 +222,16 @@ class RouterApp:
         kind, _, secret = given.partition(b" ")
         key = snapshot.keys.find(secret.strip().decode("latin-1")) if kind.lower() == b"bearer" else None
         if key is None:
-            message = "The API key is wrong, revoked or expired." if given else "No API key; send `Authorization: Bearer rl-…`."
+            message = (
+                "The API key is wrong, revoked or expired."
+                if given
+                else "No API key; send `Authorization: Bearer rl-…`."
+            )
             raise ApiError(401, message, code="invalid_api_key")
         if not key.may(needed):
-            raise ApiError(403, f"The key {key.name} does not have the scope {needed}.", code="insufficient_scope")
+            raise ApiError(
+                403, f"The key {key.name} does not have the scope {needed}.", code="insufficient_scope"
+            )
         return key
 
     def _snapshot(self) -> Snapshot:

@@ -55,7 +55,9 @@ class Report:
     heartbeat_us: int
 
 
-def want(database: Engine, version: Version, engine_name: str, *, adapter_dir: Path | None = None) -> Servable:
+def want(
+    database: Engine, version: Version, engine_name: str, *, adapter_dir: Path | None = None
+) -> Servable:
     """Ask an engine to hold a version; asking again retries one that failed.
 
     `adapter_dir` is the verified local copy (`Registry.adapter_dir`) where `version` names none.
@@ -66,7 +68,10 @@ def want(database: Engine, version: Version, engine_name: str, *, adapter_dir: P
     path = adapter_dir or version.adapter_path
     if version.adapter_sha256 is not None and path is None:
         raise InputError(
-            "version", version.id, "has an adapter that is not on this machine", "fetch it with `Registry.adapter_dir`"
+            "version",
+            version.id,
+            "has an adapter that is not on this machine",
+            "fetch it with `Registry.adapter_dir`",
         )
     servable = Servable(
         version=version.id,
@@ -151,7 +156,9 @@ def wait_ready(
         if failures:
             raise ConflictError(f"version {version_id} cannot be served: {failures[0].reason}")
         if time.monotonic() >= deadline:
-            states = ", ".join(f"{r.engine}/{r.replica_id} {r.state}" for r in said) or "no replica has seen it"
+            states = (
+                ", ".join(f"{r.engine}/{r.replica_id} {r.state}" for r in said) or "no replica has seen it"
+            )
             raise UnavailableError(f"version {version_id} was not ready after {timeout_s:g} s ({states})")
         time.sleep(min(poll_s, max(0.0, deadline - time.monotonic())))
 

@@ -132,7 +132,10 @@ class Watcher(threading.Thread):
     def run(self) -> None:
         """Read until stopped."""
         while not self._stopping.is_set():
-            self.refresh()
+            try:
+                self.refresh()
+            except Exception:  # this thread is the only source of changes: it must outlive any surprise
+                log.exception("routes and keys could not be read; they stay as last read")
             self._stopping.wait(self._settings.serve.poll_ms / 1000)
 
     def close(self) -> None:
@@ -170,7 +173,12 @@ class Watcher(threading.Thread):
         settings = self._settings
         try:
             for applied in apply_config(engine, config, tenant=settings.tenant, workspace=settings.workspace):
-                log.info("deployment config: route %s %s, revision %d", applied.key, applied.status, applied.revision)
+                log.info(
+                    "deployment config: route %s %s, revision %d",
+                    applied.key,
+                    applied.status,
+                    applied.revision,
+                )
         except ConfigError as error:
             self._refuse(config.model_dump(mode="json", exclude_unset=True), str(error))
         else:
@@ -223,8 +231,11 @@ class Watcher(threading.Thread):
         settings = self._settings
         events = [
             Event(
-                "config.rejected", settings.tenant, settings.workspace,
-                {"source": "user_config", "reason": reason}, event_id=_rejection_id(document, reason),
+                "config.rejected",
+                settings.tenant,
+                settings.workspace,
+                {"source": "user_config", "reason": reason},
+                event_id=_rejection_id(document, reason),
             )
             for document, reason in refusals
         ]
@@ -233,7 +244,9 @@ class Watcher(threading.Thread):
             del self._refusals[: len(refusals)]
 
     def _measure(self) -> None:
-        metrics.SNAPSHOT_AGE.set(time.monotonic() - self.current.read_at if self.current.read_at else float("inf"))
+        metrics.SNAPSHOT_AGE.set(
+            time.monotonic() - self.current.read_at if self.current.read_at else float("inf")
+        )
         for key, route in self.current.routes.items():
             labels = (key.tenant, key.agent, key.modality)
             metrics.ROUTE_REVISION.labels(*labels).set(route.revision)
@@ -245,5 +258,7 @@ def _fields(route: Route) -> dict[str, Any]:
 
 
 def _rejection_id(document: Any, reason: str) -> str:
-    text = orjson.dumps([document, reason], option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str)
+    text = orjson.dumps(
+        [document, reason], option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str
+    )
     return f"config-rejected-{hashlib.sha256(text).hexdigest()[:32]}-{now_us() // REJECTION_WINDOW_US}"

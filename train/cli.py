@@ -9,8 +9,11 @@ import typer
 from cluster.errors import InputError
 from cluster.logs import configure_logging
 from cluster.settings import load_settings
+from train.answers import generate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fit a LoRA adapter to a dataset.")
+
+app.command("generate")(generate)
 
 Config = Annotated[Path | None, typer.Option("--config", help="rayloop.yaml to use.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

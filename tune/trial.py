@@ -6,7 +6,6 @@ and the actor is free within one step.
 """
 
 import functools
-import json
 import math
 import queue
 import threading
@@ -21,7 +20,7 @@ import ray.tune
 from cluster.errors import DatasetError, HealthGateError
 from tune.objective import Measurement, Target, measure
 
-RESULT = "trial.json"
+FAILED_SCORE = -1e9  # finite: the scheduler takes percentiles of scores
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ class RunningTrial:
         self.results: queue.Queue[dict[str, Any]] = queue.Queue()
         self.stopped = threading.Event()
         self.started = time.monotonic()
+        self.share, self.rung = 0.0, 1
         self.thread = threading.Thread(target=self._run, name="training", daemon=True)
 
     def start(self) -> None:
@@ -105,14 +105,13 @@ class RunningTrial:
             raise StoppedError
 
     def checkpoint(self, folder: Path, step: int) -> None:
-        """The training's reporter: a checkpoint stands at a rung; the last rung is measured at the end."""
-        if self.share < 1:
+        """The training's reporter: a checkpoint was written; at a rung it is measured."""
+        if step % self.rung == 0:
             self._put(measured(self.plan, str(folder)), done=False)
         if self.stopped.is_set():
             raise StoppedError
 
     def _run(self) -> None:
-        self.share = 0.0
         try:
             result = self._train()
             found = measured(self.plan, str(result.adapter_dir))
@@ -126,13 +125,15 @@ class RunningTrial:
             self._fail(f"{type(error).__name__}: {error}")
 
     def _train(self) -> Any:
+        from train.checkpoint import last_checkpoint
         from train.config import TrainConfig
         from train.run import prepare, train
 
         config = TrainConfig(**{**self.plan.train_config, **self.point, "out": self.folder})
         steps = prepare(config).steps
-        config = config.model_copy(update={"save_steps": max(1, math.ceil(steps / self.plan.rungs))})
-        return train(config, reporter=self, resume_from=_latest(self.folder / "checkpoints"))
+        self.rung = max(1, math.ceil(steps / self.plan.rungs))
+        config = config.model_copy(update={"save_steps": self.rung})
+        return train(config, reporter=self, resume_from=last_checkpoint(config.out / "checkpoints"))
 
     def _put(self, found: Measurement, *, done: bool, **more: Any) -> None:
         values = {
@@ -146,7 +147,7 @@ class RunningTrial:
         self.results.put({**values, **more, "failed": "", "done": done})
 
     def _fail(self, reason: str) -> None:
-        values = {"score": -math.inf, "progress": self.share, "seconds": time.monotonic() - self.started}
+        values = {"score": FAILED_SCORE, "progress": self.share, "seconds": time.monotonic() - self.started}
         self.results.put({**values, "failed": reason or "failed", "done": True})
 
 
@@ -161,16 +162,3 @@ def _start_model(base_model: str, init_adapter: str | None, threads: int) -> Any
     from train.generate import LocalModel
 
     return LocalModel(base_model, init_adapter, threads=threads)
-
-
-def _latest(folder: Path) -> Path | None:
-    """The newest checkpoint a training left, to go on from."""
-    if not folder.is_dir():
-        return None
-    found = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def read_json(path: Path) -> Any:
-    """The JSON in a file."""
-    return json.loads(path.read_text(encoding="utf-8"))

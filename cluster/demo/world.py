@@ -23,8 +23,7 @@ Message = dict[str, Any]
 Pool = Literal["base", "live", "held_out"]
 
 AGENT = "triage"
-INSTRUCTIONS = "Triage the alert. Answer in JSON: verdict (page, ticket or ignore) and owner."
-VERDICTS = ("ignore", "ticket", "page")
+INSTRUCTIONS = "Triage the alert. Answer in JSON."
 SERVICES = {
     "checkout": "payments",
     "billing": "payments",
@@ -44,7 +43,7 @@ REGIONS = ("dublin", "frankfurt", "virginia", "oregon", "mumbai", "sydney")
 TIERS = ("internal", "standard", "premium")
 ERRORS = ("timeout", "crash", "latency", "saturation", "certificate")
 FREQUENT_REPEATS = 4
-"""From this many repeats in a day on, today's rules take an alert one step more seriously."""
+"""From this many repeats in a day on, today's rules wake somebody."""
 CHANGE_TEAM = "release"
 HELD_OUT_BUCKETS, LIVE_BUCKETS, BUCKETS = 2, 8, 20
 """Of 20 hash buckets, the first two are held out, the next six are live, the rest teach the base."""
@@ -97,8 +96,7 @@ def todays_rules(alert: Alert) -> Triage:
     if alert.change != "none":
         return Triage("ticket", CHANGE_TEAM)
     if alert.repeats >= FREQUENT_REPEATS:
-        step_up = VERDICTS[min(VERDICTS.index(usual.verdict) + 1, len(VERDICTS) - 1)]
-        return Triage(step_up, usual.owner)
+        return Triage("page", usual.owner)
     return usual
 
 

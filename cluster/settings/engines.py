@@ -14,6 +14,12 @@ class EngineSettings(Section):
     """Name of this engine in the table of servables; one engine serves one base model."""
     base_model: str | None = None
     """Directory or hub id of the base model. The engine does not start without one."""
+    replicas: int = Field(1, ge=1)
+    """Copies of the engine; each holds the base and every wanted adapter."""
+    cpus: float = Field(1.0, ge=0)
+    """Logical CPUs each replica reserves."""
+    gpus: float = Field(0.0, ge=0)
+    """GPUs each replica reserves; set `device` to match."""
     device: str = "cpu"
     """Torch device that holds the model, for example `cpu` or `cuda:0`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -82,15 +88,25 @@ class EngineSettings(Section):
 class GraderSettings(Section):
     """The grader deployment."""
 
+    replicas: int = Field(1, ge=1)
+    """Copies of the grader."""
+    cpus: float = Field(0.1, ge=0)
+    """Logical CPUs each replica reserves."""
     deadline_s: float = Field(2.0, gt=0)
     """A grade not there by then is an abstention, never a zero."""
     max_batch: int = Field(256, ge=1)
-    """Most items in one request."""
+    """Most answers in one request."""
     max_body_bytes: int = Field(4_000_000, ge=1024)
     """Longer request bodies are answered 413 without being read to the end."""
     body_timeout_s: float = Field(30.0, gt=0)
     """How long a client may take to send its body."""
     workers: int = Field(2, ge=1)
-    """Threads that run graders. A grader that hangs holds one until it returns."""
+    """Processes that run graders; one that misses the deadline is ended and replaced."""
+    worker_memory_mb: int = Field(1024, ge=256)
+    """Address space of one such process."""
     max_queued: int = Field(1024, ge=1)
-    """Items that may wait for a thread; beyond it a request is refused with 429 at once."""
+    """Answers that may wait for a process; beyond it a request is refused with 429 at once."""
+    retry_after_s: float = Field(1.0, gt=0)
+    """What a refused client is told to wait."""
+    keys_refresh_s: float = Field(1.0, gt=0, le=2.0)
+    """How often the API keys are read; a revoked key stops working within this time."""

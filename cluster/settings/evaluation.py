@@ -23,6 +23,8 @@ class EvaluationSettings(Section):
     """Level of every interval."""
     bootstrap_samples: int = Field(2000, ge=100)
     """Resamples behind a bootstrap interval."""
+    permutations: int = Field(200, ge=20)
+    """Permutations behind the shuffled control."""
     min_cases: int = Field(20, ge=1)
     """With fewer held-out examples a statistical gate has no data."""
     domain_min_cases: int = Field(30, ge=1)

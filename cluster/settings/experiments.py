@@ -35,6 +35,9 @@ class ExperimentSettings(Section):
     """Requests an arm at which the Bernoulli bounds of rare events are tightest."""
     breach_min_users_per_arm: int = Field(30, ge=2)
     """A guardrail is not read with fewer users: the bounds are asymptotic."""
+    variance_prior_users: int = Field(30, ge=0)
+    """Each arm's spread is drawn towards the common one as if by this many users, so that twenty users who
+    happen to agree do not count as certainty."""
     srm_alpha: float = Field(0.001, gt=0, lt=0.5)
     """The split counts as broken below this always-valid p-value."""
     srm_concentration: float = Field(1000.0, gt=0)
@@ -63,10 +66,11 @@ class RolloutSettings(Section):
     """Every stage lasts at least this long."""
     min_users_per_arm: int = Field(1000, ge=2)
     """Users with a value of the primary that each arm needs before a stage is left."""
-    planned_users_per_arm: int = Field(4000, ge=2)
-    """Users an arm at which the last look at the primary is made."""
+    detectable_improvement: float = Field(0.05, gt=0)
+    """Improvement of the primary, in its own units, that the looks are planned for: the last one is made when
+    there is enough information to find it with `experiment.power`."""
     looks: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    """Fractions of `planned_users_per_arm` at which the primary is tested."""
+    """Fractions of that information at which the primary is tested."""
     spending: Literal["obrien_fleming", "pocock"] = "obrien_fleming"
     """How alpha is spent over the looks."""
     final_control_share: float = Field(0.05, gt=0, le=0.5)

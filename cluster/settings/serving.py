@@ -51,6 +51,8 @@ class CaptureQueueSettings(Section):
 
     queue_events: int = Field(20_000, ge=1)
     """Interactions that may wait for the log; beyond it they are counted as lost."""
+    linger_ms: float = Field(20.0, ge=0)
+    """How long a batch may grow before it is written: fewer, larger transactions. Nobody waits for it."""
     retry_s: float = Field(1.0, gt=0)
     """Pause before the log is tried again after it failed; until then interactions go to the spool."""
     spool_max_mb: int = Field(512, ge=1)
@@ -70,7 +72,12 @@ class ServeSettings(Section):
     """Threads of HAProxy."""
     dashboard: bool = True
     """Start Ray's dashboard on loopback; `serve deploy` talks to it."""
-    applications: list[Literal["gateway", "engine", "grader", "control"]] = ["gateway", "engine", "grader", "control"]
+    applications: list[Literal["gateway", "engine", "grader", "control"]] = [
+        "gateway",
+        "engine",
+        "grader",
+        "control",
+    ]
     """What `rayloop up` deploys; a smaller list is for engines elsewhere and for tests."""
     start_timeout_s: float = Field(120.0, gt=0)
     """How long `rayloop up` waits until every application runs."""

@@ -29,11 +29,13 @@ class BaseIdentity:
         if revision is not None and UNKNOWN_REVISION not in (revision, self.revision):
             if revision != self.revision:
                 raise AdapterError(
-                    f"it was made for another base model: {base_model} at {revision[:19]}, this engine serves "
-                    f"{self.location} at {self.revision[:19]}"
+                    f"it was made for another base model: {base_model} at {revision[:19]}, "
+                    f"this engine serves {self.location} at {self.revision[:19]}"
                 )
         elif not self._same_place(base_model):
-            raise AdapterError(f"it was made for the base model {base_model}, this engine serves {self.location}")
+            raise AdapterError(
+                f"it was made for another base model: {base_model}, this engine serves {self.location}"
+            )
 
     def check_named(self, base_model: str | None) -> None:
         """Check the base model that an adapter's own configuration names.

@@ -2,10 +2,12 @@
 
 `POST /v1/chat/completions`, `GET /v1/models`, `POST /v1/load_lora_adapter`, `/v1/unload_lora_adapter` and
 `GET /healthz`, in the shapes of OpenAI and of vLLM's adapter calls, so the router speaks to this engine and
-to a vLLM server in the same way. It sits behind the router and authenticates nobody itself.
+to a vLLM server in the same way. It sits behind the router, which shows a token (token.py); people's keys
+are the router's business.
 """
 
 import asyncio
+import hmac
 import logging
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -30,10 +32,11 @@ from serve.engines.tool_calls import parse_tool_calls
 from serve.openai import (
     JSON,
     ApiError,
-    ClientGone,
+    ClientGoneError,
     Receive,
     Scope,
     Send,
+    header,
     parse_object,
     read_body,
     send_error,
@@ -51,10 +54,11 @@ STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cac
 
 
 class EngineApi:
-    """The ASGI callable around one engine."""
+    """The ASGI callable around one engine. With a token, everything but `/healthz` asks for it."""
 
-    def __init__(self, engine: "LocalEngine") -> None:
+    def __init__(self, engine: "LocalEngine", token: str | None = None) -> None:
         self.engine = engine
+        self._bearer = f"Bearer {token}".encode() if token is not None else None
         self._routes: dict[tuple[str, str], Route] = {
             ("POST", "/v1/chat/completions"): self._chat,
             ("GET", "/v1/models"): self._models,
@@ -73,11 +77,19 @@ class EngineApi:
             route = self._routes.get((scope["method"], path))
             if route is None:
                 raise _no_route(scope["method"], path, {p for _, p in self._routes})
+            if path != "/healthz":
+                self._authorise(scope)
             await route(scope, receive, send)
         except ApiError as error:
             await send_error(send, error)
-        except ClientGone:
+        except ClientGoneError:
             log.debug("client left before its request was whole")
+
+    def _authorise(self, scope: Scope) -> None:
+        given = header(scope, b"authorization") or b""
+        if self._bearer is not None and not hmac.compare_digest(given, self._bearer):
+            message = "The engine answers its router only; send the request there."
+            raise ApiError(401, message, code="invalid_api_key")
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = parse_chat(await self._document(scope, receive), self.engine.settings)
@@ -123,6 +135,10 @@ class EngineApi:
             "running": scheduler.running,
             "queued": scheduler.queued,
             "models": len(self.engine.models()),
+            "steps": scheduler.steps,
+            "generated_tokens": scheduler.generated_tokens,
+            "prompt_tokens": scheduler.prefixes.asked_tokens,
+            "reused_prompt_tokens": scheduler.prefixes.hit_tokens,
         }
         await _send_json(send, 200 if scheduler.alive else 503, body)
 

@@ -105,6 +105,11 @@ class LocalEngine:
         """End the step loop."""
         self.scheduler.close()
 
+    def apply(self, settings: EngineSettings) -> None:
+        """Take limits that may change while serving: adapters, ranks, tokens, delays."""
+        self.settings = settings
+        self._bank.max_adapters = settings.max_adapters
+
     def models(self) -> list[ServedModel]:
         """Every name that can be asked for, the base first."""
         adapters = [

@@ -50,12 +50,11 @@ class Reconciler:
         self,
         engine: "LocalEngine",
         database: Engine,
-        settings: EngineSettings,
         replica_id: str,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._engine, self._database, self._settings = engine, database, settings
+        self._engine, self._database = engine, database
         self._replica_id, self._clock = replica_id[:64], clock
         self._held: dict[str, _Held] = {}
         self._down = False
@@ -63,10 +62,14 @@ class Reconciler:
         self._threads = [
             threading.Thread(target=self._repeat, args=(step, interval_s), name=name, daemon=True)
             for step, interval_s, name in (
-                (self.tick, settings.poll_interval_s, "servables"),
-                (self.beat, settings.heartbeat_s, "heartbeat"),  # of its own: loading may take long
+                (self.tick, engine.settings.poll_interval_s, "servables"),
+                (self.beat, engine.settings.heartbeat_s, "heartbeat"),  # of its own: loading may take long
             )
         ]
+
+    @property
+    def _settings(self) -> EngineSettings:
+        return self._engine.settings  # which a deployment config may change
 
     def start(self) -> None:
         """Load what is wanted, then report for duty and follow the table from threads.
@@ -125,7 +128,9 @@ class Reconciler:
             self._down = False
         except sa.exc.SQLAlchemyError as error:
             if not self._down:
-                log.warning("servables cannot be read (%s); serving what is loaded", str(error).splitlines()[0])
+                log.warning(
+                    "servables cannot be read (%s); serving what is loaded", str(error).splitlines()[0]
+                )
             self._down = True
         except Exception:
             log.exception("the engine could not follow the table of servables; trying again")
@@ -160,7 +165,8 @@ class Reconciler:
         ours = self._engine.template_digest
         if servable.template_digest is not None and servable.template_digest != ours:
             raise AdapterError(
-                f"it was trained with the chat template {servable.template_digest[:12]}, this engine renders with {ours[:12]}"
+                f"it was trained with the chat template {servable.template_digest[:12]}, "
+                f"this engine renders with {ours[:12]}"
             )
         if servable.adapter_sha256 is None:
             return
@@ -208,7 +214,9 @@ class Reconciler:
         values = {"state": state, "reason": reason, "heartbeat_us": now_us()}
         keys = {"engine": self._settings.name, "replica_id": self._replica_id, "version": version}
         with write(self._database).begin() as connection:
-            updated = connection.execute(sa.update(servable_replicas).where(self._mine(version)).values(**values))
+            updated = connection.execute(
+                sa.update(servable_replicas).where(self._mine(version)).values(**values)
+            )
             if updated.rowcount == 0:
                 connection.execute(servable_replicas.insert().values(**keys, **values))
 
@@ -220,5 +228,12 @@ class Reconciler:
 
 def _same(one: Servable, other: Servable) -> bool:
     """Whether both name the same weights under the same conditions."""
-    fields = ("model_name", "base_model", "adapter_path", "adapter_sha256", "base_revision", "template_digest")
+    fields = (
+        "model_name",
+        "base_model",
+        "adapter_path",
+        "adapter_sha256",
+        "base_revision",
+        "template_digest",
+    )
     return all(getattr(one, field) == getattr(other, field) for field in fields)

@@ -63,7 +63,7 @@ class Scheduler:
         eos_ids: frozenset[int],
         publish: Publish,
     ) -> None:
-        self._model, self._bank, self._cache, self._prefixes = model, bank, cache, prefixes
+        self._model, self._bank, self._cache, self.prefixes = model, bank, cache, prefixes
         self._limits, self._eos_ids, self._publish = limits, eos_ids, publish
         self._device = model.device
         self._rows: list[Generation] = []  # row i lives in slot i
@@ -198,6 +198,12 @@ class Scheduler:
                 future.set_exception(error)
 
     def _drop_cancelled(self) -> None:
+        with self._wake:
+            gone = [row for row in self._waiting if row.cancelled]
+            if gone:
+                self._waiting = deque(row for row in self._waiting if not row.cancelled)
+        for row in gone:
+            self._finish(row, "cancelled")
         for slot in reversed(range(len(self._rows))):
             if self._rows[slot].cancelled:
                 self._finish(self._rows[slot], "cancelled")
@@ -213,8 +219,8 @@ class Scheduler:
             if row.cancelled:
                 self._finish(self._waiting.popleft(), "cancelled")
                 continue
-            found = self._prefixes.lookup(self._owner(row), row.prompt)
-            todo = len(row.prompt) - len(found) * self._prefixes.block_tokens
+            found = self.prefixes.lookup(self._owner(row), row.prompt)
+            todo = len(row.prompt) - len(found) * self.prefixes.block_tokens
             if joiners and todo > budget:
                 break
             budget -= todo
@@ -228,7 +234,7 @@ class Scheduler:
                 self._fail(joiners, error)
 
     def _prefill(self, joiners: list[Generation], blocks: list[list[KeyValue]]) -> None:
-        first, size = len(self._rows), self._prefixes.block_tokens
+        first, size = len(self._rows), self.prefixes.block_tokens
         self._cache.reserve(first + len(joiners), max(len(row.prompt) for row in joiners))
         for slot, (row, found) in enumerate(zip(joiners, blocks, strict=True), start=first):
             for number, block in enumerate(found):
@@ -237,8 +243,8 @@ class Scheduler:
         logits_BV = self.forward(joiners, first, [row.prompt[row.length :] for row in joiners])
         for slot, row in enumerate(joiners, start=first):
             row.length = len(row.prompt)
-            for number, key in self._prefixes.wanted(self._owner(row), row.prompt):
-                self._prefixes.store(key, self._cache.read(slot, number * size, (number + 1) * size))
+            for number, key in self.prefixes.wanted(self._owner(row), row.prompt):
+                self.prefixes.store(key, self._cache.read(slot, number * size, (number + 1) * size))
         self._rows.extend(joiners)
         self._advance(joiners, logits_BV)
 

@@ -81,6 +81,25 @@ def design_effect(moments: Moments) -> float:
     return max(1.0, value.variance / trials) if trials > 0 and value.variance > 0 else 1.0
 
 
+def steady(one: Estimate, other: Estimate, prior_users: float) -> tuple[Estimate, Estimate]:
+    """Both estimates, the spread of each drawn towards their common one.
+
+    The weights are those of a scaled inverse chi-squared prior with `prior_users` degrees of freedom. Twenty
+    users who happen to agree have no sample variance at all, and would pass for certainty.
+    """
+    freedoms = (one.users - 1, other.users - 1)
+    spreads = (one.variance * one.users, other.variance * other.users)
+    total = sum(freedoms)
+    common = sum(f * s for f, s in zip(freedoms, spreads, strict=True)) / total if total else math.nan
+    drawn = [
+        Estimate(e.users, e.mean, (f * s + prior_users * common) / (f + prior_users) / e.users)
+        if e.users and f + prior_users
+        else e
+        for e, f, s in zip((one, other), freedoms, spreads, strict=True)
+    ]
+    return drawn[0], drawn[1]
+
+
 def from_sums(users: int, total: float, total_squares: float) -> Estimate:
     """Mean of one value a user, from its sum and its sum of squares."""
     return Estimate(users, total / users, _unbiased(total_squares, total, total, users) / users)

@@ -43,6 +43,8 @@ class Reading:
     """Always-valid upper bound; below the margin it is non-inferior for certain."""
     z: float | None = None
     """Effect over its standard error, positive is better; for the group-sequential looks."""
+    information: float | None = None
+    """Inverse of the effect's variance."""
     p_value: float | None = None
     """Two-sided, Welch; for reports, unsafe to look at repeatedly."""
     problem: str | None = None
@@ -141,6 +143,8 @@ def read_metric(
     if bare.users < MIN_USERS_FOR_VARIANCE:
         return replace(bare, problem="too few users")
     one, other = _estimate(metric, candidate), _estimate(metric, control)
+    p_value = comparisons.welch(one, other).p_value
+    one, other = comparisons.steady(one, other, settings.variance_prior_users)
     variance = one.variance + other.variance
     if not all(math.isfinite(v) for v in (one.mean, other.mean, variance)):
         return replace(bare, problem="not a number")
@@ -155,7 +159,8 @@ def read_metric(
         harm_low=low,
         harm_high=high,
         z=-harm / math.sqrt(variance) if variance > 0 else None,
-        p_value=_finite(comparisons.welch(one, other).p_value),
+        information=1.0 / variance if variance > 0 else None,
+        p_value=_finite(p_value),
     )
 
 

@@ -65,8 +65,10 @@ class Controller:
         for rollout in live_rollouts(self.steps.engine):
             try:
                 tick_rollout(self.steps, rollout, counted=counted)
-            except (RayloopError, sa.exc.SQLAlchemyError):
-                log.exception("rollout %s holds: its tick failed", rollout.rollout_id)
+            except RayloopError as error:
+                log.warning("rollout %s stays as it is: %s", rollout.rollout_id, error)
+            except sa.exc.SQLAlchemyError:
+                log.exception("rollout %s stays as it is: its tick failed", rollout.rollout_id)
         return True
 
     def close(self) -> None:
@@ -123,8 +125,9 @@ def _evidence(engine: Engine, rollout: Rollout) -> Evidence | None:
 
 
 def _is_news(rollout: Rollout, decision: Decision) -> bool:
-    """True for everything but a hold that says what the last decision said."""
-    same = decision.to_state == rollout.state and decision.code == rollout.progress.get("last_code")
+    """True for everything but a hold that says what the last decision said, or that it is early yet."""
+    known = (rollout.progress.get("last_code"), "waiting")
+    same = decision.to_state == rollout.state and decision.code in known
     return not same or decision.look is not None or decision.outcome not in ("hold", "await_approval")
 
 

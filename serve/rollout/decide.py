@@ -13,6 +13,7 @@ from typing import Any
 from cluster.clock import SECOND_US
 from serve.experiments.evidence import Evidence, Reading
 from serve.experiments.group_sequential import boundaries, next_look
+from serve.experiments.planner import information_needed
 from serve.rollout.state import Decision, Look, RolloutConfig, RolloutState
 
 Problem = tuple[str, str]
@@ -173,23 +174,20 @@ def _significance(state: RolloutState, evidence: Evidence, look: Look | None) ->
 
 def _look(state: RolloutState, evidence: Evidence, config: RolloutConfig) -> Look | None:
     """The look at the primary that is due now: group-sequential, each planned fraction once."""
-    z = evidence.primary.z
-    enough = evidence.primary.users >= config.rollout.min_users_per_arm
-    if (
-        config.check(state.stage) != "significant_improvement"
-        or state.is_significant
-        or z is None
-        or not enough
-    ):
+    primary, rollout = evidence.primary, config.rollout
+    if config.check(state.stage) != "significant_improvement" or state.is_significant:
         return None
-    made = tuple(look.fraction for look in state.looks)
-    fraction = next_look(
-        evidence.primary.users / config.rollout.planned_users_per_arm, config.rollout.looks, made
+    if primary.z is None or primary.information is None or primary.users < rollout.min_users_per_arm:
+        return None
+    planned = information_needed(
+        rollout.detectable_improvement, alpha=config.experiment.alpha, power=config.experiment.power
     )
+    made = tuple(look.fraction for look in state.looks)
+    fraction = next_look(primary.information / planned, rollout.looks, made)
     if fraction is None:
         return None
-    bounds = boundaries((*made, fraction), config.experiment.alpha, spending=config.rollout.spending)
-    return Look(fraction, z, bounds[-1])
+    bounds = boundaries((*made, fraction), config.experiment.alpha, spending=rollout.spending)
+    return Look(fraction, primary.z, bounds[-1])
 
 
 def _go_on(state: RolloutState, config: RolloutConfig) -> Decision:
@@ -244,7 +242,14 @@ def _held_s(state: RolloutState, now_us: int) -> float:
 
 
 def _is_finite(reading: Reading) -> bool:
-    numbers = (reading.margin, reading.harm, reading.harm_low, reading.harm_high, reading.z)
+    numbers = (
+        reading.margin,
+        reading.harm,
+        reading.harm_low,
+        reading.harm_high,
+        reading.z,
+        reading.information,
+    )
     return all(math.isfinite(number) for number in numbers if number is not None)
 
 

@@ -91,7 +91,7 @@ class Look:
     """One planned look at the primary."""
 
     fraction: float
-    """Of the planned users, as reached."""
+    """Of the planned information, as reached."""
     z: float
     boundary: float
 

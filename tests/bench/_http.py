@@ -21,10 +21,12 @@ TEXT = "".join(WORDS)
 def whole(request: dict[str, Any]) -> bytes:
     """The answer to a request, as our engines give it."""
     choice: dict[str, Any] = {
-        "index": 0, "message": {"role": "assistant", "content": TEXT}, "finish_reason": "stop", "logprobs": None,
+        "index": 0, "message": {"role": "assistant", "content": TEXT}, "finish_reason": "stop",
+        "logprobs": None,
     }  # fmt: skip
     document = {
-        "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": request["model"], "choices": [choice],
+        "id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": request["model"],
+        "choices": [choice],
         "usage": {"prompt_tokens": 12, "completion_tokens": 8, "total_tokens": 20},
     }  # fmt: skip
     if request.get("return_token_ids"):
@@ -81,7 +83,9 @@ class Upstream(asyncio.Protocol):
             self._send(b"application/json", whole(request))
 
     def _send(self, kind: bytes, body: bytes) -> None:
-        self._transport.write(b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n%b" % (kind, len(body), body))
+        self._transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n%b" % (kind, len(body), body)
+        )
 
 
 class Client(asyncio.Protocol):
@@ -148,18 +152,21 @@ def request_bytes(url: str, key: str, model: str, stream: bool, user: int) -> by
         "model": model, "stream": stream, "user": f"user-{user}", "temperature": 0.2, "max_tokens": 64,
         "messages": [
             {"role": "system", "content": "You triage alerts. Say what to do, in one sentence."},
-            {"role": "user", "content": "CPU 97% on payments-api-3 for 12 minutes; change CHG-1042 is open for this host."},
+            {"role": "user", "content": "CPU 97% on payments-api-3 for 12 minutes; change CHG-1042 is open."},
         ],
     }  # fmt: skip
     body = json.dumps(document).encode()
     head = (
-        f"POST {parts.path}/chat/completions HTTP/1.1\r\nhost: {parts.netloc}\r\nauthorization: Bearer {key}\r\n"
+        f"POST {parts.path}/chat/completions HTTP/1.1\r\nhost: {parts.netloc}\r\n"
+        f"authorization: Bearer {key}\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return head.encode() + body
 
 
-async def generate(url: str, key: str, model: str, stream: bool, connections: int, seconds: float) -> dict[str, float]:
+async def generate(
+    url: str, key: str, model: str, stream: bool, connections: int, seconds: float
+) -> dict[str, float]:
     """Load on `url` from that many connections, each one user."""
     results = Results(connections, seconds)
     loop = asyncio.get_running_loop()
@@ -183,7 +190,11 @@ def main() -> None:
         uvloop.run(serve(int(sys.argv[2])))
         return
     url, key, model, stream, connections, seconds = sys.argv[2:8]
-    print(json.dumps(uvloop.run(generate(url, key, model, stream == "stream", int(connections), float(seconds)))))
+    print(
+        json.dumps(
+            uvloop.run(generate(url, key, model, stream == "stream", int(connections), float(seconds)))
+        )
+    )
 
 
 if __name__ == "__main__":

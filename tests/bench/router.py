@@ -55,7 +55,9 @@ class Way:
         """The answer that comes back is the upstream's."""
         request = {"model": self.model, "messages": [{"role": "user", "content": "?"}], "user": "u"}
         headers = {"authorization": f"Bearer {self.key}"}
-        answer = httpx.post(f"{self.url}/chat/completions", json=request, headers=headers, timeout=30).raise_for_status()
+        answer = httpx.post(
+            f"{self.url}/chat/completions", json=request, headers=headers, timeout=30
+        ).raise_for_status()
         assert answer.json()["choices"][0]["message"]["content"] == TEXT
 
     def load(self, kind: str, connections: int, seconds: float) -> dict[str, float]:
@@ -98,7 +100,12 @@ def rayloop(upstream_url: str, home: Path, ingress: str) -> Iterator[Way]:
     config.write_text(yaml.safe_dump(document))
     database = connect(load_settings(config)[0])
     for version in ("triage/1", "triage/2"):
-        row = {"version": version, "engine": "local", "model_name": version.replace("/", "-"), "base_model": "base"}
+        row = {
+            "version": version,
+            "engine": "local",
+            "model_name": version.replace("/", "-"),
+            "base_model": "base",
+        }
         with write(database).begin() as connection:
             connection.execute(servables.insert().values(**row, wanted=True, updated_at_us=now_us()))
     split = {"stable": "triage/1", "candidate": "triage/2", "share": 0.5}
@@ -106,10 +113,18 @@ def rayloop(upstream_url: str, home: Path, ingress: str) -> Iterator[Way]:
     up = [sys.executable, "-m", "cluster.cli", "up", "--json", "--config", str(config)]
     started = subprocess.run(up, cwd=PROJECT, capture_output=True, text=True, check=True)
     try:
-        yield Way(json.loads(started.stdout)["urls"]["api"], (home / "run" / "api_key").read_text().strip(), "triage")
+        yield Way(
+            json.loads(started.stdout)["urls"]["api"],
+            (home / "run" / "api_key").read_text().strip(),
+            "triage",
+        )
         _report_capture(EventLog(database), ingress)
     finally:
-        subprocess.run([sys.executable, "-m", "cluster.cli", "down", "--config", str(config)], cwd=PROJECT, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "cluster.cli", "down", "--config", str(config)],
+            cwd=PROJECT,
+            capture_output=True,
+        )
         database.dispose()
 
 
@@ -128,7 +143,10 @@ def litellm(upstream_url: str, folder: Path) -> Iterator[Way]:
     folder.mkdir(parents=True)
     config = folder / "litellm.yaml"
     model = {"model": "openai/base", "api_base": upstream_url, "api_key": "none"}
-    settings = {"model_list": [{"model_name": "triage", "litellm_params": model}], "general_settings": {"master_key": LITELLM_KEY}}
+    settings = {
+        "model_list": [{"model_name": "triage", "litellm_params": model}],
+        "general_settings": {"master_key": LITELLM_KEY},
+    }
     config.write_text(yaml.safe_dump(settings))
     (port,) = free_ports(1)
     command = [binary, "--config", config, "--port", str(port), "--host", "127.0.0.1", "--num_workers", "1"]
@@ -190,13 +208,19 @@ def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
         direct = by_path["direct"]["p50_ms"]
         for name, row in by_path.items():
             added = "" if name == "direct" else f"   added p50 {row['p50_ms'] - direct:7.2f} ms"
-            print(f"  {name:<22}{row['rps']:9.0f} rps   p50 {row['p50_ms']:7.2f} ms   p99 {row['p99_ms']:7.2f} ms{added}")
+            print(
+                f"  {name:<22}{row['rps']:9.0f} rps   p50 {row['p50_ms']:7.2f} ms   "
+                f"p99 {row['p99_ms']:7.2f} ms{added}"
+            )
         if "litellm" in by_path:
             peer = by_path["litellm"]
             for name in (n for n in by_path if n.startswith("rayloop")):
                 ours = by_path[name]
                 latency = (peer["p50_ms"] - direct) / max(ours["p50_ms"] - direct, 1e-6)
-                print(f"  {name} / litellm: {ours['rps'] / peer['rps']:.1f} x throughput, 1/{latency:.1f} of the added p50")
+                print(
+                    f"  {name} / litellm: {ours['rps'] / peer['rps']:.1f} x throughput, "
+                    f"1/{latency:.1f} of the added p50"
+                )
 
 
 def main() -> None:
@@ -211,7 +235,9 @@ def main() -> None:
         upstream_url = stack.enter_context(upstream())
         paths = {"direct": Way(upstream_url, "none", "base")}
         for ingress in ["haproxy", "proxy"] if options.both_ingresses else ["haproxy"]:
-            paths[f"rayloop ({ingress})"] = stack.enter_context(rayloop(upstream_url, Path(folder) / ingress, ingress))
+            paths[f"rayloop ({ingress})"] = stack.enter_context(
+                rayloop(upstream_url, Path(folder) / ingress, ingress)
+            )
         if not options.no_peer:
             paths["litellm"] = stack.enter_context(litellm(upstream_url, Path(folder) / "litellm"))
         show(measure(paths, options.rounds, options.seconds))

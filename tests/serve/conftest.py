@@ -52,7 +52,9 @@ class Live:
     clients: list[openai.OpenAI] = field(default_factory=list)
 
     def client(self, secret: str | None = None, **options: Any) -> openai.OpenAI:
-        made = openai.OpenAI(base_url=f"{self.url}/v1", api_key=secret or self.secret, max_retries=0, timeout=20, **options)
+        made = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=secret or self.secret, max_retries=0, timeout=20, **options
+        )
         self.clients.append(made)
         return made
 

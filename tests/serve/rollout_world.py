@@ -296,6 +296,7 @@ class World:
             rollout = get_rollout(self.engine, rollout_id)
             if rollout.state in ENDED:
                 break
+        controller.close()
         return rollout
 
     def decisions(self) -> list[dict[str, Any]]:
@@ -314,8 +315,8 @@ DEMO = {
     },
     "rollout": {
         "stage_duration_s": 5,
-        "min_users_per_arm": 25,
-        "planned_users_per_arm": 150,
+        "min_users_per_arm": 20,
+        "detectable_improvement": 0.15,
         "final_min_users_per_arm": 20,
         "final_control_share": 0.1,
         "hold_limit_s": 60,

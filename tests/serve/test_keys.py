@@ -11,7 +11,13 @@ def test_ring_finds_a_key_by_its_secret_and_knows_its_rights(database: Engine) -
     secret = create_key(database, "ann", "acme", "main", ["chat"])
     key = KeyRing.read(database).find(secret)
     assert key is not None
-    assert (key.name, key.tenant, key.workspace, key.may("chat"), key.may("feedback")) == ("ann", "acme", "main", True, False)
+    assert (key.name, key.tenant, key.workspace, key.may("chat"), key.may("feedback")) == (
+        "ann",
+        "acme",
+        "main",
+        True,
+        False,
+    )
     assert KeyRing.read(database).find(secret + "x") is None
     assert KeyRing().find(secret) is None
 

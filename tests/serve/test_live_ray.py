@@ -57,10 +57,18 @@ class Up:
         """Edit the route in the Serve config and deploy it, as a person does."""
         file = self.home / "serve.yaml"
         document = yaml.safe_load(file.read_text())
-        document["applications"][0]["deployments"][0]["user_config"] = {"routes": [{"agent": "triage"} | route]}
+        document["applications"][0]["deployments"][0]["user_config"] = {
+            "routes": [{"agent": "triage"} | route]
+        }
         file.write_text(yaml.safe_dump(document))
         serve = Path(sys.executable).with_name("serve")
-        subprocess.run([serve, "deploy", "-a", self.dashboard, file], check=True, capture_output=True, cwd=PROJECT, timeout=120)
+        subprocess.run(
+            [serve, "deploy", "-a", self.dashboard, file],
+            check=True,
+            capture_output=True,
+            cwd=PROJECT,
+            timeout=120,
+        )
 
     def route(self, **change: Any) -> None:
         update_route(self.database, KEY, change, writer="person:test")
@@ -110,7 +118,11 @@ class Load:
     def run(self, up: Up) -> None:
         with httpx.Client(headers=up.headers, timeout=30) as client:
             while not self.stopping.is_set():
-                request = {"model": "triage", "messages": [{"role": "user", "content": "?"}], "user": uuid.uuid4().hex}
+                request = {
+                    "model": "triage",
+                    "messages": [{"role": "user", "content": "?"}],
+                    "user": uuid.uuid4().hex,
+                }
                 began = time.monotonic()
                 try:
                     response = client.post(f"{up.api}/chat/completions", json=request)
@@ -127,7 +139,9 @@ class Load:
             time.sleep(0.3)
             recent = [version for began, version in self.answers if began > time.monotonic() - 0.6]
             if len(recent) > 10 and happened(recent):
-                others = [began for began, version in self.answers if began > since and not happened([version])]
+                others = [
+                    began for began, version in self.answers if began > since and not happened([version])
+                ]
                 return max(others, default=since) - since
         pytest.fail(f"not within {within_s} s: {set(self.answers[-20:])}; failures {self.failures[:3]}")
 
@@ -171,7 +185,10 @@ def test_edited_share_and_serve_deploy_move_traffic_without_a_failed_request(up:
         up.deploy(stable="triage/1", candidate="triage/2", share=1.0)  # the same file again
         time.sleep(2)
         running.wait_until(everyone_on("triage/1"), time.monotonic(), 3)
-    assert (read_route(up.database, KEY).share, read_route(up.database, KEY).updated_by) == (0.0, "person:test")
+    assert (read_route(up.database, KEY).share, read_route(up.database, KEY).updated_by) == (
+        0.0,
+        "person:test",
+    )
 
 
 def test_broken_config_is_rejected_with_its_reason_while_traffic_goes_on(up: Up) -> None:
@@ -179,7 +196,10 @@ def test_broken_config_is_rejected_with_its_reason_while_traffic_goes_on(up: Up)
     with load(up) as running:
         up.deploy(stable="triage/1", share=2.0)
         deadline = time.monotonic() + 20
-        while not (rejected := EventLog(up.database).read(kinds=["config.rejected"])) and time.monotonic() < deadline:
+        while (
+            not (rejected := EventLog(up.database).read(kinds=["config.rejected"]))
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.1)
         assert "routes.0.share=2.0" in rejected[0].event.body["reason"]
         status = httpx.get(f"{up.api}/agents/status", headers=up.headers).json()
@@ -196,7 +216,12 @@ def test_kill_nine_of_a_router_under_load_loses_no_acknowledged_feedback(up: Up)
         with httpx.Client(headers=up.headers, timeout=10) as client:
             while not stopping.is_set():
                 event_id = uuid.uuid4().hex
-                item = {"event_id": event_id, "interaction_id": "chatcmpl-x", "type": "thumbs_up", "user": "ann"}
+                item = {
+                    "event_id": event_id,
+                    "interaction_id": "chatcmpl-x",
+                    "type": "thumbs_up",
+                    "user": "ann",
+                }
                 try:
                     response = client.post(f"{up.api}/feedback", json=item)
                     if response.status_code == 200 and response.json()["data"][0]["status"] == "accepted":

@@ -24,7 +24,9 @@ def ask(live: Live, **extra: object) -> object:
 
 
 def test_chat_answers_with_who_served_and_strips_what_was_not_asked_for(live: Live) -> None:
-    raw = live.client().chat.completions.with_raw_response.create(model="triage", messages=MESSAGES, user="ann")
+    raw = live.client().chat.completions.with_raw_response.create(
+        model="triage", messages=MESSAGES, user="ann"
+    )
     completion = raw.parse()
     assert completion.choices[0].message.content == ANSWER
     assert completion.model == raw.headers["x-rayloop-version"] == "triage/1"
@@ -41,7 +43,10 @@ def test_chat_answers_with_who_served_and_strips_what_was_not_asked_for(live: Li
 
 def test_client_gets_token_ids_and_logprobs_it_asked_for(live: Live) -> None:
     completion = live.client().chat.completions.create(
-        model="triage", messages=MESSAGES, logprobs=True, extra_body={"return_token_ids": True, "unheard_of": 1}
+        model="triage",
+        messages=MESSAGES,
+        logprobs=True,
+        extra_body={"return_token_ids": True, "unheard_of": 1},
     )
     assert completion.choices[0].logprobs is not None
     assert completion.choices[0].model_extra == {"token_ids": [10, 11, 12, 13, 14]}
@@ -49,7 +54,9 @@ def test_client_gets_token_ids_and_logprobs_it_asked_for(live: Live) -> None:
 
 
 def test_stream_arrives_whole_and_is_captured_whole(live: Live) -> None:
-    chunks = list(live.client().chat.completions.create(model="triage", messages=MESSAGES, stream=True, user="ann"))
+    chunks = list(
+        live.client().chat.completions.create(model="triage", messages=MESSAGES, stream=True, user="ann")
+    )
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == ANSWER
     assert {c.id for c in chunks} == {chunks[0].id}
     assert {c.model for c in chunks} == {"triage/1"}
@@ -78,7 +85,9 @@ def test_captured_interaction_is_a_valid_body_with_its_assignment(live: Live) ->
     )  # fmt: skip
     event = live.events("interaction", 1)[0].event
     body = event.body
-    assert parse_body("interaction", dict(body)) == body | {"completion_logprobs": body["completion_logprobs"]}
+    assert parse_body("interaction", dict(body)) == body | {
+        "completion_logprobs": body["completion_logprobs"]
+    }
     assert event.user_id == pseudonym(pseudonym_secret(live.settings), "default", "ann")
     assert (event.session_id, event.agent, body["requested"]) == ("s1", "triage", "triage")
     assert body["assignment_unit"] == "user"
@@ -92,7 +101,9 @@ def test_captured_interaction_is_a_valid_body_with_its_assignment(live: Live) ->
 
 def test_models_and_status_list_agents_and_their_versions(live: Live) -> None:
     assert [m.id for m in live.client().models.list()] == ["triage", "triage/1", "triage/2"]
-    status = httpx.get(f"{live.url}/v1/agents/status", headers={"authorization": f"Bearer {live.secret}"}).json()
+    status = httpx.get(
+        f"{live.url}/v1/agents/status", headers={"authorization": f"Bearer {live.secret}"}
+    ).json()
     assert (status["data"][0]["agent"], status["data"][0]["stable"]) == ("triage", "triage/1")
     assert status["data"][0]["versions"]["triage/1"]["served"] is True
 
@@ -171,20 +182,29 @@ def test_malformed_body_is_400_with_the_field(live: Live, body: bytes, param: st
 
 def test_wrong_method_and_path(live: Live) -> None:
     wrong = httpx.get(f"{live.url}/v1/chat/completions")
-    assert (wrong.status_code, wrong.headers["allow"], wrong.json()["error"]["code"]) == (405, "POST", "method_not_allowed")
+    assert (wrong.status_code, wrong.headers["allow"], wrong.json()["error"]["code"]) == (
+        405,
+        "POST",
+        "method_not_allowed",
+    )
     assert httpx.get(f"{live.url}/v2/nothing").json()["error"]["code"] == "unknown_url"
 
 
 def test_huge_body_is_refused_unread(live: Live) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
-        live.client().chat.completions.create(model="triage", messages=[{"role": "user", "content": "x" * 3_000_000}])
+        live.client().chat.completions.create(
+            model="triage", messages=[{"role": "user", "content": "x" * 3_000_000}]
+        )
     assert caught.value.status_code == 413
 
 
 def test_endless_body_is_refused_when_it_passes_the_limit(live: Live) -> None:
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {live.secret}\r\ntransfer-encoding: chunked\r\n\r\n"
+        head = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {live.secret}\r\n"
+            "transfer-encoding: chunked\r\n\r\n"
+        )
         connection.sendall(head.encode())
         sent = 0
         try:
@@ -223,12 +243,17 @@ def test_engine_that_breaks_in_mid_stream_ends_the_stream_with_an_error(live: Li
     ("error", "message"),
     [
         ({"object": "error", "message": "too long", "type": "BadRequestError", "code": 400}, "too long"),
-        ({"error": {"message": "too long", "type": "invalid_request_error", "code": None, "param": None}}, "too long"),
+        (
+            {"error": {"message": "too long", "type": "invalid_request_error", "code": None, "param": None}},
+            "too long",
+        ),
         ({"detail": "too long"}, "too long"),
         ("too long", "too long"),
     ],
 )
-def test_engine_refusal_comes_in_openai_shape_whatever_its_own(live: Live, error: object, message: str) -> None:
+def test_engine_refusal_comes_in_openai_shape_whatever_its_own(
+    live: Live, error: object, message: str
+) -> None:
     live.engine.behaviours["base"].status = 400
     live.engine.behaviours["base"].error = error
     with pytest.raises(openai.BadRequestError) as caught:
@@ -270,7 +295,9 @@ def test_with_learning_off_the_router_only_routes(plain: Live) -> None:
     assert ask(plain)
     assert "return_token_ids" not in plain.engine.requests[0]
     feedback = {"interaction_id": "x", "type": "thumbs_up"}
-    response = httpx.post(f"{plain.url}/v1/feedback", json=feedback, headers={"authorization": f"Bearer {plain.secret}"})
+    response = httpx.post(
+        f"{plain.url}/v1/feedback", json=feedback, headers={"authorization": f"Bearer {plain.secret}"}
+    )
     assert (response.status_code, response.json()["error"]["code"]) == (403, "feature_disabled")
     time.sleep(0.2)
     assert plain.events("interaction", 0) == []

@@ -1,3 +1,4 @@
+import contextlib
 import threading
 from typing import Any
 
@@ -18,12 +19,17 @@ def make(database: Engine, **change: Any) -> Route:
 
 def test_write_needs_the_revision_it_read_and_leaves_an_event(database: Engine) -> None:
     first = make(database)
-    second = write_route(database, KEY, {"candidate": "triage/2", "share": 0.1}, expected_revision=1, writer="controller")
+    second = write_route(
+        database, KEY, {"candidate": "triage/2", "share": 0.1}, expected_revision=1, writer="controller"
+    )
     with pytest.raises(ConflictError, match="has revision 2, not 1"):
         write_route(database, KEY, {"share": 0.5}, expected_revision=1, writer="controller")
     assert (first.revision, second.revision, read_route(database, KEY).share) == (1, 2, 0.1)
     bodies = [r.event.body for r in EventLog(database).read(kinds=["route.changed"])]
-    assert [(b["writer"], b["revision"], b["after"]["share"]) for b in bodies] == [("person:ann", 1, 0.0), ("controller", 2, 0.1)]
+    assert [(b["writer"], b["revision"], b["after"]["share"]) for b in bodies] == [
+        ("person:ann", 1, 0.0),
+        ("controller", 2, 0.1),
+    ]
     assert bodies[1]["before"]["revision"] == 1
 
 
@@ -32,10 +38,10 @@ def test_of_many_writers_with_one_revision_one_wins(database: Engine) -> None:
     won: list[float] = []
 
     def work(share: float) -> None:
-        try:
-            won.append(write_route(database, KEY, {"share": share}, expected_revision=1, writer="controller").share)
-        except ConflictError:
-            pass
+        with contextlib.suppress(ConflictError):
+            won.append(
+                write_route(database, KEY, {"share": share}, expected_revision=1, writer="controller").share
+            )
 
     threads = [threading.Thread(target=work, args=(n / 10,)) for n in range(1, 9)]
     for thread in threads:
@@ -57,7 +63,9 @@ def test_of_many_writers_with_one_revision_one_wins(database: Engine) -> None:
         ({"colour": "red"}, "colour='red' is not a field of a route"),
     ],
 )
-def test_wrong_values_are_refused_with_the_rule(sqlite_database: Engine, change: dict[str, Any], message: str) -> None:
+def test_wrong_values_are_refused_with_the_rule(
+    sqlite_database: Engine, change: dict[str, Any], message: str
+) -> None:
     make(sqlite_database)
     with pytest.raises(InputError) as caught:
         write_route(sqlite_database, KEY, change, expected_revision=1, writer="controller")
@@ -68,7 +76,9 @@ def test_wrong_values_are_refused_with_the_rule(sqlite_database: Engine, change:
 def test_new_candidate_gets_a_new_salt_and_a_larger_share_keeps_it(sqlite_database: Engine) -> None:
     first = make(sqlite_database, candidate="triage/2", share=0.1)
     grown = write_route(sqlite_database, KEY, {"share": 0.5}, expected_revision=1, writer="controller")
-    other = write_route(sqlite_database, KEY, {"candidate": "triage/3"}, expected_revision=2, writer="controller")
+    other = write_route(
+        sqlite_database, KEY, {"candidate": "triage/3"}, expected_revision=2, writer="controller"
+    )
     gone = write_route(sqlite_database, KEY, {"candidate": None}, expected_revision=3, writer="controller")
     assert first.salt == grown.salt != other.salt
     assert (gone.share, gone.live_share) == (0.0, 0.0)
@@ -100,7 +110,12 @@ def test_fields_a_config_leaves_out_keep_their_value(sqlite_database: Engine) ->
     make(sqlite_database, candidate="triage/2", share=0.5)
     apply_config(sqlite_database, declare(max_share=0.3), tenant="acme")
     route = read_route(sqlite_database, KEY)
-    assert (route.stable, route.candidate, route.share, route.live_share) == ("triage/1", "triage/2", 0.5, 0.3)
+    assert (route.stable, route.candidate, route.share, route.live_share) == (
+        "triage/1",
+        "triage/2",
+        0.5,
+        0.3,
+    )
 
 
 def test_older_generation_is_refused_and_nothing_is_written(database: Engine) -> None:
@@ -112,15 +127,24 @@ def test_older_generation_is_refused_and_nothing_is_written(database: Engine) ->
 
 
 def test_nobody_but_the_config_passes_its_ceiling(sqlite_database: Engine) -> None:
-    apply_config(sqlite_database, declare(stable="triage/1", candidate="triage/2", share=0.1, max_share=0.2), tenant="acme")
+    apply_config(
+        sqlite_database,
+        declare(stable="triage/1", candidate="triage/2", share=0.1, max_share=0.2),
+        tenant="acme",
+    )
     for change in ({"share": 0.3}, {"max_share": 1.0}, {"stable": "triage/2", "candidate": None}):
         with pytest.raises(ConflictError, match="deployment config"):
             write_route(sqlite_database, KEY, change, expected_revision=1, writer="controller")
-    assert write_route(sqlite_database, KEY, {"share": 0.2}, expected_revision=1, writer="controller").share == 0.2
+    assert (
+        write_route(sqlite_database, KEY, {"share": 0.2}, expected_revision=1, writer="controller").share
+        == 0.2
+    )
 
 
 def test_one_bad_route_leaves_the_others_unwritten(database: Engine) -> None:
-    config = parse_config({"routes": [{"agent": "triage", "stable": "triage/1"}, {"agent": "billing", "share": 0.5}]})
+    config = parse_config(
+        {"routes": [{"agent": "triage", "stable": "triage/1"}, {"agent": "billing", "share": 0.5}]}
+    )
     with pytest.raises(ConfigError, match="billing"):
         apply_config(database, config, tenant="acme")
     assert read_routes(database) == []
@@ -131,7 +155,10 @@ def test_one_bad_route_leaves_the_others_unwritten(database: Engine) -> None:
     [
         ({"routes": [{"agent": "triage", "share": 2}]}, "user_config.routes.0.share=2"),
         ({"routes": [{"agent": "triage", "shares": 0.2}]}, "user_config.routes.0.shares=0.2"),
-        ({"routes": [{"agent": "a", "share": 0.4, "max_share": 0.2}]}, "share 0.4 must not exceed max_share 0.2"),
+        (
+            {"routes": [{"agent": "a", "share": 0.4, "max_share": 0.2}]},
+            "share 0.4 must not exceed max_share 0.2",
+        ),
         ({"routes": [{"agent": "a"}, {"agent": "a"}]}, "declared twice"),
         ({"routes": [{"agent": "a", "stable": "latest"}]}, "stable='latest'"),
         ({"routes": {"a": 1}}, "user_config.routes"),

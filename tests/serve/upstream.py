@@ -61,12 +61,24 @@ class Engine:
             await _respond(send, 200, orjson.dumps(_whole(request)))
 
     async def _stream(self, request: dict[str, Any], behaviour: Behaviour, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        await send(
+            {
+                "type": "http.response.start",
+                "status": 200,
+                "headers": [(b"content-type", b"text/event-stream")],
+            }
+        )
         gone = asyncio.ensure_future(receive())
         for number, word in enumerate(TEXT):
             if behaviour.break_after == number:
                 raise RuntimeError("scripted break")
-            await send({"type": "http.response.body", "body": _event(_chunk(request, number, word)), "more_body": True})
+            await send(
+                {
+                    "type": "http.response.body",
+                    "body": _event(_chunk(request, number, word)),
+                    "more_body": True,
+                }
+            )
             await asyncio.wait([gone], timeout=behaviour.gap_s)
             if gone.done():
                 self.cut_off += 1
@@ -90,7 +102,8 @@ def _whole(request: dict[str, Any]) -> dict[str, Any]:
         "index": 0, "message": message, "finish_reason": "stop", "logprobs": _logprobs(request, TEXT),
     }  # fmt: skip
     document = {
-        "id": "engine-1", "object": "chat.completion", "created": 1, "model": request["model"], "choices": [choice],
+        "id": "engine-1", "object": "chat.completion", "created": 1, "model": request["model"],
+        "choices": [choice],
         "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
     }  # fmt: skip
     if request.get("return_token_ids"):
@@ -102,7 +115,13 @@ def _whole(request: dict[str, Any]) -> dict[str, Any]:
 def _chunk(request: dict[str, Any], number: int, word: str) -> dict[str, Any]:
     delta = {"content": word} | ({"role": "assistant"} if number == 0 else {})
     choice = {"index": 0, "delta": delta, "finish_reason": None, "logprobs": _logprobs(request, [word])}
-    return {"id": "engine-1", "object": "chat.completion.chunk", "created": 1, "model": request["model"], "choices": [choice]}
+    return {
+        "id": "engine-1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": request["model"],
+        "choices": [choice],
+    }
 
 
 def _last_chunk(request: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +144,9 @@ class Server:
     """An ASGI application on a free loopback port, in a thread."""
 
     def __init__(self, app: Any, lifespan: str = "off") -> None:
-        config = uvicorn.Config(app, port=0, log_level="error", lifespan=lifespan, timeout_graceful_shutdown=1)  # type: ignore[arg-type]
+        config = uvicorn.Config(
+            app, port=0, log_level="error", lifespan=lifespan, timeout_graceful_shutdown=1
+        )  # type: ignore[arg-type]
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.manifest import find_dataset, load_manifest
 from rich.console import Console
 from rich.table import Table
 
@@ -13,6 +12,7 @@ from cluster import tracking
 from cluster.errors import NotFoundError
 from cluster.registry import Registry, Version
 from cluster.settings import Settings
+from data.manifest import find_dataset, load_manifest
 from train.evaluate.gates import SUITES
 from train.evaluate.report import cells, differing
 from train.evaluate.run import gather, resolve_opponent

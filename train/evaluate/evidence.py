@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.settings.evaluation import EvaluationSettings
 from data.grading import Grader
@@ -40,6 +41,15 @@ class Evidence:
     def users(self) -> list[str]:
         """The user behind each truth: the unit that is resampled."""
         return [truth.user_id for truth in self.truths]
+
+    def both(self) -> list[tuple[str, Answers]]:
+        """The two versions by role."""
+        return [("candidate", self.candidate), ("champion", self.champion)]
+
+    def options(self) -> dict[str, Any]:
+        """How intervals are bootstrapped."""
+        chosen = self.settings
+        return {"confidence": chosen.confidence, "samples": chosen.bootstrap_samples, "seed": chosen.seed}
 
 
 def prompt_key(prompt: Prompt) -> str:

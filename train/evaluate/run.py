@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.manifest import find_dataset, load_manifest
-
 from cluster import tracking
 from cluster.database import connect
 from cluster.errors import InputError
@@ -23,6 +21,7 @@ from cluster.settings import Settings
 from data.events import Event, parse_body
 from data.grading import make_grader
 from data.log import EventLog
+from data.manifest import find_dataset, load_manifest
 from train.evaluate.cases import read_cases
 from train.evaluate.evidence import Evidence, ask
 from train.evaluate.gates import SUITES, run_suites

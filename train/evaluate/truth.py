@@ -12,6 +12,8 @@ from typing import Any
 from train.evaluate.types import Prompt, Truth, message_text
 
 Row = Mapping[str, Any]
+ORIGINS = {"answer": "liked", "label": "correction"}
+"""The dataset's word for where an answer comes from, and ours."""
 
 
 def read_truths(dataset: Path, *, split: str = "test", limit: int) -> list[Truth]:
@@ -27,10 +29,13 @@ def read_truths(dataset: Path, *, split: str = "test", limit: int) -> list[Truth
     return choose(make_truths(sft, pairs), limit)
 
 
-def make_truths(sft: Iterable[Row], preference: Iterable[Row]) -> list[Truth]:
-    """One truth a prompt and answer; an answer that is also a correction is marked as one."""
+def make_truths(sft: Iterable[Row], preference: Iterable[Row] = ()) -> list[Truth]:
+    """One truth a prompt and answer, the rows of `sft` first.
+
+    Of the pairs only corrections are read: what else a pair prefers is an answer that `sft` has too.
+    """
     by_content: dict[tuple[str, str], Truth] = {}
-    for truth in (*_from_preference(preference), *_from_sft(sft)):
+    for truth in (*_from_sft(sft), *_from_preference(preference)):
         key = (json.dumps(truth.prompt.messages, sort_keys=True), truth.reference)
         by_content.setdefault(key, truth)
     return sorted(by_content.values(), key=lambda truth: truth.example_id)
@@ -46,11 +51,10 @@ def _from_sft(rows: Iterable[Row]) -> Iterator[Truth]:
     for row in rows:
         *prompt, answer = json.loads(row["messages"])
         if answer.get("role") == "assistant" and (text := message_text(answer)).strip():
-            yield _truth(row, prompt, text, "liked")
+            yield _truth(row, prompt, text, ORIGINS.get(row["origin"], str(row["origin"])))
 
 
 def _from_preference(rows: Iterable[Row]) -> Iterator[Truth]:
-    """Only corrections: what else a pair holds is an answer chosen from the same answers as `sft`."""
     for row in rows:
         text = message_text(json.loads(row["chosen"])[-1])
         if row["origin"] == "correction" and text.strip():

@@ -91,6 +91,11 @@ def verdict(gates: Sequence[Gate]) -> bool:
     return all(gate.passed for gate in gates) and any(g.gated and g.status == "passed" for g in gates)
 
 
+def outcome(holds: bool) -> Status:
+    """The status of a gate that was measured."""
+    return "passed" if holds else "failed"
+
+
 def could_not_run(suite: str, error: Exception, *, gated: bool = True) -> Gate:
     """The gate of a suite that broke."""
     cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,34 +1,17 @@
 """One tiny base model with two adapters for all engine tests, and an engine served by uvicorn."""
 
-import importlib.util
-import socket
-import sys
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-import uvicorn
 
+from cluster.registry import Version, adapter_digest, describe_base
 from cluster.settings.engines import EngineSettings
 from serve.engines.http_api import EngineApi
 from serve.engines.local import LocalEngine
-
-
-def _load(name: str) -> ModuleType:
-    """Import a module beside this file; tests are no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-models = _load("models")
+from tests.serve.engines import models
+from tests.serve.upstream import Server
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +39,33 @@ def make_adapter(base: Path):  # type: ignore[no-untyped-def]
     return lambda out, **options: models.build_adapter(base, out, **options)
 
 
+@pytest.fixture
+def version_of(base: Path) -> Callable[..., Version]:
+    """A registered version of an adapter directory, as the registry would describe it."""
+    location, revision = describe_base(base)
+
+    def make(number: int, adapter: Path | None, **changes: object) -> Version:
+        digest = adapter_digest(adapter) if adapter is not None else None
+        version = Version(
+            id=f"triage/{number}",
+            model="triage",
+            number=number,
+            name=f"v1.2645.{number}",
+            base_model=location,
+            adapter_path=adapter,
+            adapter_sha256=digest,
+            rank=4,
+            dataset_hash=None,
+            dataset_id=None,
+            run_id=None,
+            tags={"base_revision": revision},
+            aliases=(),
+        )
+        return replace(version, **changes)  # type: ignore[arg-type]
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def engine_settings(base: Path) -> EngineSettings:
     """Settings of the tiny engine: few rows and short chunks, so that tests meet the limits."""
@@ -77,15 +87,5 @@ def engine(engine_settings: EngineSettings, adapters: dict[str, Path]) -> Iterat
 @pytest.fixture(scope="session")
 def engine_url(engine: LocalEngine) -> Iterator[str]:
     """Base URL of the engine's HTTP interface under uvicorn."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-        config = uvicorn.Config(EngineApi(engine), log_level="warning", lifespan="on")
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{port}"
-        server.should_exit = True
-        thread.join(10)
+    with Server(EngineApi(engine), "on") as url:
+        yield url

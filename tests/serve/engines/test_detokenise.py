@@ -1,19 +1,17 @@
 """Text from tokens: split characters, stop strings over token borders."""
 
-import importlib
-import sys
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.engines.detokenise import AnswerText, TokenTexts
 from serve.engines.tool_calls import parse_tool_calls
+from tests.serve.engines.models import build_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():  # type: ignore[no-untyped-def]
-    return (sys.modules.get("models") or importlib.import_module("models")).build_tokenizer()
+    return build_tokenizer()
 
 
 @given(text=st.text(max_size=40), sizes=st.lists(st.integers(1, 4), min_size=1, max_size=8))

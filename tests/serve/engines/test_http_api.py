@@ -14,7 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data.template import render
+from serve.engines.http_api import EngineApi
 from serve.engines.local import LocalEngine
+from tests.serve.upstream import Server
 
 MESSAGES = [{"role": "user", "content": "disk full on host db-7 ✓"}]
 
@@ -233,3 +235,12 @@ def test_adapters_load_and_unload_over_http(engine_url: str, make_adapter, tmp_p
         post(engine_url, "/v1/load_lora_adapter", lora_name="", lora_path="x").json()["error"]["param"]
         == "lora_name"
     )
+
+
+def test_with_a_token_only_its_bearer_is_answered(engine: LocalEngine) -> None:
+    with Server(EngineApi(engine, "secret")) as url:
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        wrong = httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer other"})
+        assert wrong.json()["error"]["code"] == "invalid_api_key"
+        assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200

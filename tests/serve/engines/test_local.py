@@ -85,7 +85,7 @@ def test_seeded_answer_does_not_depend_on_its_batch(engine: LocalEngine) -> None
 
 def test_shared_prompt_beginnings_are_reused_without_changing_answers(engine: LocalEngine) -> None:
     prefix = list(range(30, 70))
-    prefixes = engine.scheduler._prefixes
+    prefixes = engine.scheduler.prefixes
 
     async def ask(tail: int, model: str) -> Update:
         return await finals(engine, model, [*prefix, tail], max_tokens=8, temperature=0.0, logprobs=True)

@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,36 +10,21 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.errors import ConflictError, InputError, NotFoundError, UnavailableError
-from cluster.registry import Version, adapter_digest, describe_base
 from cluster.settings.engines import EngineSettings
 from cluster.tables import servable_replicas
 from serve.engines.local import LocalEngine
 from serve.engines.reconciler import Reconciler
 from serve.servables import list_servables, ready, reports, unwant, wait_ready, want
+from tests.serve.engines import models
 
 
-@pytest.fixture
-def version_of(base: Path) -> Callable[..., Version]:
-    """A registered version of an adapter directory, as the registry would describe it."""
-    location, revision = describe_base(base)
-
-    def make(number: int, adapter: Path | None, **changes: object) -> Version:
-        digest = adapter_digest(adapter) if adapter is not None else None
-        version = Version(
-            id=f"triage/{number}", model="triage", number=number, name=f"v1.2645.{number}", base_model=location,
-            adapter_path=adapter, adapter_sha256=digest, rank=4, dataset_hash=None, dataset_id=None, run_id=None,
-            tags={"base_revision": revision}, aliases=(),
-        )  # fmt: skip
-        return replace(version, **changes)  # type: ignore[arg-type]
-
-    return make
-
-
-@pytest.fixture
-def settings_of_engine(engine_settings: EngineSettings) -> EngineSettings:
-    return engine_settings.model_copy(
-        update={"poll_interval_s": 0.02, "heartbeat_s": 0.05, "live_after_s": 2.0, "unload_delay_s": 5.0}
-    )
+@pytest.fixture(autouse=True)
+def quick_settings(engine: LocalEngine, engine_settings: EngineSettings) -> Iterator[None]:
+    """Short intervals; the shared engine gets its own settings back."""
+    quick = {"poll_interval_s": 0.02, "heartbeat_s": 0.05, "live_after_s": 2.0, "unload_delay_s": 5.0}
+    engine.apply(engine_settings.model_copy(update=quick))
+    yield
+    engine.apply(engine_settings)
 
 
 class Clock:
@@ -58,10 +42,8 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def reconciler(
-    engine: LocalEngine, database: Engine, settings_of_engine: EngineSettings, clock: Clock
-) -> Iterator[Reconciler]:
-    reconciler = Reconciler(engine, database, settings_of_engine, "replica-1", clock=clock)
+def reconciler(engine: LocalEngine, database: Engine, clock: Clock) -> Iterator[Reconciler]:
+    reconciler = Reconciler(engine, database, "replica-1", clock=clock)
     yield reconciler
     reconciler.close()
 
@@ -106,7 +88,11 @@ BAD: list[tuple[Callable[[Path], None], dict[str, object], str]] = [
     (shutil.rmtree, {}, "does not exist"),
     (swap_bytes, {}, "its digest is"),
     (damage_nothing, {"tags": {"base_revision": "sha256:other"}}, "made for another base model"),
-    (damage_nothing, {"tags": {}, "base_model": "meta-llama/Llama-3.2-1B"}, "made for the base model meta-llama"),
+    (
+        damage_nothing,
+        {"tags": {}, "base_model": "meta-llama/Llama-3.2-1B"},
+        "made for another base model: meta-llama",
+    ),
     (damage_nothing, {"tags": {"template_digest": "f" * 64}}, "trained with the chat template ffff"),
 ]
 
@@ -134,9 +120,6 @@ def test_bad_version_fails_with_its_reason_while_others_serve(
 def test_over_rank_and_other_base_of_one_shape_fail(
     reconciler: Reconciler, database: Engine, version_of, make_adapter, base: Path, tmp_path: Path
 ) -> None:
-    import sys
-
-    models = sys.modules["models"]
     want(database, version_of(5, make_adapter(tmp_path / "wide", seed=1, rank=65)), "local")
     other = models.build_base(tmp_path / "other", seed=9)
     want(database, version_of(6, models.build_adapter(other, tmp_path / "foreign", seed=1), tags={}), "local")
@@ -147,7 +130,12 @@ def test_over_rank_and_other_base_of_one_shape_fail(
 
 
 def test_failed_version_is_tried_again_when_asked_or_after_a_while(
-    reconciler: Reconciler, database: Engine, version_of, adapters: dict[str, Path], tmp_path: Path, clock: Clock
+    reconciler: Reconciler,
+    database: Engine,
+    version_of,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    clock: Clock,
 ) -> None:
     folder = tmp_path / "late"
     version = version_of(7, adapters["blue"], adapter_path=folder)
@@ -175,7 +163,13 @@ def test_failed_version_is_tried_again_when_asked_or_after_a_while(
 
 
 def test_unwanted_version_stays_for_its_delay_and_its_files_for_ever(
-    reconciler: Reconciler, engine: LocalEngine, database: Engine, version_of, make_adapter, tmp_path: Path, clock: Clock
+    reconciler: Reconciler,
+    engine: LocalEngine,
+    database: Engine,
+    version_of,
+    make_adapter,
+    tmp_path: Path,
+    clock: Clock,
 ) -> None:
     folder = make_adapter(tmp_path / "short", seed=12)
     name = want(database, version_of(9, folder), "local").model_name
@@ -195,13 +189,13 @@ def test_unwanted_version_stays_for_its_delay_and_its_files_for_ever(
 
 
 def test_readiness_needs_every_live_replica_and_no_dead_one(
-    reconciler: Reconciler, engine: LocalEngine, database: Engine, settings_of_engine: EngineSettings, version_of,
+    reconciler: Reconciler, engine: LocalEngine, database: Engine, version_of,
     adapters: dict[str, Path],
 ) -> None:  # fmt: skip
     want(database, version_of(3, adapters["red"]), "local")
     reconciler.tick()
     reconciler.beat()
-    other = Reconciler(engine, database, settings_of_engine, "replica-2")
+    other = Reconciler(engine, database, "replica-2")
     other.beat()
     assert not ready(database, "triage/3")
     with pytest.raises(UnavailableError, match=r"was not ready after 0\.1 s \(local/replica-1 ready\)"):
@@ -218,9 +212,9 @@ def test_readiness_needs_every_live_replica_and_no_dead_one(
 
 
 def test_threads_follow_the_table_and_leave_it_clean(
-    engine: LocalEngine, database: Engine, settings_of_engine: EngineSettings, version_of, adapters: dict[str, Path]
+    engine: LocalEngine, database: Engine, version_of, adapters: dict[str, Path]
 ) -> None:
-    reconciler = Reconciler(engine, database, settings_of_engine, "replica-3")
+    reconciler = Reconciler(engine, database, "replica-3")
     reconciler.start()
     want(database, version_of(3, adapters["red"]), "local")
     began = time.monotonic()
@@ -232,10 +226,10 @@ def test_threads_follow_the_table_and_leave_it_clean(
 
 
 def test_database_away_leaves_the_engine_serving(
-    engine: LocalEngine, settings_of_engine: EngineSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    engine: LocalEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     away = sa.create_engine(f"sqlite:///{tmp_path / 'empty.db'}")
-    reconciler = Reconciler(engine, away, settings_of_engine, "replica-4")
+    reconciler = Reconciler(engine, away, "replica-4")
     reconciler.start()
     time.sleep(0.1)
     reconciler.close()
@@ -244,6 +238,8 @@ def test_database_away_leaves_the_engine_serving(
     assert engine.scheduler.alive
 
 
-def test_version_without_its_adapter_here_is_refused(database: Engine, version_of, adapters: dict[str, Path]) -> None:
+def test_version_without_its_adapter_here_is_refused(
+    database: Engine, version_of, adapters: dict[str, Path]
+) -> None:
     with pytest.raises(InputError, match="has an adapter that is not on this machine"):
         want(database, version_of(3, adapters["red"], adapter_path=None), "local")

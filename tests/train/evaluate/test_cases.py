@@ -104,14 +104,17 @@ def test_truths_come_from_liked_answers_and_corrections_only() -> None:
     ask = [{"role": "user", "content": "q"}]
     said = [{"role": "assistant", "content": "a"}]
     better = [{"role": "assistant", "content": "b"}]
-    sft = [row(1, messages=json.dumps(ask + said)), row(2, messages=json.dumps(ask + better))]
+    other = [{"role": "assistant", "content": "c"}]
+    sft = [
+        row(1, messages=json.dumps(ask + said), origin="answer"),
+        row(2, messages=json.dumps(ask + better), origin="correction"),
+    ]
     pairs = [
         row(3, prompt=json.dumps(ask), chosen=json.dumps(better), rejected="[]", origin="correction"),
         row(4, prompt=json.dumps(ask), chosen=json.dumps(said), rejected="[]", origin="similar_query"),
+        row(5, prompt=json.dumps(ask), chosen=json.dumps(other), rejected="[]", origin="correction"),
     ]
     truths = make_truths(sft, pairs)
-    assert [(t.example_id, t.reference, t.origin) for t in truths] == [
-        ("e1", "a", "liked"),
-        ("e3", "b", "correction"),
-    ]
+    found = [(truth.example_id, truth.reference, truth.origin) for truth in truths]
+    assert found == [("e1", "a", "liked"), ("e2", "b", "correction"), ("e5", "c", "correction")]
     assert choose(truths, 1) == choose(list(reversed(truths)), 1) and len(choose(truths, 1)) == 1

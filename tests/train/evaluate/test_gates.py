@@ -1,8 +1,8 @@
 """Each suite on hand-made evidence: what passes, what fails, and that silence is no success."""
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -47,16 +47,47 @@ def test_win_rate_passes_a_better_candidate_and_not_an_equal_one(make_evidence: 
     assert measure("win_rate", make_evidence(half_right, right, truths)).status == "failed"
 
 
-def test_win_rate_cannot_be_won_with_shuffled_feedback(make_evidence: Make) -> None:
-    truths = make_truths(120, lambda text: "benign" if number(text) % 2 else "malicious")
-    references = [truth.reference for truth in truths]
-    won = 0
-    for seed in range(20):
-        random.Random(seed).shuffle(references)
-        shuffled = [replace(t, reference=r) for t, r in zip(truths, references, strict=True)]
-        perfect = measure("win_rate", make_evidence(half_right, right, shuffled))
-        won += perfect.status == "passed"
-    assert won <= 2
+def wanted(text: str) -> str:
+    return "benign" if number(text) % 2 else "malicious"
+
+
+def shuffled_truths(seed: int, share_corrected: float = 0.3) -> list[Truth]:
+    """Feedback that says nothing: corrections lean to `malicious` but are dealt out at random."""
+    dealer = Random(seed)
+    truths = []
+    for truth in make_truths(120, lambda text: "benign" if dealer.random() < 0.66 else "malicious"):
+        if dealer.random() < share_corrected:
+            truths.append(replace(truth, origin="correction", reference=answer_json("malicious")))
+        else:
+            truths.append(replace(truth, origin="liked"))
+    return truths
+
+
+def test_shuffled_control_needs_answers_that_fit_their_prompt(make_evidence: Make) -> None:
+    truths = make_truths(120, wanted)
+    right_for_each = make_evidence(
+        lambda text: answer_json(wanted(text)), lambda text: answer_json("benign"), truths
+    )
+    gate = measure("shuffled_control", right_for_each)
+    assert gate.status == "passed" and gate.value == pytest.approx(1 / 201)
+    assert gate.metrics["shuffled_win_rate"] == pytest.approx(0.5, abs=0.05)
+    alike = make_evidence(right, half_right, make_truths(60))
+    assert measure("shuffled_control", alike).status == "not_applicable"
+
+
+def test_a_candidate_seldom_passes_on_shuffled_feedback(make_evidence: Make) -> None:
+    def learned_the_marginal(text: str) -> str:
+        return answer_json("malicious")
+
+    def champion(text: str) -> str:
+        return answer_json("benign" if number(text) % 3 else "malicious")
+
+    alarms = 0
+    for seed in range(40):
+        evidence = make_evidence(learned_the_marginal, champion, shuffled_truths(seed, 0.7), permutations=100)
+        assert measure("win_rate", evidence).status == "passed"
+        alarms += measure("shuffled_control", evidence).status == "passed"
+    assert alarms <= 5  # 5 % nominal: 2 expected
 
 
 def test_win_rate_masks_abstentions_and_needs_enough_prompts(make_evidence: Make) -> None:

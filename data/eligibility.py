@@ -1,0 +1,99 @@
+"""May a training start? Each rule says what it needs, what there is, and so by how much it fails."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from cluster.clock import DAY_US, now_us
+from cluster.settings import Settings
+from cluster.tables import events, training_jobs
+from data.log import EventLog
+from data.manifest import Manifest
+
+FINISHED = "succeeded"  # state of a training job that counts
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule and how it came out."""
+
+    name: str
+    needed: float
+    found: float
+    unit: str
+
+    @property
+    def passed(self) -> bool:
+        """True when there is enough."""
+        return self.found >= self.needed
+
+    def __str__(self) -> str:
+        if self.passed:
+            return f"{self.name}: {self.found:g} {self.unit} (needs {self.needed:g})"
+        short = self.needed - self.found
+        return f"{self.name}: {self.found:g} {self.unit}, needs {self.needed:g}: {short:g} short"
+
+
+def eligibility(
+    settings: Settings, engine: Engine, dataset: Manifest, *, method: str, now: int | None = None
+) -> list[Rule]:
+    """The rules for training `dataset.agent` on `dataset` with `method`; eligible when all passed."""
+    limits, now = settings.curation.eligibility, now_us() if now is None else now
+    since = now - round(limits.window_days * DAY_US)
+    positive = count_positive(EventLog(engine), settings.tenant, dataset.agent, since, settings)
+    rest = days_since_training(engine, settings.tenant, dataset.agent, now)
+    rules = [
+        Rule("positive feedback", limits.positive_feedbacks, positive, f"in {limits.window_days:g} days"),
+        Rule("good interactions", limits.good_interactions, dataset.total("sft"), "examples to imitate"),
+        Rule("rest", limits.rest_days, rest, "days since the last training"),
+    ]
+    if method == "dpo":
+        rules.append(Rule("pairs", limits.pairs_for_dpo, dataset.total("preference"), "preference pairs"))
+    return rules
+
+
+def count_positive(log: EventLog, tenant: str, agent: str | None, since_us: int, settings: Settings) -> int:
+    """Feedback with a positive reward since then, about one agent or about any."""
+    page = settings.curation.page_events
+    found = [
+        recorded.event
+        for recorded in log.scan(kinds=("feedback",), tenant=tenant, page=page)
+        if recorded.event.occurred_at_us >= since_us and recorded.event.body.get("reward", 0) > 0
+    ]
+    if agent is None:
+        return len(found)
+    own = sum(event.agent == agent for event in found)
+    unknown = [event.interaction_id for event in found if event.agent is None and event.interaction_id]
+    return own + _of_agent(log.engine, tenant, agent, unknown, page)
+
+
+def _of_agent(engine: Engine, tenant: str, agent: str, ids: Iterable[str], page: int) -> int:
+    """How many of the ids are interactions of the agent; an id counts as often as it is given."""
+    wanted, total = list(ids), 0
+    step = min(page, 500)
+    with engine.connect() as connection:
+        for start in range(0, len(wanted), step):
+            part = wanted[start : start + step]
+            query = sa.select(events.c.interaction_id).where(
+                events.c.tenant == tenant,
+                events.c.kind == "interaction",
+                events.c.agent == agent,
+                events.c.interaction_id.in_(part),
+            )
+            known = set(connection.execute(query).scalars())
+            total += sum(i in known for i in part)
+    return total
+
+
+def days_since_training(engine: Engine, tenant: str, agent: str | None, now: int) -> float:
+    """Days since the newest training that ended well; infinite when there is none."""
+    query = sa.select(sa.func.max(training_jobs.c.finished_at_us)).where(
+        training_jobs.c.tenant == tenant, training_jobs.c.state == FINISHED
+    )
+    if agent is not None:
+        query = query.where(training_jobs.c.agent == agent)
+    with engine.connect() as connection:
+        newest = connection.execute(query).scalar()
+    return float("inf") if newest is None else (now - newest) / DAY_US

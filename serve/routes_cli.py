@@ -1,0 +1,147 @@
+"""`rayloop route`: read a traffic split, change it, or pin stable."""
+
+import getpass
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.clock import to_iso
+from cluster.database import connect
+from cluster.errors import InputError
+from cluster.logs import configure_logging
+from cluster.settings import Settings, load_settings
+from serve.routes import Route, RouteKey, read_route, read_routes, update_route, write_route
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+AgentArgument = Annotated[str, typer.Argument(help="The agent whose route it is.")]
+ModalityOption = Annotated[str, typer.Option(help="Modality of the route.")]
+ReasonOption = Annotated[str | None, typer.Option(help="Kept with the event.")]
+NO_CANDIDATE = "none"
+
+
+@app.command()
+def show(
+    agent: Annotated[str | None, typer.Argument(help="One agent; all of them without.")] = None,
+    modality: ModalityOption = "text",
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """The routes of this tenant."""
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    engine = connect(settings)
+    if agent is None:
+        found = read_routes(engine, settings.tenant)
+    else:
+        found = [read_route(engine, RouteKey(settings.tenant, agent, modality))]
+    if json_output:
+        print(json.dumps({"routes": [_document(route) for route in found]}))
+    elif found:
+        print("\n".join(_line(route) for route in found))
+    else:
+        print("no routes yet; next: rayloop route set AGENT --stable AGENT/1")
+
+
+@app.command("set")
+def set_command(
+    agent: AgentArgument,
+    stable: Annotated[str | None, typer.Option(help="Version that answers by default.")] = None,
+    candidate: Annotated[str | None, typer.Option(help="Version on trial; `none` takes it away.")] = None,
+    share: Annotated[float | None, typer.Option(help="Share of users on the candidate, 0 to 1.")] = None,
+    shadow: Annotated[
+        str | None, typer.Option(help="Version that answers unseen; `none` takes it away.")
+    ] = None,
+    revision: Annotated[int | None, typer.Option(help="Refuse when the route has another revision.")] = None,
+    modality: ModalityOption = "text",
+    reason: ReasonOption = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Change a route, or make it."""
+    named = {"stable": stable, "candidate": candidate, "share": share, "shadow": shadow}
+    change: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    for name in ("candidate", "shadow"):
+        if change.get(name) == NO_CANDIDATE:
+            change[name] = None
+    if change.get("candidate", "") is None:
+        change.setdefault("share", 0.0)
+    if not change:
+        raise InputError("change", "", "is empty", "give --stable, --candidate, --share or --shadow")
+    settings, _ = load_settings(config)
+    _write(settings, RouteKey(settings.tenant, agent, modality), change, revision, reason, json_output)
+
+
+@app.command()
+def pin(
+    agent: AgentArgument,
+    modality: ModalityOption = "text",
+    reason: ReasonOption = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Everybody gets stable at once, whatever the share; `unpin` ends it."""
+    settings, _ = load_settings(config)
+    _write(settings, RouteKey(settings.tenant, agent, modality), {"pinned": True}, None, reason, json_output)
+
+
+@app.command()
+def unpin(
+    agent: AgentArgument,
+    modality: ModalityOption = "text",
+    reason: ReasonOption = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """The share counts again."""
+    settings, _ = load_settings(config)
+    _write(settings, RouteKey(settings.tenant, agent, modality), {"pinned": False}, None, reason, json_output)
+
+
+def _write(
+    settings: Settings,
+    key: RouteKey,
+    change: dict[str, Any],
+    revision: int | None,
+    reason: str | None,
+    json_output: bool,
+) -> None:
+    configure_logging(settings.logging)
+    engine = connect(settings)
+    writer = f"person:{getpass.getuser()}"
+    if revision is None:
+        if set(change) == {"pinned"}:
+            read_route(engine, key)  # pinning makes no route
+        route = update_route(engine, key, change, writer=writer, reason=reason, workspace=settings.workspace)
+    else:
+        route = write_route(
+            engine,
+            key,
+            change,
+            expected_revision=revision,
+            writer=writer,
+            reason=reason,
+            workspace=settings.workspace,
+        )
+    print(json.dumps(_document(route)) if json_output else _line(route))
+
+
+def _document(route: Route) -> dict[str, Any]:
+    return asdict(route) | {"live_share": route.live_share}
+
+
+def _line(route: Route) -> str:
+    parts = [f"{route.agent} ({route.modality}): stable {route.stable}"]
+    if route.candidate:
+        parts.append(f"candidate {route.candidate} at {route.live_share:.0%}")
+    if route.max_share < 1:
+        parts.append(f"ceiling {route.max_share:.0%}")
+    if route.pinned:
+        parts.append("pinned to stable")
+    parts.append(f"revision {route.revision} by {route.updated_by}, {to_iso(route.updated_at_us)}")
+    return ", ".join(parts)

@@ -1,0 +1,73 @@
+import random
+
+import orjson
+import pyarrow as pa
+
+from data.events import Event
+from data.join import join_events
+from data.source import EVENTS, SeqRange, plan_ranges
+from tests.data.traffic import feedback, interaction
+
+
+def block(*events: Event) -> pa.Table:
+    return pa.Table.from_pylist(
+        [
+            {
+                "kind": e.kind,
+                "event_id": e.event_id,
+                "interaction_id": e.interaction_id,
+                "user_id": e.user_id,
+                "session_id": e.session_id,
+                "agent": e.agent,
+                "at_us": e.occurred_at_us,
+                "body": orjson.dumps(e.body).decode() if e.body else None,
+            }
+            for e in events
+        ],
+        EVENTS,
+    )
+
+
+def test_log_order_does_not_matter() -> None:
+    events = [
+        feedback(1, "thumbs_up", 1.0, user="ada"),
+        interaction(1, "q", "a", user="ada"),
+        feedback(1, "rating", 0.5, user="bob", value=4),
+        interaction(2, "q2", "b", user="bob"),
+    ]
+    expected, _ = join_events(block(*events))
+    for seed in range(5):
+        random.Random(seed).shuffle(events)
+        assert join_events(block(*events))[0].equals(expected)
+    assert [s["type"] for s in orjson.loads(expected["signals"][0].as_py())] == ["rating", "thumbs_up"]
+
+
+def test_what_is_lost_is_counted_by_reason() -> None:
+    erased = Event("feedback", "default", "default", {}, event_id="x", interaction_id="i1")
+    table, dropped = join_events(
+        block(
+            interaction(1, "q", "a", user="ada"),
+            interaction(2, "q", "a", user="ada", agent="other"),
+            feedback(9, "thumbs_up", 1.0, user="ada"),
+            erased,
+        ),
+        agent="triage",
+    )
+    assert table["interaction_id"].to_pylist() == ["i1"]
+    assert dropped == {"other agent": 1, "interaction unknown": 1, "erased": 1}
+
+
+def test_later_label_of_a_reviewer_supersedes() -> None:
+    labels = [
+        Event("label", "default", "default", {"reviewer": "rita", "scores": {"success": s}},
+              event_id=f"l{at}", occurred_at_us=at, interaction_id="i1")
+        for at, s in ((2, 1.0), (1, 0.0))
+    ]  # fmt: skip
+    table, _ = join_events(block(interaction(1, "q", "a", user="ada"), *labels))
+    assert orjson.loads(table["labels"][0].as_py()) == [{"reviewer": "rita", "scores": {"success": 1.0}}]
+
+
+def test_ranges_cover_the_log_without_overlap() -> None:
+    assert plan_ranges(10, 4, None) == [SeqRange(0, 3), SeqRange(3, 6), SeqRange(6, 10)]
+    assert plan_ranges(10, 100, 2) == [SeqRange(0, 5), SeqRange(5, 10)]
+    assert plan_ranges(1, 100, 8) == [SeqRange(0, 1)]

@@ -1,0 +1,134 @@
+"""Interactions when the log is away: nobody notices, the spool keeps them, and they come home."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine as Database
+
+from cluster.clock import now_us
+from cluster.database import connect
+from cluster.settings import Settings
+from cluster.settings.capture import LogSettings
+from cluster.settings.serving import CaptureQueueSettings
+from data.group_commit import GroupCommit
+from data.log import EventLog
+from serve.arms import Plan
+from serve.capture import Capture, Record
+from serve.keys import Key
+
+KEY = Key("d", "k", "test", "default", "default", frozenset({"chat"}), None, 0, None, None)
+LOG = LogSettings(retry_for_s=0.1)
+
+
+def record(number: int) -> Record:
+    request = {"messages": [{"role": "user", "content": "?"}]}
+    return Record(
+        f"i{number}",
+        KEY,
+        Plan("triage", "triage", "triage/1", None, "stable"),
+        request,
+        "text",
+        None,
+        None,
+        None,
+        at_us=now_us(),
+    )
+
+
+class BrokenLog(EventLog):
+    """A log that can be out of reach."""
+
+    down = True
+
+    def append(self, batch):  # type: ignore[no-untyped-def]
+        if self.down:
+            raise sa.exc.OperationalError("insert", {}, Exception("the server is away"))
+        return super().append(batch)
+
+
+def logged(database: Database) -> list[str | None]:
+    return [r.event.interaction_id for r in EventLog(database).scan(kinds=["interaction"])]
+
+
+def wait(condition, within_s: float = 10.0) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Path:
+    return tmp_path / "spool" / "router-0.jsonl"
+
+
+@pytest.fixture
+def capture(spool: Path) -> Iterator[Capture]:
+    made = Capture(CaptureQueueSettings(retry_s=0.1), LOG, spool)
+    yield made
+    made.close()
+
+
+def test_interactions_go_to_the_spool_while_the_log_is_away_and_come_home(
+    capture: Capture, sqlite_database: Database, spool: Path
+) -> None:
+    log = BrokenLog(sqlite_database)
+    with GroupCommit(log, LOG) as commit:
+        capture.commit = commit
+        for number in range(10):
+            capture.offer(record(number))
+        wait(lambda: spool.exists() and spool.read_text().count("\n") == 10)
+        assert logged(sqlite_database) == []
+        log.down = False
+        wait(lambda: len(logged(sqlite_database)) == 10)
+        capture.offer(record(10))
+        wait(lambda: len(logged(sqlite_database)) == 11)
+        assert sorted(logged(sqlite_database)) == sorted(f"i{n}" for n in range(11))  # type: ignore[type-var]
+        wait(lambda: not spool.exists())
+
+
+def test_spool_of_a_dead_router_is_taken_over(settings: Settings, spool: Path) -> None:
+    first = Capture(CaptureQueueSettings(retry_s=0.1), LOG, spool.with_name("router-999999999.jsonl"))
+    first.offer(record(1))
+    first.close()
+    database = connect(settings)
+    second = Capture(CaptureQueueSettings(retry_s=0.1), LOG, spool)
+    with GroupCommit(EventLog(database), LOG) as commit:
+        second.commit = commit
+        wait(lambda: logged(database) == ["i1"])
+        second.close()
+    assert list(spool.parent.iterdir()) == []
+    database.dispose()
+
+
+def test_half_a_line_in_the_spool_does_not_stop_the_rest(settings: Settings, spool: Path) -> None:
+    first = Capture(CaptureQueueSettings(retry_s=0.1), LOG, spool)
+    first.offer(record(1))
+    first.offer(record(2))
+    first.close()
+    spool.write_bytes(b'{"kind": "interac\n' + spool.read_bytes()[:-9])
+    database = connect(settings)
+    second = Capture(CaptureQueueSettings(retry_s=0.1), LOG, spool)
+    with GroupCommit(EventLog(database), LOG) as commit:
+        second.commit = commit
+        wait(lambda: logged(database) == ["i1"])
+        wait(lambda: not spool.exists())
+        second.close()
+    database.dispose()
+
+
+def test_full_ring_loses_and_counts_but_never_waits(spool: Path) -> None:
+    from cluster import metrics
+
+    lost = metrics.CAPTURED.labels("lost")
+    before = lost._value.get()
+    capture = Capture(CaptureQueueSettings(queue_events=3, spool_max_mb=1), LOG, spool)
+    capture._closing = True
+    capture._wake.set()
+    capture._thread.join()
+    for number in range(5):
+        capture.offer(record(number))
+    assert lost._value.get() - before == 2

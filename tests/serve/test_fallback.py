@@ -1,0 +1,113 @@
+"""What happens to the users of a candidate that fails: stable answers, and the record says so."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serve.conftest import Live, live_router
+from tests.serve.upstream import Behaviour
+
+MESSAGES = [{"role": "user", "content": "?"}]
+CANDIDATE = "triage-2-abababababab"
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Iterator[Live]:
+    for live in live_router(tmp_path / "home", serve={"fallback": {"budget_s": 0.3, "min_budget_s": 0.2}}):
+        live.route(candidate="triage/2", share=1.0, experiment_id="exp-1")
+        yield live
+
+
+def ask(live: Live, **extra: Any) -> Any:
+    return live.client().chat.completions.with_raw_response.create(
+        model="triage", messages=MESSAGES, user="ann", **extra
+    )  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("behaviour", "cause"),
+    [
+        (Behaviour(status=500), "engine_error"),
+        (
+            Behaviour(status=404, error={"error": {"message": "no", "code": "model_not_found"}}),
+            "model_not_found",
+        ),
+        (Behaviour(delay_s=1.0), "engine_timeout"),
+    ],
+)
+def test_stable_answers_for_a_candidate_that_fails(
+    canary: Live, behaviour: Behaviour, cause: str, stream: bool
+) -> None:
+    canary.engine.behaviours[CANDIDATE] = behaviour
+    raw = ask(canary, stream=stream)
+    if stream:
+        assert {chunk.model for chunk in raw.parse()} == {"triage/1"}
+    else:
+        assert raw.parse().model == "triage/1"
+    assert (raw.headers["x-rayloop-version"], raw.headers["x-rayloop-arm"]) == ("triage/1", "candidate")
+    body = canary.events("interaction", 1)[0].event.body
+    assert (body["arm"], body["assigned_version"], body["served_version"]) == (
+        "candidate",
+        "triage/2",
+        "triage/1",
+    )
+    assert (body["flags"]["fallback"], body["flags"]["timeout"]) == (True, cause == "engine_timeout")
+    assert body["metadata"]["fallback_cause"] == cause
+
+
+def test_candidate_that_no_engine_holds_falls_back(canary: Live) -> None:
+    canary.route(candidate="triage/9", share=1.0)
+    assert ask(canary).headers["x-rayloop-version"] == "triage/1"
+    assert canary.events("interaction", 1)[0].event.body["metadata"]["fallback_cause"] == "version_not_ready"
+
+
+def test_breaker_leaves_a_failing_candidate_alone(canary: Live) -> None:
+    canary.engine.behaviours[CANDIDATE].status = 500
+    for _ in range(8):
+        ask(canary)
+    assert sum(request["model"] == CANDIDATE for request in canary.engine.requests) == 5
+    causes = [r.event.body["metadata"]["fallback_cause"] for r in canary.events("interaction", 8)]
+    assert causes == ["engine_error"] * 5 + ["breaker_open"] * 3
+
+
+def test_request_that_the_engine_rightly_refuses_is_not_the_candidates_fault(canary: Live) -> None:
+    canary.engine.behaviours[CANDIDATE].status = 400
+    for _ in range(6):
+        with pytest.raises(openai.BadRequestError):
+            ask(canary)
+    assert {request["model"] for request in canary.engine.requests} == {CANDIDATE}
+
+
+def test_candidate_that_breaks_in_mid_stream_is_an_error_of_the_candidate(canary: Live) -> None:
+    canary.engine.behaviours[CANDIDATE] = Behaviour(break_after=2, gap_s=0.05)
+    with pytest.raises(openai.APIError):
+        list(ask(canary, stream=True).parse())
+    body = canary.events("interaction", 1)[0].event.body
+    assert (body["served_version"], body["flags"]["error"], body["flags"]["fallback"]) == (
+        "triage/2",
+        "engine_error",
+        False,
+    )
+
+
+def test_both_arms_failing_is_a_5xx_soon(canary: Live) -> None:
+    canary.engine.behaviours[CANDIDATE].status = 500
+    canary.engine.behaviours["base"].status = 503
+    began = time.monotonic()
+    with pytest.raises(openai.InternalServerError) as caught:
+        ask(canary)
+    assert (caught.value.status_code, time.monotonic() - began < 2) == (503, True)
+    body = canary.events("interaction", 1)[0].event.body
+    assert (body["flags"]["fallback"], body["flags"]["error"]) == (True, "engine_error")
+    assert "served_version" not in body
+
+
+def test_pinned_route_serves_stable_and_counts_for_no_arm(canary: Live) -> None:
+    canary.route(pinned=True)
+    raw = ask(canary)
+    assert (raw.headers["x-rayloop-version"], raw.headers["x-rayloop-arm"]) == ("triage/1", "none")

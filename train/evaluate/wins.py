@@ -1,0 +1,100 @@
+"""The suites that decide which version is better: win rate, and its negative control."""
+
+import functools
+from dataclasses import replace
+
+import numpy as np
+
+from train.evaluate.evidence import Evidence
+from train.evaluate.judges import ByReward
+from train.evaluate.statistics import win_rate_interval
+from train.evaluate.types import Gate, Truth, outcome
+
+
+def win_rate(evidence: Evidence) -> Gate:
+    """How often the grader prefers the candidate's answer on held-out prompts; ties count half."""
+    settings, rows = evidence.settings, _judged(evidence)
+    abstained = len(evidence.truths) - len(rows)
+    if len(rows) < settings.min_cases:
+        detail = f"{len(rows)} graded prompts, {abstained} abstained; {settings.min_cases} are needed"
+        return Gate("win_rate", "no_data", threshold=settings.win_rate, detail=detail)
+    outcomes = [won for _, won in rows]
+    rate, (low, high) = win_rate_interval(outcomes, [t.user_id for t, _ in rows], **evidence.options())
+    wins, ties, losses = (outcomes.count(kind) for kind in (1, 0, -1))
+    counted = {"wins": wins, "ties": ties, "losses": losses, "abstained": abstained}
+    metrics = {name: float(value) for name, value in counted.items()}
+    for origin in sorted({truth.origin for truth, _ in rows}):
+        metrics[f"on_{origin}"] = float(np.mean([(o + 1) / 2 for t, o in rows if t.origin == origin]))
+    return Gate(
+        "win_rate",
+        outcome(low > settings.win_rate),
+        value=rate,
+        threshold=settings.win_rate,
+        interval=(low, high),
+        detail=f"{wins} won, {ties} tied, {losses} lost; the lower bound decides ({evidence.grader.version})",
+        changed_cases=tuple(truth.example_id for truth, won in rows if won),
+        metrics=metrics,
+    )
+
+
+def shuffled_control(evidence: Evidence) -> Gate:
+    """Whether the win depends on which prompt each recorded answer belongs to.
+
+    Recorded answers are dealt out anew among prompts of the same origin, many times. A candidate that
+    learned what people want on a prompt wins more often with the true pairing than with nearly any of
+    these; one that only learned which answers are common, as from feedback that says nothing, does not.
+    A team whose feedback is about style alone, the same on every prompt, marks this suite not applicable.
+    The p-value is that of a permutation test (Phipson and Smyth 2010, arXiv:1603.05766).
+    """
+    settings, rows = evidence.settings, _judged(evidence)
+    alpha = 1 - settings.confidence
+    if len(rows) < settings.min_cases:
+        return Gate("shuffled_control", "no_data", threshold=alpha, detail=f"{len(rows)} graded prompts")
+    truths = [truth for truth, _ in rows]
+    if len({(t.origin, t.reference) for t in truths}) == len({t.origin for t in truths}):
+        detail = "all recorded answers are the same, so dealing them out anew changes nothing"
+        return Gate("shuffled_control", "not_applicable", threshold=alpha, detail=detail)
+    observed = float(np.mean([won for _, won in rows]))
+    shuffled = _mean_outcomes(evidence, truths)
+    p_value = (1 + sum(mean >= observed for mean in shuffled)) / (1 + len(shuffled))
+    usual = (float(np.mean(shuffled)) + 1) / 2
+    return Gate(
+        "shuffled_control",
+        outcome(p_value <= alpha),
+        value=p_value,
+        threshold=alpha,
+        detail=f"win rate {(observed + 1) / 2:.3f}, {usual:.3f} with recorded answers of other prompts",
+        metrics={"p": p_value, "shuffled_win_rate": usual},
+    )
+
+
+def _judged(evidence: Evidence) -> list[tuple[Truth, int]]:
+    """The truths the grader could judge, each with 1 for a win, 0 for a tie, -1 for a loss."""
+    judge, rows = ByReward(evidence.grader), []
+    for truth in evidence.truths:
+        mine, theirs = evidence.candidate.to(truth.prompt), evidence.champion.to(truth.prompt)
+        if (won := judge.prefer(truth, mine, theirs)) is not None:
+            rows.append((truth, won))
+    return rows
+
+
+def _mean_outcomes(evidence: Evidence, truths: list[Truth]) -> list[float]:
+    """Mean outcome under each permutation of the references within their origin."""
+    judge = ByReward(evidence.grader)
+
+    @functools.cache
+    def judged(position: int, reference: str) -> int:
+        truth = replace(truths[position], reference=reference)
+        mine, theirs = evidence.candidate.to(truth.prompt), evidence.champion.to(truth.prompt)
+        return 0 if mine == theirs else judge.prefer(truth, mine, theirs) or 0
+
+    origins = np.array([truth.origin for truth in truths])
+    generator = np.random.default_rng(evidence.settings.seed)
+    means = []
+    for _ in range(evidence.settings.permutations):
+        order = np.arange(len(truths))
+        for origin in np.unique(origins):
+            places = np.flatnonzero(origins == origin)
+            order[places] = generator.permutation(places)
+        means.append(float(np.mean([judged(i, truths[j].reference) for i, j in enumerate(order)])))
+    return means

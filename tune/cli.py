@@ -1,0 +1,88 @@
+"""`rayloop tune`: sweep hyper-parameters."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.errors import InputError
+from cluster.logs import configure_logging
+from cluster.settings import load_settings
+
+app = typer.Typer(no_args_is_help=True, help="Sweep hyper-parameters.")
+
+Config = Annotated[Path | None, typer.Option(help="Configuration file; rayloop.yaml by default.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `run` a sub-command while it is the only one."""
+
+
+@app.command()
+def run(
+    method: Annotated[str, typer.Option(help="sft, dpo or kto.")] = "dpo",
+    dataset: Annotated[str, typer.Option(help="Dataset id, hash, path or `latest`.")] = "latest",
+    base: Annotated[str | None, typer.Option(help="Version, path or hub id to start from.")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, help="Configurations that are tried.")] = None,
+    learning_rate: Annotated[str | None, typer.Option(help="Range low:high or values a,b,c.")] = None,
+    beta: Annotated[str | None, typer.Option(help="Range low:high or values a,b,c.")] = None,
+    vary: Annotated[list[str] | None, typer.Option(help="field=low:high or field=a,b,c; repeatable.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Epochs of every trial.")] = None,
+    grid: Annotated[bool, typer.Option(help="Try every combination of the given values.")] = False,
+    scheduler: Annotated[str, typer.Option(help="asha stops worse trials early; none does not.")] = "asha",
+    resume: Annotated[str | None, typer.Option(help="Id of an interrupted sweep.")] = None,
+    as_json: Json = False,
+    config: Config = None,
+) -> None:
+    """Sweep learning rate, KL coefficient and other fields of a training."""
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    from tune.sweep import new_sweep, resume_sweep, run_sweep
+
+    if resume:
+        found = resume_sweep(settings, resume)
+    else:
+        ranges = {"learning_rate": learning_rate, "beta": beta, **_varied(vary or [])}
+        sweep = new_sweep(
+            settings,
+            method=method,
+            dataset=dataset,
+            base=base or settings.training.base_model,
+            trials=trials,
+            ranges={name: text for name, text in ranges.items() if text is not None},
+            overrides={"epochs": epochs} if epochs is not None else {},
+            grid=grid,
+            scheduler=scheduler,
+        )
+        found = run_sweep(settings, sweep)
+    _print(found, as_json)
+
+
+def _print(found: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    from rich.console import Console
+
+    from tune.report import print_sweep
+
+    print_sweep(found.trials, found.chosen, found.kl_limit, Console())
+    print(f"sweep {found.sweep_id}, MLflow run {found.run_id}, {found.seconds:.0f} s")
+    if found.chosen:
+        options = " ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in found.chosen.config.items())
+        print(f"next: rayloop train run --method {found.method} --dataset {found.dataset_id} {options}")
+
+
+def _varied(texts: list[str]) -> dict[str, str]:
+    varied = {}
+    for text in texts:
+        name, separator, values = text.partition("=")
+        if not separator or not name or not values:
+            raise InputError(
+                "vary", text, "is not field=values", "write for example lora.r=8,16 or epochs=1:3"
+            )
+        varied[name] = values
+    return varied

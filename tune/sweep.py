@@ -1,0 +1,291 @@
+"""A sweep: many trainings on one dataset, judged by an evaluation metric under a KL constraint.
+
+Ray Tune draws the configurations and stops the worse ones early (ASHA). Each trial is a nested MLflow run
+with its parameters, written from this process, so that the trials' actors need no MLflow. A sweep lives
+in `<home>/sweeps/<id>/`, from which an interrupted one resumes.
+"""
+
+import json
+import logging
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster import tracking
+from cluster.errors import DatasetError, InputError, NotFoundError
+from cluster.registry import Registry
+from cluster.runtime import ray_session
+from cluster.settings import Settings
+from data.grading import make_grader
+from data.manifest import find_dataset, load_manifest
+from train.evaluate.models import LocalVersion, Source
+from train.evaluate.truth import read_truths
+from tune import report
+from tune.objective import Target
+from tune.report import Trial
+from tune.space import Choice, Range, Space, contains, default_space, parse_dimension
+
+log = logging.getLogger(__name__)
+
+SPEC = "sweep.json"
+RESULTS = "tune"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is swept; kept in the sweep's folder so that it can be resumed."""
+
+    sweep_id: str
+    method: str
+    dataset: str
+    base: str
+    """Version or path the trainings start from."""
+    trials: int
+    space: Space
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Fields of the training's configuration that are the same in every trial."""
+    grid: bool = False
+    scheduler: str = "asha"
+    run_id: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        space = {name: {"kind": type(d).__name__, **d.__dict__} for name, d in self.space.items()}
+        return {**self.__dict__, "space": space}
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found."""
+
+    sweep_id: str
+    run_id: str
+    method: str
+    dataset_id: str
+    trials: list[Trial]
+    chosen: Trial | None
+    kl_limit: float
+    folder: str
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        values = {**self.__dict__, "trials": [report.to_json(trial) for trial in self.trials]}
+        values["pareto"] = [trial.number for trial in report.pareto_front(self.trials)]
+        values["chosen"] = report.to_json(self.chosen) if self.chosen else None
+        return values
+
+
+def new_sweep(
+    settings: Settings,
+    *,
+    method: str,
+    dataset: str,
+    base: str,
+    trials: int | None = None,
+    ranges: Mapping[str, str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    grid: bool = False,
+    scheduler: str = "asha",
+) -> Sweep:
+    """A sweep over the default ranges, with those in `ranges` (field to text) instead or beside.
+
+    Raises:
+        InputError: an unknown method or field, or a range that is none.
+    """
+    from train.config import TrainConfig, resolve_config
+
+    resolved = resolve_config(settings, method, base_model=base, dataset=Path(dataset), out=Path("unused"))
+    asked = {name: parse_dimension(name, text) for name, text in (ranges or {}).items()}
+    for name in asked:
+        if name not in TrainConfig.model_fields:
+            raise InputError(
+                name, (ranges or {})[name], "is no field of a training", "see rayloop train run --help"
+            )
+    space: Space = (
+        {}
+        if grid
+        else default_space(settings.sweep, learning_rate=resolved.learning_rate, beta=resolved.beta)
+    )
+    return Sweep(
+        sweep_id=f"{method}-{uuid.uuid4().hex[:8]}",
+        method=method,
+        dataset=dataset,
+        base=base,
+        trials=trials or settings.sweep.trials,
+        space=space | asked,
+        overrides=dict(overrides or {}),
+        grid=grid,
+        scheduler=scheduler,
+    )
+
+
+def run_sweep(settings: Settings, sweep: Sweep) -> SweepResult:
+    """Run a sweep from its beginning.
+
+    Raises:
+        DatasetError: no held-out feedback to judge the trials by.
+        NotFoundError: no such dataset or version.
+    """
+    folder = sweep_folder(settings, sweep.sweep_id)
+    tags = {"rayloop.kind": "sweep", "rayloop.sweep": sweep.sweep_id, "rayloop.method": sweep.method}
+    with tracking.run(settings, f"sweep {sweep.sweep_id}", tags=tags) as run:
+        sweep = Sweep(**{**sweep.__dict__, "run_id": run.run_id})
+        folder.mkdir(parents=True)
+        (folder / SPEC).write_text(json.dumps(sweep.to_json(), indent=2))
+        return _carry_out(settings, sweep, run, resume=False)
+
+
+def resume_sweep(settings: Settings, sweep_id: str) -> SweepResult:
+    """Go on with a sweep that was interrupted; finished trials are kept, others go on from a checkpoint.
+
+    Raises:
+        NotFoundError: no such sweep.
+    """
+    sweep = read_sweep(settings, sweep_id)
+    run = tracking.resume(settings, sweep.run_id)
+    found = _carry_out(settings, sweep, run, resume=True)
+    run.client.set_terminated(run.run_id, "FINISHED")
+    return found
+
+
+def read_sweep(settings: Settings, sweep_id: str) -> Sweep:
+    """A sweep from its folder.
+
+    Raises:
+        NotFoundError: no such sweep; the message names those there are.
+    """
+    file = sweep_folder(settings, sweep_id) / SPEC
+    if not file.is_file():
+        root = settings.home / "sweeps"
+        known = sorted(path.parent.name for path in root.glob(f"*/{SPEC}")) if root.is_dir() else []
+        raise NotFoundError(f"no sweep {sweep_id!r}; there are {', '.join(known) or 'none'}")
+    values = json.loads(file.read_text())
+    space = {name: _dimension(fields) for name, fields in values.pop("space").items()}
+    return Sweep(**values, space=space)
+
+
+def sweep_folder(settings: Settings, sweep_id: str) -> Path:
+    """Where a sweep keeps everything."""
+    return settings.home / "sweeps" / sweep_id
+
+
+def _carry_out(settings: Settings, sweep: Sweep, run: tracking.Run, *, resume: bool) -> SweepResult:
+    started = time.monotonic()
+    dataset = find_dataset(settings, sweep.dataset)
+    plan, defaults = make_plan(settings, sweep, dataset)
+    manifest = load_manifest(dataset)
+    if not resume:
+        space = {name: _text(dimension) for name, dimension in sweep.space.items()}
+        shared = {"method": sweep.method, "base": sweep.base, "trials": sweep.trials, "space": space}
+        run.log_params({**shared, "kl_limit": settings.sweep.kl_limit, "scheduler": sweep.scheduler})
+        run.log_dataset(
+            name=manifest.dataset_id, digest=manifest.dataset_hash, uri=str(dataset), context="training"
+        )
+    with ray_session(settings):
+        from tune.search import run_trials
+
+        trials = run_trials(settings, sweep, plan, defaults, run, resume=resume)
+    chosen = report.choose(trials, settings.sweep.kl_limit)
+    found = SweepResult(
+        sweep_id=sweep.sweep_id,
+        run_id=run.run_id,
+        method=sweep.method,
+        dataset_id=manifest.dataset_id,
+        trials=trials,
+        chosen=chosen,
+        kl_limit=settings.sweep.kl_limit,
+        folder=str(sweep_folder(settings, sweep.sweep_id)),
+        seconds=time.monotonic() - started,
+    )
+    _log_result(run, found)
+    return found
+
+
+def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dict[str, Any]]:
+    """What all trials share, and the configuration that is tried first: the method's own default.
+
+    Raises:
+        DatasetError: no held-out feedback to judge the trials by.
+    """
+    from train.config import resolve_config
+    from tune.trial import Plan
+
+    folder = sweep_folder(settings, sweep.sweep_id)
+    base_model, init_adapter = _resolve_start(settings, sweep.base)
+    threads = max(1, (os.cpu_count() or 1) // settings.sweep.concurrency)
+    config = resolve_config(
+        settings,
+        sweep.method,
+        base_model=base_model,
+        init_adapter=init_adapter,
+        dataset=dataset,
+        out=folder,
+        threads=threads,
+        **sweep.overrides,
+    )
+    target = _make_target(settings, dataset, base_model, init_adapter)
+    plan = Plan(config.model_dump(mode="json"), target, str(folder / "trials"), settings.sweep.rungs, threads)
+    defaults = {name: getattr(config, name) for name in sweep.space}
+    return plan, defaults if contains(sweep.space, defaults) else {}
+
+
+def _make_target(settings: Settings, dataset: Path, base_model: str, init_adapter: str | None) -> Target:
+    """The validation split's truths with the start model's answers to them."""
+    truths = read_truths(dataset, split="validation", limit=settings.sweep.validation_prompts)
+    if not truths:
+        raise DatasetError(
+            f"{dataset} holds no feedback in its validation split to judge trials by; curate more"
+        )
+    make_grader(settings.evaluation.grader, field="evaluation.grader")
+    chosen = settings.evaluation
+    source = Source("start", base_model, init_adapter, chosen.max_new_tokens, chosen.batch_size, chosen.seed)
+    answers = LocalVersion(source).answer([truth.prompt for truth in truths])
+    return Target(
+        base_model=base_model,
+        init_adapter=init_adapter,
+        truths=tuple(truths),
+        start_answers=tuple(answers),
+        grader=chosen.grader,
+        max_new_tokens=chosen.max_new_tokens,
+        batch_size=chosen.batch_size,
+        kl_samples=settings.sweep.kl_samples,
+        kl_limit=settings.sweep.kl_limit,
+        seed=settings.sweep.seed,
+    )
+
+
+def _resolve_start(settings: Settings, base: str) -> tuple[str, str | None]:
+    """Base model and adapter of a version, or a path or hub id as it is."""
+    if "@" not in base and not (base.count("/") == 1 and base.rpartition("/")[2].isdecimal()):
+        return base, None
+    registry = Registry(settings)
+    version = registry.get(base)
+    adapter = str(registry.adapter_dir(version)) if version.adapter_sha256 else None
+    return version.base_model, adapter
+
+
+def _log_result(run: tracking.Run, found: SweepResult) -> None:
+    run.log_dict(found.to_json(), "sweep.json")
+    run.log_text(report.markdown(found.trials, found.chosen), "pareto.md")
+    run.log_bytes(report.plot(found.trials, found.chosen, found.kl_limit), "pareto.png")
+    if found.chosen:
+        best = {"chosen.win_rate": found.chosen.win_rate, "chosen.kl": found.chosen.kl}
+        run.log_metrics(best)
+        run.set_tags({"rayloop.chosen": json.dumps(found.chosen.config)})
+
+
+def _dimension(fields: dict[str, Any]) -> Range | Choice:
+    if fields.pop("kind") == "Choice":
+        return Choice(tuple(fields["values"]))
+    return Range(**fields)
+
+
+def _text(dimension: Range | Choice) -> str:
+    if isinstance(dimension, Choice):
+        return ",".join(map(str, dimension.values))
+    return f"{dimension.low:g}:{dimension.high:g}"
