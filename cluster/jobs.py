@@ -18,6 +18,8 @@ from cluster.database import write
 from cluster.errors import ConflictError, NotFoundError
 from cluster.tables import training_jobs
 
+UNCOUNTED = ("loop",)
+"""Kinds that only wait for others; they take no place among the concurrent jobs."""
 STATES = ("pending", "running", "completed", "failed")
 LOST = "its process has gone without a word"
 
@@ -68,7 +70,7 @@ class Jobs:
         """
         if max_concurrent is not None:
             self.fail_lost(silent_s)
-            running = len(self.list(state="running"))
+            running = sum(job.kind not in UNCOUNTED for job in self.list(state="running"))
             if running >= max_concurrent:
                 raise ConflictError(
                     f"{running} jobs of tenant {self.tenant!r} run already and "

@@ -30,9 +30,7 @@ def test_default_space_is_centred_on_the_methods_defaults() -> None:
     space = default_space(SweepSettings(), learning_rate=1e-4, beta=0.1)
     rate = space["learning_rate"]
     assert isinstance(rate, Range) and rate.log
-    assert rate.high / rate.low == pytest.approx(10) and math.sqrt(rate.high * rate.low) == pytest.approx(
-        1e-4
-    )
+    assert rate.high / rate.low == pytest.approx(10) and math.sqrt(rate.high * rate.low) == pytest.approx(1e-4)
     assert list(default_space(SweepSettings(), learning_rate=1e-4, beta=None)) == ["learning_rate"]
     assert contains(space, {"learning_rate": 1e-4, "beta": 0.1})
     assert not contains(space, {"learning_rate": 1e-2, "beta": 0.1})

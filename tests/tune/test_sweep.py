@@ -1,6 +1,10 @@
 """A real sweep on the tiny model: trials, nested runs, the choice, and going on after an interruption."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,9 +22,7 @@ def sweep_settings(settings: Settings) -> Settings:
     quick = {"learning_rate": 1e-2, "epochs": 1}
     training = {"batch_size": 32, "gradient_accumulation": 1, "warmup_steps": 2, "dpo": quick}
     sweep = {"trials": 3, "validation_prompts": 16, "kl_samples": 1}
-    return load_settings(
-        home=settings.home, training=training, sweep=sweep, evaluation={"max_new_tokens": 24}
-    )[0]
+    return load_settings(home=settings.home, training=training, sweep=sweep, evaluation={"max_new_tokens": 24})[0]
 
 
 def test_new_sweep_refuses_unknown_fields_and_methods(settings: Settings) -> None:
@@ -62,6 +64,37 @@ def test_sweep_on_the_toy(mlflow_settings: Settings, toy_base: Path, ray_session
     assert [t.win_rate for t in again.trials] == [t.win_rate for t in found.trials]
 
 
+SCRIPT = """
+import sys
+from cluster.settings import load_settings
+from tests.tune.test_sweep import sweep_settings
+from tune.sweep import new_sweep, run_sweep
+settings = sweep_settings(load_settings(home=sys.argv[1])[0])
+run_sweep(settings, new_sweep(settings, method="dpo", dataset="latest", base=sys.argv[2], scheduler="none"))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(mlflow_settings: Settings, toy_base: Path, ray_session: None) -> None:
+    settings = sweep_settings(mlflow_settings)
+    write_feedback_dataset(settings.home / "datasets", users=60)
+    place = settings.home / "sweeps"
+    command = [sys.executable, "-c", SCRIPT, str(settings.home), str(toy_base)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True)
+    deadline = time.monotonic() + 400
+    while not list(place.glob("*/trials/*/adapter")) and process.poll() is None:
+        assert time.monotonic() < deadline, "no trial ended"
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    sweep_id = next(place.iterdir()).name
+    found = resume_sweep(settings, sweep_id)
+    assert [trial.number for trial in found.trials] == [0, 1, 2]
+    assert all(trial.status == "completed" for trial in found.trials)
+    _check_runs(settings, found)
+
+
 def _check_runs(settings: Settings, found: Any) -> None:
     client = tracking.client(settings)
     parent = client.get_run(found.run_id)
@@ -77,9 +110,7 @@ def _check_runs(settings: Settings, found: Any) -> None:
 
 
 @pytest.mark.ray
-def test_a_stopped_training_frees_its_actor_within_a_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_training_frees_its_actor_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tune.objective import Target
     from tune.trial import Plan, RunningTrial
 

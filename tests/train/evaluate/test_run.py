@@ -164,14 +164,10 @@ def test_local_version_answers_and_scores_the_toy(toy_base: Path) -> None:
 
     source = models.Source("t/1", str(toy_base), None, 32, 16, 0)
     version = models.LocalVersion(source)
-    prompts = [
-        Prompt(({"role": "user", "content": f"service={s} level=low hour=3"},)) for s in ("api", "mail")
-    ]
+    prompts = [Prompt(({"role": "user", "content": f"service={s} level=low hour=3"},)) for s in ("api", "mail")]
     answers = version.answer(prompts)
     assert len(answers) == 2
-    truths = [
-        Truth(str(i), "u", p, a, "liked") for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
-    ]
+    truths = [Truth(str(i), "u", p, a, "liked") for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
     unlikely = [Truth("x", "u", prompts[0], "zzzz", "liked")]
     own, other = version.losses(truths), version.losses(unlikely)
     assert all(nats > 0 and tokens > 5 for nats, tokens in own)
