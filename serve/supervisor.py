@@ -180,7 +180,9 @@ class LiveSide:
         ]
         command += ["--backend-store-uri", self.settings.tracking_uri]
         with (self._folder / "mlflow.log").open("wb") as file:
-            self._mlflow = subprocess.Popen(command, stdout=file, stderr=file)
+            # Only its pages are wanted: its own job runner would start eight more processes.
+            environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            self._mlflow = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         self.pids["mlflow"] = self._mlflow.pid
         self.urls["mlflow"] = f"http://127.0.0.1:{port}"
 

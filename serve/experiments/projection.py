@@ -134,12 +134,17 @@ class Projection:
 
     def step(self) -> int:
         """Fold one page and move the cursor, in one transaction; the number of events read."""
+        newest = self.log.last_seq()
+        if self.log.cursor(CURSOR) >= newest:
+            return 0
         with write(self.engine).begin() as connection:
             after = _locked_cursor(connection)
             page = self.log.read(after, self.settings.projection_page, kinds=KINDS)
             if page:
                 self._apply(connection, self._fold(after, page))
-                save_cursor(connection, CURSOR, page[-1].seq)
+            is_last = len(page) < self.settings.projection_page
+            reached = page[-1].seq if page else after
+            save_cursor(connection, CURSOR, max(reached, newest) if is_last else reached)
         return len(page)
 
     def rebuild(self) -> int:
@@ -165,9 +170,7 @@ class Projection:
                 fold.add(exposure, [("feedback_response_rate", 0.0)])
             responded = False
             for reaction in group:
-                first = (
-                    reaction.event.kind == "feedback" and is_explicit(reaction.event.body) and not responded
-                )
+                first = reaction.event.kind == "feedback" and is_explicit(reaction.event.body) and not responded
                 if max(reaction.seq, exposure.seq) > after:
                     fold.add(exposure, _of_reaction(reaction))
                     if first:

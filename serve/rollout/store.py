@@ -119,9 +119,7 @@ def _select(connection: Connection, where: sa.ColumnElement[bool]) -> list[Rollo
     query = sa.select(experiments).where(experiments.c.experiment_id.in_([r["experiment_id"] for r in rows]))
     known = {row["experiment_id"]: Experiment(**row) for row in connection.execute(query).mappings()}
     names = [name for name in Rollout.__slots__ if name != "experiment"]
-    return [
-        Rollout(experiment=known[row["experiment_id"]], **{name: row[name] for name in names}) for row in rows
-    ]
+    return [Rollout(experiment=known[row["experiment_id"]], **{name: row[name] for name in names}) for row in rows]
 
 
 def insert_rollout(connection: Connection, rollout: Rollout) -> None:
@@ -155,8 +153,14 @@ def update_rollout(connection: Connection, rollout: Rollout, now_us: int, values
 
 
 def acquire_lease(engine: Engine, name: str, holder: str, duration_s: float, now_us: int) -> bool:
-    """Take or renew a lease; `False` while somebody else holds it."""
-    values = {"holder": holder, "expires_us": now_us + round(duration_s * SECOND_US)}
+    """Take or renew a lease; `False` while somebody else holds it. It is renewed once half of it is over."""
+    duration_us = round(duration_s * SECOND_US)
+    values = {"holder": holder, "expires_us": now_us + duration_us}
+    mine = (leases.c.name == name) & (leases.c.holder == holder)
+    with engine.connect() as connection:
+        expires_us = connection.execute(sa.select(leases.c.expires_us).where(mine)).scalar()
+    if expires_us is not None and expires_us - now_us > duration_us / 2:
+        return True
     free = (leases.c.name == name) & ((leases.c.holder == holder) | (leases.c.expires_us <= now_us))
     try:
         with write(engine).begin() as connection:

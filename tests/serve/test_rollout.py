@@ -1,0 +1,380 @@
+"""Whole rollouts on a real database: simulated users, a simulated clock, everything else as in production."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.engine import Engine
+
+from cluster.errors import ConflictError, InputError, NotFoundError, UnavailableError
+from cluster.tables import experiments, rollouts
+from serve.experiments.evidence import Evidence
+from serve.experiments.projection import Projection
+from serve.experiments.store import check_shares, get_experiment
+from serve.rollout import controller
+from serve.rollout.controller import approve, freeze, roll_back, unfreeze
+from serve.rollout.decide import replay
+from serve.rollout.state import Decision
+from serve.rollout.store import Rollout, get_rollout
+from serve.routes import update_route
+from tests.serve.rollout_world import Killed, Population, World, demo_settings
+from tests.serve.test_decide import evidence, reading
+
+ANN = "person:ann"
+
+
+def population(candidate: float = 0.85, **values: Any) -> Population:
+    return Population(users=400, accuracy={"stable": 0.65, "candidate": candidate}, seed=5, **values)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, world: World, read: Callable[[Rollout], Evidence | None]) -> None:
+    """Replace what the statistics say; users then need not ask."""
+    monkeypatch.setattr(controller, "_evidence", lambda engine, rollout: read(rollout))
+
+
+def good(world: World) -> Evidence:
+    return evidence(last_seen_us={"candidate": world.now_us, "stable": world.now_us})
+
+
+def bad(world: World) -> Evidence:
+    return evidence(primary=reading(harm=0.5), last_seen_us={"candidate": world.now_us, "stable": world.now_us})
+
+
+def test_a_better_candidate_passes_every_stage_and_is_promoted(database: Engine) -> None:
+    world = World(database, demo_settings(), population())
+    rollout = world.run(world.start().rollout_id)
+    assert (rollout.state, rollout.stage) == ("promoted", 3)
+    route = world.route
+    assert (route.stable, route.candidate, route.share, route.experiment_id) == ("triage/2", None, 0.0, None)
+    assert world.registry.aliases["champion"] == "triage/2"
+    assert world.servables.wanted == {"triage/1", "triage/2"}
+    ended = get_experiment(database, rollout.experiment.experiment_id)
+    assert (ended.state, ended.outcome) == ("ended", "promote")
+    moves = [d for d in world.decisions() if d["outcome"] in ("start", "advance", "promote")]
+    assert [d["share_after"] for d in moves] == [0.1, 0.25, 0.5, 0.9, 0.0]
+    assert [d["number"] for d in world.decisions()] == list(range(1, rollout.decisions + 1))
+    updated = [r.event.body for r in world.log.scan(kinds=["model.updated"])]
+    assert [(u["version"], u["change"], u["alias"]) for u in updated] == [("triage/2", "alias", "champion")]
+
+
+def test_every_recorded_decision_can_be_replayed(sqlite_database: Engine) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    world.run(world.start().rollout_id)
+    decided = [d["evidence"] for d in world.decisions() if "state" in d["evidence"]]
+    assert len(decided) > 5
+    for record in decided:
+        assert replay(record) == Decision.from_json(record["decision"])
+
+
+def test_a_damaged_candidate_is_rolled_back_by_a_guardrail(database: Engine) -> None:
+    world = World(database, demo_settings(), population(candidate=0.1))
+    started_us = world.now_us
+    rollout = world.run(world.start().rollout_id)
+    assert rollout.state == "rolled_back"
+    assert world.decisions()[-1]["evidence"]["decision"]["code"] == "guardrail"
+    assert (world.now_us - started_us) / 1e6 < 30
+    assert (world.route.stable, world.route.candidate, world.route.share) == ("triage/1", None, 0.0)
+    assert world.registry.aliases["champion"] == "triage/1"
+    assert "worse" in world.registry.tags["triage/2", "rayloop.rolled_back"]
+    assert world.servables.wanted == {"triage/1"}
+    ended = get_experiment(database, rollout.experiment.experiment_id)
+    assert ended.outcome == "rejected_by_guardrail"
+
+
+def test_a_failing_candidate_is_stopped_within_its_first_requests(sqlite_database: Engine) -> None:
+    failing = population(error_rate={"stable": 0.0, "candidate": 0.8})
+    world = World(sqlite_database, demo_settings(), failing)
+    rollout = world.run(world.start().rollout_id, requests=20)
+    assert rollout.state == "rolled_back"
+    assert world.decisions()[-1]["evidence"]["decision"]["code"] == "first_requests"
+
+
+def test_without_traffic_it_holds_and_then_rolls_back(sqlite_database: Engine) -> None:
+    world = World(sqlite_database, demo_settings(hold_limit_s=30), population())
+    rollout = world.run(world.start().rollout_id, traffic=False)
+    assert rollout.state == "rolled_back"
+    assert get_experiment(sqlite_database, rollout.experiment.experiment_id).outcome == "inconclusive"
+    codes = [d["evidence"]["decision"]["code"] for d in world.decisions()]
+    assert codes == ["started", "too_few_users", "stale", "held_too_long"]
+
+
+def test_a_rebuild_of_the_statistics_changes_no_evidence(sqlite_database: Engine) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    rollout = world.run(world.start().rollout_id, seconds=15)
+    before = controller._evidence(sqlite_database, rollout)
+    Projection(sqlite_database, world.settings).rebuild()
+    assert controller._evidence(sqlite_database, rollout) == before
+
+
+# Starting
+
+
+def test_gates_must_be_passed_or_overridden_with_a_reason(sqlite_database: Engine) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    with pytest.raises(ConflictError, match="triage/3 has gates failed; run `rayloop evaluate"):
+        world.start("triage/3")
+    rollout = world.start("triage/3", override_reason="damaged on purpose")
+    world.run(rollout.rollout_id, seconds=2)
+    assert "overridden: damaged on purpose" in world.decisions()[0]["reason"]
+    assert world.decisions()[0]["evidence"]["config"]["gates_override"] == "damaged on purpose"
+
+
+def test_a_start_is_refused_before_anything_is_written(sqlite_database: Engine) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    with pytest.raises(NotFoundError, match="triage/1, triage/2"):
+        world.start("triage/9")
+    with pytest.raises(InputError, match="already stable"):
+        world.start("triage/1", override_reason="x")
+    world.start()
+    with pytest.raises(ConflictError, match="runs on route"):
+        world.start("triage/3", override_reason="x")
+    with sqlite_database.connect() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(rollouts)).scalar() == 1
+        assert connection.execute(sa.select(sa.func.count()).select_from(experiments)).scalar() == 1
+
+
+@pytest.mark.parametrize("shares", [{"a/1": 0.5, "a/2": 0.4}, {"a/1": 1.5, "a/2": -0.5}, {"a/1": float("nan")}])
+def test_shares_must_sum_to_one(shares: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="must"):
+        check_shares(shares)
+
+
+def test_a_candidate_that_cannot_be_served_fails_the_rollout(sqlite_database: Engine) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    for refuses, broken in (("rank 128 is over 64", None), (None, "HTTP 500")):
+        world.servables.refuses, world.routers.broken = refuses, broken
+        rollout = world.run(world.start().rollout_id, seconds=3, traffic=False)
+        assert rollout.state == "failed" and str(refuses or broken) in str(rollout.reason)
+        assert world.route.candidate is None
+
+
+# People
+
+
+def test_without_auto_rollout_people_approve_each_stage(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = demo_settings().model_copy(
+        update={"automation": demo_settings().automation.model_copy(update={"auto_rollout": False})}
+    )
+    world = World(database, settings, population())
+    scripted(monkeypatch, world, lambda rollout: good(world))
+    rollout_id = world.start().rollout_id
+    for stage in range(4):
+        rollout = world.run(rollout_id, seconds=10, traffic=False)
+        assert (rollout.state, rollout.stage) == ("awaiting_approval", stage)
+        approve(world.steps, rollout_id, ANN)  # type: ignore[arg-type]
+    assert world.run(rollout_id, seconds=2, traffic=False).state == "promoted"
+    assert [d["actor"] for d in world.decisions() if d["outcome"] == "approve"] == [ANN] * 4
+
+
+def test_rollback_by_hand_works_at_once_and_without_a_controller(database: Engine) -> None:
+    world = World(database, demo_settings(), population())
+    rollout = world.run(world.start().rollout_id, seconds=3)
+    assert world.route.share == 0.1
+    rollout = roll_back(world.steps, rollout.rollout_id, ANN, "a customer called")  # type: ignore[arg-type]
+    assert (rollout.state, world.route.share, world.route.candidate) == ("rolled_back", 0.0, None)
+    assert world.registry.tags["triage/2", "rayloop.rolled_back"] == f"rolled back by {ANN}: a customer called"
+    with pytest.raises(ConflictError, match="is rolled_back"):
+        roll_back(world.steps, rollout.rollout_id, ANN, "again")  # type: ignore[arg-type]
+
+
+def test_a_promotion_can_be_taken_back_within_its_window(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(database, demo_settings(restore_window_s=100), population())
+    scripted(monkeypatch, world, lambda rollout: good(world))
+    rollout_id = world.start().rollout_id
+    assert world.run(rollout_id, traffic=False).state == "promoted"
+    assert roll_back(world.steps, rollout_id, ANN, "worse after all").state == "rolled_back"  # type: ignore[arg-type]
+    assert (world.route.stable, world.registry.aliases["champion"]) == ("triage/1", "triage/1")
+
+
+def test_a_freeze_stops_growth_until_it_is_lifted(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    scripted(monkeypatch, world, lambda rollout: good(world))
+    rollout_id = world.start().rollout_id
+    world.run(rollout_id, seconds=3, traffic=False)
+    assert freeze(world.steps, rollout_id, ANN, "holiday").state == "holding"  # type: ignore[arg-type]
+    rollout = world.run(rollout_id, seconds=100, traffic=False)
+    assert (rollout.state, rollout.stage, world.route.share) == ("holding", 0, 0.1)
+    assert unfreeze(world.steps, rollout_id, ANN).state == "running"  # type: ignore[arg-type]
+    assert world.run(rollout_id, traffic=False).state == "promoted"
+
+
+def test_a_persons_edit_of_the_route_is_noticed_and_respected(
+    database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(database, demo_settings(), population())
+    scripted(monkeypatch, world, lambda rollout: good(world))
+    rollout_id = world.start().rollout_id
+    world.run(rollout_id, seconds=3, traffic=False)
+    update_route(database, world.key, {"share": 0.02}, writer="person:bob")
+    rollout = world.run(rollout_id, seconds=100, traffic=False)
+    assert (rollout.state, world.route.share) == ("holding", 0.02)
+    assert "changed by person:bob" in world.decisions()[-1]["reason"]
+    unfreeze(world.steps, rollout_id, ANN)  # type: ignore[arg-type]
+    assert world.route.share == 0.1
+    assert world.run(rollout_id, traffic=False).state == "promoted"
+
+
+def test_a_rollback_leaves_a_route_alone_that_a_person_gave_to_another_version(
+    sqlite_database: Engine,
+) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    rollout = world.run(world.start().rollout_id, seconds=3)
+    update_route(sqlite_database, world.key, {"candidate": "triage/3", "share": 0.3}, writer="person:bob")
+    roll_back(world.steps, rollout.rollout_id, ANN, "tidy up")  # type: ignore[arg-type]
+    assert (world.route.candidate, world.route.share) == ("triage/3", 0.3)
+
+
+def test_pinning_holds_and_the_ceiling_of_the_config_is_kept(
+    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    scripted(monkeypatch, world, lambda rollout: good(world))
+    rollout_id = world.start().rollout_id
+    world.run(rollout_id, seconds=3, traffic=False)
+    update_route(sqlite_database, world.key, {"max_share": 0.3}, writer="config")
+    rollout = world.run(rollout_id, seconds=20, traffic=False)
+    assert (rollout.stage, world.route.share) == (1, 0.25)
+    assert rollout.progress["last_code"] == "ceiling"
+    update_route(sqlite_database, world.key, {"pinned": True}, writer="person:bob")
+    assert world.run(rollout_id, seconds=2, traffic=False).progress["last_code"] == "edited"
+
+
+# Crashes
+
+
+def fingerprint(world: World, rollout_id: str) -> dict[str, Any]:
+    """Everything a rollout leaves behind, but for times and revisions."""
+    rollout, route = get_rollout(world.engine, rollout_id), world.route
+    experiment = get_experiment(world.engine, rollout.experiment.experiment_id)
+    events = [r.event for r in world.log.scan(kinds=["rollout.decision", "model.updated"])]
+    return {
+        "rollout": (
+            rollout.state,
+            rollout.stage,
+            rollout.decisions,
+            rollout.reason,
+            rollout.pending_decision,
+        ),
+        "progress": rollout.progress,
+        "route": (route.stable, route.candidate, route.share, route.experiment_id, route.pinned),
+        "experiment": (experiment.state, experiment.outcome),
+        "aliases": world.registry.aliases,
+        "tags": world.registry.tags,
+        "servables": world.servables.wanted,
+        "events": [
+            (e.kind, e.event_id.replace(rollout_id, "ID"), e.body.get("outcome"), e.body.get("share_after"))
+            for e in events
+        ],
+        "route_changes": [r.event.body["after"]["share"] for r in world.log.scan(kinds=["route.changed"])],
+    }
+
+
+def story(engine: Engine, monkeypatch: pytest.MonkeyPatch, ending: str, kills: list[int]) -> tuple[dict[str, Any], int]:
+    """A rollout to its end; the controller dies at each of these points and another one takes over."""
+    with engine.begin() as connection:
+        for table in reversed(sa.inspect(engine).get_table_names()):
+            if table != "alembic_version":
+                connection.execute(sa.text(f"DELETE FROM {table}"))
+    world = World(engine, demo_settings(stage_duration_s=1), population())
+    turns_bad = ending == "rolled_back"
+    scripted(monkeypatch, world, lambda r: bad(world) if turns_bad and r.stage == 2 else good(world))
+    rollout_id = world.start().rollout_id
+    deaths = sorted(kills)
+    world.steps.point = 0
+    world.steps.kill_at = deaths.pop(0) if deaths else None
+    acting = world.controller()
+    for _ in range(60):
+        world.now_us += 1_000_000
+        while True:
+            try:
+                acting.tick()
+                break
+            except Killed:
+                world.steps.kill_at = deaths.pop(0) if deaths else None
+                acting = world.controller()
+                expire_lease(engine)
+        if get_rollout(engine, rollout_id).state in ("promoted", "rolled_back"):
+            break
+    return fingerprint(world, rollout_id), world.steps.point
+
+
+def expire_lease(engine: Engine) -> None:
+    """Spare the test the wait until a dead controller's lease runs out."""
+    with engine.begin() as connection:
+        connection.execute(sa.text("DELETE FROM leases"))
+
+
+@pytest.mark.parametrize("ending", ["promoted", "rolled_back"])
+def test_killed_at_any_point_it_ends_where_an_undisturbed_run_ends(
+    database: Engine, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    undisturbed, points = story(database, monkeypatch, ending, [])
+    assert undisturbed["rollout"][0] == ending and points >= 30
+    choose = random.Random(8)
+    for _ in range(25):
+        kills = choose.sample(range(1, points + 1), choose.choice([1, 1, 2, 3]))
+        disturbed, _ = story(database, monkeypatch, ending, kills)
+        assert disturbed == undisturbed, kills
+
+
+def test_every_single_point_survives_a_kill(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed, points = story(sqlite_database, monkeypatch, "promoted", [])
+    for point in range(1, points + 1):
+        assert story(sqlite_database, monkeypatch, "promoted", [point])[0] == undisturbed, point
+
+
+def test_a_registry_that_is_down_delays_a_promotion_but_loses_nothing(
+    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    scripted(monkeypatch, world, lambda rollout: good(world))
+    world.registry.is_down = True
+    rollout_id = world.start().rollout_id
+    assert world.run(rollout_id, seconds=40, traffic=False).state == "promoting"
+    assert world.registry.aliases["champion"] == "triage/1"
+    world.registry.is_down = False
+    assert world.run(rollout_id, seconds=2, traffic=False).state == "promoted"
+    assert world.registry.aliases["champion"] == "triage/2"
+
+
+def test_routers_that_lag_are_waited_for_and_then_warned_of(
+    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(sqlite_database, demo_settings(confirm_timeout_s=5), population())
+    scripted(monkeypatch, world, lambda rollout: good(world))
+    world.routers.shown = False
+    rollout_id = world.start().rollout_id
+    rollout = world.run(rollout_id, seconds=4, traffic=False)
+    assert rollout.pending_decision is not None and world.route.share == 0.1
+    assert world.run(rollout_id, seconds=4, traffic=False).state == "running"
+
+
+def test_one_controller_at_a_time(database: Engine) -> None:
+    world = World(database, demo_settings(lease_s=5), population())
+    first, second = world.controller(), world.controller()
+    assert first.tick() and not second.tick()
+    world.now_us += 4_000_000
+    assert first.tick() and not second.tick()
+    world.now_us += 6_000_000
+    assert second.tick() and not first.tick()
+    second.close()
+    assert first.tick()
+
+
+def test_an_unreadable_database_is_a_hold(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    rollout_id = world.start().rollout_id
+    world.run(rollout_id, seconds=3)
+
+    def fails(*arguments: Any, **named: Any) -> None:
+        raise sa.exc.OperationalError("SELECT", {}, UnavailableError("gone"))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(controller, "read_evidence", fails)
+    rollout = world.run(rollout_id, seconds=20)
+    assert (rollout.state, rollout.progress["last_code"], world.route.share) == (
+        "holding",
+        "unavailable",
+        0.1,
+    )
