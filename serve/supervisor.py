@@ -232,6 +232,7 @@ def prepare_environment(settings: Settings, folder: Path) -> None:
     environment = {
         "RAY_AUTH_MODE": settings.ray.auth_mode,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's default of 15 lets every other process here go before a live request
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own ports on loopback only: nothing guards them
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(settings.serve.drain_s),
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(settings.serve.proxy_ready_s),
