@@ -18,6 +18,8 @@ from cluster.database import write
 from cluster.errors import ConflictError, NotFoundError
 from cluster.tables import training_jobs
 
+UNCOUNTED = ("loop",)
+"""Kinds that only wait for others; they take no place among the concurrent jobs."""
 STATES = ("pending", "running", "completed", "failed")
 LOST = "its process has gone without a word"
 
@@ -68,7 +70,7 @@ class Jobs:
         """
         if max_concurrent is not None:
             self.fail_lost(silent_s)
-            running = len(self.list(state="running"))
+            running = sum(job.kind not in UNCOUNTED for job in self.list(state="running"))
             if running >= max_concurrent:
                 raise ConflictError(
                     f"{running} jobs of tenant {self.tenant!r} run already and "
@@ -100,7 +102,9 @@ class Jobs:
     def retry(self, job_id: str) -> Job:
         """failed (or running, when its process died) → pending, counted as one more try."""
         tries = training_jobs.c.retries + 1
-        return self._move(job_id, ("failed", "running"), state="pending", retries=tries, error=None, finished_at_us=None)
+        return self._move(
+            job_id, ("failed", "running"), state="pending", retries=tries, error=None, finished_at_us=None
+        )
 
     def progress(self, job_id: str, values: Mapping[str, Any]) -> None:
         """How far a running job is; also says that it lives."""

@@ -47,7 +47,11 @@ def run_command(
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as answer,  # a pipe nobody reads yet would fill up
         subprocess.Popen(
-            line, env={**os.environ, **path, **(environment or {})}, stdout=answer, stderr=subprocess.PIPE, text=True
+            line,
+            env={**os.environ, **path, **(environment or {})},
+            stdout=answer,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as child,
     ):
         assert child.stderr is not None

@@ -22,6 +22,10 @@ SKETCH_VERSION = f"words-1/rensa-{rensa.RMinHash.ALGORITHM_VERSION}"
 PAD = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)  # an odd constant with well-mixed bits (splitmix64)
 SHIFT = np.uint64(31)
+ASCII_WORDS = np.array(
+    [ord(c.lower()) if c.isalnum() else 32 for c in map(chr, range(128))] + [32] * 128, np.uint8
+)
+"""What becomes of each byte of ASCII text."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +45,29 @@ def text_hashes(texts: Sequence[str]) -> U64:
 
 def word_arrays(texts: pa.Array) -> tuple[U64, NDArray[np.int64]]:
     """Hash of every word of every text, and the offsets of the texts; case and punctuation are ignored."""
-    plain = pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\p{L}\p{N}]+", " ")
-    lists = pc.split_pattern(pc.utf8_trim(plain, " "), " ")
+    lists = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(only_words(texts)))
     encoded = pc.dictionary_encode(lists.values)
     words: U64 = pd.util.hash_array(
         np.asarray(encoded.dictionary.to_pylist(), dtype=object), categorize=False
     )
     return words[encoded.indices.to_numpy()], lists.offsets.to_numpy().astype(np.int64)
+
+
+def only_words(texts: pa.Array) -> pa.Array:
+    """Texts in lower case, with spaces for all that is no letter and no digit."""
+    if pc.all(pc.string_is_ascii(texts)).as_py() is not False:
+        return _translate_ascii(texts)
+    return pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\p{L}\p{N}]", " ")
+
+
+def _translate_ascii(texts: pa.Array) -> pa.Array:
+    """The same for plain ASCII: one look-up a byte, several times as fast as the regular expression."""
+    texts = pa.concat_arrays([texts.cast(pa.large_string())])  # whole buffers, without an offset
+    _, offsets, data = texts.buffers()
+    if data is None:
+        return texts
+    plain = ASCII_WORDS[np.frombuffer(data, dtype=np.uint8)]
+    return pa.LargeStringArray.from_buffers(len(texts), offsets, pa.py_buffer(plain.tobytes()))
 
 
 def shingle(texts: pa.Array, words_each: int) -> Shingles:

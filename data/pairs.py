@@ -20,6 +20,7 @@ from data.join import to_json
 from data.stages import Dropped
 from data.template import content_text
 
+ANSWERS = ("chosen", "rejected", "completion")
 KINDS = ("sft", "preference", "unpaired")
 EXAMPLES = pa.schema(
     [
@@ -82,10 +83,24 @@ def make_examples(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table
         made = [*sft_examples(answers, settings.examples), *unpaired_examples(answers, settings.examples)]
         made += preference_examples(answers, settings.examples, dropped)
         used = {i for example in made for i in example["interaction_ids"]}
+        made, repeated = _without_repeats(made)
+        dropped["repeated example"] += repeated
         dropped["no example"] += sum(not used.intersection(row["interaction_ids"]) for row in rows)
         examples += made
     examples.sort(key=lambda example: (example["kind"], example["example_id"]))
     return pa.Table.from_pylist(examples, EXAMPLES), +dropped
+
+
+def _without_repeats(examples: list[Row]) -> tuple[list[Row], int]:
+    """Each example once: several people may write the same correction. The heaviest stays."""
+    by_content: dict[tuple[Any, ...], Row] = {}
+    for example in examples:
+        texts = (normalise_text(example.get(name) or "") for name in ("messages", "prompt", *ANSWERS))
+        key = (example["kind"], example.get("label"), *texts)
+        kept = by_content.setdefault(key, example)
+        if example["weight"] > kept["weight"]:
+            by_content[key] = example
+    return list(by_content.values()), len(examples) - len(by_content)
 
 
 def answers_of(row: Row, settings: CurationSettings) -> list[Answer]:

@@ -6,10 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.errors import InputError
 from cluster.logs import configure_logging
 from cluster.settings import load_settings
+from train.answers import generate
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fit a LoRA adapter to a dataset.")
+
+app.command("generate")(generate)
 
 Config = Annotated[Path | None, typer.Option("--config", help="rayloop.yaml to use.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -46,6 +50,117 @@ def toy(
     }
     human = f"{result.parameters:,} parameters, loss {result.loss:.3f}, {result.seconds:.0f} s, in {out}"
     _print(report, f"{human}\nnext: rayloop register MODEL --base {out}", as_json)
+
+
+@app.command("run")
+def run(
+    method: Annotated[list[str] | None, typer.Option(help="sft, dpo or kto; repeat it to train several.")] = None,
+    dataset: Annotated[str, typer.Option(help="Dataset id, hash prefix, folder, or `latest`.")] = "latest",
+    agent: Annotated[str | None, typer.Option(help="Whose latest dataset and champion.")] = None,
+    base: Annotated[str | None, typer.Option(help="Model folder, hub id, or version such as triage@champion.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    beta: Annotated[float | None, typer.Option(help="KL coefficient of DPO and KTO.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in one forward pass.")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="Forward passes in one step.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and dropout.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Ray Train workers.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the job; made up when not given.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with an unfinished training.")] = None,
+    baseline: Annotated[bool | None, typer.Option(help="Train SFT on the same feedback beside.")] = None,
+    use_ray: Annotated[bool, typer.Option("--ray/--no-ray", help="On Ray Train, or in this process.")] = True,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a LoRA adapter on a curated dataset; DPO and KTO are reported beside SFT on the same feedback."""
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    from cluster.database import connect
+    from train.jobs import Request, run_training
+
+    overrides = {
+        "learning_rate": learning_rate,
+        "beta": beta,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "gradient_accumulation": gradient_accumulation,
+        "max_steps": max_steps,
+        "seed": seed,
+        "device": device,
+    }
+    request = Request(
+        methods=tuple(method or ["dpo"]),
+        dataset=dataset,
+        agent=agent,
+        base=base,
+        name=name,
+        resume=resume,
+        workers=workers,
+        ray=use_ray,
+        sft_baseline=baseline,
+        overrides=overrides,
+    )
+    result = run_training(settings, request, connect(settings))
+    _print(result, _table(result) + f"\nnext: rayloop register MODEL {result['adapter_dir']}", as_json)
+
+
+@app.command("register")
+def register(
+    model: Annotated[str, typer.Argument(help="Name of the agent the version is for.")],
+    adapter: Annotated[Path | None, typer.Argument(help="Folder of an adapter.")] = None,
+    base: Annotated[str | None, typer.Option(help="Register this base model instead of an adapter.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="Base model of the adapter, where it is not known.")] = None,
+    run: Annotated[str | None, typer.Option(help="MLflow run that made the adapter.")] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put a trained adapter or a base model into the registry."""
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    if (adapter is None) == (base is None):
+        raise InputError("adapter", adapter, "or --base must be given, one of the two", "name a folder or a base model")
+    from cluster.database import connect
+    from train.register import register_adapter, register_base
+
+    database = connect(settings)
+    if adapter is not None:
+        version = register_adapter(settings, database, model, adapter, base=base_model, run_id=run)
+    else:
+        version = register_base(settings, database, model, str(base))
+    report = {
+        "version": version.id,
+        "name": version.name,
+        "base_model": version.base_model,
+        "adapter_sha256": version.adapter_sha256,
+        "dataset_hash": version.dataset_hash,
+        "run_id": version.run_id,
+        "aliases": list(version.aliases),
+    }
+    following = f"rayloop evaluate {version.id} --against champion" if adapter else "rayloop up"
+    _print(report, f"{version.id} ({version.name}) registered\nnext: {following}", as_json)
+
+
+MEASURES = {
+    "heldout/liked_nats_per_token": "liked nats/token",
+    "heldout/pair_accuracy": "pair accuracy",
+    "heldout/kl_to_base": "KL to base",
+}
+"""Columns of the comparison of methods."""
+
+
+def _table(result: dict[str, Any]) -> str:
+    """The runs beside each other, on the same held-out feedback."""
+    header = f"{'method':<8}{'examples':>9}{'steps':>7}{'seconds':>9}" + "".join(f"{n:>18}" for n in MEASURES.values())
+    lines = [header]
+    for run in result["runs"]:
+        cells = "".join(
+            f"{run['metrics'][name]:>18.4f}" if name in run["metrics"] else f"{'-':>18}" for name in MEASURES
+        )
+        lines.append(f"{run['method']:<8}{run['examples']:>9}{run['steps']:>7}{run['seconds']:>9.1f}{cells}")
+        lines += [f"  warning: {warning}" for warning in run["warnings"]]
+    return "\n".join(lines)
 
 
 def _print(report: dict[str, Any], human: str, as_json: bool) -> None:

@@ -113,4 +113,19 @@ def resolve_config(settings: Settings, method: str, **overrides: Any) -> TrainCo
         field = f"train.{name}" if name else "train"
         value = problem["input"] if name else method
         rule = problem["msg"].removeprefix("Value error, ")
-        raise InputError(field, value, rule[0].lower() + rule[1:], "mend it on the command line or in rayloop.yaml") from None
+        raise InputError(
+            field, value, rule[0].lower() + rule[1:], "mend it on the command line or in rayloop.yaml"
+        ) from None
+
+
+def check_model_dir(model: str | Path) -> None:
+    """Refuse a local path that holds no model; a hub id (`organisation/name`) passes.
+
+    Raises:
+        InputError: the path does not exist, or has no config.json.
+    """
+    path = Path(model).expanduser()
+    looks_local = path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1
+    if (path.is_dir() or looks_local) and not (path / "config.json").is_file():
+        problem = "holds no model (config.json is missing)" if path.is_dir() else "does not exist"
+        raise InputError("base_model", str(model), problem, "name a transformers directory or a hub id")

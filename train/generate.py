@@ -18,6 +18,7 @@ from torch import Tensor
 from cluster.errors import InputError
 from data.events import Message
 from data.template import Tools, render, render_pair
+from train.config import check_model_dir
 from train.device import resolve_device
 from train.quiet import quiet_libraries
 
@@ -129,23 +130,11 @@ def load_model(model_dir: str | Path, adapter_dir: str | Path | None, device: st
         from peft import PeftModel
 
         if not (Path(adapter_dir) / "adapter_config.json").is_file():
-            raise InputError("adapter", str(adapter_dir), "holds no adapter", "name a folder written by `rayloop train run`")
+            raise InputError(
+                "adapter", str(adapter_dir), "holds no adapter", "name a folder written by `rayloop train run`"
+            )
         model = PeftModel.from_pretrained(model, str(adapter_dir)).merge_and_unload()
     return model.to(device).eval(), tokenizer
-
-
-def check_model_dir(model: str | Path) -> None:
-    """Refuse a local path that holds no model; a hub id (`organisation/name`) passes.
-
-    Raises:
-        InputError: the path does not exist, or has no config.json.
-    """
-    path = Path(model).expanduser()
-    looks_local = path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1
-    if path.is_dir() or looks_local:
-        if not (path / "config.json").is_file():
-            problem = "holds no model (config.json is missing)" if path.is_dir() else "does not exist"
-            raise InputError("base_model", str(model), problem, "name a transformers directory or a hub id")
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -161,9 +150,7 @@ def _answer(tokenizer: Any, ids: list[int], model: Any) -> Answer:
     return Answer(tokenizer.decode(kept, skip_special_tokens=True), kept, finished)
 
 
-def decode(
-    model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], sampling: Sampling
-) -> list[list[int]]:
+def decode(model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], sampling: Sampling) -> list[list[int]]:
     """New token ids for each prompt, the end token included where one was reached."""
     generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
     outputs: list[list[int]] = [[] for _ in prompts]

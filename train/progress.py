@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TextIO
 
@@ -14,23 +15,23 @@ class Progress:
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.every_s = every_s if every_s is not None else (0.1 if self.live else 5.0)
-        self.done = self.tokens = self.start_step = 0
+        self.done = self.start_step = 0
+        self.tokens = self.start_tokens = 0.0
         self.started = self.shown = time.monotonic()
+        self.told = 0.0
         self.values: dict[str, float] = {}
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.done:
             self._show()
         if self.live:
             self.stream.write("\n")
             self.stream.flush()
-
-    def resume_at(self, step: int) -> None:
-        """Steps that an earlier run has done already: they count for the bar, not for the speed."""
-        self.done = self.start_step = step
 
     def advance(self, tokens: int = 0, steps: int = 1, **values: float) -> None:
         """Count `steps` more, with what they measured."""
@@ -39,6 +40,22 @@ class Progress:
         self.values |= values
         if time.monotonic() - self.shown >= self.every_s:
             self._show()
+
+    def reached(self, step: int, tokens: float | None, values: Mapping[str, float]) -> None:
+        """A run elsewhere has come to `step`, having read `tokens` in all."""
+        if self.done == 0 and step > 1:  # it was resumed
+            self.start_step, self.start_tokens, self.started = step, tokens or 0, time.monotonic()
+        self.done, self.tokens = step, (tokens or self.start_tokens) - self.start_tokens
+        self.values |= values
+        if time.monotonic() - self.shown >= self.every_s:
+            self._show()
+
+    def beat(self, every_s: float = 1.0) -> bool:
+        """True when it is time again to tell others how far it is."""
+        due = time.monotonic() - self.told >= every_s
+        if due:
+            self.told = time.monotonic()
+        return due
 
     def line(self) -> str:
         """The line as text."""

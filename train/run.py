@@ -20,16 +20,17 @@ from cluster.errors import InputError
 from cluster.registry import adapter_digest
 from train import checkpoint
 from train.callbacks import BestKeeper, HealthCallback, ProgressCallback, Schedule
-from train.config import TrainConfig
+from train.config import TrainConfig, check_model_dir
 from train.device import Device, resolve_device
 from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
 from train.files import written_whole
-from train.generate import check_model_dir
 from train.health import HealthWatch, check_changed, check_swapped, check_truncation, warnings_for
 from train.quiet import quiet_libraries
 from train.report import HeldOut, held_out_report, validation_prompts
 
 log = logging.getLogger(__name__)
+
+RESULT = "result.json"
 
 
 class Reporter(Protocol):
@@ -159,7 +160,9 @@ def load_tokenizer(base_model: str) -> Any:
 
 def _unloadable(base_model: str, error: Exception) -> InputError:
     cause = str(error).strip().splitlines()[0]
-    return InputError("base_model", base_model, f"cannot be loaded ({cause})", "name a transformers directory or hub id")
+    return InputError(
+        "base_model", base_model, f"cannot be loaded ({cause})", "name a transformers directory or hub id"
+    )
 
 
 def load_base(config: TrainConfig, device: Device) -> Any:
@@ -274,8 +277,19 @@ def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started:
     )
     if trainer.is_world_process_zero():
         checkpoint.discard_all(trainer.checkpoints)
-        (config.out / "result.json").write_text(json.dumps(result.as_json(), indent=2) + "\n")
+        shown = {**result.as_json(), "config": config.digest()}
+        (config.out / RESULT).write_text(json.dumps(shown, indent=2) + "\n")
     return result
+
+
+def finished_result(config: TrainConfig) -> dict[str, Any] | None:
+    """The result of a run that has ended well in this folder, if its adapter is still what it was."""
+    try:
+        result: dict[str, Any] = json.loads((config.out / RESULT).read_text())
+        whole = adapter_digest(config.out / "adapter") == result["adapter_sha256"]
+    except (OSError, ValueError, KeyError, InputError):
+        return None
+    return result if whole and result.get("config") == config.digest() else None
 
 
 def measure(model: Any, prepared: Prepared) -> HeldOut:
@@ -286,7 +300,13 @@ def measure(model: Any, prepared: Prepared) -> HeldOut:
     pairs = own if config.kind == "preference" else _validation(config, "preference")
     longest = max(prepared.rows.lengths, default=32)
     return held_out_report(
-        model, prepared.encoder, liked, pairs, limit=config.report_examples, max_new_tokens=2 * longest, seed=config.seed
+        model,
+        prepared.encoder,
+        liked,
+        pairs,
+        limit=config.report_examples,
+        max_new_tokens=2 * longest,
+        seed=config.seed,
     )
 
 

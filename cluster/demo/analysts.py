@@ -18,8 +18,9 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from openai import APIError, AsyncOpenAI
@@ -95,6 +96,21 @@ class Tally:
     arms: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**vars(self), "signals": dict(self.signals), "arms": dict(self.arms)}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One answer, and who got it."""
+
+    interaction: str
+    alert: Alert
+    text: str
+    user: str
+    session: str
+
 
 def react(alert: Alert, text: str, habits: Habits, source: random.Random) -> Reaction:
     """What a person who knows today's rules does about an answer."""
@@ -107,7 +123,11 @@ def react(alert: Alert, text: str, habits: Habits, source: random.Random) -> Rea
     if likes:
         copied = ({"action": "copy", "duration_s": round(source.uniform(4, 30), 1)},)
         return Reaction((verdict,), copied if source.random() < habits.copies else ())
-    left = ({"action": "leave", "duration_s": round(source.uniform(4, 30), 1)},) if source.random() < habits.leaves else ()
+    left = (
+        ({"action": "leave", "duration_s": round(source.uniform(4, 30), 1)},)
+        if source.random() < habits.leaves
+        else ()
+    )
     if not mistaken and source.random() < habits.corrects:
         better = world.answer(world.todays_rules(alert))
         return Reaction((verdict, {"type": "correction", "text": better, "category": "factual"}), left)
@@ -130,7 +150,7 @@ class Analysts:
         self.stopped = asyncio.Event()
         self._source = random.Random(f"analysts/{work.seed}")
         self._alerts = world.alerts("live", work.seed)
-        self._seen: list[tuple[Alert, str]] = []
+        self.seen: list[Seen] = []
         self._free = [f"analyst-{number:04d}" for number in range(work.users)]
         self._turns = self._pace()
         self._started = time.monotonic()
@@ -168,7 +188,9 @@ class Analysts:
         if last is not None:
             await self._send("behaviour", [{"interaction_id": last, "action": "session_end"}], user, session)
 
-    async def _ask(self, alert: Alert, user: str, session: str, source: random.Random) -> tuple[str | None, bool]:
+    async def _ask(
+        self, alert: Alert, user: str, session: str, source: random.Random
+    ) -> tuple[str | None, bool]:
         """One question and the reaction to its answer: the interaction's id, and whether to ask again."""
         await self._next_turn()
         try:
@@ -187,16 +209,17 @@ class Analysts:
         completion = raw.parse()
         self.tally.answers += 1
         self.tally.arms[raw.headers.get("x-rayloop-arm", "none")] += 1
-        reaction = self._reaction(alert, completion.choices[0].message.content or "", source)
+        seen = Seen(completion.id, alert, completion.choices[0].message.content or "", user, session)
+        self.seen.append(seen)
+        reaction = self._reaction(seen, source)
         await self._report(completion.id, reaction, user, session)
         return completion.id, reaction.asks_again
 
-    def _reaction(self, alert: Alert, text: str, source: random.Random) -> Reaction:
-        if not self.work.shuffle_feedback:
-            return react(alert, text, self.habits, source)
-        self._seen.append((alert, text))
-        others = self._seen[:-1] or [(next(self._alerts), text)]
-        return react(*source.choice(others), self.habits, source)
+    def _reaction(self, seen: "Seen", source: random.Random) -> Reaction:
+        if self.work.shuffle_feedback:
+            earlier = self.seen[:-1]
+            seen = source.choice(earlier) if earlier else Seen("", next(self._alerts), seen.text, "", "")
+        return react(seen.alert, seen.text, self.habits, source)
 
     async def _report(self, interaction: str, reaction: Reaction, user: str, session: str) -> None:
         for item in reaction.feedback:
@@ -207,7 +230,9 @@ class Analysts:
             self.tally.liked += first["type"] == "thumbs_up" or first.get("value", 0) > 3
         for kind, items in (("feedback", reaction.feedback), ("behaviour", reaction.behaviour)):
             if items:
-                await self._send(kind, [{"interaction_id": interaction, **item} for item in items], user, session)
+                await self._send(
+                    kind, [{"interaction_id": interaction, **item} for item in items], user, session
+                )
 
     async def _send(self, kind: str, items: list[Signal], user: str, session: str) -> None:
         body = {"items": [{**item, "user": user, "session": session} for item in items]}
@@ -231,7 +256,27 @@ class Analysts:
             await asyncio.sleep(wait)
 
 
-async def _main(work: Work, base_url: str, api_key: str) -> Tally:
+def control_events(seen: Sequence[Seen], habits: Habits, seed: int) -> Iterator[dict[str, Any]]:
+    """The same answers as items for `rayloop import`, each with a reaction that belongs to another one."""
+    source = random.Random(f"control/{seed}")
+    others = source.sample(seen, len(seen))
+    for mine, other in zip(seen, others, strict=True):
+        ids = {
+            "interaction_id": mine.interaction,
+            "user": mine.user,
+            "session": mine.session,
+            "agent": world.AGENT,
+        }
+        response = {"role": "assistant", "content": mine.text}
+        yield {
+            "kind": "interaction", **ids, "messages": world.prompt(mine.alert), "response": response,
+            "finish_reason": "stop", "requested": world.AGENT,
+        }  # fmt: skip
+        for item in react(other.alert, other.text, habits, source).feedback:
+            yield {"kind": "feedback", **ids, **item}
+
+
+async def _main(work: Work, base_url: str, api_key: str) -> Analysts:
     async with AsyncOpenAI(base_url=base_url, api_key=api_key, timeout=30.0, max_retries=3) as client:
         team = Analysts(client, work)
         loop = asyncio.get_running_loop()
@@ -239,9 +284,10 @@ async def _main(work: Work, base_url: str, api_key: str) -> Tally:
             loop.add_signal_handler(number, team.stopped.set)
         reporter = asyncio.create_task(_keep_reporting(team))
         try:
-            return await team.run()
+            await team.run()
         finally:
             reporter.cancel()
+        return team
 
 
 async def _keep_reporting(team: Analysts) -> None:
@@ -252,7 +298,9 @@ async def _keep_reporting(team: Analysts) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base-url", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alerts", type=int)
@@ -261,15 +309,19 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--rate-per-s", type=float)
     parser.add_argument("--shuffle-feedback", action="store_true")
+    parser.add_argument("--control", type=Path, help="write the same answers with shuffled reactions here")
     return parser.parse_args()
 
 
 def main() -> None:
     """The key comes on standard input, so that it shows in no process list; the tally goes to standard output."""
     given = vars(_arguments())
-    base_url = given.pop("base_url")
-    tally = asyncio.run(_main(Work(**given), base_url, sys.stdin.readline().strip()))
-    print(json.dumps(asdict(tally)))
+    base_url, control = given.pop("base_url"), given.pop("control")
+    team = asyncio.run(_main(Work(**given), base_url, sys.stdin.readline().strip()))
+    if control is not None:
+        lines = (json.dumps(event) for event in control_events(team.seen, team.habits, team.work.seed))
+        control.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    print(json.dumps(team.tally.to_json()))
 
 
 if __name__ == "__main__":

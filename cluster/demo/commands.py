@@ -29,7 +29,9 @@ class Commands:
     config: Path
     environment: dict[str, str] = field(default_factory=dict)
 
-    def run(self, *arguments: str, stage: Stage | None = None, accepted: Collection[int] = (0,)) -> dict[str, Any]:
+    def run(
+        self, *arguments: str, stage: Stage | None = None, accepted: Collection[int] = (0,)
+    ) -> dict[str, Any]:
         """Run one command to its end; its progress shows in the stage."""
         says = stage.says if stage is not None else None
         return run_command(
@@ -37,7 +39,12 @@ class Commands:
         )
 
     def run_all(
-        self, lines: Sequence[Sequence[str]], stage: Stage, *, at_once: int = 2, accepted: Collection[int] = (0,)
+        self,
+        lines: Sequence[Sequence[str]],
+        stage: Stage,
+        *,
+        at_once: int = 2,
+        accepted: Collection[int] = (0,),
     ) -> list[dict[str, Any]]:
         """Run independent commands side by side, with one thread of arithmetic each."""
         alone = Commands(self.config, {**self.environment, "OMP_NUM_THREADS": "1"})
@@ -100,7 +107,9 @@ class Traffic:
         while self.process.poll() is None:
             if time.monotonic() > deadline:
                 self.stop()
-                raise UnavailableError(f"the analysts were not done after {timeout_s:.0f} s: {self.progress()}")
+                raise UnavailableError(
+                    f"the analysts were not done after {timeout_s:.0f} s: {self.progress()}"
+                )
             stage.says(self.progress())
             time.sleep(0.2)
         return self._result()

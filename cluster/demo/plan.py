@@ -19,7 +19,9 @@ SIMULATED = (
     "and the analysts themselves. The servers, the pipeline, the trainings, the gates and the statistics are "
     "the production ones."
 )
-HEADER = "# Written by `rayloop demo`. Stages of seconds and small populations: fine for a demonstration only.\n"
+HEADER = (
+    "# Written by `rayloop demo`. Stages of seconds and small populations: fine for a demonstration only.\n"
+)
 BASE_VERSION = f"{AGENT}/1"
 NOT_APPLICABLE = "the toy agent triages alerts and nothing else; it was taught no refusals"
 
@@ -47,7 +49,7 @@ class DemoPlan(Section):
     """Analysts who ask at the same time."""
     trials: int = Field(3, ge=1)
     """Configurations that the sweep tries."""
-    sweep_learning_rates: str = "5e-4:3e-3"
+    sweep_learning_rates: str = "5e-4:2e-3"
     """Range of the sweep."""
     sweep_betas: str = "0.05:0.3"
     """Range of the sweep."""
@@ -126,7 +128,7 @@ def _training(plan: DemoPlan, home: Path) -> dict[str, Any]:
         "batch_size": 32,
         "gradient_accumulation": 1,
         "sft": {"learning_rate": 2e-3, "epochs": 2, "packing": False},
-        "dpo": {"learning_rate": 2e-3, "epochs": 3, "beta": 0.1},
+        "dpo": {"learning_rate": 1e-3, "epochs": 3, "beta": 0.1},
         "kto": {"learning_rate": 1e-3, "epochs": 3, "beta": 0.3},
         "sft_baseline": False,  # SFT is one of the methods compared
         "seed": plan.seed,

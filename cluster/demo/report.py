@@ -12,7 +12,6 @@ from typing import Any
 from cluster.demo.held_out import Accuracy, Share
 
 
-
 @dataclass(frozen=True)
 class Row:
     """One line of the table at the end."""
@@ -72,7 +71,10 @@ class Findings:
             "rolled_back_version": self.rolled_back,
             "loop_seconds": round(self.loop_seconds, 1),
             "stages": self.stages,
-            "held_out": [{"name": r.name, "version": r.version, "note": r.note, **asdict(r.accuracy)} for r in self.rows],
+            "held_out": [
+                {"name": r.name, "version": r.version, "note": r.note, **asdict(r.accuracy)}
+                for r in self.rows
+            ],
             "why_not_promoted": self.why_not or None,
             "rolled_back_reason": self.rolled_back_reason or None,
             "simulated": self.simulated,
@@ -92,7 +94,9 @@ def write(findings: Findings, folder: Path) -> dict[str, Path]:
     for name, picture in plots.items():
         if picture:
             (folder / f"{name}.png").write_bytes(picture)
-    paths["md"].write_text(markdown(findings, {n: f"{n}.png" for n, p in plots.items() if p}), encoding="utf-8")
+    paths["md"].write_text(
+        markdown(findings, {n: f"{n}.png" for n, p in plots.items() if p}), encoding="utf-8"
+    )
     embedded = {n: "data:image/png;base64," + base64.b64encode(p).decode() for n, p in plots.items() if p}
     paths["html"].write_text(_html(findings, embedded), encoding="utf-8")
     return paths
@@ -123,10 +127,20 @@ def sections(findings: Findings) -> list[tuple[str, list[list[str]]]]:
     """The tables of the report: a title and rows, the first of which is the header."""
     held_out = [["version", "", "verdict right, % (95 %)", "verdict and owner, %", "valid answers, %", ""]]
     held_out += [
-        [r.name, r.version or "", percent(r.accuracy.verdict), percent(r.accuracy.both), percent(r.accuracy.valid), r.note]
+        [
+            r.name,
+            r.version or "",
+            percent(r.accuracy.verdict),
+            percent(r.accuracy.both),
+            percent(r.accuracy.valid),
+            r.note,
+        ]
         for r in findings.rows
     ]
-    tables = [("Held-out alerts, before and after", held_out), ("Gates, on recorded feedback only", _gate_table(findings))]
+    tables = [
+        ("Held-out alerts, before and after", held_out),
+        ("Gates, on recorded feedback only", _gate_table(findings)),
+    ]
     shown = [["stage", "seconds"], *[[name, f"{seconds:.1f}"] for name, seconds in findings.stages.items()]]
     tables.append(("Where the time went", [*shown, ["the loop", f"{findings.loop_seconds:.1f}"]]))
     if findings.urls:
@@ -139,7 +153,9 @@ def _gate_table(findings: Findings) -> list[list[str]]:
     rows = [["version", *suites, "passed"]]
     for found in findings.gates:
         by_suite = {gate["suite"]: gate for gate in found["gates"]}
-        rows.append([found["version"], *[_gate(by_suite.get(s)) for s in suites], "yes" if found["passed"] else "no"])
+        rows.append(
+            [found["version"], *[_gate(by_suite.get(s)) for s in suites], "yes" if found["passed"] else "no"]
+        )
     return rows
 
 

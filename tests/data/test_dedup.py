@@ -3,6 +3,8 @@ import random
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.settings.curation import CurationSettings, DeduplicationSettings
 from data.dedup import (
@@ -16,6 +18,7 @@ from data.dedup import (
     fingerprint,
     normalise_text,
     record_fields,
+    shingle_sets,
     sketches_of,
 )
 from data.join import to_json
@@ -160,3 +163,12 @@ def test_near_equal_answers_are_dropped_unless_one_is_good_and_one_bad() -> None
     kept, dropped = deduplicate(judged(table, [0.9, 0.85, 0.9]), SETTINGS)
     assert sorted(kept["interaction_id"].to_pylist()) == ["i1", "i3"] and dropped == {"near duplicate": 1}
     assert len(deduplicate(judged(table, [0.9, 0.1, 0.9]), SETTINGS)[0]) == 3
+
+
+@given(st.lists(st.text(st.characters(max_codepoint=127)), min_size=1))
+def test_words_of_ascii_text_do_not_depend_on_its_neighbours(found: list[str]) -> None:
+    alone = shingle_sets(shingle(pa.array(found), 3))
+    beside = shingle_sets(shingle(pa.array([*found, "é"]), 3))
+    assert alone == beside[:-1]
+    sliced = shingle_sets(shingle(pa.array(["x y", *found]).slice(1), 3))
+    assert alone == sliced

@@ -82,6 +82,18 @@ def test_correction_is_preferred_to_what_it_corrects() -> None:
     }
 
 
+def test_the_same_correction_of_two_answers_is_one_example_to_imitate() -> None:
+    said = [signal("correction", -0.5, text="right")]
+    answers = judged(say("wrong", score=0.2, signals=said), say("worse", score=0.1, signals=said, weight=0.5))
+    table, dropped = make_examples(answers, SETTINGS)
+    (example,) = of_kind(table, "sft")
+    assert (example["weight"], example["interaction_ids"]) == (1.0, ["i0"])
+    pairs = {(content(row["chosen"]), content(row["rejected"])) for row in of_kind(table, "preference")}
+    assert pairs == {("right", "wrong"), ("right", "worse")} and len(of_kind(table, "preference")) == 2
+    # the second SFT row, the second unpaired row, and each correction against the other's answer
+    assert dropped == {"repeated example": 4}
+
+
 def test_pairs_are_never_formed_between_splits_or_questions() -> None:
     table, _ = make_examples(
         judged(say("good"), say("bad", score=0.1, split="test"), say("worse", score=0.1, node=8, cluster=8)),

@@ -3,26 +3,32 @@
 import asyncio
 import json
 import random
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
 
 from cluster.demo import world
-from cluster.demo.analysts import Analysts, Habits, Tally, Work, react
+from cluster.demo.analysts import Analysts, Habits, Seen, Tally, Work, control_events, react
 
 RIGHT_SHARE = 0.6
+REFUSAL = {"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": None}}
 
 
 class Router(ThreadingHTTPServer):
     """Answers by today's rules six times in ten, else by a wrong verdict; keeps every request."""
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -31,7 +37,7 @@ class Router(ThreadingHTTPServer):
         self.behaviour: list[dict[str, Any]] = []
         self.keys: set[str] = set()
         self.source = random.Random(1)
-        self.failures = 0
+        self.failures: list[None] = []
 
     @property
     def base_url(self) -> str:
@@ -46,9 +52,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.keys.add(self.headers["authorization"])
         if self.path == "/v1/chat/completions":
-            if self.server.failures:
-                self.server.failures -= 1
-                return self.reply(400, {"error": {"message": "no", "type": "invalid_request_error", "param": None, "code": None}})
+            if self.server.failures and self.server.failures.pop() is None:
+                return self.reply(400, REFUSAL)
             return self.reply(200, self.chat(body))
         kept = {"/v1/feedback": self.server.feedback, "/v1/behaviour": self.server.behaviour}[self.path]
         kept.extend(body["items"])
@@ -85,7 +90,12 @@ class Handler(BaseHTTPRequestHandler):
 def alert_of(line: str) -> world.Alert:
     fields: dict[str, Any] = dict(pair.split("=") for pair in line.split())
     return world.Alert(
-        **fields | {"hour": int(fields["hour"]), "repeats": int(fields["repeats"]), "maintenance": fields["maintenance"] == "yes"}
+        **fields
+        | {
+            "hour": int(fields["hour"]),
+            "repeats": int(fields["repeats"]),
+            "maintenance": fields["maintenance"] == "yes",
+        }
     )
 
 
@@ -166,8 +176,27 @@ def test_shuffled_feedback_says_nothing_about_the_answers(router: Router) -> Non
     assert agreement == pytest.approx(by_chance, abs=0.07)
     assert 0.5 < liked < 0.7, "as much is liked as without shuffling"
     corrections = [item for item in router.feedback if item["type"] == "correction"]
-    right = sum(item["text"] == world.answer(world.todays_rules(router.chats[item["interaction_id"]]["alert"])) for item in corrections)
+    right = sum(
+        item["text"] == world.answer(world.todays_rules(router.chats[item["interaction_id"]]["alert"]))
+        for item in corrections
+    )
     assert corrections and right / len(corrections) < 0.35
+
+
+def test_control_events_deal_the_reactions_out_anew() -> None:
+    source, seen = random.Random(3), []
+    for number, alert in enumerate(islice(world.alerts("live", 4), 800)):
+        text = world.answer(world.todays_rules(alert)) if source.random() < RIGHT_SHARE else "no idea"
+        seen.append(Seen(f"i-{number}", alert, text, "ada", "s-1"))
+    events = list(control_events(seen, Habits(), 1))
+    asked = {event["interaction_id"]: event for event in events if event["kind"] == "interaction"}
+    assert list(asked) == [answer.interaction for answer in seen]
+    right = {s.interaction: s.text == world.answer(world.todays_rules(s.alert)) for s in seen}
+    judged = [e for e in events if e.get("type") in ("thumbs_up", "thumbs_down", "rating")]
+    liked = {e["interaction_id"]: e["type"] == "thumbs_up" or e.get("value", 0) > 3 for e in judged}
+    agreement = sum(right[i] == up for i, up in liked.items()) / len(liked)
+    share = sum(liked.values()) / len(liked)
+    assert agreement == pytest.approx(share * RIGHT_SHARE + (1 - share) * (1 - RIGHT_SHARE), abs=0.06)
 
 
 def test_asking_again_repeats_the_question_in_the_same_session(router: Router) -> None:
@@ -177,7 +206,7 @@ def test_asking_again_repeats_the_question_in_the_same_session(router: Router) -
 
 
 def test_failed_requests_are_counted_and_survived(router: Router) -> None:
-    router.failures = 3
+    router.failures = [None] * 3
     tally = work(router, alerts=20)
     assert tally.failures == 3 and tally.answers >= 20
 
@@ -186,3 +215,29 @@ def test_rate_and_time_are_bounded(router: Router) -> None:
     tally = work(router, seconds=2.0, rate_per_s=30.0)
     assert 20 <= tally.answers <= 75
     assert tally.seconds < 5
+
+
+def test_analysts_as_a_process_take_the_key_on_standard_input(router: Router, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "cluster.demo.analysts", "--base-url", router.base_url, "--alerts", "30"]
+    line += ["--users", "20", "--control", str(tmp_path / "control.jsonl")]
+    done = subprocess.run(line, input="rl-secret\n", capture_output=True, text=True, timeout=60, check=True)
+    tally = json.loads(done.stdout)
+    assert tally["answers"] == len(router.chats) and tally["arms"] == {"stable": tally["answers"]}
+    assert sum(tally["signals"].values()) == len(router.feedback)
+    assert router.keys == {"Bearer rl-secret"}
+    kinds = [json.loads(event)["kind"] for event in (tmp_path / "control.jsonl").read_text().splitlines()]
+    assert kinds.count("interaction") == tally["answers"] and kinds.count("feedback") > 0
+
+
+def test_analysts_stop_on_a_signal_and_still_tell_their_tally(router: Router) -> None:
+    line = [sys.executable, "-m", "cluster.demo.analysts", "--base-url", router.base_url, "--rate-per-s", "50"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write("rl-secret\n")
+        process.stdin.flush()
+        deadline = time.monotonic() + 60
+        while len(router.chats) < 10 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        assert json.loads(process.stdout.read())["answers"] >= 10
+    assert process.returncode == 0

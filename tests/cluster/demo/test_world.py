@@ -36,7 +36,8 @@ def test_alerts_of_a_seed_are_always_the_same(pool: Pool) -> None:
 @settings(max_examples=10, deadline=None)
 def test_alerts_of_different_pools_never_overlap_whatever_the_seeds(seeds: tuple[int, int, int]) -> None:
     base, live, held_out = (
-        set(islice(world.alerts(pool, seed), 300)) for pool, seed in zip(("base", "live", "held_out"), seeds, strict=True)
+        set(islice(world.alerts(pool, seed), 300))
+        for pool, seed in zip(("base", "live", "held_out"), seeds, strict=True)
     )
     assert not base & live and not base & held_out and not live & held_out
 
@@ -68,12 +69,24 @@ def test_old_runbook_agrees_with_today_about_two_times_in_three() -> None:
     ("alert", "runbook", "today"),
     [
         (QUIET, Triage("ticket", "payments"), Triage("ticket", "payments")),
-        (changed(maintenance=True, severity="critical"), Triage("ignore", "payments"), Triage("ignore", "payments")),
-        (changed(severity="critical", error="certificate"), Triage("page", "security"), Triage("page", "security")),
+        (
+            changed(maintenance=True, severity="critical"),
+            Triage("ignore", "payments"),
+            Triage("ignore", "payments"),
+        ),
+        (
+            changed(severity="critical", error="certificate"),
+            Triage("page", "security"),
+            Triage("page", "security"),
+        ),
         (changed(repeats=4), Triage("ticket", "payments"), Triage("page", "payments")),
-        (changed(severity="low", repeats=9), Triage("ignore", "payments"), Triage("ticket", "payments")),
+        (changed(severity="low", repeats=9), Triage("ignore", "payments"), Triage("page", "payments")),
         (changed(severity="critical", repeats=9), Triage("page", "payments"), Triage("page", "payments")),
-        (changed(severity="critical", change="CHG-123", repeats=9), Triage("page", "payments"), Triage("ticket", "release")),
+        (
+            changed(severity="critical", change="CHG-123", repeats=9),
+            Triage("page", "payments"),
+            Triage("ticket", "release"),
+        ),
     ],
 )
 def test_rules_by_hand(alert: Alert, runbook: Triage, today: Triage) -> None:
@@ -84,7 +97,14 @@ def test_rules_by_hand(alert: Alert, runbook: Triage, today: Triage) -> None:
 def test_parse_answer_reads_what_answer_writes_and_nothing_else() -> None:
     triage = Triage("page", "payments")
     assert world.parse_answer(world.answer(triage)) == triage
-    for text in ("", "page", "[1]", '{"verdict": "page"}', '{"verdict": 1, "owner": "x"}', '{"verdict": "page", "owner": "x", "z": 1}'):
+    for text in (
+        "",
+        "page",
+        "[1]",
+        '{"verdict": "page"}',
+        '{"verdict": 1, "owner": "x"}',
+        '{"verdict": "page", "owner": "x", "z": 1}',
+    ):
         assert world.parse_answer(text) is None
 
 

@@ -1,0 +1,76 @@
+"""`rayloop demo`: watch an agent get better from its own traffic, on this machine."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `demo` a sub-command while it is the only one."""
+
+
+@app.command()
+def demo(
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the base, the alerts, the analysts and the trainings.")
+    ] = 0,
+    shuffle_feedback: Annotated[
+        bool,
+        typer.Option(
+            "--shuffle-feedback", help="Every reaction belongs to another alert: nothing may be promoted."
+        ),
+    ] = False,
+    home: Annotated[Path, typer.Option(help="Folder of the demo; made afresh.")] = Path(".rayloop/demo"),
+    keep_up: Annotated[
+        bool, typer.Option("--keep-up/--no-keep-up", help="Leave the live side running.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Smaller numbers, for CI.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """An alert-triage agent learns from simulated analysts and is promoted; a damaged one is rolled back."""
+    from cluster.demo.plan import QUICK, DemoPlan
+    from cluster.demo.report import outcome
+    from cluster.demo.run import run_demo
+    from cluster.demo.story import Story
+
+    signal.signal(signal.SIGTERM, _interrupted)
+    given: dict[str, Any] = {"seed": seed, "shuffle_feedback": shuffle_feedback, **(QUICK if quick else {})}
+    story = Story()
+    found, paths = run_demo(DemoPlan(**given), home, story, keep_up=keep_up)
+    if json_output:
+        print(json.dumps(found.summary()))
+    else:
+        _show(found, paths, story, outcome(found))
+    as_intended = (found.promoted is None) == shuffle_feedback
+    raise typer.Exit(0 if as_intended else 1)
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _show(found: Any, paths: dict[str, Path], story: Any, outcome: str) -> None:
+    """The table, where the time went, and what to look at."""
+    from rich.table import Table
+
+    from cluster.demo.report import sections
+
+    for title, rows in sections(found):
+        table = Table(*rows[0], title=title, title_justify="left", title_style="bold", pad_edge=False)
+        for row in rows[1:]:
+            table.add_row(*row)
+        story.console.print("", table)
+    config = paths["md"].parent / "rayloop.yaml"
+    print(f"\n{outcome}\n{found.simulated}\n\nreport: {paths['html']}")
+    if found.urls:
+        print(
+            f"next: rayloop rollout list --config {config}    (end it with: rayloop down --config {config})"
+        )
+    else:
+        print(f"next: rayloop up --mlflow --config {config}")

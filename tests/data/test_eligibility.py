@@ -1,0 +1,53 @@
+from dataclasses import replace
+
+from sqlalchemy.engine import Engine
+
+from cluster.clock import DAY_US
+from cluster.settings import load_settings
+from cluster.tables import training_jobs
+from data.eligibility import eligibility
+from data.log import EventLog
+from data.manifest import Manifest
+from tests.data.traffic import START_US, feedback, interaction
+
+NOW = START_US + DAY_US
+SETTINGS, _ = load_settings(
+    curation={"eligibility": {"positive_feedbacks": 3, "good_interactions": 2, "pairs_for_dpo": 5}}
+)
+DATASET = Manifest(
+    "d", "h", 1, "", "default", "default", "triage", {}, None, {}, [], [],
+    {"sft": {"train": 2}, "preference": {"train": 4}}, [],
+)  # fmt: skip
+
+
+def test_each_rule_says_by_how_much_it_fails(database: Engine) -> None:
+    log = EventLog(database)
+    log.append([interaction(n, "q", "a", user="ada", agent="triage" if n < 3 else "other") for n in range(5)])
+    log.append(
+        [feedback(n, "thumbs_up" if n else "thumbs_down", 1.0 if n else -1.0, user="ada") for n in range(5)]
+    )
+    rules = {rule.name: rule for rule in eligibility(SETTINGS, database, DATASET, method="dpo", now=NOW)}
+    assert str(rules["positive feedback"]) == "positive feedback: 2 in 30 days, needs 3: 1 short"
+    assert str(rules["pairs"]) == "pairs: 4 preference pairs, needs 5: 1 short"
+    assert rules["good interactions"].passed and rules["rest"].passed
+    assert "pairs" not in {r.name for r in eligibility(SETTINGS, database, DATASET, method="sft", now=NOW)}
+
+
+def test_old_feedback_does_not_count_and_any_agent_does_without_one(database: Engine) -> None:
+    EventLog(database).append([feedback(n, "thumbs_up", 1.0, user="ada") for n in range(4)])
+    everything = replace(DATASET, agent=None)
+    now = eligibility(SETTINGS, database, everything, method="sft", now=NOW)[0]
+    later = eligibility(SETTINGS, database, everything, method="sft", now=NOW + 31 * DAY_US)[0]
+    assert (now.found, later.found) == (4, 0)
+
+
+def test_a_training_three_days_ago_needs_four_more(database: Engine) -> None:
+    with database.begin() as connection:
+        connection.execute(
+            training_jobs.insert().values(
+                job_id="j", tenant="default", workspace="default", agent="triage", kind="sft", config={},
+                state="succeeded", retries=0, created_at_us=0, finished_at_us=NOW - 3 * DAY_US,
+            )
+        )  # fmt: skip
+    rest = {r.name: r for r in eligibility(SETTINGS, database, DATASET, method="sft", now=NOW)}["rest"]
+    assert str(rest) == "rest: 3 days since the last training, needs 7: 4 short"

@@ -1,0 +1,345 @@
+"""What `rayloop train run` does: plan the runs, start them, and keep job table, MLflow and terminal current."""
+
+import json
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from sqlalchemy.engine import Engine
+
+from cluster import tracking
+from cluster.errors import ConflictError, InputError, NotFoundError, RayloopError
+from cluster.jobs import Jobs
+from cluster.registry import Registry, describe_base
+from cluster.settings import Settings
+from data.manifest import Manifest, find_dataset, load_manifest
+from train.config import TrainConfig, check_model_dir, resolve_config
+from train.examples import check_data, read_data
+from train.progress import Progress
+from train.worker import Event, run_here, run_on_ray
+
+log = logging.getLogger(__name__)
+
+ORIGIN = "origin.json"
+"""Beside an adapter: the lineage of the run that made it, for `rayloop register`."""
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "ray", "safetensors")
+SHOWN = {
+    "loss": "loss",
+    "learning_rate": "lr",
+    "grad_norm": "grad",
+    "eval_loss": "validation",
+    "rewards/margins": "margin",
+}
+"""Values of the trainer's log on the progress line, and their names there."""
+WHERE = {"pid": os.getpid(), "host": socket.gethostname()}
+LOGGED_POINTS = 100  # MLflow gets about so many points of a curve
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for."""
+
+    methods: tuple[str, ...] = ()
+    dataset: str = "latest"
+    agent: str | None = None
+    base: str | None = None
+    name: str | None = None
+    resume: str | None = None
+    """Name of an earlier request, whose unfinished runs go on; everything else is taken from it."""
+    workers: int | None = None
+    ray: bool = True
+    sft_baseline: bool | None = None
+    overrides: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run that will be made."""
+
+    job_id: str
+    config: TrainConfig
+    base_revision: str
+    asked: bool
+    """False: the SFT run that stands beside another for comparison."""
+
+
+def plan(settings: Settings, request: Request) -> tuple[list[Planned], Manifest]:
+    """The runs of a request, checked as far as that goes without computing.
+
+    Raises:
+        InputError, NotFoundError, DatasetError: what was asked for cannot be trained.
+    """
+    dataset = find_dataset(settings, request.dataset, agent=request.agent)
+    manifest = load_manifest(dataset)
+    agent = request.agent or manifest.agent
+    base, adapter = resolve_base(settings, request.base, agent)
+    check_model_dir(base)
+    revision = describe_base(base)[1]
+    methods = _with_baseline(settings, request, manifest)
+    name = request.name or f"{request.methods[-1]}-{uuid.uuid4().hex[:8]}"
+    planned = []
+    for method in methods:
+        job_id = name if len(methods) == 1 else f"{name}.{method}"
+        config = resolve_config(
+            settings,
+            method,
+            base_model=base,
+            init_adapter=adapter,
+            dataset=dataset,
+            out=settings.home / "training" / job_id,
+            **dict(request.overrides or {}),
+        )
+        check_data(method, read_data(dataset, config.kind), dataset)
+        planned.append(Planned(job_id, config, revision, method in request.methods))
+    return planned, manifest
+
+
+def plan_again(jobs: Jobs, name: str) -> tuple[list[Planned], Manifest]:
+    """The unfinished runs of an earlier request, as they were.
+
+    Raises:
+        NotFoundError: no request of this name.
+        ConflictError: all of it is done, or a process is still at it.
+    """
+    known = [job for job in reversed(jobs.list(limit=1000)) if job.job_id == name or job.job_id.startswith(f"{name}.")]
+    if not known:
+        raise NotFoundError(f"no training job {name!r}; see `rayloop jobs`")
+    left = [job for job in known if job.state != "completed"]
+    if not left:
+        raise ConflictError(f"training {name!r} is completed; there is nothing to resume")
+    for job in left:
+        where = job.progress or {}
+        if job.state == "running" and where.get("host") == socket.gethostname() and psutil.pid_exists(where["pid"]):
+            raise ConflictError(f"training {job.job_id!r} still runs, as process {where['pid']}")
+    planned = []
+    for job in left:
+        config = TrainConfig.model_validate(job.config)
+        planned.append(Planned(job.job_id, config, describe_base(config.base_model)[1], asked=True))
+    return planned, load_manifest(planned[0].config.dataset)
+
+
+def _with_baseline(settings: Settings, request: Request, manifest: Manifest) -> list[str]:
+    """The methods asked for, with SFT on the same feedback beside DPO and KTO."""
+    wanted = settings.training.sft_baseline if request.sft_baseline is None else request.sft_baseline
+    methods = list(dict.fromkeys(request.methods))
+    if not wanted or "sft" in methods:
+        return methods
+    if not manifest.counts.get("sft", {}).get("train"):
+        log.warning("no SFT examples in dataset %s: nothing to report beside %s", manifest.dataset_id, methods)
+        return methods
+    return ["sft", *methods]
+
+
+def resolve_base(settings: Settings, ref: str | None, agent: str | None) -> tuple[str, str | None]:
+    """Base model and adapter to start from: of a path, a hub id, or a registered version.
+
+    Without `ref` it is the base model of the agent's champion, else the configured one.
+    """
+    registry = Registry(settings)
+    if ref is None:
+        try:
+            return registry.get(f"{agent}@champion").base_model, None
+        except (NotFoundError, InputError):
+            return settings.training.base_model, None
+    plain = ref.removeprefix("models:/")
+    if ("@" in plain or plain.rpartition("/")[2].isdecimal()) and not Path(ref).exists():
+        found = registry.get(plain)
+        return found.base_model, str(registry.adapter_dir(found)) if found.adapter_sha256 else None
+    return ref, None
+
+
+def run_training(settings: Settings, request: Request, database: Engine) -> dict[str, Any]:
+    """Plan, train and record; returns what the command prints.
+
+    Raises:
+        RayloopError: a run that was asked for failed; the others have been recorded.
+    """
+    jobs = Jobs(database, settings.tenant, settings.workspace)
+    planned, manifest = plan_again(jobs, request.resume) if request.resume else plan(settings, request)
+    with ExitStack() as stack:
+        records = [Record(settings, jobs, run, manifest, resumed=request.resume is not None) for run in planned]
+        stack.callback(_abandon, records)
+        for record in records:
+            record.open()
+        _run(settings, request, [run.config for run in planned], records)
+    return report(records, manifest)
+
+
+def _run(settings: Settings, request: Request, configs: Sequence[TrainConfig], records: Sequence["Record"]) -> None:
+    def on_event(event: Event) -> None:
+        records[event.run].take(event)
+
+    if not request.ray:
+        run_here(configs, on_event)
+        return
+    from cluster.runtime import ray_session
+
+    with ray_session(settings):
+        workers = request.workers or settings.training.workers
+        run_on_ray(configs, workers=workers, max_failures=settings.training.max_failures, on_event=on_event)
+
+
+class Record:
+    """One run in the job table, in MLflow and on the terminal."""
+
+    def __init__(self, settings: Settings, jobs: Jobs, run: Planned, manifest: Manifest, *, resumed: bool) -> None:
+        self.settings, self.jobs, self.run, self.manifest, self.resumed = settings, jobs, run, manifest, resumed
+        self.stack = ExitStack()
+        self.mlflow: tracking.Run | None = None
+        self.bar: Progress | None = None
+        self.result: dict[str, Any] | None = None
+        self.error: RayloopError | None = None
+
+    def open(self) -> None:
+        """The row of the job and the MLflow run."""
+        config = self.run.config
+        if self.resumed:
+            self.jobs.retry(self.run.job_id)
+        else:
+            self.jobs.create(
+                config.method,
+                job_id=self.run.job_id,
+                agent=self.manifest.agent,
+                dataset_id=self.manifest.dataset_id,
+                config=config.model_dump(mode="json"),
+                max_concurrent=config.limits.max_concurrent_jobs,
+                silent_s=self.settings.training.job_silent_s,
+            )
+
+    def take(self, event: Event) -> None:
+        """Something happened in a worker."""
+        if event.kind == "begin":
+            self._begin()
+        elif event.kind == "progress":
+            self._progress(event)
+        elif event.kind == "end" and event.result is not None:
+            self._end(dict(event.result))
+        elif event.kind == "fail" and event.error is not None:
+            self.fail(event.error)
+
+    def _begin(self) -> None:
+        if self.mlflow is not None:  # a worker that died has been replaced
+            return
+        self.jobs.start(self.run.job_id)
+        self.jobs.progress(self.run.job_id, WHERE)
+        tags = lineage(self.run, self.manifest)
+        self.mlflow = self.stack.enter_context(tracking.run(self.settings, self.run.job_id, tags=tags))
+        self.mlflow.log_params(self.run.config.model_dump(mode="json", exclude={"health", "limits"}))
+        self.mlflow.log_dataset(
+            name=self.manifest.dataset_id,
+            digest=self.manifest.dataset_hash,
+            uri=str(self.run.config.dataset),
+            context="training",
+        )
+        self.bar = self.stack.enter_context(Progress(self.run.job_id, 0))
+
+    def _progress(self, event: Event) -> None:
+        values = dict(event.values or {})
+        if self.bar is not None:
+            self.bar.steps = event.steps
+            self.bar.reached(
+                event.step, values.get("num_tokens"), {SHOWN[k]: v for k, v in values.items() if k in SHOWN}
+            )
+            if self.bar.beat():
+                self.jobs.progress(self.run.job_id, {**WHERE, "step": event.step, "steps": event.steps, **values})
+        every = max(1, event.steps // LOGGED_POINTS)
+        validation = any(name.startswith("eval_") for name in values)
+        if self.mlflow is not None and (validation or event.step % every == 0 or event.step == event.steps):
+            self.mlflow.log_metrics(_metric_names(values), event.step)
+
+    def _end(self, result: dict[str, Any]) -> None:
+        assert self.mlflow is not None
+        self.result = {**result, "run_id": self.mlflow.run_id}
+        self.mlflow.log_metrics(_metric_names({**result["metrics"], "seconds": result["seconds"]}), result["steps"])
+        self.mlflow.set_tags({"adapter_sha256": result["adapter_sha256"], "rayloop.warnings": result["warnings"]})
+        self.mlflow.log_artifact(Path(result["adapter_dir"]), f"adapter/{result['adapter_sha256'][:12]}")
+        origin = {**lineage(self.run, self.manifest), "run_id": self.mlflow.run_id}
+        (Path(result["adapter_dir"]).parent / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+        self.jobs.finish(self.run.job_id)
+        self.stack.close()
+
+    def fail(self, error: BaseException) -> None:
+        """The run ended badly."""
+        self.error = error if isinstance(error, RayloopError) else RayloopError(str(error) or type(error).__name__)
+        if self.mlflow is not None:
+            self.mlflow.set_tags({"rayloop.error": str(self.error)})
+        self.stack.__exit__(type(error), error, None)
+        self.jobs.fail(self.run.job_id, str(self.error))
+
+    @property
+    def open_still(self) -> bool:
+        """True while neither result nor error is known."""
+        return self.result is None and self.error is None
+
+
+def _abandon(records: Sequence[Record]) -> None:
+    """Runs without an end when the command ends are failed: interrupted, or their workers died."""
+    for record in records:
+        if record.open_still:
+            try:
+                record.fail(ConflictError("the command ended before the run; go on with --resume"))
+            except RayloopError as error:
+                log.debug("cannot record the end of %s: %s", record.run.job_id, error)
+
+
+def lineage(run: Planned, manifest: Manifest) -> dict[str, str]:
+    """Tags that say what a run was made of."""
+    return {
+        "rayloop.kind": "train",
+        "rayloop.method": run.config.method,
+        "rayloop.job_id": run.job_id,
+        "rayloop.agent": manifest.agent or "",
+        "dataset_id": manifest.dataset_id,
+        "dataset_hash": manifest.dataset_hash,
+        "base_model": run.config.base_model,
+        "base_revision": run.base_revision,
+        "init_adapter": run.config.init_adapter or "",
+        "seed": str(run.config.seed),
+        "libraries": json.dumps({name: version(name) for name in LIBRARIES}),
+    }
+
+
+def report(records: Sequence[Record], manifest: Manifest) -> dict[str, Any]:
+    """What the command prints: every run, and the one asked for last on top.
+
+    Raises:
+        RayloopError: the first failure of a run that was asked for.
+    """
+    for record in records:
+        if record.error is not None and record.run.asked:
+            raise record.error
+    runs = [_shown_run(record) for record in records if record.result is not None]
+    main = next(run for run in reversed(runs) if run["asked"])
+    return {**main, "dataset_id": manifest.dataset_id, "dataset_hash": manifest.dataset_hash, "runs": runs}
+
+
+def _shown_run(record: Record) -> dict[str, Any]:
+    assert record.result is not None
+    kept = ("method", "run_id", "adapter_dir", "adapter_sha256", "metrics", "steps", "seconds", "warnings", "examples")
+    return {
+        "job_id": record.run.job_id,
+        **{name: record.result[name] for name in kept},
+        "base_model": record.run.config.base_model,
+        "asked": record.run.asked,
+    }
+
+
+def _metric_names(values: Mapping[str, float]) -> dict[str, float]:
+    """Trainer's names as MLflow groups them: `train/…`, `validation/…`, `heldout/…`."""
+    named = {}
+    for name, value in values.items():
+        if name.startswith("eval_"):
+            named[f"validation/{name.removeprefix('eval_')}"] = value
+        elif name.startswith(("heldout/", "validation/")):
+            named[name] = value
+        else:
+            named[f"train/{name}"] = value
+    return named

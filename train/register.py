@@ -1,0 +1,104 @@
+"""Puts what was trained into the registry, with the lineage its run left beside it, and says so in the log."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy.engine import Engine
+
+from cluster.errors import ConflictError, InputError, NotFoundError
+from cluster.jobs import Jobs
+from cluster.registry import Registry, Version
+from cluster.settings import Settings
+from data.events import Event, parse_body
+from data.log import EventLog
+from train.jobs import ORIGIN
+
+
+def register_base(settings: Settings, database: Engine, model: str, base: str) -> Version:
+    """Register a base model; it becomes champion where there is none."""
+    version = Registry(settings).register_base(model, base)
+    append_update(settings, database, version, "registered")
+    return version
+
+
+def register_adapter(
+    settings: Settings,
+    database: Engine,
+    model: str,
+    adapter: Path,
+    *,
+    base: str | None = None,
+    run_id: str | None = None,
+) -> Version:
+    """Register an adapter with the lineage of the run that made it.
+
+    Raises:
+        InputError: nothing says on which base model the adapter stands.
+    """
+    registry = Registry(settings)
+    origin = read_origin(registry, adapter, run_id)
+    base_model = base or origin.get("base_model")
+    if not base_model:
+        raise InputError(
+            "base_model",
+            None,
+            f"is not known for adapter {str(adapter)!r}",
+            "name it with --base-model or the run with --run",
+        )
+    kept = ("rayloop.job_id", "rayloop.method", "init_adapter", "seed", "libraries")
+    version = registry.register_adapter(
+        model,
+        adapter,
+        base_model=base_model,
+        run_id=origin.get("run_id") or run_id,
+        dataset_hash=origin.get("dataset_hash"),
+        dataset_id=origin.get("dataset_id"),
+        lineage={name: origin[name] for name in kept if origin.get(name)},
+    )
+    append_update(settings, database, version, "registered")
+    _tell_job(settings, database, origin.get("rayloop.job_id"), version)
+    return version
+
+
+def read_origin(registry: Registry, adapter: Path, run_id: str | None) -> dict[str, str]:
+    """Lineage of an adapter: the tags of its MLflow run, else what its training left beside it."""
+    if run_id is None:
+        file = adapter.resolve().parent / ORIGIN
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+    import mlflow
+
+    try:
+        tags: Mapping[str, Any] = registry.client.get_run(run_id).data.tags
+    except mlflow.MlflowException as error:
+        raise NotFoundError(f"no MLflow run {run_id!r} ({error.error_code})") from None
+    return {**{name: str(value) for name, value in tags.items()}, "run_id": run_id}
+
+
+def append_update(settings: Settings, database: Engine, version: Version, change: str) -> None:
+    """A `model.updated` event about a version."""
+    body = {
+        "version": version.id,
+        "change": change,
+        "adapter_sha256": version.adapter_sha256,
+        "dataset_hash": version.dataset_hash,
+        "details": {"run_id": version.run_id, "name": version.name},
+    }
+    event = Event(
+        "model.updated",
+        settings.tenant,
+        settings.workspace,
+        parse_body("model.updated", {key: value for key, value in body.items() if value is not None}),
+        agent=version.model,
+    )
+    EventLog(database).append([event])
+
+
+def _tell_job(settings: Settings, database: Engine, job_id: str | None, version: Version) -> None:
+    if job_id is None:
+        return
+    try:
+        Jobs(database, settings.tenant, settings.workspace).set_output(job_id, version.id)
+    except (NotFoundError, ConflictError):
+        return  # trained elsewhere, or its row has been cleared away
