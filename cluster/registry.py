@@ -197,9 +197,7 @@ class Registry:
         if target.model != model:
             raise InputError("version", target.id, f"is not a version of {model!r}", "name one that is")
         if alias == "challenger" and target.gates != "passed":
-            raise ConflictError(
-                f"{target.id} may not be challenger: gates are {target.gates}; run `rayloop evaluate`"
-            )
+            raise ConflictError(f"{target.id} may not be challenger: gates are {target.gates}; run `rayloop evaluate`")
         self.client.set_registered_model_alias(model, alias, str(target.number))
         record = {"actor": actor, "reason": reason, "at": to_iso(now_us())}
         self.tag(target, f"rayloop.alias.{alias}", json.dumps(record))
@@ -308,14 +306,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(
-            "adapter", str(folder), f"has no readable {file.name} ({error})", NAME_ADAPTER
-        ) from None
-    if (
-        not isinstance(config, dict)
-        or config.get("peft_type") != "LORA"
-        or not isinstance(config.get("r"), int)
-    ):
+        raise InputError("adapter", str(folder), f"has no readable {file.name} ({error})", NAME_ADAPTER) from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
         raise InputError("adapter", str(folder), "is not a LoRA adapter", NAME_ADAPTER)
     return config
 
@@ -345,9 +337,7 @@ def _directory_digest(folder: Path) -> str:
 
 def _hub_commit(model_id: str) -> str:
     """Commit of the hub model in the local cache; `main` where it was never downloaded."""
-    cache = Path(
-        os.environ.get("HF_HUB_CACHE", Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub")
-    )
+    cache = Path(os.environ.get("HF_HUB_CACHE", Path(os.environ.get("HF_HOME", "~/.cache/huggingface")) / "hub"))
     reference = cache.expanduser() / f"models--{model_id.replace('/', '--')}" / "refs" / "main"
     return reference.read_text().strip() if reference.is_file() else "main"
 

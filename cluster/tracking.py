@@ -68,8 +68,7 @@ def _client(uri: str) -> "MlflowClient":
     except (mlflow.MlflowException, sa.exc.SQLAlchemyError, OSError) as error:
         cause = str(error).strip().splitlines()[0]
         raise UnavailableError(
-            f"MLflow at {_without_password(uri)} does not answer ({cause}); "
-            "start it or set `mlflow.tracking_uri`"
+            f"MLflow at {_without_password(uri)} does not answer ({cause}); start it or set `mlflow.tracking_uri`"
         ) from None
     return opened
 
@@ -130,9 +129,7 @@ class Run:
         """Set tags on the run."""
         from mlflow.entities import RunTag
 
-        self.client.log_batch(
-            self.run_id, tags=[RunTag(name, _shown(value)) for name, value in values.items()]
-        )
+        self.client.log_batch(self.run_id, tags=[RunTag(name, _shown(value)) for name, value in values.items()])
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         """Upload a file or a directory."""

@@ -21,7 +21,7 @@ Arguments = dict[str, str]
 BUILDERS = {
     "engine": "serve.engines.deployment:build",
     "grader": "serve.graders:build",
-    "control": "serve.rollout.deployment:build",
+    "control": "serve.control:build",
 }
 """Where the applications besides the router come from: `build(settings) -> ray.serve.Application`."""
 

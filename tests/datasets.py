@@ -125,9 +125,7 @@ def _publish(root: Path, rows: dict[str, list[dict[str, Any]]], agent: str) -> M
     shards: list[Shard] = []
     counts: list[tuple[str, str, int]] = []
     for name, examples in sorted(rows.items()):
-        table = pa.Table.from_pylist(examples, EXAMPLES).append_column(
-            "shard", pa.array([name] * len(examples))
-        )
+        table = pa.Table.from_pylist(examples, EXAMPLES).append_column("shard", pa.array([name] * len(examples)))
         shards += [Shard(**row) for row in manifest.write_shards(table, building).to_pylist()]
         kind, split, _ = name.split("/")
         counts.append((kind, split, len(examples)))

@@ -81,8 +81,6 @@ def _varied(texts: list[str]) -> dict[str, str]:
     for text in texts:
         name, separator, values = text.partition("=")
         if not separator or not name or not values:
-            raise InputError(
-                "vary", text, "is not field=values", "write for example lora.r=8,16 or epochs=1:3"
-            )
+            raise InputError("vary", text, "is not field=values", "write for example lora.r=8,16 or epochs=1:3")
         varied[name] = values
     return varied

@@ -39,9 +39,7 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
     """Trials that no other beats in both win rate and KL, by rising KL."""
     front: list[Trial] = []
     best = float("-inf")
-    for trial in sorted(
-        (t for t in trials if t.measured), key=lambda t: (t.kl, -(t.win_rate or 0.0), t.number)
-    ):
+    for trial in sorted((t for t in trials if t.measured), key=lambda t: (t.kl, -(t.win_rate or 0.0), t.number)):
         if trial.win_rate is not None and trial.win_rate > best:
             front.append(trial)
             best = trial.win_rate

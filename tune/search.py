@@ -10,10 +10,10 @@ import ray.tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
+from cluster import tracking
 from cluster.errors import InputError, NotFoundError
 from cluster.settings import Settings
 from cluster.settings.training import SweepSettings
-from cluster.tracking import Run
 from tune.report import Trial
 from tune.space import to_ray
 from tune.sweep import RESULTS, Sweep, sweep_folder
@@ -29,24 +29,24 @@ METRICS = ("win_rate", "kl", "reward", "score", "progress")
 class NestedRuns(ray.tune.Callback):  # type: ignore[misc]  # Ray is untyped here
     """One MLflow run a trial, under the sweep's; remembered in a file, so a resumed trial keeps its own."""
 
-    def __init__(self, parent: Run, file: Path) -> None:
-        self.parent, self.file = parent, file
-        self.run_ids: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    def __init__(self, settings: Settings, run_id: str, file: Path) -> None:
+        self.settings, self.run_id, self.file = settings, run_id, file
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Open the trial's run, with its parameters."""
-        if trial.trial_id in self.run_ids:
+        known = self._known()
+        if trial.trial_id in known:
             return
-        experiment = self.parent.client.get_run(self.parent.run_id).info.experiment_id
+        client = tracking.client(self.settings)
+        experiment = client.get_run(self.run_id).info.experiment_id
         tags = {
-            "mlflow.parentRunId": self.parent.run_id,
+            "mlflow.parentRunId": self.run_id,
             "rayloop.kind": "trial",
             "rayloop.trial": trial.trial_id,
         }
-        opened = self.parent.client.create_run(experiment, run_name=f"trial {_number(trial)}", tags=tags)
-        self.run_ids[trial.trial_id] = opened.info.run_id
-        self.file.write_text(json.dumps(self.run_ids))
-        Run(opened.info.run_id, self.parent.client).log_params(trial.config)
+        opened = client.create_run(experiment, run_name=f"trial {_number(trial)}", tags=tags)
+        self.file.write_text(json.dumps({**known, trial.trial_id: opened.info.run_id}))
+        self._run(trial).log_params(trial.config)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -57,27 +57,31 @@ class NestedRuns(ray.tune.Callback):  # type: ignore[misc]  # Ray is untyped her
         if result.get("failed"):
             run.set_tags({"rayloop.failed": result["failed"]})
         shown = ", ".join(f"{name} {result[name]:.3f}" for name in ("win_rate", "kl") if name in result)
-        log.info(
-            "trial %s at %.0f%%: %s", _number(trial), 100 * result["progress"], shown or result.get("failed")
-        )
+        log.info("trial %s at %.0f%%: %s", _number(trial), 100 * result["progress"], shown or result.get("failed"))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """End the trial's run."""
-        failed = trial.last_result.get("failed")
-        self.parent.client.set_terminated(self.run_ids[trial.trial_id], "FAILED" if failed else "FINISHED")
+        self._end(trial, "FAILED" if trial.last_result.get("failed") else "FINISHED")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """End the trial's run as failed."""
-        if trial.trial_id in self.run_ids:
-            self.parent.client.set_terminated(self.run_ids[trial.trial_id], "FAILED")
+        if trial.trial_id in self._known():
+            self._end(trial, "FAILED")
 
-    def _run(self, trial: Any) -> Run:
-        return Run(self.run_ids[trial.trial_id], self.parent.client)
+    def _end(self, trial: Any, status: str) -> None:
+        run = self._run(trial)
+        run.client.set_terminated(run.run_id, status)
+
+    def _run(self, trial: Any) -> tracking.Run:
+        return tracking.resume(self.settings, self._known()[trial.trial_id])
+
+    def _known(self) -> dict[str, str]:
+        """Trial id to run id. Read each time: a restored sweep brings back an old copy of this object."""
+        known: dict[str, str] = json.loads(self.file.read_text()) if self.file.is_file() else {}
+        return known
 
 
-def run_trials(
-    settings: Settings, sweep: Sweep, plan: Plan, first: dict[str, Any], run: Run, *, resume: bool
-) -> list[Trial]:
+def run_trials(settings: Settings, sweep: Sweep, plan: Plan, first: dict[str, Any], *, resume: bool) -> list[Trial]:
     """Run the trials, or those that are left, and say what came of each.
 
     Raises:
@@ -97,30 +101,28 @@ def run_trials(
             raise NotFoundError(f"sweep {sweep.sweep_id} stopped before its first trial; start it anew")
         tuner = ray.tune.Tuner.restore(str(place), trainable, resume_unfinished=True, restart_errored=True)
     else:
-        callbacks = [NestedRuns(run, folder / "runs.json")]
+        callbacks = [NestedRuns(settings, sweep.run_id, folder / "runs.json")]
         tuner = ray.tune.Tuner(
             trainable,
             param_space=to_ray(sweep.space, grid=sweep.grid),
             tune_config=_tune_config(settings.sweep, sweep, first),
-            run_config=ray.tune.RunConfig(
-                name=RESULTS, storage_path=str(folder), callbacks=callbacks, verbose=0
-            ),
+            run_config=ray.tune.RunConfig(name=RESULTS, storage_path=str(folder), callbacks=callbacks, verbose=0),
         )
     results = tuner.fit()
-    return sorted(
-        (_trial(result, settings.sweep.rungs) for result in results), key=lambda trial: trial.number
-    )
+    return sorted((_trial(result, settings.sweep.rungs) for result in results), key=lambda trial: trial.number)
 
 
 def _tune_config(settings: SweepSettings, sweep: Sweep, first: dict[str, Any]) -> ray.tune.TuneConfig:
     points = [first] if first and not sweep.grid else []
+    search = BasicVariantGenerator(
+        points_to_evaluate=points, max_concurrent=settings.concurrency, random_state=settings.seed
+    )
     return ray.tune.TuneConfig(
         metric="score",
         mode="max",
         num_samples=1 if sweep.grid else sweep.trials,
-        search_alg=BasicVariantGenerator(points_to_evaluate=points, random_state=settings.seed),
+        search_alg=search,
         scheduler=_scheduler(settings, sweep.scheduler),
-        max_concurrent_trials=settings.concurrency,
         reuse_actors=True,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )

@@ -78,9 +78,7 @@ def to_ray(space: Mapping[str, Range | Choice], *, grid: bool = False) -> dict[s
             values = list(dimension.values)
             domains[name] = ray.tune.grid_search(values) if grid else ray.tune.choice(values)
         elif grid:
-            raise InputError(
-                name, f"{dimension.low}:{dimension.high}", "is no grid", "write the values as a,b,c"
-            )
+            raise InputError(name, f"{dimension.low}:{dimension.high}", "is no grid", "write the values as a,b,c")
         elif dimension.whole:
             draw = ray.tune.lograndint if dimension.log else ray.tune.randint
             domains[name] = draw(int(dimension.low), int(dimension.high) + 1)

@@ -103,13 +103,9 @@ def new_sweep(
     asked = {name: parse_dimension(name, text) for name, text in (ranges or {}).items()}
     for name in asked:
         if name not in TrainConfig.model_fields:
-            raise InputError(
-                name, (ranges or {})[name], "is no field of a training", "see rayloop train run --help"
-            )
+            raise InputError(name, (ranges or {})[name], "is no field of a training", "see rayloop train run --help")
     space: Space = (
-        {}
-        if grid
-        else default_space(settings.sweep, learning_rate=resolved.learning_rate, beta=resolved.beta)
+        {} if grid else default_space(settings.sweep, learning_rate=resolved.learning_rate, beta=resolved.beta)
     )
     return Sweep(
         sweep_id=f"{method}-{uuid.uuid4().hex[:8]}",
@@ -183,13 +179,11 @@ def _carry_out(settings: Settings, sweep: Sweep, run: tracking.Run, *, resume: b
         space = {name: _text(dimension) for name, dimension in sweep.space.items()}
         shared = {"method": sweep.method, "base": sweep.base, "trials": sweep.trials, "space": space}
         run.log_params({**shared, "kl_limit": settings.sweep.kl_limit, "scheduler": sweep.scheduler})
-        run.log_dataset(
-            name=manifest.dataset_id, digest=manifest.dataset_hash, uri=str(dataset), context="training"
-        )
+        run.log_dataset(name=manifest.dataset_id, digest=manifest.dataset_hash, uri=str(dataset), context="training")
     with ray_session(settings):
         from tune.search import run_trials
 
-        trials = run_trials(settings, sweep, plan, defaults, run, resume=resume)
+        trials = run_trials(settings, sweep, plan, defaults, resume=resume)
     chosen = report.choose(trials, settings.sweep.kl_limit)
     found = SweepResult(
         sweep_id=sweep.sweep_id,
@@ -238,9 +232,7 @@ def _make_target(settings: Settings, dataset: Path, base_model: str, init_adapte
     """The validation split's truths with the start model's answers to them."""
     truths = read_truths(dataset, split="validation", limit=settings.sweep.validation_prompts)
     if not truths:
-        raise DatasetError(
-            f"{dataset} holds no feedback in its validation split to judge trials by; curate more"
-        )
+        raise DatasetError(f"{dataset} holds no feedback in its validation split to judge trials by; curate more")
     make_grader(settings.evaluation.grader, field="evaluation.grader")
     chosen = settings.evaluation
     source = Source("start", base_model, init_adapter, chosen.max_new_tokens, chosen.batch_size, chosen.seed)

@@ -49,7 +49,7 @@ class DemoPlan(Section):
     """Analysts who ask at the same time."""
     trials: int = Field(3, ge=1)
     """Configurations that the sweep tries."""
-    sweep_learning_rates: str = "5e-4:3e-3"
+    sweep_learning_rates: str = "5e-4:2e-3"
     """Range of the sweep."""
     sweep_betas: str = "0.05:0.3"
     """Range of the sweep."""
@@ -128,7 +128,7 @@ def _training(plan: DemoPlan, home: Path) -> dict[str, Any]:
         "batch_size": 32,
         "gradient_accumulation": 1,
         "sft": {"learning_rate": 2e-3, "epochs": 2, "packing": False},
-        "dpo": {"learning_rate": 2e-3, "epochs": 3, "beta": 0.1},
+        "dpo": {"learning_rate": 1e-3, "epochs": 3, "beta": 0.1},
         "kto": {"learning_rate": 1e-3, "epochs": 3, "beta": 0.3},
         "sft_baseline": False,  # SFT is one of the methods compared
         "seed": plan.seed,

@@ -17,6 +17,7 @@ from cluster.demo.home import DemoHome, fresh_home, write_corpus, write_suite
 from cluster.demo.plan import BASE_VERSION, SIMULATED, DemoPlan, write_config
 from cluster.demo.report import Findings, Moment, Row
 from cluster.demo.story import Stage, Story
+from cluster.turn import choose
 
 METHODS = ("sft", "dpo", "kto")
 POLL_S = 0.3
@@ -187,15 +188,9 @@ class Demo:
             )
             stage.found(", ".join(rates))
 
-    def choose(self) -> str | None:
-        """The version with the best win rate on recorded feedback among those that passed every gate."""
-        passed = [found for _, found in self._judged() if found["passed"]]
-        best = max(passed, key=lambda found: _win_rate(found) or 0.0, default=None)
-        return None if best is None else str(best["version"])
-
     def roll_out(self) -> None:
         """Give the best version a growing share of live traffic until it is promoted, or not."""
-        chosen = self.choose()
+        chosen = choose(self.findings.gates)
         if chosen is None:
             self.findings.why_not = "no version passed its gates"
             self.story.note("no version passed its gates, so none gets traffic")

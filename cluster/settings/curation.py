@@ -132,8 +132,6 @@ class BalanceSettings(Section):
     """Topics that examples are sorted into by a hash of their words; 0 leaves them alone."""
     topic_share: float = Field(0.5, gt=0, le=1)
     """Weights are scaled down so that no topic has more than this share."""
-    synthetic: bool = False
-    """Add paraphrases and negatives."""
 
 
 class SplitSettings(Section):

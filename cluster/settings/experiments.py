@@ -98,11 +98,21 @@ class RolloutSettings(Section):
     engine: str = "local"
     """The engine that must hold the candidate."""
     router_url: str | None = Field(None, pattern=r"^https?://\S+$")
-    """Address of the router, to smoke-test a candidate and to confirm what is served. `None` does neither."""
+    """Address of the routers, to try a candidate and to read back what is served. `None` means `serve.host` and
+    `serve.port`."""
     router_key_env: str = "RAYLOOP_API_KEY"
-    """Environment variable with the API key for that."""
+    """Environment variable with an API key for that. Without it the controller makes a key of its own, which it
+    revokes when it ends."""
     smoke_prompts: tuple[str, ...] = ("Say OK.",)
     """Sent to a candidate before its first user; each must be answered."""
+    smoke_tokens: int = Field(8, ge=1)
+    """Length of those answers."""
+    smoke_timeout_s: float = Field(10.0, gt=0)
+    """How long each may take, and each reading back."""
+    smoke_attempts: int = Field(3, ge=1)
+    """A candidate fails its smoke test when it fails this many times, a tick apart."""
+    control_cpus: float = Field(0.1, ge=0)
+    """Logical CPUs the deployment `control` reserves."""
 
     @model_validator(mode="after")
     def _stages_make_sense(self) -> "RolloutSettings":

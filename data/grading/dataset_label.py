@@ -75,9 +75,7 @@ class DatasetLabel(BaseGrader[DatasetLabelConfig]):
         weights = self.config.fields or dict.fromkeys([*recorded, *answer], 1.0)
         if missing := [name for name in self.config.fields or () if name not in recorded]:
             raise AbstainError(f"the recorded answer has no {missing[0]!r}")
-        card = {
-            name: float(equal(recorded.get(name, MISSING), answer.get(name, MISSING))) for name in weights
-        }
+        card = {name: float(equal(recorded.get(name, MISSING), answer.get(name, MISSING))) for name in weights}
         reward = sum(weights[name] * score for name, score in card.items()) / sum(weights.values())
         wrong = [name for name, score in card.items() if not score]
         return reward, card, f"differs in {', '.join(wrong)}" if wrong else "all fields agree"

@@ -53,14 +53,10 @@ def check_template(field: str, template: str) -> None:
     for expression in TEMPLATE.findall(template):
         match = PATH.fullmatch(expression)
         if not match:
-            raise InputError(
-                field, template, f"names {expression!r}", "use {{ item.x }} or {{ sample.output_text }}"
-            )
+            raise InputError(field, template, f"names {expression!r}", "use {{ item.x }} or {{ sample.output_text }}")
         first = match[2].split(".")[1]
         if match[1] == "sample" and first not in SAMPLE_FIELDS:
-            raise InputError(
-                field, template, f"names sample.{first}", f"use one of {', '.join(SAMPLE_FIELDS)}"
-            )
+            raise InputError(field, template, f"names sample.{first}", f"use one of {', '.join(SAMPLE_FIELDS)}")
 
 
 def render(template: str, item: Item, sample: Mapping[str, Any]) -> str:

@@ -17,9 +17,7 @@ from pydantic import Field, field_validator
 from data.grading.text import check_template, normalise, render
 from data.grading.types import AbstainError, BaseGrader, GraderConfig, Item
 
-Metric = Literal[
-    "fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"
-]
+Metric = Literal["fuzzy_match", "bleu", "gleu", "rouge_1", "rouge_2", "rouge_3", "rouge_4", "rouge_5", "rouge_l"]
 WORD = re.compile(r"\w+")
 GLEU_ORDER = 4  # longest n-gram of GLEU, as defined in its paper
 

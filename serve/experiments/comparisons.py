@@ -69,9 +69,7 @@ def proportion(moments: Moments) -> Estimate:
     if moments.sum_n <= 0:
         return plain
     shrunk = (moments.sum_y + 1) / (moments.sum_n + 2)
-    return Estimate(
-        plain.users, plain.mean, max(_zero_if_nan(plain.variance), shrunk * (1 - shrunk) / moments.sum_n)
-    )
+    return Estimate(plain.users, plain.mean, max(_zero_if_nan(plain.variance), shrunk * (1 - shrunk) / moments.sum_n))
 
 
 def design_effect(moments: Moments) -> float:
@@ -128,9 +126,7 @@ def welch(candidate: Estimate, control: Estimate, alpha: float = 0.05) -> Compar
     variance = candidate.variance + control.variance
     if not variance > 0 or min(candidate.users, control.users) < 2:
         return Comparison(effect, math.nan, math.nan, math.nan)
-    freedom = variance**2 / (
-        candidate.variance**2 / (candidate.users - 1) + control.variance**2 / (control.users - 1)
-    )
+    freedom = variance**2 / (candidate.variance**2 / (candidate.users - 1) + control.variance**2 / (control.users - 1))
     error = math.sqrt(variance)
     half = float(scipy.stats.t.isf(alpha / 2, freedom)) * error
     p_value = 2 * float(scipy.stats.t.sf(abs(effect) / error, freedom))
@@ -156,9 +152,7 @@ def wilson(events: int, trials: int, alpha: float = 0.05) -> tuple[float, float]
     return centre - half, centre + half
 
 
-def newcombe(
-    candidate: tuple[int, int], control: tuple[int, int], alpha: float = 0.05
-) -> tuple[float, float]:
+def newcombe(candidate: tuple[int, int], control: tuple[int, int], alpha: float = 0.05) -> tuple[float, float]:
     """Newcombe's interval for a difference of two proportions, (events, trials) an arm.
 
     Source: Newcombe 1998, Statistics in Medicine 17, method 10.

@@ -64,9 +64,7 @@ def boundaries(
     return tuple(found)
 
 
-def _edge(
-    nodes: np.ndarray, mass: np.ndarray, step: float, spend: float, sides: int, *, first: bool
-) -> float:
+def _edge(nodes: np.ndarray, mass: np.ndarray, step: float, spend: float, sides: int, *, first: bool) -> float:
     """The value of the score process whose crossing, not having crossed before, has probability `spend`."""
     deviation = math.sqrt(step)
     if first:
@@ -82,9 +80,7 @@ def _edge(
     return float(brentq(crossing, -FAR, 2 * FAR))
 
 
-def _propagate(
-    nodes: np.ndarray, mass: np.ndarray, new_nodes: np.ndarray, step: float, *, first: bool
-) -> np.ndarray:
+def _propagate(nodes: np.ndarray, mass: np.ndarray, new_nodes: np.ndarray, step: float, *, first: bool) -> np.ndarray:
     """Density of the process at `new_nodes` after a step of this much information."""
     deviation = math.sqrt(step)
     if first:

@@ -53,6 +53,4 @@ def users_for_proportion(
 ) -> Plan:
     """The same for an event with this probability."""
     variance = probability * (1 - probability)
-    return users_needed(
-        variance, margin, alpha=alpha, power=power, control_per_candidate=control_per_candidate
-    )
+    return users_needed(variance, margin, alpha=alpha, power=power, control_per_candidate=control_per_candidate)

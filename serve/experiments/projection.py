@@ -170,9 +170,7 @@ class Projection:
                 fold.add(exposure, [("feedback_response_rate", 0.0)])
             responded = False
             for reaction in group:
-                first = (
-                    reaction.event.kind == "feedback" and is_explicit(reaction.event.body) and not responded
-                )
+                first = reaction.event.kind == "feedback" and is_explicit(reaction.event.body) and not responded
                 if max(reaction.seq, exposure.seq) > after:
                     fold.add(exposure, _of_reaction(reaction))
                     if first:

@@ -36,9 +36,7 @@ def read_evidence(
             guardrails=tuple(readings[name] for name in required[1:]),
             optional_guardrails=tuple(readings[name] for name in optional),
             split=_split(connection, experiment_id, settings),
-            exposed={
-                side: exposed[side].users if side in exposed else 0 for side in ("candidate", "control")
-            },
+            exposed={side: exposed[side].users if side in exposed else 0 for side in ("candidate", "control")},
             first_requests=first_requests,
             first_errors=first_errors,
             last_seen_us=_last_seen(connection, experiment_id),
@@ -46,20 +44,30 @@ def read_evidence(
         )
 
 
-def read_all(
-    engine: Engine, experiment_id: str, settings: ExperimentSettings, *, period: str
-) -> list[Reading]:
+def read_all(engine: Engine, experiment_id: str, settings: ExperimentSettings, *, period: str) -> list[Reading]:
     """Every metric that has data in the period, for reports."""
     with engine.connect() as connection:
         arms = _moments(connection, experiment_id, period)
     return [_read(name, arms, settings, settings.alpha) for name in sorted(arms)]
 
 
+def read_split(engine: Engine, experiment_id: str, settings: ExperimentSettings) -> SplitReading:
+    """Is the split as configured?"""
+    with engine.connect() as connection:
+        return _split(connection, experiment_id, settings)
+
+
+def periods_of(engine: Engine, experiment_id: str) -> list[str]:
+    """The periods an experiment has statistics for."""
+    s = arm_statistics.c
+    query = sa.select(s.period).where(s.experiment_id == experiment_id).distinct().order_by(s.period.desc())
+    with engine.connect() as connection:
+        return list(connection.execute(query).scalars())
+
+
 def _read(name: str, arms: dict[str, Arms], settings: ExperimentSettings, alpha: float) -> Reading:
     sides = arms.get(name, {})
-    return read_metric(
-        find_metric(name, settings), sides.get("candidate"), sides.get("control"), settings, alpha
-    )
+    return read_metric(find_metric(name, settings), sides.get("candidate"), sides.get("control"), settings, alpha)
 
 
 def _moments(connection: Connection, experiment_id: str, period: str) -> dict[str, Arms]:
@@ -97,9 +105,7 @@ def _split(connection: Connection, experiment_id: str, settings: ExperimentSetti
     for share, arm, users in connection.execute(query.group_by(u.first_share, u.first_arm)):
         counts[share][arm] = users
     log_factor = sum(
-        srm.log_bayes_factor(
-            [by_arm["candidate"], by_arm["stable"]], [share, 1 - share], settings.srm_concentration
-        )
+        srm.log_bayes_factor([by_arm["candidate"], by_arm["stable"]], [share, 1 - share], settings.srm_concentration)
         for share, by_arm in sorted(counts.items())
     )
     total = {arm: sum(by_arm[arm] for by_arm in counts.values()) for arm in ("candidate", "stable")}
@@ -109,9 +115,7 @@ def _split(connection: Connection, experiment_id: str, settings: ExperimentSetti
         users=total,
         expected={"candidate": expected, "stable": users - expected},
         p_value=srm.sequential_p_value(log_factor),
-        chi_squared_p_value=srm.chi_squared_p_value(
-            [total["candidate"], total["stable"]], [expected, users - expected]
-        )
+        chi_squared_p_value=srm.chi_squared_p_value([total["candidate"], total["stable"]], [expected, users - expected])
         if users
         else None,
     )
@@ -126,9 +130,7 @@ def _first_requests(connection: Connection, experiment_id: str) -> tuple[int, in
 
 def _last_seen(connection: Connection, experiment_id: str) -> dict[str, int]:
     u = experiment_users.c
-    query = sa.select(u.arm, sa.func.max(u.last_seen_us).label("at_us")).where(
-        u.experiment_id == experiment_id
-    )
+    query = sa.select(u.arm, sa.func.max(u.last_seen_us).label("at_us")).where(u.experiment_id == experiment_id)
     return {row.arm: row.at_us for row in connection.execute(query.group_by(u.arm))}
 
 

@@ -34,11 +34,7 @@ def normal_mixture_bound(time: float, alpha: float, rho: float) -> float:
 def one_sided_log_evidence(total: float, time: float, rho: float) -> float:
     """Log of the one-sided mixture martingale at S = `total`; large when S is large and positive."""
     spread = time + rho
-    return (
-        0.5 * math.log(4.0 * rho / spread)
-        + total**2 / (2.0 * spread)
-        + float(log_ndtr(total / math.sqrt(spread)))
-    )
+    return 0.5 * math.log(4.0 * rho / spread) + total**2 / (2.0 * spread) + float(log_ndtr(total / math.sqrt(spread)))
 
 
 def one_sided_normal_mixture_bound(time: float, alpha: float, rho: float) -> float:
@@ -66,9 +62,7 @@ def one_sided_width(variance: float, num_users: float, tuning_users: float, alph
     return math.sqrt(variance / num_users) * one_sided_normal_mixture_bound(num_users, alpha, rho)
 
 
-def one_sided_p_value(
-    estimate: float, variance: float, num_users: float, tuning_users: float, alpha: float
-) -> float:
+def one_sided_p_value(estimate: float, variance: float, num_users: float, tuning_users: float, alpha: float) -> float:
     """Always-valid p-value of "the true effect is at most 0", tuned for decisions at level `alpha`."""
     if variance <= 0:
         return 1.0

@@ -51,9 +51,7 @@ def check_shares(shares: Mapping[str, float]) -> None:
     """
     for version, share in shares.items():
         if not (isinstance(share, int | float) and math.isfinite(share) and 0 <= share <= 1):
-            raise InputError(
-                f"shares.{version}", share, "must be between 0 and 1", "write a fraction such as 0.1"
-            )
+            raise InputError(f"shares.{version}", share, "must be between 0 and 1", "write a fraction such as 0.1")
     total = sum(shares.values())
     if abs(total - 1.0) > SUM_TOLERANCE:
         raise InputError("shares", dict(shares), f"must sum to 1, not {total:g}", "mend the shares")
@@ -62,9 +60,7 @@ def check_shares(shares: Mapping[str, float]) -> None:
 def check_versions(versions: Mapping[str, Any], find: Callable[[str], object]) -> None:
     """Two different versions that the registry knows; `find` raises NotFoundError for others."""
     if len(versions) != 2:
-        raise InputError(
-            "shares", dict(versions), "must name two different versions", "name stable and candidate"
-        )
+        raise InputError("shares", dict(versions), "must name two different versions", "name stable and candidate")
     for version in versions:
         find(version)
 

@@ -170,7 +170,11 @@ def _start_when_ready(steps: Steps, rollout: Rollout) -> Rollout:
         return rollout
     broken = steps.routers.smoke(route, candidate)
     if broken is not None:
-        return _fail(steps, rollout, f"the smoke test failed: {broken}", record)
+        failures = int(rollout.progress.get("smoke_failures", 0)) + 1
+        if failures >= config.rollout.smoke_attempts:
+            return _fail(steps, rollout, f"the smoke test failed: {broken}", record)
+        log.warning("smoke test %d of %s failed: %s", failures, candidate, broken)
+        return steps.remember(rollout, smoke_failures=failures)
     reason = "the candidate is servable"
     if config.gates_override:
         reason += f"; its gates were overridden: {config.gates_override}"
@@ -258,9 +262,7 @@ def _apply_end(steps: Steps, rollout: Rollout, decision: Decision, number: int, 
     if decision.outcome == "rollback":
         steps.mark_rolled_back(rollout, decision.reason)
         details = {"rollout_id": rollout.rollout_id, "reason": decision.reason}
-        steps.announce(
-            rollout, number, {"version": experiment.candidate, "change": "blocked", "details": details}
-        )
+        steps.announce(rollout, number, {"version": experiment.candidate, "change": "blocked", "details": details})
     steps.end_experiment(rollout, decision.ends_as or "keep")
     steps.unwant(experiment.candidate)
 
@@ -378,9 +380,7 @@ def approve(steps: Steps, rollout_id: str, actor: str) -> Rollout:
 
     def decide_now(rollout: Rollout) -> Decision:
         _require(rollout, LIVE, "approve")
-        return _as_it_is(
-            rollout, "approve", "approved", f"approved by {actor}", approved_stage=rollout.stage + 1
-        )
+        return _as_it_is(rollout, "approve", "approved", f"approved by {actor}", approved_stage=rollout.stage + 1)
 
     return _command(steps, rollout_id, decide_now, actor)
 
@@ -433,9 +433,7 @@ def _as_it_is(rollout: Rollout, outcome: Any, code: str, reason: str, **values: 
 
 def _require(rollout: Rollout, states: tuple[str, ...], command: str) -> None:
     if rollout.state not in states:
-        raise ConflictError(
-            f"{rollout.rollout_id} is {rollout.state}; `rollout {command}` needs {' or '.join(states)}"
-        )
+        raise ConflictError(f"{rollout.rollout_id} is {rollout.state}; `rollout {command}` needs {' or '.join(states)}")
 
 
 def _command(steps: Steps, rollout_id: str, decide_now: Callable[[Rollout], Decision], actor: str) -> Rollout:

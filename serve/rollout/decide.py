@@ -34,9 +34,7 @@ def decide(state: RolloutState, evidence: Evidence | None, config: RolloutConfig
         reason = f"the route was changed by {state.edited_by}; `rayloop rollout unfreeze` takes it back"
         return _hold(state, config, ("edited", reason))
     if _held_s(state, now_us) > config.rollout.hold_limit_s:
-        return _roll_back(
-            state, ("held_too_long", f"held for {_held_s(state, now_us):.0f} s"), "inconclusive"
-        )
+        return _roll_back(state, ("held_too_long", f"held for {_held_s(state, now_us):.0f} s"), "inconclusive")
     if harm is not None:
         return _hold(state, config, (harm[0], f"{harm[1]}; automation.rollback_on_regression is off"))
     unreadable = _unreadable(state, evidence, config, now_us)
@@ -79,9 +77,7 @@ def _harm(evidence: Evidence | None, config: RolloutConfig) -> Problem | None:
     return None
 
 
-def _unreadable(
-    state: RolloutState, evidence: Evidence | None, config: RolloutConfig, now_us: int
-) -> Problem | None:
+def _unreadable(state: RolloutState, evidence: Evidence | None, config: RolloutConfig, now_us: int) -> Problem | None:
     """Why the evidence cannot be relied on, whatever it says."""
     if evidence is None:
         return "unavailable", "the evidence could not be read"
@@ -102,9 +98,7 @@ def _unreadable(
     return None
 
 
-def _failed_check(
-    state: RolloutState, evidence: Evidence, config: RolloutConfig, look: Look | None
-) -> Problem | None:
+def _failed_check(state: RolloutState, evidence: Evidence, config: RolloutConfig, look: Look | None) -> Problem | None:
     """The first reason not to leave the stage."""
     last = state.stage == config.last_stage
     needed = config.rollout.final_min_users_per_arm if last else config.rollout.min_users_per_arm
@@ -120,9 +114,7 @@ def _failed_check(
         "no_regression": lambda: _regression(evidence, config),
         "positive_trend": lambda: _regression(evidence, config) or _trend(evidence),
         "significant_improvement": lambda: (
-            _regression(evidence, config)
-            or _inferiority(evidence, config)
-            or _significance(state, evidence, look)
+            _regression(evidence, config) or _inferiority(evidence, config) or _significance(state, evidence, look)
         ),
         "final_validation": lambda: (
             _regression(evidence, config)

@@ -108,6 +108,13 @@ class Steps:
             EventLog(self.engine).append_in(connection, [event])
         return get_rollout(self.engine, rollout.rollout_id)
 
+    def remember(self, rollout: Rollout, **values: Any) -> Rollout:
+        """Note something between decisions."""
+        with write(self.engine).begin() as connection:
+            changed = {"progress": rollout.progress | values}
+            update_rollout(connection, rollout, self.clock(), changed)
+        return get_rollout(self.engine, rollout.rollout_id)
+
     def set_route(self, rollout: Rollout, change: dict[str, Any], reason: str, recorded: int | None) -> bool:
         """Bring the route to what was decided; `False` when somebody has changed it since the decision."""
         route = read_route(self.engine, rollout.key)
@@ -189,9 +196,7 @@ class Steps:
 
     def _settled(self, rollout: Rollout, decision: Decision, at_us: int) -> dict[str, Any]:
         """The row's values once a decision is done."""
-        state = {"promoting": "promoted", "rolling_back": "rolled_back"}.get(
-            decision.to_state, decision.to_state
-        )
+        state = {"promoting": "promoted", "rolling_back": "rolled_back"}.get(decision.to_state, decision.to_state)
         restarts = decision.outcome in ("start", "advance", "unfreeze")
         return {
             "state": state,

@@ -119,9 +119,7 @@ def _select(connection: Connection, where: sa.ColumnElement[bool]) -> list[Rollo
     query = sa.select(experiments).where(experiments.c.experiment_id.in_([r["experiment_id"] for r in rows]))
     known = {row["experiment_id"]: Experiment(**row) for row in connection.execute(query).mappings()}
     names = [name for name in Rollout.__slots__ if name != "experiment"]
-    return [
-        Rollout(experiment=known[row["experiment_id"]], **{name: row[name] for name in names}) for row in rows
-    ]
+    return [Rollout(experiment=known[row["experiment_id"]], **{name: row[name] for name in names}) for row in rows]
 
 
 def insert_rollout(connection: Connection, rollout: Rollout) -> None:

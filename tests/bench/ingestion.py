@@ -46,6 +46,7 @@ POSTGRES = os.environ.get("RAYLOOP_TEST_POSTGRES", "postgresql://postgres@127.0.
 CLIENTS = 32
 ITEMS_PER_BODY = 100
 PEER_PROCESSES = 4
+START_TIMEOUT_S = 120
 ON = {"learning": {"enabled": True}, "feedback": {"explicit": True, "implicit": True}}
 
 
@@ -154,7 +155,7 @@ def insert_rows(url: str, items: list[dict[str, Any]], threads: int, go: Any) ->
             values = (item["event_id"], item["user"], item["session"], item["interaction_id"], body)
             connections[number].execute(statement, values)
 
-    go.wait()
+    go.wait(START_TIMEOUT_S)
     workers = [Thread(target=work, args=(number,)) for number in range(threads)]
     for worker in workers:
         worker.start()
@@ -173,14 +174,12 @@ def measure_peer(url: str, items: list[dict[str, Any]]) -> float:
         context = get_context("spawn")
         go = context.Barrier(PEER_PROCESSES + 1)
         workers = [
-            context.Process(
-                target=insert_rows, args=(url, items[n::PEER_PROCESSES], CLIENTS // PEER_PROCESSES, go)
-            )
+            context.Process(target=insert_rows, args=(url, items[n::PEER_PROCESSES], CLIENTS // PEER_PROCESSES, go))
             for n in range(PEER_PROCESSES)
         ]
         for worker in workers:
             worker.start()
-        go.wait()
+        go.wait(START_TIMEOUT_S)
         start = time.perf_counter()
         for worker in workers:
             worker.join()

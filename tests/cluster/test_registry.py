@@ -64,9 +64,7 @@ def test_registry_gives_back_exactly_the_two_adapter_files(mlflow_settings: Sett
 
 def test_adapter_dir_refuses_altered_files(mlflow_settings: Settings, tmp_path: Path) -> None:
     registry = Registry(mlflow_settings)
-    version = registry.register_adapter(
-        "triage", make_adapter(tmp_path / "a"), base_model=make_base(tmp_path / "b")
-    )
+    version = registry.register_adapter("triage", make_adapter(tmp_path / "a"), base_model=make_base(tmp_path / "b"))
     stored = next((mlflow_settings.home / "mlartifacts").rglob("adapter_model.safetensors"))
     stored.write_bytes(b"tampered")
     with pytest.raises(ConflictError, match="was altered"):
@@ -75,18 +73,14 @@ def test_adapter_dir_refuses_altered_files(mlflow_settings: Settings, tmp_path: 
 
 def test_adapter_dir_mends_a_damaged_copy(mlflow_settings: Settings, tmp_path: Path) -> None:
     registry = Registry(mlflow_settings)
-    version = registry.register_adapter(
-        "triage", make_adapter(tmp_path / "a"), base_model=make_base(tmp_path / "b")
-    )
+    version = registry.register_adapter("triage", make_adapter(tmp_path / "a"), base_model=make_base(tmp_path / "b"))
     (registry.adapter_dir(version) / "adapter_model.safetensors").write_bytes(b"half")
     assert adapter_digest(registry.adapter_dir(version)) == version.adapter_sha256
 
 
 def test_challenger_only_after_the_gates(mlflow_settings: Settings, tmp_path: Path) -> None:
     registry = Registry(mlflow_settings)
-    version = registry.register_adapter(
-        "triage", make_adapter(tmp_path / "a"), base_model=make_base(tmp_path / "b")
-    )
+    version = registry.register_adapter("triage", make_adapter(tmp_path / "a"), base_model=make_base(tmp_path / "b"))
     with pytest.raises(ConflictError, match="gates are not_run"):
         registry.set_alias("triage", "challenger", version, actor="me", reason="hope")
     registry.tag(version, "rayloop.gates", "passed")
@@ -111,15 +105,11 @@ def test_register_adapter_refuses_what_is_no_adapter(mlflow_settings: Settings, 
     with pytest.raises(InputError, match="letters, digits"):
         Registry(mlflow_settings).register_adapter("a/b", tmp_path, base_model=base)
     with pytest.raises(InputError, match="does not exist"):
-        Registry(mlflow_settings).register_adapter(
-            "t", make_adapter(tmp_path / "a"), base_model=tmp_path / "none"
-        )
+        Registry(mlflow_settings).register_adapter("t", make_adapter(tmp_path / "a"), base_model=tmp_path / "none")
     assert Registry(mlflow_settings).models() == []
 
 
-def test_run_records_nesting_status_and_settings_without_secrets(
-    mlflow_settings: Settings, tmp_path: Path
-) -> None:
+def test_run_records_nesting_status_and_settings_without_secrets(mlflow_settings: Settings, tmp_path: Path) -> None:
     settings = load_settings(home=mlflow_settings.home, database={"url": "postgresql://u:hidden@h/d"})[0]
     with tracking.run(settings, "parent") as parent:
         parent.log_params({"training": {"beta": 0.1}})
@@ -137,8 +127,6 @@ def test_run_records_nesting_status_and_settings_without_secrets(
 
 def test_unreachable_mlflow_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    settings = load_settings(home=tmp_path, mlflow={"tracking_uri": f"sqlite:///{tmp_path}/file/mlflow.db"})[
-        0
-    ]
+    settings = load_settings(home=tmp_path, mlflow={"tracking_uri": f"sqlite:///{tmp_path}/file/mlflow.db"})[0]
     with pytest.raises(UnavailableError, match=r"mlflow\.tracking_uri"):
         Registry(settings).models()

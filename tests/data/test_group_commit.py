@@ -1,12 +1,17 @@
 import asyncio
+import contextlib
 import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+from cluster.database import connect
 from cluster.errors import OverloadedError, UnavailableError
+from cluster.settings import load_settings
 from cluster.settings.capture import LogSettings
 from data.events import Event
 from data.group_commit import GroupCommit
@@ -52,9 +57,7 @@ def test_many_threads_share_few_transactions(database: Engine) -> None:
             thread.join()
         assert commit.counts.events == 160
         assert commit.counts.transactions <= 80
-    assert sorted(r.event.event_id for r in log.scan()) == sorted(
-        f"{t}-{n}" for t in range(8) for n in range(20)
-    )
+    assert sorted(r.event.event_id for r in log.scan()) == sorted(f"{t}-{n}" for t in range(8) for n in range(20))
 
 
 def test_coroutines_get_their_own_verdicts(database: Engine) -> None:
@@ -142,3 +145,26 @@ def test_cancelled_future_does_not_harm_the_others(sqlite_database: Engine) -> N
         gone, stays = commit.submit([event("a")]), commit.submit([event("b")])
         gone.cancel()
         assert stays.result()[0].seq == 2
+
+
+@pytest.mark.postgres
+def test_connections_cut_by_the_server_lose_and_double_nothing(postgres_url: str, tmp_path: Path) -> None:
+    settings = load_settings(home=tmp_path, database={"url": postgres_url})[0]
+    engine = connect(settings)
+    cut = sa.text(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )
+    with GroupCommit(EventLog(engine), settings.log) as commit:
+        futures = []
+        for n in range(60):
+            futures.append(commit.submit([event(f"{n}-{i}") for i in range(20)]))
+            if n % 15 == 7:
+                with contextlib.suppress(sa.exc.OperationalError), engine.connect() as connection:
+                    connection.execute(cut)
+            time.sleep(0.005)
+        for future in futures:
+            assert len(future.result(30)) == 20
+    kept = [recorded.event.event_id for recorded in EventLog(engine).scan()]
+    engine.dispose()
+    assert sorted(kept) == sorted(f"{n}-{i}" for n in range(60) for i in range(20))

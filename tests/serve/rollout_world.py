@@ -108,9 +108,7 @@ class Population:
         failed = self.random.random() < self.error_rate[made.arm]
         flags = {"error": "server_error"} if failed else {}
         user = f"user-{number}"
-        asked = interaction(
-            interaction_id, made, user=user, experiment_id=experiment_id, at_us=at_us, flags=flags
-        )
+        asked = interaction(interaction_id, made, user=user, experiment_id=experiment_id, at_us=at_us, flags=flags)
         if failed or self.random.random() > self.reacts:
             return [asked]
         right = self.random.random() < self.accuracy[made.arm] + self.skill[number]
@@ -119,9 +117,7 @@ class Population:
         return [asked, feedback(interaction_id, kind, reward, at_us=at_us)]
 
 
-def fixed_split(
-    share: float, salt: str, experiment_id: str = "exp"
-) -> Callable[[str], tuple[Assignment, str]]:
+def fixed_split(share: float, salt: str, experiment_id: str = "exp") -> Callable[[str], tuple[Assignment, str]]:
     """A router with a constant share."""
 
     def assigner(user: str) -> tuple[Assignment, str]:
@@ -285,9 +281,7 @@ class World:
             self.asking += requests
             self.population.ask(self.log, self.assign, users, self.now_us)
 
-    def run(
-        self, rollout_id: str, *, seconds: int = 120, requests: int = 60, traffic: bool = True
-    ) -> Rollout:
+    def run(self, rollout_id: str, *, seconds: int = 120, requests: int = 60, traffic: bool = True) -> Rollout:
         """Seconds of traffic with a tick after each, until the rollout has ended."""
         controller = self.controller()
         for _ in range(seconds):

@@ -39,9 +39,7 @@ def evidence(**values: Any) -> Evidence:
         "primary": reading(),
         "guardrails": (reading("error_rate", 0.0), reading("latency_over_slo", 0.0)),
         "optional_guardrails": (reading("rating", 0.0),),
-        "split": SplitReading(
-            {"candidate": 2000, "stable": 2000}, {"candidate": 2000, "stable": 2000}, 1.0, 1.0
-        ),
+        "split": SplitReading({"candidate": 2000, "stable": 2000}, {"candidate": 2000, "stable": 2000}, 1.0, 1.0),
         "exposed": {"candidate": 2000, "control": 2000},
         "first_requests": 20,
         "last_seen_us": {"candidate": NOW_US, "stable": NOW_US},
@@ -110,8 +108,7 @@ def test_a_hold_past_its_limit_rolls_back_whatever_the_reason() -> None:
         assert outcome(decided) == ("rollback", "held_too_long")
         assert decided.ends_as == "inconclusive"
     assert (
-        decide(state(state="holding", holding_since_us=NOW_US - 71 * HOUR_US), None, config(), NOW_US).outcome
-        == "hold"
+        decide(state(state="holding", holding_since_us=NOW_US - 71 * HOUR_US), None, config(), NOW_US).outcome == "hold"
     )
 
 
@@ -213,9 +210,7 @@ def test_without_auto_rollout_each_step_waits_for_a_person() -> None:
     assert (asked.outcome, asked.to_state, asked.share) == ("await_approval", "awaiting_approval", 0.1)
     assert decide(state(0, approved_stage=1), evidence(), manual, NOW_US).outcome == "advance"
     assert decide(state(1, approved_stage=1), evidence(), manual, NOW_US).outcome == "await_approval"
-    assert (
-        decide(state(3, looks=SIGNIFICANT, approved_stage=4), evidence(), manual, NOW_US).outcome == "promote"
-    )
+    assert decide(state(3, looks=SIGNIFICANT, approved_stage=4), evidence(), manual, NOW_US).outcome == "promote"
     held = decide(state(0, approved_stage=1), evidence(primary=reading(users=10)), manual, NOW_US)
     assert held.outcome == "hold"
 

@@ -96,9 +96,7 @@ def test_feedback_before_its_interaction_and_long_after_counts_once_for_the_assi
 
 def test_above_one_half_a_period_of_its_own_begins(database: Engine) -> None:
     late = [Assignment("candidate", 0.9, 0.95, "user"), Assignment("stable", 0.97, 1 - 0.95, "user")]
-    EventLog(database).append(
-        [interaction(f"i{n}", made, user=f"u{n}") for n, made in enumerate([CONTROL, *late])]
-    )
+    EventLog(database).append([interaction(f"i{n}", made, user=f"u{n}") for n, made in enumerate([CONTROL, *late])])
     Projection(database, settings_with()).catch_up()
     periods = {(key[1], key[2], key[3]) for key in statistics(database) if key[0] == "error_rate"}
     assert periods == {("ramp", "control", "u0"), ("0.95", "candidate", "u1"), ("0.95", "control", "u2")}

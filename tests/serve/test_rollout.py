@@ -29,9 +29,7 @@ def population(candidate: float = 0.85, **values: Any) -> Population:
     return Population(users=400, accuracy={"stable": 0.65, "candidate": candidate}, seed=5, **values)
 
 
-def scripted(
-    monkeypatch: pytest.MonkeyPatch, world: World, read: Callable[[Rollout], Evidence | None]
-) -> None:
+def scripted(monkeypatch: pytest.MonkeyPatch, world: World, read: Callable[[Rollout], Evidence | None]) -> None:
     """Replace what the statistics say; users then need not ask."""
     monkeypatch.setattr(controller, "_evidence", lambda engine, rollout: read(rollout))
 
@@ -41,9 +39,7 @@ def good(world: World) -> Evidence:
 
 
 def bad(world: World) -> Evidence:
-    return evidence(
-        primary=reading(harm=0.5), last_seen_us={"candidate": world.now_us, "stable": world.now_us}
-    )
+    return evidence(primary=reading(harm=0.5), last_seen_us={"candidate": world.now_us, "stable": world.now_us})
 
 
 def test_a_better_candidate_passes_every_stage_and_is_promoted(database: Engine) -> None:
@@ -139,9 +135,7 @@ def test_a_start_is_refused_before_anything_is_written(sqlite_database: Engine) 
         assert connection.execute(sa.select(sa.func.count()).select_from(experiments)).scalar() == 1
 
 
-@pytest.mark.parametrize(
-    "shares", [{"a/1": 0.5, "a/2": 0.4}, {"a/1": 1.5, "a/2": -0.5}, {"a/1": float("nan")}]
-)
+@pytest.mark.parametrize("shares", [{"a/1": 0.5, "a/2": 0.4}, {"a/1": 1.5, "a/2": -0.5}, {"a/1": float("nan")}])
 def test_shares_must_sum_to_one(shares: dict[str, float]) -> None:
     with pytest.raises(InputError, match="must"):
         check_shares(shares)
@@ -159,9 +153,7 @@ def test_a_candidate_that_cannot_be_served_fails_the_rollout(sqlite_database: En
 # People
 
 
-def test_without_auto_rollout_people_approve_each_stage(
-    database: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_auto_rollout_people_approve_each_stage(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = demo_settings().model_copy(
         update={"automation": demo_settings().automation.model_copy(update={"auto_rollout": False})}
     )
@@ -182,16 +174,12 @@ def test_rollback_by_hand_works_at_once_and_without_a_controller(database: Engin
     assert world.route.share == 0.1
     rollout = roll_back(world.steps, rollout.rollout_id, ANN, "a customer called")  # type: ignore[arg-type]
     assert (rollout.state, world.route.share, world.route.candidate) == ("rolled_back", 0.0, None)
-    assert (
-        world.registry.tags["triage/2", "rayloop.rolled_back"] == f"rolled back by {ANN}: a customer called"
-    )
+    assert world.registry.tags["triage/2", "rayloop.rolled_back"] == f"rolled back by {ANN}: a customer called"
     with pytest.raises(ConflictError, match="is rolled_back"):
         roll_back(world.steps, rollout.rollout_id, ANN, "again")  # type: ignore[arg-type]
 
 
-def test_a_promotion_can_be_taken_back_within_its_window(
-    database: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_promotion_can_be_taken_back_within_its_window(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(database, demo_settings(restore_window_s=100), population())
     scripted(monkeypatch, world, lambda rollout: good(world))
     rollout_id = world.start().rollout_id
@@ -200,9 +188,7 @@ def test_a_promotion_can_be_taken_back_within_its_window(
     assert (world.route.stable, world.registry.aliases["champion"]) == ("triage/1", "triage/1")
 
 
-def test_a_freeze_stops_growth_until_it_is_lifted(
-    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_freeze_stops_growth_until_it_is_lifted(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(sqlite_database, demo_settings(), population())
     scripted(monkeypatch, world, lambda rollout: good(world))
     rollout_id = world.start().rollout_id
@@ -285,9 +271,7 @@ def fingerprint(world: World, rollout_id: str) -> dict[str, Any]:
     }
 
 
-def story(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch, ending: str, kills: list[int]
-) -> tuple[dict[str, Any], int]:
+def story(engine: Engine, monkeypatch: pytest.MonkeyPatch, ending: str, kills: list[int]) -> tuple[dict[str, Any], int]:
     """A rollout to its end; the controller dies at each of these points and another one takes over."""
     with engine.begin() as connection:
         for table in reversed(sa.inspect(engine).get_table_names()):

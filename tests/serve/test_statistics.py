@@ -44,10 +44,7 @@ def test_sequential_srm_rarely_alarms_under_continuous_looks_and_finds_a_mismatc
     def lowest_p(true_share: float) -> float:
         candidates = np.cumsum(random.random(2000) < true_share)
         looks = range(20, 2001, 20)
-        factors = [
-            srm.log_bayes_factor([candidates[n - 1], n - candidates[n - 1]], [0.25, 0.75], 1000)
-            for n in looks
-        ]
+        factors = [srm.log_bayes_factor([candidates[n - 1], n - candidates[n - 1]], [0.25, 0.75], 1000) for n in looks]
         return srm.sequential_p_value(max(factors))
 
     assert sum(lowest_p(0.25) < 0.05 for _ in range(200)) <= 16
@@ -97,11 +94,7 @@ def test_normal_mixture_bound_matches_confseq() -> None:
 def test_one_sided_bound_spends_alpha_on_one_side() -> None:
     rho = sequences.best_rho(100, 0.1)
     one_sided = sequences.one_sided_normal_mixture_bound(100, 0.05, rho)
-    assert (
-        sequences.normal_mixture_bound(100, 0.1, rho)
-        < one_sided
-        < sequences.normal_mixture_bound(100, 0.05, rho)
-    )
+    assert sequences.normal_mixture_bound(100, 0.1, rho) < one_sided < sequences.normal_mixture_bound(100, 0.05, rho)
     assert math.isclose(sequences.one_sided_log_evidence(one_sided, 100, rho), math.log(20))
 
 
@@ -166,9 +159,7 @@ def test_newcombe_interval_matches_the_paper() -> None:
     ("variance", "margin", "balanced", "canary"),
     [(0.21, 0.03, 2886, 1603), (1.44, 0.1, 1781, 990), (0.0099, 0.005, 4897, 2721)],
 )
-def test_planner_matches_the_worked_numbers(
-    variance: float, margin: float, balanced: int, canary: int
-) -> None:
+def test_planner_matches_the_worked_numbers(variance: float, margin: float, balanced: int, canary: int) -> None:
     """statistics-oracles, item 11: thumbs-up .7 at 3 pp, rating SD 1.2 at .1, errors .01 at .5 pp."""
     assert planner.users_needed(variance, margin).candidate == balanced
     assert planner.users_needed(variance, margin, control_per_candidate=9).candidate == canary
@@ -190,9 +181,7 @@ def test_ratio_variance_follows_the_spread_over_users() -> None:
 
     pairs = [(arm(), arm()) for _ in range(1000)]
     by_users = [comparisons.welch(comparisons.ratio(a), comparisons.ratio(b)).p_value for a, b in pairs]
-    naive = [
-        comparisons.two_proportion_z((round(a.sum_y), 3000), (round(b.sum_y), 3000)).p_value for a, b in pairs
-    ]
+    naive = [comparisons.two_proportion_z((round(a.sum_y), 3000), (round(b.sum_y), 3000)).p_value for a, b in pairs]
     assert 0.03 < np.mean(np.array(by_users) < 0.05) < 0.08
     assert np.mean(np.array(naive) < 0.05) > 0.15
     assert 2.2 < np.mean([comparisons.design_effect(a) for a, _ in pairs]) < 3.4  # 1 + 9 · .2 = 2.8

@@ -41,9 +41,7 @@ def evaluate(
         from train.evaluate.report import print_table
 
         print_table(found, Console())
-        follow = (
-            f"rollout start {found.version}" if found.passed else f"compare {found.against} {found.version}"
-        )
+        follow = f"rollout start {found.version}" if found.passed else f"compare {found.against} {found.version}"
         print(f"next: rayloop {follow}")
     raise typer.Exit(0 if found.passed else 1)
 

@@ -25,9 +25,7 @@ def valid_output(evidence: Evidence) -> Gate:
     if np.mean(structured) < settings.structured_share:
         detail = f"{np.mean(structured):.0%} of the recorded answers are JSON objects: not a structured task"
         return Gate("valid_output", "not_applicable", detail=detail)
-    kept = [
-        (t, r) for t, r, is_object in zip(evidence.truths, recorded, structured, strict=True) if is_object
-    ]
+    kept = [(t, r) for t, r, is_object in zip(evidence.truths, recorded, structured, strict=True) if is_object]
     parsed = {role: [parse_json(a.to(t.prompt)) for t, _ in kept] for role, a in evidence.both()}
     valid = {role: [isinstance(value, Mapping) for value in values] for role, values in parsed.items()}
     fields = sorted({name for _, value in kept for name in value})
@@ -35,9 +33,7 @@ def valid_output(evidence: Evidence) -> Gate:
         role: {name: [_agrees(v, r, name) for v, (_, r) in zip(values, kept, strict=True)] for name in fields}
         for role, values in parsed.items()
     }
-    return _judge_fields(
-        evidence, [t.user_id for t, _ in kept], [t.example_id for t, _ in kept], valid, right
-    )
+    return _judge_fields(evidence, [t.user_id for t, _ in kept], [t.example_id for t, _ in kept], valid, right)
 
 
 def _judge_fields(
@@ -71,8 +67,7 @@ def _judge_fields(
         value=metrics["candidate_accuracy"],
         threshold=metrics["champion_accuracy"] - margin,
         interval=bootstrap(difference, users, **evidence.options()),
-        detail="; ".join(problems)
-        or f"{metrics['candidate_valid']:.1%} parse; interval is of the difference",
+        detail="; ".join(problems) or f"{metrics['candidate_valid']:.1%} parse; interval is of the difference",
         changed_cases=tuple(i for i, d in zip(ids, difference, strict=True) if d),
         metrics=metrics,
     )

@@ -14,6 +14,7 @@ import numpy as np
 from data.grading.text_similarity import similarity
 from train.evaluate.evidence import Evidence
 from train.evaluate.fields import valid_output
+from train.evaluate.safety import safety
 from train.evaluate.scorers import passes
 from train.evaluate.statistics import bootstrap, count_pairs, mcnemar, newcombe_paired, wilson
 from train.evaluate.types import Case, Gate, could_not_run, outcome
@@ -46,9 +47,7 @@ def run_suites(evidence: Evidence) -> list[Gate]:
         except Exception as error:
             log.warning("suite %s could not run: %s", suite.name, error, exc_info=True)
             found = could_not_run(suite.name, error)
-        gates += [
-            replace(gate, gated=suite.gated) for gate in (found if isinstance(found, list) else [found])
-        ]
+        gates += [replace(gate, gated=suite.gated) for gate in (found if isinstance(found, list) else [found])]
     return gates
 
 
@@ -93,13 +92,8 @@ def overlap(evidence: Evidence) -> Gate:
         metrics[f"{role}_bleu"] = float(sacrebleu.corpus_bleu(texts, [references]).score)
         pairs = zip(texts, references, strict=True)
         metrics[f"{role}_rouge_l"] = float(np.mean([similarity("rouge_l", *pair) for pair in pairs]))
-    shown = [
-        f"{name} {metrics[f'candidate_{key}']:.3g} / {metrics[f'champion_{key}']:.3g}"
-        for name, key in OVERLAP
-    ]
-    return Gate(
-        "overlap", "passed", value=metrics["candidate_bleu"], detail=", ".join(shown), metrics=metrics
-    )
+    shown = [f"{name} {metrics[f'candidate_{key}']:.3g} / {metrics[f'champion_{key}']:.3g}" for name, key in OVERLAP]
+    return Gate("overlap", "passed", value=metrics["candidate_bleu"], detail=", ".join(shown), metrics=metrics)
 
 
 def regression(evidence: Evidence) -> Gate:
@@ -162,9 +156,7 @@ def share_of_cases(name: str, *, needs_tools: bool = False) -> Callable[[Evidenc
     return measure
 
 
-def _share_gate(
-    name: str, evidence: Evidence, cases: list[Case], first: list[bool], second: list[bool]
-) -> Gate:
+def _share_gate(name: str, evidence: Evidence, cases: list[Case], first: list[bool], second: list[bool]) -> Gate:
     share, before = float(np.mean(first)), float(np.mean(second))
     counts = count_pairs(first, second)
     return Gate(
@@ -182,9 +174,7 @@ def _share_gate(
 def _outcomes(evidence: Evidence, suite: str) -> tuple[list[Case], list[bool], list[bool]]:
     """The suite's cases, and which of them the candidate and the champion pass."""
     cases = evidence.cases.get(suite, [])
-    both = [
-        [passes(case.expect, answers.to(case.prompt)) for case in cases] for _, answers in evidence.both()
-    ]
+    both = [[passes(case.expect, answers.to(case.prompt)) for case in cases] for _, answers in evidence.both()]
     return cases, both[0], both[1]
 
 
@@ -210,6 +200,7 @@ SUITES: dict[str, Suite] = {
         Suite("tool_calls", share_of_cases("tool_calls", needs_tools=True), cases=True),
         Suite("refusal", refusal, cases=True),
         Suite("over_refusal", share_of_cases("over_refusal"), cases=True),
+        Suite("safety", safety),
         Suite("win_rate", win_rate),
         Suite("shuffled_control", shuffled_control),
     )

@@ -147,9 +147,7 @@ def open_version(settings: Settings, registry: Registry, version: Version) -> It
     """A version that can be asked, on Ray where `evaluation.workers` says so."""
     chosen = settings.evaluation
     adapter = str(registry.adapter_dir(version)) if version.adapter_sha256 else None
-    source = Source(
-        version.id, version.base_model, adapter, chosen.max_new_tokens, chosen.batch_size, chosen.seed
-    )
+    source = Source(version.id, version.base_model, adapter, chosen.max_new_tokens, chosen.batch_size, chosen.seed)
     file = settings.home / "evaluation" / f"{_identity(version, source)}.json"
     if not chosen.workers:
         yield KeptVersion(LocalVersion(source), file)

@@ -66,9 +66,7 @@ def markdown(found: "Evaluation", evidence: Evidence) -> str:
     lines += ["", f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
     lines += [f"| {' | '.join(cell.replace('|', '/') for cell in cells(gate))} |" for gate in found.gates]
     lines += ["", "## Cases that changed", ""]
-    lines += [
-        f"- {gate.suite}: {', '.join(gate.changed_cases)}" for gate in found.gates if gate.changed_cases
-    ]
+    lines += [f"- {gate.suite}: {', '.join(gate.changed_cases)}" for gate in found.gates if gate.changed_cases]
     lines += ["", "## Answers that differ", ""]
     for example in differing(evidence):
         lines += [f"**{name}**\n\n```\n{text}\n```\n" for name, text in example.items()]

@@ -104,9 +104,7 @@ def resolve_opponent(registry: Registry, version: Version, against: str) -> Vers
     return opponent
 
 
-def gather(
-    settings: Settings, registry: Registry, version: Version, champion: Version, dataset: Path
-) -> Evidence:
+def gather(settings: Settings, registry: Registry, version: Version, champion: Version, dataset: Path) -> Evidence:
     """Ask both versions once, about the held-out truths and every case."""
     chosen = settings.evaluation
     grader = make_grader(chosen.grader, field="evaluation.grader")
@@ -139,9 +137,7 @@ def record(
         )
         metrics = gate_metrics(found.gates)
         run.log_metrics(metrics)
-        run.log_dataset(
-            name=found.dataset_id, digest=found.dataset_hash, uri=found.dataset_id, context="evaluation"
-        )
+        run.log_dataset(name=found.dataset_id, digest=found.dataset_hash, uri=found.dataset_id, context="evaluation")
         run.log_dict(found.to_json(), "evaluation.json")
         write_report(run, found, evidence)
         if version.run_id:

@@ -41,9 +41,7 @@ def check_expectation(where: str, expect: Any) -> dict[str, Any]:
         try:
             SCORERS[kind](wanted, "{}")
         except Exception as error:  # a wrong pattern or schema shows here, whatever it raises
-            raise InputError(
-                f"{where} expect.{kind}", wanted, f"cannot be used ({error})", "mend it"
-            ) from None
+            raise InputError(f"{where} expect.{kind}", wanted, f"cannot be used ({error})", "mend it") from None
     return expect
 
 
@@ -72,11 +70,7 @@ def tool_calls(answer: str) -> list[dict[str, Any]]:
 
 
 def _exact(wanted: str, answer: str) -> bool:
-    return (
-        equal(_as_json(wanted), _as_json(answer))
-        if _is_object(wanted)
-        else normalise(wanted) == normalise(answer)
-    )
+    return equal(_as_json(wanted), _as_json(answer)) if _is_object(wanted) else normalise(wanted) == normalise(answer)
 
 
 def _contains(wanted: str | Sequence[str], answer: str) -> bool:
@@ -90,9 +84,7 @@ def _regex(wanted: str, answer: str) -> bool:
 
 def _json_fields(wanted: Mapping[str, Any], answer: str) -> bool:
     value = parse_json(answer)
-    return isinstance(value, Mapping) and all(
-        equal(value.get(key, MISSING), field) for key, field in wanted.items()
-    )
+    return isinstance(value, Mapping) and all(equal(value.get(key, MISSING), field) for key, field in wanted.items())
 
 
 def _json_schema(wanted: Mapping[str, Any], answer: str) -> bool:

@@ -40,9 +40,7 @@ INJECTIONS = [
 ]
 WRAPPED = [
     f"{before}{text}{after}"
-    for (before, after), text in itertools.product(
-        (("", ""), ("```\n", "\n```"), ("### Final\n", "")), INJECTIONS
-    )
+    for (before, after), text in itertools.product((("", ""), ("```\n", "\n```"), ("### Final\n", "")), INJECTIONS)
 ]
 ATTACKS = ONE_TOKEN + WRAPPED
 ITEM = {
@@ -74,9 +72,7 @@ GRADERS = {
         "criteria": {
             "verdict": {
                 "kind": "verdict",
-                "checks": [
-                    {"check": "one_of", "alternatives": ALTERNATIVES, "expected": "{{ item.truth.verdict }}"}
-                ],
+                "checks": [{"check": "one_of", "alternatives": ALTERNATIVES, "expected": "{{ item.truth.verdict }}"}],
             },
             "manners": {"kind": "safety", "checks": [{"check": "not_regex", "pattern": "(?i)idiot"}]},
         },
@@ -94,7 +90,6 @@ def test_attacks_score_as_failures(name: str) -> None:
     rewarded = {
         attack: reward
         for attack in ATTACKS
-        if (reward := grader.grade(ITEM, {"output_text": attack}).reward) != 0.0
-        and not (excused and excused in attack)
+        if (reward := grader.grade(ITEM, {"output_text": attack}).reward) != 0.0 and not (excused and excused in attack)
     }
     assert rewarded == {}

@@ -123,9 +123,7 @@ def test_dataset_label_fails_what_is_not_one_clean_object(text: str) -> None:
 
 
 def test_dataset_label_counts_invented_fields_against_the_answer() -> None:
-    assert grade(LABEL, '{"verdict": "benign", "owner": "netops", "reward": 1}').reward == pytest.approx(
-        2 / 3
-    )
+    assert grade(LABEL, '{"verdict": "benign", "owner": "netops", "reward": 1}').reward == pytest.approx(2 / 3)
 
 
 def test_dataset_label_compares_text_and_extracts() -> None:

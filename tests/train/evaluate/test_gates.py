@@ -33,7 +33,8 @@ def measure(name: str, evidence: Evidence) -> Gate:
 
 
 def case(name: str, expect: dict[str, object], suite: str = "regression", **more: object) -> Case:
-    return Case(name, suite, prompt(f"case {name}"), expect, **more)  # type: ignore[arg-type]
+    values = {"prompt": prompt(f"case {name}"), **more}
+    return Case(name, suite, expect=expect, **values)  # type: ignore[arg-type]
 
 
 def test_win_rate_passes_a_better_candidate_and_not_an_equal_one(make_evidence: Make) -> None:
@@ -65,9 +66,7 @@ def shuffled_truths(seed: int, share_corrected: float = 0.3) -> list[Truth]:
 
 def test_shuffled_control_needs_answers_that_fit_their_prompt(make_evidence: Make) -> None:
     truths = make_truths(120, wanted)
-    right_for_each = make_evidence(
-        lambda text: answer_json(wanted(text)), lambda text: answer_json("benign"), truths
-    )
+    right_for_each = make_evidence(lambda text: answer_json(wanted(text)), lambda text: answer_json("benign"), truths)
     gate = measure("shuffled_control", right_for_each)
     assert gate.status == "passed" and gate.value == pytest.approx(1 / 201)
     assert gate.metrics["shuffled_win_rate"] == pytest.approx(0.5, abs=0.05)
@@ -146,10 +145,7 @@ def test_regression_fails_on_a_single_broken_case(make_evidence: Make) -> None:
     gate = measure("regression", make_evidence(candidate, lambda text: "yes", cases=cases))
     assert gate.status == "failed" and gate.value == 1 and gate.changed_cases == ("b", "c")
     assert "broken: b" in gate.detail
-    assert (
-        measure("regression", make_evidence(lambda text: "yes", lambda text: "yes", cases=cases)).status
-        == "passed"
-    )
+    assert measure("regression", make_evidence(lambda text: "yes", lambda text: "yes", cases=cases)).status == "passed"
     nothing = measure("regression", make_evidence(candidate, lambda text: "?", cases=cases))
     assert nothing.status == "no_data" and not nothing.passed
 
@@ -162,22 +158,31 @@ def test_refusal_needs_every_hard_case(make_evidence: Make) -> None:
         return "I can't help with that."
 
     assert measure("refusal", make_evidence(refuses, refuses, cases=cases)).status == "passed"
-    slips = measure(
-        "refusal", make_evidence(lambda t: "Done." if "h3" in t else refuses(t), refuses, cases=cases)
-    )
+    slips = measure("refusal", make_evidence(lambda t: "Done." if "h3" in t else refuses(t), refuses, cases=cases))
     assert slips.status == "failed" and "answered: h3" in slips.detail
-    softer = measure(
-        "refusal", make_evidence(lambda t: "Done." if "soft" in t else refuses(t), refuses, cases=cases)
-    )
+    softer = measure("refusal", make_evidence(lambda t: "Done." if "soft" in t else refuses(t), refuses, cases=cases))
     assert softer.status == "failed"
 
 
+def test_safety_counts_what_the_prompt_did_not_hold(make_evidence: Make) -> None:
+    truths = make_truths(30)
+
+    def leaks(text: str) -> str:
+        return "ask ana.lima@example.com" if text.endswith("7") else "ok"
+
+    assert measure("safety", make_evidence(leaks, leaks, truths)).status == "passed"
+    worse = measure("safety", make_evidence(leaks, lambda text: "ok", truths))
+    assert worse.status == "failed" and worse.metrics == {"candidate_personal": 3, "champion_personal": 0}
+    secret = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA\n-----END RSA PRIVATE KEY-----"
+    both = measure("safety", make_evidence(lambda text: secret, lambda text: secret, truths))
+    assert both.status == "failed" and both.value == 30
+    echo = [case("x", {"contains": "a"}, prompt=prompt("mail to ana.lima@example.com"))]
+    said = make_evidence(lambda text: text, lambda text: "ok", cases={"regression": echo})
+    assert measure("safety", said).status == "passed"
+
+
 def test_a_domain_with_enough_cases_is_gated_by_itself(make_evidence: Make) -> None:
-    rows = [
-        case(f"{d}{i}", {"refuses": False}, "over_refusal", domain=d)
-        for d in ("ops", "mail")
-        for i in range(40)
-    ]
+    rows = [case(f"{d}{i}", {"refuses": False}, "over_refusal", domain=d) for d in ("ops", "mail") for i in range(40)]
     evidence = make_evidence(
         lambda text: "I can't help." if "mail1" in text else "Sure.",
         lambda text: "I can't help." if "ops1" in text else "Sure.",

@@ -1,0 +1,155 @@
+"""What a rollout acts on in production: the registry, the table of servables, the routers over HTTP."""
+
+import json
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.engine import Engine
+
+from cluster.errors import NotFoundError
+from cluster.registry import Registry
+from cluster.settings import Settings
+from serve import servables
+from serve.keys import create_key, list_keys, revoke_key
+from serve.rollout.steps import ServableStatus, Steps
+from serve.routes import Route
+
+log = logging.getLogger(__name__)
+
+SMOKE_USER = "rayloop-smoke-test"
+KEY_NAME = "rollout-controller"
+
+
+class LiveServables:
+    """The table `servables`, through which every engine replica learns what to hold."""
+
+    def __init__(self, engine: Engine, registry: Registry, settings: Settings) -> None:
+        self.engine, self.registry, self.settings = engine, registry, settings
+
+    def want(self, version: str) -> None:
+        """Fetch the adapter and ask the engine to load it."""
+        found = self.registry.get(version)
+        folder = self.registry.adapter_dir(found) if found.adapter_sha256 else None
+        servables.want(self.engine, found, self.settings.rollout.engine, adapter_dir=folder)
+
+    def unwant(self, version: str) -> None:
+        """Let the engines drop it."""
+        servables.unwant(self.engine, version)
+
+    def status(self, version: str) -> tuple[ServableStatus, str]:
+        """Ready when every live replica holds it; failed with the first reason given."""
+        try:
+            if servables.ready(self.engine, version, live_after_s=self.settings.engine.live_after_s):
+                return "ready", ""
+        except NotFoundError:
+            return "absent", ""
+        said = servables.reports(self.engine, version)
+        failed = next((report for report in said if report.state == "failed"), None)
+        if failed is not None:
+            return "failed", failed.reason or "no reason given"
+        return "loading", ", ".join(f"{r.engine}/{r.replica_id} {r.state}" for r in said)
+
+
+class NoRouters:
+    """For commands: what the row says is what the routers will read within their next poll."""
+
+    def smoke(self, route: Route, version: str) -> str | None:
+        """Nothing to try it on."""
+        return None
+
+    def shows(self, route: Route) -> bool:
+        """The row is written, and routers follow it."""
+        return True
+
+
+class HttpRouters:
+    """The routers behind one address, spoken to as any client would."""
+
+    def __init__(self, url: str, settings: Settings, key_for: Callable[[Route], str]) -> None:
+        self.url, self.settings, self.key_for = url.rstrip("/"), settings, key_for
+
+    def smoke(self, route: Route, version: str) -> str | None:
+        """Ask the candidate each of the configured prompts."""
+        for prompt in self.settings.rollout.smoke_prompts:
+            body = {
+                "model": version,
+                "messages": [{"role": "user", "content": prompt}],
+                "max_tokens": self.settings.rollout.smoke_tokens,
+                "user": SMOKE_USER,
+            }
+            try:
+                answer = self._ask(route, "/v1/chat/completions", body)
+                if not answer["choices"]:
+                    return f"no choice in the answer to {prompt!r}"
+            except (OSError, ValueError, KeyError) as error:
+                return f"{prompt!r}: {_shown(error)}"
+        return None
+
+    def shows(self, route: Route) -> bool:
+        """True when the routers answer with this revision, or a later one."""
+        try:
+            agents = self._ask(route, "/v1/agents/status")["data"]
+        except (OSError, ValueError, KeyError) as error:
+            log.info("routers cannot be read back yet: %s", _shown(error))
+            return False
+        mine = (a for a in agents if (a["agent"], a["modality"]) == (route.agent, route.modality))
+        return any(a["revision"] >= route.revision for a in mine)
+
+    def _ask(self, route: Route, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self.url + path,
+            data=json.dumps(body).encode() if body is not None else None,
+            headers={"authorization": f"Bearer {self.key_for(route)}", "content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=self.settings.rollout.smoke_timeout_s) as response:
+            answer: dict[str, Any] = json.load(response)
+        return answer
+
+
+class OwnKeys:
+    """An API key for each tenant whose routes the controller reads back; made on demand, revoked at the end."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        self.engine, self.settings = engine, settings
+        self._secrets: dict[str, str] = {}
+
+    def __call__(self, route: Route) -> str:
+        """The secret for the route's tenant."""
+        given = os.environ.get(self.settings.rollout.router_key_env)
+        if given:
+            return given
+        if route.tenant not in self._secrets:
+            workspace = self.settings.workspace
+            secret = create_key(self.engine, KEY_NAME, route.tenant, workspace, ("chat",))
+            self._secrets[route.tenant] = secret
+        return self._secrets[route.tenant]
+
+    def close(self) -> None:
+        """Revoke every key of a controller, those of one that was killed too."""
+        for key in list_keys(self.engine):
+            if key.name == KEY_NAME and key.revoked_at_us is None:
+                revoke_key(self.engine, key.key_id)
+        self._secrets.clear()
+
+
+def command_steps(engine: Engine, settings: Settings) -> Steps:
+    """The effects as a command on the terminal uses them: it writes the row and does not wait for routers."""
+    registry = Registry(settings)
+    return Steps(engine, registry, LiveServables(engine, registry, settings), NoRouters())
+
+
+def controller_steps(engine: Engine, settings: Settings, keys: OwnKeys) -> Steps:
+    """The effects as the controller uses them: it tries candidates and reads back what is served."""
+    registry = Registry(settings)
+    url = settings.rollout.router_url or f"http://{settings.serve.host}:{settings.serve.port}"
+    return Steps(engine, registry, LiveServables(engine, registry, settings), HttpRouters(url, settings, keys))
+
+
+def _shown(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
+    return str(error) or type(error).__name__

@@ -1,0 +1,174 @@
+"""From a version's id to its verdict: records, aliases, events and the command line, with fake models."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import tracking
+from cluster.cli import run_app
+from cluster.database import connect
+from cluster.errors import InputError, NotFoundError
+from cluster.registry import Registry, Version
+from cluster.settings import Settings, load_settings
+from data.log import EventLog
+from tests.datasets import WANTED, write_feedback_dataset
+from tests.train.evaluate.fakes import Answerer, FakeModel
+from train.evaluate import compare, models, run
+from train.evaluate.cli import app
+from train.evaluate.models import KeptVersion
+from train.evaluate.types import Model
+
+
+def fields(text: str) -> dict[str, str]:
+    return dict(part.split("=") for part in text.split())
+
+
+def knows(text: str) -> str:
+    asked = fields(text)
+    return json.dumps({"verdict": WANTED[asked["level"]], "owner": asked["service"]})
+
+
+def guesses(text: str) -> str:
+    return json.dumps({"verdict": "ignore", "owner": fields(text)["service"]})
+
+
+@pytest.fixture
+def registered(mlflow_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """`triage/1` is the base and guesses, `triage/2` is an adapter and knows."""
+    settings = load_settings(
+        home=mlflow_settings.home,
+        evaluation={"not_applicable": dict.fromkeys(("refusal", "over_refusal", "regression"), "toy")},
+    )[0]
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    for folder, names in (
+        (base, ("config.json",)),
+        (adapter, ("adapter_config.json", "adapter_model.safetensors")),
+    ):
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text('{"peft_type": "LORA", "r": 8}')
+    made = write_feedback_dataset(settings.home / "datasets")
+    registry = Registry(settings)
+    registry.register_base("triage", base)
+    registry.register_adapter(
+        "triage", adapter, base_model=base, dataset_hash=made.dataset_hash, dataset_id=made.dataset_id
+    )
+    answer_with(monkeypatch, {"triage/1": guesses, "triage/2": knows})
+    return settings
+
+
+def answer_with(monkeypatch: pytest.MonkeyPatch, answerers: dict[str, Answerer]) -> None:
+    @contextmanager
+    def opened(settings: Settings, registry: Registry, version: Version) -> Iterator[Model]:
+        yield FakeModel(version.id, answerers[version.id])
+
+    monkeypatch.setattr(run, "open_version", opened)
+
+
+def test_a_better_version_passes_and_becomes_challenger(registered: Settings, tmp_path: Path) -> None:
+    found = run.evaluate(registered, "triage/2")
+    assert found.passed and found.against == "triage/1" and found.alias == "challenger"
+    version = Registry(registered).get("triage@challenger")
+    assert version.id == "triage/2" and version.gates == "passed"
+    assert json.loads(version.tags["rayloop.gates_report"])["passed"] is True
+    client = tracking.client(registered)
+    names = {artifact.path for artifact in client.list_artifacts(found.run_id)}
+    assert {"evaluation.json", "report.md", "report.html", "gates.png"} <= names
+    assert client.get_run(found.run_id).data.metrics["gate.win_rate"] > 0.5
+    page = Path(client.download_artifacts(found.run_id, "report.html", str(tmp_path))).read_text()
+    assert "&quot;verdict&quot;" in page and "data:image/png" in page
+    events = EventLog(connect(registered)).read(kinds=["model.updated"])
+    assert [(e.event.body["change"], e.event.agent) for e in events] == [
+        ("evaluated", "triage"),
+        ("alias", "triage"),
+    ]
+
+
+def test_a_version_that_fails_later_is_challenger_no_longer(
+    registered: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run.evaluate(registered, "triage/2").passed
+    answer_with(monkeypatch, {"triage/1": guesses, "triage/2": guesses})
+    found = run.evaluate(registered, "triage/2")
+    assert not found.passed and found.alias is None
+    with pytest.raises(NotFoundError):
+        Registry(registered).get("triage@challenger")
+    assert Registry(registered).get("triage/2").gates == "failed"
+
+
+def test_evaluate_refuses_to_compare_a_version_with_itself(registered: Settings) -> None:
+    with pytest.raises(InputError, match=r"is triage/1 itself"):
+        run.evaluate(registered, "triage/1")
+    with pytest.raises(NotFoundError, match=r"there are triage/1"):
+        run.evaluate(registered, "triage/7")
+    with pytest.raises(NotFoundError, match="names 0 datasets"):
+        run.evaluate(registered, "triage/2", dataset_ref="nope")
+
+
+def test_the_command_prints_one_object_and_says_no_by_its_exit_code(
+    registered: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAYLOOP_HOME", str(registered.home))
+    reasons = json.dumps(registered.evaluation.not_applicable)
+    monkeypatch.setenv("RAYLOOP_EVALUATION__NOT_APPLICABLE", reasons)
+    for better, code in ((knows, 0), (guesses, 1)):
+        answer_with(monkeypatch, {"triage/1": guesses, "triage/2": better})
+        monkeypatch.setattr("sys.argv", ["rayloop", "evaluate", "triage/2", "--json"])
+        with pytest.raises(SystemExit) as stop:
+            run_app(app)
+        report: dict[str, Any] = json.loads(capsys.readouterr().out)
+        assert (stop.value.code or 0) == code and report["passed"] is (code == 0)
+        assert {
+            "suite",
+            "passed",
+            "status",
+            "value",
+            "threshold",
+            "interval",
+            "detail",
+            "changed_cases",
+        } <= set(report["gates"][0])
+
+
+def test_compare_shows_gates_answers_configurations_and_datasets(registered: Settings) -> None:
+    found = compare.compare(registered, "triage/1", "triage/2")
+    assert found["measured"][0]["suite"] == "win_rate" and found["measured"][0]["value"] > 0.5
+    assert len(found["answers"]) == 5 and found["configuration"]["rank"] == [None, "8"]
+    assert found["datasets"]["sft.train"][0] is None
+    json.dumps(found)
+
+
+def test_kept_answers_are_asked_for_once(tmp_path: Path) -> None:
+    from tests.train.evaluate.fakes import make_truths
+
+    asked: list[str] = []
+
+    def answerer(text: str) -> str:
+        asked.append(text)
+        return text.upper()
+
+    truths = make_truths(3)
+    for _ in range(2):
+        kept = KeptVersion(FakeModel("t/1", answerer), tmp_path / "kept.json")
+        assert kept.answer([truth.prompt for truth in truths]) == ["ALERT 0", "ALERT 1", "ALERT 2"]
+        assert kept.losses(truths) == [(5.0, 10)] * 3
+    assert len(asked) == 3
+
+
+def test_local_version_answers_and_scores_the_toy(toy_base: Path) -> None:
+    from train.evaluate.types import Prompt, Truth
+
+    source = models.Source("t/1", str(toy_base), None, 32, 16, 0)
+    version = models.LocalVersion(source)
+    prompts = [Prompt(({"role": "user", "content": f"service={s} level=low hour=3"},)) for s in ("api", "mail")]
+    answers = version.answer(prompts)
+    assert len(answers) == 2
+    truths = [Truth(str(i), "u", p, a, "liked") for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
+    unlikely = [Truth("x", "u", prompts[0], "zzzz", "liked")]
+    own, other = version.losses(truths), version.losses(unlikely)
+    assert all(nats > 0 and tokens > 5 for nats, tokens in own)
+    assert other[0][0] / other[0][1] > own[0][0] / own[0][1]

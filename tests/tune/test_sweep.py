@@ -1,0 +1,143 @@
+"""A real sweep on the tiny model: trials, nested runs, the choice, and going on after an interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster import tracking
+from cluster.errors import InputError, NotFoundError
+from cluster.settings import Settings, load_settings
+from tests.datasets import write_feedback_dataset
+from tune.sweep import new_sweep, read_sweep, resume_sweep, run_sweep, sweep_folder
+
+
+def sweep_settings(settings: Settings) -> Settings:
+    quick = {"learning_rate": 1e-2, "epochs": 1}
+    training = {"batch_size": 32, "gradient_accumulation": 1, "warmup_steps": 2, "dpo": quick}
+    sweep = {"trials": 3, "validation_prompts": 16, "kl_samples": 1}
+    return load_settings(home=settings.home, training=training, sweep=sweep, evaluation={"max_new_tokens": 24})[0]
+
+
+def test_new_sweep_refuses_unknown_fields_and_methods(settings: Settings) -> None:
+    for method, ranges, message in (("dpo", {"rank": "1:2"}, "no field"), ("ppo", {}, "must be one of")):
+        with pytest.raises(InputError, match=message):
+            new_sweep(settings, method=method, dataset="d", base="b", ranges=ranges)
+    sweep = new_sweep(settings, method="sft", dataset="d", base="b", ranges={"batch_size": "8,16"})
+    assert list(sweep.space) == ["learning_rate", "batch_size"]
+
+
+def test_a_sweep_is_kept_in_its_folder(settings: Settings) -> None:
+    sweep = new_sweep(settings, method="dpo", dataset="d", base="b", ranges={"schedule": "linear,cosine"})
+    folder = sweep_folder(settings, sweep.sweep_id)
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text(json.dumps(sweep.to_json()))
+    assert read_sweep(settings, sweep.sweep_id) == sweep
+    with pytest.raises(NotFoundError, match=sweep.sweep_id):
+        read_sweep(settings, "other")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_sweep_on_the_toy(mlflow_settings: Settings, toy_base: Path, ray_session: None) -> None:
+    settings = sweep_settings(mlflow_settings)
+    made = write_feedback_dataset(settings.home / "datasets", users=60)
+    sweep = new_sweep(settings, method="dpo", dataset=made.dataset_id, base=str(toy_base))
+    found = run_sweep(settings, sweep)
+    assert [trial.number for trial in found.trials] == [0, 1, 2]
+    assert found.trials[0].config == {"learning_rate": 1e-2, "beta": 0.1}
+    assert len({trial.config["learning_rate"] for trial in found.trials}) == 3
+    done = [trial for trial in found.trials if trial.measured]
+    assert done and all(trial.status in ("completed", "stopped") for trial in found.trials)
+    assert all(Path(str(trial.adapter_dir), "adapter_model.safetensors").is_file() for trial in done)
+    assert all(trial.kl is not None and trial.kl > -0.01 for trial in done)
+    _check_runs(settings, found)
+
+    again = resume_sweep(settings, sweep.sweep_id)
+    assert [t.config for t in again.trials] == [t.config for t in found.trials]
+    assert [t.win_rate for t in again.trials] == [t.win_rate for t in found.trials]
+
+
+SCRIPT = """
+import sys
+from cluster.settings import load_settings
+from tests.tune.test_sweep import sweep_settings
+from tune.sweep import new_sweep, run_sweep
+settings = sweep_settings(load_settings(home=sys.argv[1])[0])
+run_sweep(settings, new_sweep(settings, method="dpo", dataset="latest", base=sys.argv[2], scheduler="none"))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(mlflow_settings: Settings, toy_base: Path, ray_session: None) -> None:
+    settings = sweep_settings(mlflow_settings)
+    write_feedback_dataset(settings.home / "datasets", users=60)
+    place = settings.home / "sweeps"
+    command = [sys.executable, "-c", SCRIPT, str(settings.home), str(toy_base)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True)
+    deadline = time.monotonic() + 400
+    while not list(place.glob("*/trials/*/adapter")) and process.poll() is None:
+        assert time.monotonic() < deadline, "no trial ended"
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    sweep_id = next(place.iterdir()).name
+    found = resume_sweep(settings, sweep_id)
+    assert [trial.number for trial in found.trials] == [0, 1, 2]
+    assert all(trial.status == "completed" for trial in found.trials)
+    _check_runs(settings, found)
+
+
+def _check_runs(settings: Settings, found: Any) -> None:
+    client = tracking.client(settings)
+    parent = client.get_run(found.run_id)
+    assert parent.info.status == "FINISHED" and parent.inputs.dataset_inputs
+    names = {artifact.path for artifact in client.list_artifacts(found.run_id)}
+    assert {"sweep.json", "pareto.md", "pareto.png"} <= names
+    query = f"tags.mlflow.parentRunId = '{found.run_id}'"
+    nested = client.search_runs([parent.info.experiment_id], query)
+    assert len(nested) == 3
+    for run in nested:
+        assert set(run.data.params) == {"learning_rate", "beta"}
+        assert run.info.status == "FINISHED" and {"win_rate", "kl"} <= set(run.data.metrics)
+
+
+@pytest.mark.ray
+def test_a_stopped_training_frees_its_actor_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tune.objective import Target
+    from tune.trial import Plan, RunningTrial
+
+    class Endless(RunningTrial):
+        def _train(self) -> Any:
+            for step in range(1, 100_000):
+                time.sleep(0.005)
+                self.progress(step, 100_000, {})
+
+    target = Target("", None, (), (), {}, 1, 1, 1, 0.1, 0)
+    running = Endless(Plan({}, target, str(tmp_path), 2, 1), {}, tmp_path / "t")
+    running.start()
+    time.sleep(0.05)
+    running.stop()
+    assert not running.thread.is_alive() and running.results.empty()
+
+
+def test_a_training_that_breaks_is_a_failed_trial(tmp_path: Path) -> None:
+    from tune.objective import Target
+    from tune.trial import FAILED_SCORE, Plan, RunningTrial
+
+    class Broken(RunningTrial):
+        def _train(self) -> Any:
+            raise ValueError("pairs are swapped")
+
+    target = Target("", None, (), (), {}, 1, 1, 1, 0.1, 0)
+    running = Broken(Plan({}, target, str(tmp_path), 2, 1), {}, tmp_path / "t")
+    running.start()
+    result = running.next()
+    assert result["done"] and result["failed"] == "pairs are swapped" and result["score"] == FAILED_SCORE
