@@ -46,8 +46,8 @@ def refused(kind: type[RayloopError], *arguments: object) -> str:
 
 def test_train_and_register_keep_the_whole_lineage(home: Path, toy_base: Path, toy_dataset: Path) -> None:
     call("register", "triage", "--base", toy_base)
-    trained = call("run", "--method", "dpo", "--dataset", toy_dataset, "--agent", "triage", "--max-steps", 3, "--no-ray",
-                   "--learning-rate", 5e-3, "--name", "first")  # fmt: skip
+    request = ("--method", "dpo", "--dataset", toy_dataset, "--agent", "triage", "--name", "first")
+    trained = call("run", *request, "--max-steps", 3, "--learning-rate", 5e-3, "--no-ray")
     assert [run["method"] for run in trained["runs"]] == ["sft", "dpo"]
     assert trained["method"] == "dpo" and trained["job_id"] == "first.dpo"
 
