@@ -102,7 +102,9 @@ class Jobs:
     def retry(self, job_id: str) -> Job:
         """failed (or running, when its process died) → pending, counted as one more try."""
         tries = training_jobs.c.retries + 1
-        return self._move(job_id, ("failed", "running"), state="pending", retries=tries, error=None, finished_at_us=None)
+        return self._move(
+            job_id, ("failed", "running"), state="pending", retries=tries, error=None, finished_at_us=None
+        )
 
     def progress(self, job_id: str, values: Mapping[str, Any]) -> None:
         """How far a running job is; also says that it lives."""

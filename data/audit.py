@@ -148,9 +148,7 @@ def _describe_label(name: str, source: Source, settings: AuditSettings) -> Repor
     total = sum(column.values.values())
     balance = {str(v): round(n / total, 4) for v, n in column.values.most_common()}
     text = _text_beside(name, source)
-    rows = (
-        [(r[name], r[text]) for r in source.sample if text in r and r.get(name) is not None] if text else []
-    )
+    rows = [(r[name], r[text]) for r in source.sample if text in r and r.get(name) is not None] if text else []
     return {
         "name": name,
         "balance": balance,
@@ -180,10 +178,7 @@ def _relations(sources: list[Source], settings: AuditSettings) -> Iterator[Repor
                 for two, other in second.columns.items():
                     shared = column.values.keys() & other.values.keys()
                     smaller = min(len(column.values), len(other.values))
-                    if (
-                        smaller < settings.min_relation_values
-                        or len(shared) / smaller < settings.relation_share
-                    ):
+                    if smaller < settings.min_relation_values or len(shared) / smaller < settings.relation_share:
                         continue
                     yield {
                         "from": f"{first.name}:{one}",

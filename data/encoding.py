@@ -58,9 +58,7 @@ def _unpack(arrays: bytes) -> dict[str, Any]:
     return unpacked
 
 
-def digest(
-    seq: int, recorded_at_us: int, event: Event, salt: bytes, stored: bytes, arrays: bytes | None
-) -> bytes:
+def digest(seq: int, recorded_at_us: int, event: Event, salt: bytes, stored: bytes, arrays: bytes | None) -> bytes:
     """SHA-256 over salt, envelope and body as stored."""
     envelope = orjson.dumps(
         (

@@ -20,9 +20,7 @@ Message = dict[str, Any]
 
 
 Short = Annotated[str, Field(max_length=512)]
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Short | int | float | bool], Field(max_length=16)
-]
+Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Short | int | float | bool], Field(max_length=16)]
 """What a client may attach to an item: at most 16 short values."""
 
 
@@ -321,9 +319,7 @@ def input_error(error: ValidationError, remedy: str) -> InputError:
     problem = error.errors(include_url=False)[0]
     place = problem["loc"][:-1] if problem["loc"][-1:] in UNION_BRANCHES else problem["loc"]
     name = ".".join(map(str, place))
-    rule = (
-        problem["msg"].replace("Input should be", "must be").replace("Extra inputs are", "unknown field is")
-    )
+    rule = problem["msg"].replace("Input should be", "must be").replace("Extra inputs are", "unknown field is")
     return InputError(name or "item", problem["input"], rule[0].lower() + rule[1:], remedy)
 
 

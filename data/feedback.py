@@ -53,13 +53,9 @@ def pseudonym_secret(settings: Settings) -> bytes:
         secret = path.read_bytes()
     except OSError as error:
         remedy = "set RAYLOOP_CAPTURE__PSEUDONYM_SECRET"
-        raise ConfigError(
-            "capture.pseudonym_secret", str(path), f"cannot be used ({error.strerror})", remedy
-        ) from None
+        raise ConfigError("capture.pseudonym_secret", str(path), f"cannot be used ({error.strerror})", remedy) from None
     if len(secret) < 16:
-        raise ConfigError(
-            "capture.pseudonym_secret", str(path), "holds fewer than 16 bytes", "remove the file"
-        )
+        raise ConfigError("capture.pseudonym_secret", str(path), "holds fewer than 16 bytes", "remove the file")
     return secret
 
 
@@ -118,14 +114,10 @@ def refuse_server_fields(body: dict[str, Any]) -> None:
 def _check_fields(body: dict[str, Any]) -> None:
     type, value, text = body["type"], body.get("value"), body.get("text")
     if type == "rating" and (value is None or not 1 <= value <= 5):
-        raise InputError(
-            "value", value, "must be a number from 1 to 5 where type is rating", "send the rating"
-        )
+        raise InputError("value", value, "must be a number from 1 to 5 where type is rating", "send the rating")
     if type != "rating" and value is not None:
         raise InputError("value", value, f"does not belong to type {type}", "leave it out")
     if type == "correction" and not (text and text.strip()):
-        raise InputError(
-            "text", text, "must hold the better answer where type is correction", "send the answer"
-        )
+        raise InputError("text", text, "must hold the better answer where type is correction", "send the answer")
     if type != "correction" and body.get("category") is not None:
         raise InputError("category", body["category"], f"does not belong to type {type}", "leave it out")

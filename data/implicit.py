@@ -97,9 +97,7 @@ def signals_of(
     return found
 
 
-def split_sessions(
-    turns: Sequence[Turn], actions: Sequence[Action], settings: ImplicitSettings
-) -> list[Session]:
+def split_sessions(turns: Sequence[Turn], actions: Sequence[Action], settings: ImplicitSettings) -> list[Session]:
     """Cut one user's turns and actions at `session_end` and after a long idle time."""
     moments: list[Turn | Action] = sorted([*turns, *actions], key=_at)
     sessions: list[list[Turn | Action]] = [[]]
@@ -149,9 +147,7 @@ def implicit_reward(signals: Iterable[Signal], settings: Settings) -> float:
     return max(-1.0, min(1.0, total))
 
 
-def _reformulation(
-    session: Session, place: int, settings: ImplicitSettings, similarity: Similarity
-) -> list[Signal]:
+def _reformulation(session: Session, place: int, settings: ImplicitSettings, similarity: Similarity) -> list[Signal]:
     turn = session.turns[place]
     said = [
         (a.at_us, a.text)
@@ -239,9 +235,7 @@ def _turn(event: Event, interaction_id: str) -> Turn:
 
 def _action(event: Event) -> Action:
     body = event.body
-    return Action(
-        body["action"], event.occurred_at_us, event.interaction_id, body.get("duration_s"), body.get("text")
-    )
+    return Action(body["action"], event.occurred_at_us, event.interaction_id, body.get("duration_s"), body.get("text"))
 
 
 def _text(message: Mapping[str, Any]) -> str:

@@ -131,9 +131,7 @@ def choose_format(row: Row, options: ImportOptions) -> tuple[str, Mapping | None
         if mapping.fits(row.value) and (options.format == "auto" or name.startswith("openai")):
             return name, mapping
     columns = ", ".join(row.value) if isinstance(row.value, dict) else type(row.value).__name__
-    raise InputError(
-        "format", options.format, f"fits no row with {columns}", f"use one of {known}, or --mapping"
-    )
+    raise InputError("format", options.format, f"fits no row with {columns}", f"use one of {known}, or --mapping")
 
 
 class _Reader:
@@ -186,9 +184,7 @@ def _unpacked(name: str, value: Any) -> Any:
         return value
 
 
-def _append(
-    batch: list[tuple[Row, list[Event]]], log: EventLog, report: ImportReport, options: ImportOptions
-) -> None:
+def _append(batch: list[tuple[Row, list[Event]]], log: EventLog, report: ImportReport, options: ImportOptions) -> None:
     verdicts = iter(log.append([event for _, events in batch for event in events]))
     for _, events in batch:
         fresh = [event.kind for event in events if next(verdicts).status == "accepted"]
@@ -199,9 +195,7 @@ def _append(
         options.on_progress(batch[-1][0].end)
 
 
-def _reject(
-    report: ImportReport, row: Row, error: InputError, settings: Settings, options: ImportOptions
-) -> None:
+def _reject(report: ImportReport, row: Row, error: InputError, settings: Settings, options: ImportOptions) -> None:
     shown = repr(error.value)[: settings.intake.shown_value_chars]
     problem = Problem(row.number, error.field, shown, error.rule, row.value)
     report.rejected += 1

@@ -93,9 +93,7 @@ def _dataset(version: Version, settings: Settings) -> tuple[Chain | None, list[s
         return {"id": version.dataset_id, "hash": version.dataset_hash, "missing": str(error)}, []
     found: set[str] = set()
     for shard in manifest.shards:
-        column = pq.read_table(f"{manifest.path}/{shard.path}", columns=["interaction_ids"])[
-            "interaction_ids"
-        ]
+        column = pq.read_table(f"{manifest.path}/{shard.path}", columns=["interaction_ids"])["interaction_ids"]
         found.update(name for names in column.to_pylist() for name in names)
     link = {
         "id": manifest.dataset_id,
@@ -188,9 +186,7 @@ def _routes(version_id: str, log: EventLog, settings: Settings) -> Iterator[Chai
     for recorded in log.scan(kinds=["route.changed"], tenant=settings.tenant):
         body = recorded.event.body
         before, after = body.get("before") or {}, body.get("after") or {}
-        if not any(
-            version_id == row.get(place) for row in (before, after) for place in ("stable", "candidate")
-        ):
+        if not any(version_id == row.get(place) for row in (before, after) for place in ("stable", "candidate")):
             continue
         yield {
             "seq": recorded.seq,
@@ -215,11 +211,7 @@ def to_text(chain: Chain) -> str:
         lines.append(f"  adapter   sha256 {version['adapter_sha256']}{_match(version['adapter_matches'])}")
     if run is not None:
         lines.append(f"run       {run['run_id']}  {run['name']}  {run['status']}")
-    lines += (
-        _dataset_lines(dataset, chain)
-        if dataset
-        else ["dataset   none: no training data behind this version"]
-    )
+    lines += _dataset_lines(dataset, chain) if dataset else ["dataset   none: no training data behind this version"]
     lines += _forward_lines(chain)
     return "\n".join(lines)
 

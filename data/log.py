@@ -175,9 +175,7 @@ def _insert(connection: Connection, fresh: Sequence[Event], first_seq: int) -> N
         seq, salt = first_seq + number, salts[number * SALT_BYTES : (number + 1) * SALT_BYTES]
         body, arrays = encode_body(event.body)
         ids.append((event.tenant, event.event_id, recorded_at_us))
-        envelopes.append(
-            _envelope(seq, event, recorded_at_us, digest(seq, recorded_at_us, event, salt, body, arrays))
-        )
+        envelopes.append(_envelope(seq, event, recorded_at_us, digest(seq, recorded_at_us, event, salt, body, arrays)))
         bodies.append((seq, salt, body, arrays))
     insert_rows(connection, event_ids, ids)
     insert_rows(connection, events, envelopes)

@@ -124,9 +124,7 @@ def look_up(scope: Any, path: str) -> Any:
         try:
             value = value[_index(part)] if isinstance(value, list) else value[part]
         except (KeyError, IndexError, TypeError, ValueError):
-            raise InputError(
-                path, None, "is missing in the row", "send the field, or use another format"
-            ) from None
+            raise InputError(path, None, "is missing in the row", "send the field, or use another format") from None
     return value
 
 

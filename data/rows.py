@@ -54,9 +54,7 @@ def _is_parquet(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(4) == PARQUET_MAGIC
     except OSError as error:
-        raise InputError(
-            "file", str(path), f"cannot be read ({error.strerror})", "name an existing file"
-        ) from None
+        raise InputError("file", str(path), f"cannot be read ({error.strerror})", "name an existing file") from None
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -93,6 +91,4 @@ def _open_parquet(path: Path, pq: Any) -> Any:
         return pq.ParquetFile(path)
     except (OSError, ValueError) as error:
         cause = str(error).splitlines()[0]
-        raise InputError(
-            "file", str(path), f"is no whole Parquet file ({cause})", "fetch the whole file"
-        ) from None
+        raise InputError("file", str(path), f"is no whole Parquet file ({cause})", "fetch the whole file") from None

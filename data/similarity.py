@@ -72,9 +72,7 @@ def _ngrams(text: str) -> Counter[str]:
     return Counter(plain[i : i + NGRAM] for i in range(max(1, len(plain) - NGRAM + 1)))
 
 
-def _cosine(
-    first: Counter[str], second: Counter[str], weights: dict[str, float], unseen: float = 1.0
-) -> float:
+def _cosine(first: Counter[str], second: Counter[str], weights: dict[str, float], unseen: float = 1.0) -> float:
     one = {gram: count * weights.get(gram, unseen) for gram, count in first.items()}
     two = {gram: count * weights.get(gram, unseen) for gram, count in second.items()}
     dot = sum(value * two.get(gram, 0.0) for gram, value in one.items())

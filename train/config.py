@@ -113,7 +113,9 @@ def resolve_config(settings: Settings, method: str, **overrides: Any) -> TrainCo
         field = f"train.{name}" if name else "train"
         value = problem["input"] if name else method
         rule = problem["msg"].removeprefix("Value error, ")
-        raise InputError(field, value, rule[0].lower() + rule[1:], "mend it on the command line or in rayloop.yaml") from None
+        raise InputError(
+            field, value, rule[0].lower() + rule[1:], "mend it on the command line or in rayloop.yaml"
+        ) from None
 
 
 def check_model_dir(model: str | Path) -> None:
@@ -124,7 +126,6 @@ def check_model_dir(model: str | Path) -> None:
     """
     path = Path(model).expanduser()
     looks_local = path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") != 1
-    if path.is_dir() or looks_local:
-        if not (path / "config.json").is_file():
-            problem = "holds no model (config.json is missing)" if path.is_dir() else "does not exist"
-            raise InputError("base_model", str(model), problem, "name a transformers directory or a hub id")
+    if (path.is_dir() or looks_local) and not (path / "config.json").is_file():
+        problem = "holds no model (config.json is missing)" if path.is_dir() else "does not exist"
+        raise InputError("base_model", str(model), problem, "name a transformers directory or a hub id")

@@ -142,12 +142,15 @@ def check_data(method: str, data: TrainData, dataset: Path) -> None:
         if len(labels) < 2:
             missing = "disliked" if True in labels else "liked"
             raise DatasetError(
-                f"dataset {dataset.name!r} is one-sided: KTO needs liked and disliked answers, there are no {missing} ones"
+                f"dataset {dataset.name!r} is one-sided: KTO needs liked and disliked answers, "
+                f"there are no {missing} ones"
             )
     if method == "dpo":
         pairs = zip(data.train.column("chosen").to_pylist(), data.train.column("rejected").to_pylist(), strict=True)
         if all(chosen == rejected for chosen, rejected in pairs):
-            raise DatasetError(f"dataset {dataset.name!r} is one-sided: every pair's chosen and rejected answers are equal")
+            raise DatasetError(
+                f"dataset {dataset.name!r} is one-sided: every pair's chosen and rejected answers are equal"
+            )
 
 
 def with_kl_completions(rows: Sequence[Row], batch_size: int) -> list[Row]:

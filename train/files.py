@@ -51,4 +51,6 @@ def replace_folder(scratch: Path, out: Path) -> None:
 
 def unwritable(out: Path, error: OSError) -> InputError:
     """The error for a place that cannot be written: full, read-only, a file where a folder must be."""
-    return InputError("out", str(out), f"cannot be written ({error.strerror or error})", "name a folder with free space")
+    return InputError(
+        "out", str(out), f"cannot be written ({error.strerror or error})", "name a folder with free space"
+    )

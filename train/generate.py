@@ -130,7 +130,9 @@ def load_model(model_dir: str | Path, adapter_dir: str | Path | None, device: st
         from peft import PeftModel
 
         if not (Path(adapter_dir) / "adapter_config.json").is_file():
-            raise InputError("adapter", str(adapter_dir), "holds no adapter", "name a folder written by `rayloop train run`")
+            raise InputError(
+                "adapter", str(adapter_dir), "holds no adapter", "name a folder written by `rayloop train run`"
+            )
         model = PeftModel.from_pretrained(model, str(adapter_dir)).merge_and_unload()
     return model.to(device).eval(), tokenizer
 
@@ -148,9 +150,7 @@ def _answer(tokenizer: Any, ids: list[int], model: Any) -> Answer:
     return Answer(tokenizer.decode(kept, skip_special_tokens=True), kept, finished)
 
 
-def decode(
-    model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], sampling: Sampling
-) -> list[list[int]]:
+def decode(model: Any, prompts: Sequence[Sequence[int]], ends: Sequence[int], sampling: Sampling) -> list[list[int]]:
     """New token ids for each prompt, the end token included where one was reached."""
     generator = torch.Generator(device=model.device).manual_seed(sampling.seed)
     outputs: list[list[int]] = [[] for _ in prompts]

@@ -143,7 +143,9 @@ def check_changed(shift_nats: float | None, weights_equal: bool, settings: Healt
         HealthGateError: the adapter is what it was before training.
     """
     if weights_equal:
-        raise HealthGateError("training changed nothing: the adapter equals its start; raise the learning rate or steps")
+        raise HealthGateError(
+            "training changed nothing: the adapter equals its start; raise the learning rate or steps"
+        )
     if shift_nats is not None and shift_nats < settings.min_canary_shift_nats:
         return [
             f"the adapter hardly does anything: held-out answers moved by {shift_nats:.1e} nats a token; "

@@ -116,9 +116,9 @@ def plan_again(jobs: Jobs, name: str) -> tuple[list[Planned], Manifest]:
     if not left:
         raise ConflictError(f"training {name!r} is completed; there is nothing to resume")
     for job in left:
-        pid = (job.progress or {}).get("pid")
-        if job.state == "running" and (job.progress or {}).get("host") == socket.gethostname() and psutil.pid_exists(pid):
-            raise ConflictError(f"training {job.job_id!r} still runs, as process {pid}")
+        where = job.progress or {}
+        if job.state == "running" and where.get("host") == socket.gethostname() and psutil.pid_exists(where["pid"]):
+            raise ConflictError(f"training {job.job_id!r} still runs, as process {where['pid']}")
     planned = []
     for job in left:
         config = TrainConfig.model_validate(job.config)
@@ -245,7 +245,9 @@ class Record:
         values = dict(event.values or {})
         if self.bar is not None:
             self.bar.steps = event.steps
-            self.bar.reached(event.step, values.get("num_tokens"), {SHOWN[k]: v for k, v in values.items() if k in SHOWN})
+            self.bar.reached(
+                event.step, values.get("num_tokens"), {SHOWN[k]: v for k, v in values.items() if k in SHOWN}
+            )
             if self.bar.beat():
                 self.jobs.progress(self.run.job_id, {**WHERE, "step": event.step, "steps": event.steps, **values})
         every = max(1, event.steps // LOGGED_POINTS)

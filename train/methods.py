@@ -137,9 +137,7 @@ def _dpo_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], com
     )
 
 
-def _kto_arguments(
-    config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]
-) -> KTOConfig:
+def _kto_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]) -> KTOConfig:
     return KTOConfig(
         **common,
         max_length=config.max_length,
@@ -156,7 +154,7 @@ def balanced_weight(rows: Sequence[Row], undesirable_weight: float) -> float:
     Source: Ethayarajh et al. 2024, https://arxiv.org/abs/2402.01306, equation 9: the ratio of the two
     sides should lie between 1 and 4/3.
     """
-    liked = sum(row["label"] for row in rows)
+    liked = sum(bool(row["label"]) for row in rows)
     return max(1.0, undesirable_weight * (len(rows) - liked) / max(liked, 1))
 
 

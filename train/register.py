@@ -24,7 +24,13 @@ def register_base(settings: Settings, database: Engine, model: str, base: str) -
 
 
 def register_adapter(
-    settings: Settings, database: Engine, model: str, adapter: Path, *, base: str | None = None, run_id: str | None = None
+    settings: Settings,
+    database: Engine,
+    model: str,
+    adapter: Path,
+    *,
+    base: str | None = None,
+    run_id: str | None = None,
 ) -> Version:
     """Register an adapter with the lineage of the run that made it.
 
@@ -36,7 +42,10 @@ def register_adapter(
     base_model = base or origin.get("base_model")
     if not base_model:
         raise InputError(
-            "base_model", None, f"is not known for adapter {str(adapter)!r}", "name it with --base-model or the run with --run"
+            "base_model",
+            None,
+            f"is not known for adapter {str(adapter)!r}",
+            "name it with --base-model or the run with --run",
         )
     kept = ("rayloop.job_id", "rayloop.method", "init_adapter", "seed", "libraries")
     version = registry.register_adapter(

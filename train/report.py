@@ -85,7 +85,9 @@ def _summary(
     )
 
 
-def estimate_kl(model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, seed: int) -> float | None:
+def estimate_kl(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, seed: int
+) -> float | None:
     """Mean over tokens of log p(adapter) - log p(base) on answers sampled from the adapter."""
     sampling = Sampling(max_new_tokens, temperature=1.0, seed=seed, batch_size=64)
     answers = decode(model, prompts, end_tokens(model, tokenizer), sampling)

@@ -160,7 +160,9 @@ def load_tokenizer(base_model: str) -> Any:
 
 def _unloadable(base_model: str, error: Exception) -> InputError:
     cause = str(error).strip().splitlines()[0]
-    return InputError("base_model", base_model, f"cannot be loaded ({cause})", "name a transformers directory or hub id")
+    return InputError(
+        "base_model", base_model, f"cannot be loaded ({cause})", "name a transformers directory or hub id"
+    )
 
 
 def load_base(config: TrainConfig, device: Device) -> Any:
@@ -298,7 +300,13 @@ def measure(model: Any, prepared: Prepared) -> HeldOut:
     pairs = own if config.kind == "preference" else _validation(config, "preference")
     longest = max(prepared.rows.lengths, default=32)
     return held_out_report(
-        model, prepared.encoder, liked, pairs, limit=config.report_examples, max_new_tokens=2 * longest, seed=config.seed
+        model,
+        prepared.encoder,
+        liked,
+        pairs,
+        limit=config.report_examples,
+        max_new_tokens=2 * longest,
+        seed=config.seed,
     )
 
 

@@ -90,7 +90,9 @@ def build_toy_base(out: Path, examples: Iterable[Sequence[Message]], config: Toy
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     tail = losses[-max(1, len(losses) // 10) :]
-    return ToyResult(out, model.num_parameters(), len(rows), len(losses), sum(tail) / len(tail), time.monotonic() - started)
+    return ToyResult(
+        out, model.num_parameters(), len(rows), len(losses), sum(tail) / len(tail), time.monotonic() - started
+    )
 
 
 def read_examples(file: Path) -> list[list[Message]]:
@@ -197,7 +199,7 @@ def fit(model: LlamaForCausalLM, rows: Sequence[Row], config: ToySettings) -> li
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(loss)
-            progress.advance(loss=loss, lr=schedule.get_last_lr()[0], tokens=batch.ids_BT.numel())
+            progress.advance(loss=loss, lr=float(schedule.get_last_lr()[0]), tokens=batch.ids_BT.numel())
     model.eval()
     return losses
 

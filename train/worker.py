@@ -22,7 +22,8 @@ from train.config import TrainConfig
 log = logging.getLogger(__name__)
 
 POLL_S = 0.25  # how often the command looks into the mailbox
-READ_CPUS = 0.1  # logical CPUs of a read task: never so many that reading waits for training
+READ_CPUS = 0.5  # logical CPUs of a read task: never so many that reading waits for training
+BYTES_PER_BLOCK = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,13 @@ def _datasets(configs: Sequence[TrainConfig]) -> dict[str, Any]:
             manifest = load_manifest(config.dataset)
             prefix = f"{config.kind}/train/"
             files = [str(config.dataset / s.path) for s in manifest.shards if s.path.startswith(prefix) and s.rows]
-            datasets[config.kind] = ray.data.read_parquet(files, ray_remote_args={"num_cpus": READ_CPUS})
+            datasets[config.kind] = ray.data.read_parquet(files, override_num_blocks=_blocks(files), num_cpus=READ_CPUS)
     return datasets
+
+
+def _blocks(files: Sequence[str]) -> int:
+    """Read tasks: each is a process of its own, so small data gets one."""
+    return max(1, sum(Path(file).stat().st_size for file in files) // BYTES_PER_BLOCK)
 
 
 def train_in_worker(loop: dict[str, Any]) -> None:

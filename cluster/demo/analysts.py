@@ -19,7 +19,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,10 @@ class Tally:
     judged: int = 0
     arms: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**vars(self), "signals": dict(self.signals), "arms": dict(self.arms)}
 
 
 @dataclass(frozen=True)
@@ -317,7 +321,7 @@ def main() -> None:
     if control is not None:
         lines = (json.dumps(event) for event in control_events(team.seen, team.habits, team.work.seed))
         control.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    print(json.dumps(asdict(team.tally)))
+    print(json.dumps(team.tally.to_json()))
 
 
 if __name__ == "__main__":

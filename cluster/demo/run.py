@@ -17,6 +17,7 @@ from cluster.demo.home import DemoHome, fresh_home, write_corpus, write_suite
 from cluster.demo.plan import BASE_VERSION, SIMULATED, DemoPlan, write_config
 from cluster.demo.report import Findings, Moment, Row
 from cluster.demo.story import Stage, Story
+from cluster.turn import choose
 
 METHODS = ("sft", "dpo", "kto")
 POLL_S = 0.3

@@ -81,6 +81,8 @@ class ServeSettings(Section):
     """What `rayloop up` deploys; a smaller list is for engines elsewhere and for tests."""
     start_timeout_s: float = Field(120.0, gt=0)
     """How long `rayloop up` waits until every application runs."""
+    proxy_ready_s: float = Field(30.0, gt=0)
+    """How long the ingress may take to answer a check. Serve's own 5 s end it on a busy machine."""
     router_replicas: int = Field(1, ge=1)
     """Replicas of the router."""
     router_cpus: float = Field(0.1, ge=0)

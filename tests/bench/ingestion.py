@@ -174,9 +174,7 @@ def measure_peer(url: str, items: list[dict[str, Any]]) -> float:
         context = get_context("spawn")
         go = context.Barrier(PEER_PROCESSES + 1)
         workers = [
-            context.Process(
-                target=insert_rows, args=(url, items[n::PEER_PROCESSES], CLIENTS // PEER_PROCESSES, go)
-            )
+            context.Process(target=insert_rows, args=(url, items[n::PEER_PROCESSES], CLIENTS // PEER_PROCESSES, go))
             for n in range(PEER_PROCESSES)
         ]
         for worker in workers:

@@ -46,8 +46,6 @@ def test_upgrade_twice_changes_nothing(database: Engine) -> None:
 def test_event_ids_have_no_rowid_on_sqlite(settings: Settings) -> None:
     engine = connect(load_settings(home=settings.home)[0])
     with engine.connect() as connection:
-        sql = connection.execute(
-            sa.text("SELECT sql FROM sqlite_master WHERE name = 'event_ids'")
-        ).scalar_one()
+        sql = connection.execute(sa.text("SELECT sql FROM sqlite_master WHERE name = 'event_ids'")).scalar_one()
     engine.dispose()
     assert "WITHOUT ROWID" in sql

@@ -57,9 +57,7 @@ def test_many_threads_share_few_transactions(database: Engine) -> None:
             thread.join()
         assert commit.counts.events == 160
         assert commit.counts.transactions <= 80
-    assert sorted(r.event.event_id for r in log.scan()) == sorted(
-        f"{t}-{n}" for t in range(8) for n in range(20)
-    )
+    assert sorted(r.event.event_id for r in log.scan()) == sorted(f"{t}-{n}" for t in range(8) for n in range(20))
 
 
 def test_coroutines_get_their_own_verdicts(database: Engine) -> None:

@@ -48,9 +48,7 @@ def test_copy_within_three_seconds_is_a_quick_accept_too() -> None:
 
 
 def test_time_measured_by_the_client_beats_the_clocks() -> None:
-    assert types([turn("a", 0)], [act("copy", 50, duration_s=2), END]) == {
-        "a": ["quick_accept", "copy_response"]
-    }
+    assert types([turn("a", 0)], [act("copy", 50, duration_s=2), END]) == {"a": ["quick_accept", "copy_response"]}
 
 
 def test_several_copies_count_once_and_each_source_counts() -> None:
@@ -121,9 +119,7 @@ def test_rewards_are_summed_and_clamped() -> None:
     assert total() == 0.0
 
 
-def event(
-    kind: str, at_s: float, body: dict[str, object], interaction: str | None = None, **ids: str
-) -> Event:
+def event(kind: str, at_s: float, body: dict[str, object], interaction: str | None = None, **ids: str) -> Event:
     at_us = round(at_s * SECOND)
     return Event(kind, "acme", "main", body, occurred_at_us=at_us, interaction_id=interaction, **ids)
 
@@ -159,9 +155,7 @@ def test_two_tenants_with_one_session_name_stay_apart() -> None:
     question = "How do I reset my password?"
     mine = interaction("a", 0, question, session_id="s1")
     body = mine.body
-    theirs = Event(
-        "interaction", "other", "main", body, occurred_at_us=SECOND, interaction_id="b", session_id="s1"
-    )
+    theirs = Event("interaction", "other", "main", body, occurred_at_us=SECOND, interaction_id="b", session_id="s1")
     assert signals_of([mine, theirs], SETTINGS) == {}
 
 

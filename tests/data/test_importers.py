@@ -48,9 +48,7 @@ def test_gsm8k_solutions_become_interactions_with_feedback(
     assert {e.body["reward"] for e in corrected} == {-0.5}
 
 
-def test_tool_call_trajectories_keep_calls_and_reward(
-    database: Engine, settings: Settings, shared_data: Path
-) -> None:
+def test_tool_call_trajectories_keep_calls_and_reward(database: Engine, settings: Settings, shared_data: Path) -> None:
     file = shared_data / "tool_call_trajectories.jsonl"
     report = run(file, database, settings)
     assert (report.format, report.events, report.rejected) == ("tau_bench", {"trajectory": 100}, 0)
@@ -60,12 +58,8 @@ def test_tool_call_trajectories_keep_calls_and_reward(
     assert (body["reward"], body["metadata"]) == (first["reward"], {"task_id": 0, "trial": 0})
 
 
-def test_bad_rows_are_named_and_the_rest_is_kept(
-    sqlite_database: Engine, settings: Settings, tmp_path: Path
-) -> None:
-    file = jsonl(
-        tmp_path / "f.jsonl", THUMB, {**THUMB, "type": "rating", "value": 9}, [1], {**THUMB, "typ": 1}
-    )
+def test_bad_rows_are_named_and_the_rest_is_kept(sqlite_database: Engine, settings: Settings, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "f.jsonl", THUMB, {**THUMB, "type": "rating", "value": 9}, [1], {**THUMB, "typ": 1})
     with file.open("a") as out:
         out.write('{"kind": NaN}\n\n' + json.dumps({**THUMB, "kind": "nonsense"}) + "\n")
     problems: list[Problem] = []
@@ -113,9 +107,7 @@ def test_format_is_told_although_the_first_line_is_broken(
     assert (report.format, report.imported, report.rejected) == ("events", 1, 1)
 
 
-def test_longer_version_of_a_file_adds_only_what_is_new(
-    database: Engine, settings: Settings, tmp_path: Path
-) -> None:
+def test_longer_version_of_a_file_adds_only_what_is_new(database: Engine, settings: Settings, tmp_path: Path) -> None:
     file = tmp_path / "f.jsonl"
     assert run(jsonl(file, THUMB, THUMB), database, settings).imported == 2  # two people may say the same
     again = run(jsonl(file, THUMB, THUMB, {**THUMB, "type": "thumbs_down"}), database, settings)
@@ -137,9 +129,7 @@ def test_parquet_reads_like_json_lines(database: Engine, settings: Settings, tmp
     pq.write_table(
         pa.Table.from_pylist(
             rows,
-            pa.schema(
-                {n: pa.string() for n in (*rows[1], "interaction_id", "type")} | {"value": pa.float64()}
-            ),
+            pa.schema({n: pa.string() for n in (*rows[1], "interaction_id", "type")} | {"value": pa.float64()}),
         ),
         file,
     )
@@ -191,9 +181,7 @@ def test_openai_files_are_told_apart(sqlite_database: Engine, settings: Settings
     rows: dict[str, dict[str, Any]] = {"openai_chat": CHAT, "openai_log": log, "openai_preference": pair}
     for name, row in rows.items():
         for format in ("auto", "openai"):
-            report = run(
-                jsonl(tmp_path / "f.jsonl", row), sqlite_database, settings, format=format, agent="triage"
-            )
+            report = run(jsonl(tmp_path / "f.jsonl", row), sqlite_database, settings, format=format, agent="triage")
             assert (report.format, report.rejected) == (name, 0)
     interactions = [r.event for r in EventLog(sqlite_database).scan(kinds=["interaction"])]
     assert [e.body["response"]["content"] for e in interactions] == ["hello", "hello", "hello", "what"]
@@ -237,9 +225,7 @@ def test_templates_keep_types_and_leave_out_what_is_missing() -> None:
     fields = {"a": "$x.0", "b": "$y?", "c": "{x.1}!", "d": {"e": "$z?", "f": 7}, "g": "$x.:-1"}
     mapping = Mapping(description="", requires=["x"], events=[EventRule(kind="outcome", fields=fields)])
     row = {"x": [1.5, "two", None], "z": None}
-    assert list(mapping.items(row)) == [
-        ("outcome", {"a": 1.5, "c": "two!", "d": {"f": 7}, "g": [1.5, "two"]})
-    ]
+    assert list(mapping.items(row)) == [("outcome", {"a": 1.5, "c": "two!", "d": {"f": 7}, "g": [1.5, "two"]})]
 
 
 json_values = st.recursive(

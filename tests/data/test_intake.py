@@ -103,8 +103,7 @@ def test_clock_a_little_ahead_is_tolerated() -> None:
 @pytest.mark.parametrize("text", ["2023-11-14T22:13:20Z", "2023-11-14T23:13:20+01:00", "2023-11-14T22:13:20"])
 def test_times_are_read_as_rfc3339(text: str) -> None:
     assert (
-        PARSER.parse({**THUMB, "occurred_at": text}, "feedback", ACME, NOW_US).occurred_at_us
-        == 1_700_000_000_000_000
+        PARSER.parse({**THUMB, "occurred_at": text}, "feedback", ACME, NOW_US).occurred_at_us == 1_700_000_000_000_000
     )
 
 
@@ -146,9 +145,7 @@ def test_every_kind_reads_back_as_it_was_parsed(intake: Intake) -> None:
     for kind, item in items.items():
         assert intake.take_in_and_wait([item], kind, ACME)[0].status == "accepted"
     for recorded in intake.commit.log.scan():
-        given = {
-            k: v for k, v in items[recorded.event.kind].items() if k not in ("interaction_id", "session")
-        }
+        given = {k: v for k, v in items[recorded.event.kind].items() if k not in ("interaction_id", "session")}
         assert given.items() <= recorded.event.body.items()
 
 
@@ -156,9 +153,7 @@ def test_switched_off_kind_is_refused(sqlite_database: Engine, settings: Setting
     with GroupCommit(EventLog(sqlite_database), settings.log) as commit:
         with pytest.raises(ConflictError, match=r"learning\.enabled=false"):
             Intake(commit, settings).take_in_and_wait([THUMB], "feedback", ACME)
-        explicit_only = load_settings(
-            home=settings.home, learning={"enabled": True}, feedback={"explicit": True}
-        )[0]
+        explicit_only = load_settings(home=settings.home, learning={"enabled": True}, feedback={"explicit": True})[0]
         intake = Intake(commit, explicit_only)
         with pytest.raises(ConflictError, match=r"feedback\.implicit=false"):
             intake.take_in_and_wait([{"session": "s", "action": "leave"}], "behaviour", ACME)
@@ -196,15 +191,12 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=10), inner, max_size=3),
     max_leaves=8,
 )
-field_names = sorted(
-    {*Envelope.model_fields, *(name for kind in KINDS for name in BODIES[kind].model_fields)}
-)
+field_names = sorted({*Envelope.model_fields, *(name for kind in KINDS for name in BODIES[kind].model_fields)})
 
 
 @given(
     st.sampled_from(KINDS),
-    st.dictionaries(st.sampled_from(field_names) | st.text(max_size=8), json_values, max_size=8)
-    | json_values,
+    st.dictionaries(st.sampled_from(field_names) | st.text(max_size=8), json_values, max_size=8) | json_values,
 )
 def test_any_item_becomes_an_event_or_an_input_error(kind: str, item: Any) -> None:
     try:

@@ -58,14 +58,10 @@ def make_versions(settings: Settings, tmp_path: Path, dataset_id: str, dataset_h
     (adapter / "adapter_model.safetensors").write_bytes(b"weights")
     registry = Registry(settings)
     registry.register_base("triage", base)
-    registry.register_adapter(
-        "triage", adapter, base_model=base, dataset_hash=dataset_hash, dataset_id=dataset_id
-    )
+    registry.register_adapter("triage", adapter, base_model=base, dataset_hash=dataset_hash, dataset_id=dataset_id)
 
 
-def event(
-    kind: str, body: dict[str, Any], interaction: str | None = None, event_id: str | None = None
-) -> Event:
+def event(kind: str, body: dict[str, Any], interaction: str | None = None, event_id: str | None = None) -> Event:
     ids = {} if event_id is None else {"event_id": event_id}
     return Event(kind, "default", "default", parse_body(kind, body), interaction_id=interaction, **ids)
 
@@ -84,9 +80,7 @@ def decision(rollout_id: str, number: int) -> Event:
         "from_stage": 0,
         "to_stage": 1,
     }
-    return event(
-        "rollout.decision", body | {"share_before": 0.1, "share_after": 0.25, "evidence": {"n": 400}}
-    )
+    return event("rollout.decision", body | {"share_before": 0.1, "share_after": 0.25, "evidence": {"n": 400}})
 
 
 def fill(settings: Settings) -> None:

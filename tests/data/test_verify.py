@@ -19,12 +19,8 @@ def filled(database: Engine) -> Engine:
     body = parse_body(
         "interaction", {"messages": [{"role": "user", "content": "x" * 2000}], "prompt_token_ids": [1, 2]}
     )
-    log.append(
-        [Event("interaction", "acme", "main", body, event_id="e1", interaction_id="e1", user_id="ada")]
-    )
-    log.append(
-        [Event("feedback", "acme", "main", {"type": "thumbs_up"}, event_id=f"e{n}") for n in range(2, 7)]
-    )
+    log.append([Event("interaction", "acme", "main", body, event_id="e1", interaction_id="e1", user_id="ada")])
+    log.append([Event("feedback", "acme", "main", {"type": "thumbs_up"}, event_id=f"e{n}") for n in range(2, 7)])
     return database
 
 
@@ -90,9 +86,7 @@ ALTERED = "altered: its digest does not fit"
         ),
     ],
 )
-def test_tampering_is_found_and_named(
-    filled: Engine, settings: Settings, tamper: Tamper, faults: list[Fault]
-) -> None:
+def test_tampering_is_found_and_named(filled: Engine, settings: Settings, tamper: Tamper, faults: list[Fault]) -> None:
     with filled.begin() as connection:
         tamper(connection)
     found = verify_log(filled, settings).faults

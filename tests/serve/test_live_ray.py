@@ -57,9 +57,7 @@ class Up:
         """Edit the route in the Serve config and deploy it, as a person does."""
         file = self.home / "serve.yaml"
         document = yaml.safe_load(file.read_text())
-        document["applications"][0]["deployments"][0]["user_config"] = {
-            "routes": [{"agent": "triage"} | route]
-        }
+        document["applications"][0]["deployments"][0]["user_config"] = {"routes": [{"agent": "triage"} | route]}
         file.write_text(yaml.safe_dump(document))
         serve = Path(sys.executable).with_name("serve")
         subprocess.run(
@@ -139,9 +137,7 @@ class Load:
             time.sleep(0.3)
             recent = [version for began, version in self.answers if began > time.monotonic() - 0.6]
             if len(recent) > 10 and happened(recent):
-                others = [
-                    began for began, version in self.answers if began > since and not happened([version])
-                ]
+                others = [began for began, version in self.answers if began > since and not happened([version])]
                 return max(others, default=since) - since
         pytest.fail(f"not within {within_s} s: {set(self.answers[-20:])}; failures {self.failures[:3]}")
 
@@ -196,16 +192,40 @@ def test_broken_config_is_rejected_with_its_reason_while_traffic_goes_on(up: Up)
     with load(up) as running:
         up.deploy(stable="triage/1", share=2.0)
         deadline = time.monotonic() + 20
-        while (
-            not (rejected := EventLog(up.database).read(kinds=["config.rejected"]))
-            and time.monotonic() < deadline
-        ):
+        while not (rejected := EventLog(up.database).read(kinds=["config.rejected"])) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert "routes.0.share=2.0" in rejected[0].event.body["reason"]
         status = httpx.get(f"{up.api}/agents/status", headers=up.headers).json()
         assert "share=2.0" in status["config_rejected"]
         running.wait_until(everyone_on(before.stable), time.monotonic(), 5)
     assert read_route(up.database, KEY).revision == before.revision
+
+
+def test_client_that_leaves_in_mid_stream_stops_the_engine_through_the_ingress(up: Up) -> None:
+    up.engine.behaviours["base"].gap_s = 0.5
+    before = up.engine.cut_off
+    request = {"model": "triage", "messages": [{"role": "user", "content": "?"}], "stream": True}
+    with httpx.stream("POST", f"{up.api}/chat/completions", json=request, headers=up.headers, timeout=20) as response:
+        next(response.iter_bytes())
+    deadline = time.monotonic() + 10
+    while up.engine.cut_off == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    up.engine.behaviours["base"].gap_s = 0.0
+    assert up.engine.cut_off == before + 1
+    interaction = response.headers["x-rayloop-interaction"]
+    while time.monotonic() < deadline:
+        found = [r for r in EventLog(up.database).scan(kinds=["interaction"]) if r.event.interaction_id == interaction]
+        if found:
+            break
+        time.sleep(0.05)
+    assert found[0].event.body["flags"]["disconnected"] is True
+
+
+def test_huge_body_is_413_through_the_ingress(up: Up) -> None:
+    request = {"model": "triage", "messages": [{"role": "user", "content": "x" * 20_000_000}]}
+    response = httpx.post(f"{up.api}/chat/completions", json=request, headers=up.headers, timeout=20)
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+    assert response.headers.get_list("x-request-id") == [response.headers["x-request-id"]]
 
 
 def test_kill_nine_of_a_router_under_load_loses_no_acknowledged_feedback(up: Up) -> None:

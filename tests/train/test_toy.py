@@ -3,13 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.toys import toy_examples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import DatasetError, InputError
 from cluster.registry import describe_base
 from cluster.settings.training import ToySettings
 from data.template import render, render_with_mask
+from tests.toys import toy_examples
 from train.toy import build_toy_base, read_examples
 
 TINY = ToySettings(hidden=32, layers=1, heads=2, intermediate=64, vocab=300, epochs=1, batch_size=16)

@@ -3,11 +3,15 @@
 import asyncio
 import json
 import random
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,3 +215,29 @@ def test_rate_and_time_are_bounded(router: Router) -> None:
     tally = work(router, seconds=2.0, rate_per_s=30.0)
     assert 20 <= tally.answers <= 75
     assert tally.seconds < 5
+
+
+def test_analysts_as_a_process_take_the_key_on_standard_input(router: Router, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "cluster.demo.analysts", "--base-url", router.base_url, "--alerts", "30"]
+    line += ["--users", "20", "--control", str(tmp_path / "control.jsonl")]
+    done = subprocess.run(line, input="rl-secret\n", capture_output=True, text=True, timeout=60, check=True)
+    tally = json.loads(done.stdout)
+    assert tally["answers"] == len(router.chats) and tally["arms"] == {"stable": tally["answers"]}
+    assert sum(tally["signals"].values()) == len(router.feedback)
+    assert router.keys == {"Bearer rl-secret"}
+    kinds = [json.loads(event)["kind"] for event in (tmp_path / "control.jsonl").read_text().splitlines()]
+    assert kinds.count("interaction") == tally["answers"] and kinds.count("feedback") > 0
+
+
+def test_analysts_stop_on_a_signal_and_still_tell_their_tally(router: Router) -> None:
+    line = [sys.executable, "-m", "cluster.demo.analysts", "--base-url", router.base_url, "--rate-per-s", "50"]
+    with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write("rl-secret\n")
+        process.stdin.flush()
+        deadline = time.monotonic() + 60
+        while len(router.chats) < 10 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        assert json.loads(process.stdout.read())["answers"] >= 10
+    assert process.returncode == 0

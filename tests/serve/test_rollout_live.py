@@ -1,0 +1,277 @@
+"""The commands and the control application against a real registry, real tables and a real HTTP server."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from sqlalchemy.engine import Engine
+
+from cluster.cli import run_app
+from cluster.clock import now_us
+from cluster.database import connect
+from cluster.registry import GATES_TAG, Registry
+from cluster.settings import Settings, load_settings
+from cluster.tables import servable_replicas
+from serve.control import ControlApi, ControlLoop
+from serve.experiments.cli import app as experiment_app
+from serve.graders import KnownKeys
+from serve.keys import create_key, list_keys
+from serve.rollout.cli import app as rollout_app
+from serve.rollout.live import HttpRouters, LiveServables, OwnKeys
+from serve.rollout.store import list_rollouts
+from serve.routes import Route, RouteKey, read_route, write_route
+from serve.servables import list_servables
+
+
+class FakeRouter(BaseHTTPRequestHandler):
+    """Answers as the router does: status from the database, chat for known versions."""
+
+    engine: Engine
+    broken = False
+
+    def do_GET(self) -> None:
+        routes = [read_route(self.engine, RouteKey("default", "triage"))]
+        self._send(200, {"data": [{"agent": r.agent, "modality": r.modality, "revision": r.revision} for r in routes]})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        if self.broken:
+            self._send(502, {"error": {"message": "the engine is gone"}})
+        else:
+            self._send(200, {"choices": [{"message": {"role": "assistant", "content": "OK."}}]})
+
+    def _send(self, status: int, body: dict[str, Any]) -> None:
+        raw = json.dumps(body).encode()
+        self.send_response(status if self.headers.get("authorization") else 401)
+        self.send_header("content-length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+
+    def log_message(self, *_: Any) -> None:
+        """Silence."""
+
+
+@pytest.fixture
+def live(mlflow_settings: Settings, tmp_path: Path) -> Iterator[tuple[Settings, Engine]]:
+    """Two registered versions (the second has passed its gates), a route, and a router over HTTP."""
+    home = mlflow_settings.home
+    engine = connect(mlflow_settings)
+    FakeRouter.engine, FakeRouter.broken = engine, False
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeRouter)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    rollout = {"router_url": url, "tick_s": 0.05, "stage_duration_s": 60}
+    (tmp_path / "rayloop.yaml").write_text(yaml.safe_dump({"home": str(home), "rollout": rollout}))
+    registry = Registry(mlflow_settings)
+    for number in (1, 2):
+        base = tmp_path / f"base-{number}"
+        base.mkdir()
+        (base / "config.json").write_text(json.dumps({"n": number}))
+        registry.register_base("triage", base)
+    registry.tag("triage/2", GATES_TAG, "passed")
+    write_route(engine, RouteKey("default", "triage"), {"stable": "triage/1"}, expected_revision=0, writer="person:ann")
+    yield load_settings(tmp_path / "rayloop.yaml")[0], engine
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    engine.dispose()
+
+
+def command(app: Any, settings: Settings, *arguments: str, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command in this process, as `rayloop` does; its JSON, or its one line of failure."""
+    config = settings.home.parent / "rayloop.yaml"
+    capsys.readouterr()
+    try:
+        run_app(app, [*arguments, "--config", str(config), "--json"], "rayloop")
+    except SystemExit as end:
+        if end.code:
+            return capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def say_ready(engine: Engine, version: str, state: str = "ready", reason: str | None = None) -> None:
+    """What an engine replica reports."""
+    with engine.begin() as connection:
+        connection.execute(servable_replicas.delete())
+        for reported in ("", version):
+            connection.execute(
+                servable_replicas.insert().values(
+                    engine="local", replica_id="r1", version=reported, state=state if reported else "ready",
+                    reason=reason, heartbeat_us=now_us(),
+                )
+            )  # fmt: skip
+
+
+def until(condition: Any, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def test_start_status_approve_freeze_and_rollback_by_command(
+    live: tuple[Settings, Engine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, engine = live
+    started = command(rollout_app, settings, "start", "triage/2", capsys=capsys)
+    rollout_id = started["rollout_id"]
+    assert (started["state"], started["candidate"], started["share"]) == ("pending", "triage/2", 0.0)
+    loop = ControlLoop(settings)
+    loop.start()
+    try:
+        until(lambda: list_servables(engine))
+        say_ready(engine, "triage/2")
+        until(lambda: read_route(engine, RouteKey("default", "triage")).share == 0.1)
+        until(lambda: command(rollout_app, settings, "status", rollout_id, capsys=capsys)["state"] == "running")
+        assert command(rollout_app, settings, "freeze", capsys=capsys)["state"] == "holding"
+        assert command(rollout_app, settings, "approve", rollout_id, capsys=capsys)["approved_stage"] == 1
+        assert command(rollout_app, settings, "unfreeze", "triage", capsys=capsys)["frozen_by"] is None
+        taken = command(rollout_app, settings, "rollback", rollout_id, "--reason", "enough", capsys=capsys)
+        assert (taken["state"], taken["outcome"]) == ("rolled_back", "keep")
+        assert Registry(settings).get("triage/2").tags["rayloop.rolled_back"].endswith("enough")
+        assert not any(servable.wanted for servable in list_servables(engine))
+        assert loop.health()["status"] == "ok"
+    finally:
+        loop.stop()
+    assert not [key for key in list_keys(engine) if key.name == "rollout-controller" and key.revoked_at_us is None]
+    listed = command(experiment_app, settings, "list", capsys=capsys)["experiments"]
+    shown = command(experiment_app, settings, "show", listed[0]["experiment_id"], capsys=capsys)
+    assert shown["split"]["users"] == {"candidate": 0, "stable": 0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["start", "triage/1"], "already stable"),
+        (["start", "triage/7"], "no version 'triage/7'"),
+        (["start", "triage/2", "--agent", "sales"], "route sales (text, tenant default) does not exist"),
+        (["start", "triage/1", "--override-gates"], "is needed to override the gates"),
+        (["start", "triage/2", "--stage-share", "0.5"], "must contain significant_improvement"),
+        (["status", "ro-nothing"], "no rollout ro-nothing"),
+        (["rollback"], "no rollout is live"),
+    ],
+)
+def test_wrong_commands_fail_with_one_line(
+    live: tuple[Settings, Engine], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    settings, engine = live
+    if arguments[:2] == ["start", "triage/1"]:
+        Registry(settings).tag("triage/1", GATES_TAG, "passed")
+    failure = command(rollout_app, settings, *arguments, capsys=capsys)
+    assert message in failure and failure.count("\n") == 1
+    assert list_rollouts(engine, "default") == []
+
+
+def test_gates_stop_a_start(live: tuple[Settings, Engine], capsys: pytest.CaptureFixture[str]) -> None:
+    settings, _ = live
+    Registry(settings).tag("triage/2", GATES_TAG, "failed")
+    assert "has gates failed; run `rayloop evaluate" in command(
+        rollout_app, settings, "start", "triage/2", capsys=capsys
+    )
+    options = ["--override-gates", "--reason", "to show a rollback", "--stage-duration-s", "3"]
+    started = command(rollout_app, settings, "start", "triage/2", *options, capsys=capsys)
+    assert started["gates_override"] == "to show a rollback"
+
+
+def test_a_candidate_that_an_engine_refuses_fails_the_rollout(
+    live: tuple[Settings, Engine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, engine = live
+    command(rollout_app, settings, "start", "triage/2", capsys=capsys)
+    loop = ControlLoop(settings)
+    loop.start()
+    try:
+        until(lambda: list_servables(engine))
+        say_ready(engine, "triage/2", "failed", "rank 128 is over 64")
+        until(lambda: list_rollouts(engine, "default")[0].state == "failed")
+    finally:
+        loop.stop()
+    assert "rank 128 is over 64" in str(list_rollouts(engine, "default")[0].reason)
+
+
+def test_readiness_follows_the_replicas(live: tuple[Settings, Engine]) -> None:
+    settings, engine = live
+    servables = LiveServables(engine, Registry(settings), settings)
+    assert servables.status("triage/2")[0] == "absent"
+    servables.want("triage/2")
+    assert servables.status("triage/2")[0] == "loading"
+    say_ready(engine, "triage/2")
+    assert servables.status("triage/2") == ("ready", "")
+    say_ready(engine, "triage/2", "failed", "digest differs")
+    assert servables.status("triage/2") == ("failed", "digest differs")
+
+
+def test_routers_are_tried_and_read_back_over_http(live: tuple[Settings, Engine]) -> None:
+    settings, engine = live
+    keys = OwnKeys(engine, settings)
+    routers = HttpRouters(str(settings.rollout.router_url), settings, keys)
+    route = read_route(engine, RouteKey("default", "triage"))
+    assert routers.smoke(route, "triage/2") is None and routers.shows(route)
+    later = Route(route.tenant, route.agent, route.modality, route.stable, revision=route.revision + 1)
+    assert not routers.shows(later)
+    FakeRouter.broken = True
+    assert "HTTP 502" in str(routers.smoke(route, "triage/2"))
+    nowhere = HttpRouters("http://127.0.0.1:9", settings, keys)
+    assert not nowhere.shows(route) and "refused" in str(nowhere.smoke(route, "triage/2"))
+    keys.close()
+    assert all(key.revoked_at_us for key in list_keys(engine))
+
+
+def ask(api: ControlApi, path: str, secret: str | None = None, method: str = "GET") -> tuple[int, Any]:
+    """One request to an ASGI callable."""
+    sent: list[dict[str, Any]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b""}
+
+    headers = [(b"authorization", f"Bearer {secret}".encode())] if secret else []
+    scope = {"type": "http", "method": method, "path": f"/control{path}", "root_path": "/control", "headers": headers}
+    asyncio.run(api(scope, receive, send))
+    return sent[0]["status"], json.loads(sent[1]["body"])
+
+
+def test_control_shows_its_health_and_the_rollouts_of_the_keys_tenant(
+    live: tuple[Settings, Engine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, engine = live
+    command(rollout_app, settings, "start", "triage/2", capsys=capsys)
+    loop = ControlLoop(settings)
+    api = ControlApi(loop, KnownKeys(settings, 0.0))
+    mine = create_key(engine, "ann", "default", "default")
+    other = create_key(engine, "eve", "other", "default")
+    assert ask(api, "/healthz")[0] == 503
+    loop.start()
+    try:
+        until(lambda: ask(api, "/healthz")[0] == 200)
+        assert [r["candidate"] for r in ask(api, "/rollouts", mine)[1]["data"]] == ["triage/2"]
+        assert ask(api, "/rollouts", other)[1]["data"] == []
+        assert ask(api, "/rollouts")[0] == 401
+        assert ask(api, "/nothing")[0] == 404
+        assert ask(api, "/rollouts", mine, "POST")[0] == 405
+    finally:
+        loop.stop()
+
+
+def test_the_planner_answers_in_users_and_days(
+    live: tuple[Settings, Engine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings, _ = live
+    found = command(
+        experiment_app, settings, "plan", "--probability", "0.7", "--margin", "0.03", "--share", "0.1",
+        "--users-per-day", "1000", capsys=capsys,
+    )  # fmt: skip
+    assert (found["candidate"], found["control"], found["days"]) == (1603, 14426, 16.0)
+    assert "needs one of" in command(experiment_app, settings, "plan", "--margin", "1", capsys=capsys)
+    wrong = command(experiment_app, settings, "plan", "--margin", "0", "--probability", "0.7", capsys=capsys)
+    assert wrong.startswith("error: margin=0.0 must be above 0")
