@@ -108,6 +108,19 @@ def test_closed_gate_fails_job_and_run_with_the_reason(home: Path, toy_base: Pat
     assert not (home / "training" / "bad").exists()
 
 
+def test_one_closed_gate_among_several_methods_is_told_and_the_others_kept(
+    home: Path, toy_base: Path, tmp_path: Path
+) -> None:
+    rows = toy_feedback(40)
+    rows["preference"] = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows["preference"]]
+    folder = write_dataset(tmp_path / "swapped", rows)
+    methods = ("--method", "dpo", "--method", "sft")
+    result = call("run", *methods, "--dataset", folder, "--base", toy_base, "--no-ray", "--max-steps", 2)
+    assert [run["method"] for run in result["runs"]] == ["sft"]
+    (failed,) = result["failed"]
+    assert failed["method"] == "dpo" and failed["gate"] and "swapped" in failed["error"]
+
+
 def test_bad_input_is_one_line_and_leaves_nothing(
     home: Path, toy_base: Path, toy_dataset: Path, tmp_path: Path
 ) -> None:
