@@ -71,6 +71,7 @@ def ray_session(settings: Settings, *, num_cpus: int | None = None) -> Iterator[
         return
     if address:
         _check_reachable(address, settings.ray.connect_timeout_s)
+        _follow_to_loopback(address, settings.ray.connect_timeout_s)
     _init(_join_arguments(address) if address else _start_arguments(settings, num_cpus), address)
     session = RaySession(ray.get_runtime_context().gcs_address, started=address is None)
     watch = SchedulingWatch(session.address, settings.ray.scheduling_warning_s)
@@ -123,6 +124,24 @@ def _check_reachable(address: str, timeout_s: float) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
     except OSError as error:
         raise _unreachable(address, error) from None
+
+
+def _follow_to_loopback(address: str, timeout_s: float) -> None:
+    """Join a cluster that listens on loopback only, as `rayloop up` starts it.
+
+    Ray turns 127.0.0.1 into this machine's own address, where nothing listens then, unless it is told
+    that there are no other machines. It reads that when it is imported, which may be long ago.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host not in ("127.0.0.1", "localhost"):
+        return
+    from ray._private import ray_constants, services
+
+    try:
+        socket.create_connection((services.get_node_ip_address(), int(port)), timeout_s).close()
+    except OSError:
+        os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+        ray_constants.ENABLE_RAY_CLUSTER = False
 
 
 def _unreachable(address: str, error: Exception) -> UnavailableError:

@@ -1,0 +1,112 @@
+"""A/A: two equal arms, looked at again and again. False alarms must stay within alpha; real harm must be found."""
+
+import numpy as np
+import pytest
+
+from cluster.settings import load_settings
+from serve.experiments.comparisons import Moments, proportion, user_mean, welch
+from serve.experiments.evidence import Reading, read_metric
+from serve.experiments.metrics import find_metric
+
+ALPHA = 0.05
+SETTINGS = load_settings(experiment={"tuning_users": 400, "tuning_trials": 1000, "alpha": ALPHA})[0].experiment
+
+
+def moments(counts: np.ndarray, totals: np.ndarray) -> Moments:
+    """Sums over the users that have a value."""
+    counts, totals = counts[counts > 0], totals[counts > 0]
+    means = totals / counts
+    terms = (counts, totals, counts**2, counts * totals, totals**2, means, means**2)
+    return Moments(len(counts), *(float(np.sum(term)) for term in terms))
+
+
+class Arm:
+    """Users who come one after another and give thumbs as time goes on, each with a taste of their own."""
+
+    def __init__(self, random: np.random.Generator, users: int, liking: float) -> None:
+        concentration = 4.0  # intra-class correlation 1 / (1 + 4) = .2
+        self.random = random
+        self.taste = random.beta(liking * concentration, (1 - liking) * concentration, users)
+        self.counts = np.zeros(users)
+        self.liked = np.zeros(users)
+
+    def grow(self, present: int) -> None:
+        """Everybody present gives a thumb with probability one half."""
+        gave = self.random.random(present) < 0.5
+        self.counts[:present] += gave
+        self.liked[:present] += gave & (self.random.random(present) < self.taste[:present])
+
+    @property
+    def satisfaction(self) -> Moments:
+        return moments(self.counts, 2 * self.liked - self.counts)
+
+    @property
+    def thumbs(self) -> Moments:
+        return moments(self.counts, self.liked)
+
+
+def run(random: np.random.Generator, name: str, candidate: float, looks: int = 40) -> list[Reading]:
+    """The readings of one experiment: 200 users an arm arrive over the looks."""
+    arms = [Arm(random, 200, liking) for liking in (candidate, 0.7)]
+    metric, found = find_metric(name, SETTINGS), []
+    for look in range(1, looks + 1):
+        for arm in arms:
+            arm.grow(max(20, 200 * look // looks))
+        one, other = ((a.satisfaction if name == "satisfaction" else a.thumbs) for a in arms)
+        found.append(read_metric(metric, one, other, SETTINGS, ALPHA))
+    return found
+
+
+@pytest.mark.parametrize("name", ["satisfaction", "thumbs_up_rate"])
+def test_equal_arms_seldom_look_worse_for_certain_however_often_one_looks(name: str) -> None:
+    random = np.random.default_rng(6)
+    runs = [run(random, name, 0.7) for _ in range(200)]
+    alarms = np.mean([any((r.harm_low or 0) > 0 for r in readings if r.users >= 20) for readings in runs])
+    assert alarms <= ALPHA
+    falsely_safe = np.mean([any((r.harm_high or 0) < 0 for r in readings if r.users >= 20) for readings in runs])
+    assert falsely_safe <= ALPHA
+
+
+def test_the_naive_test_would_alarm_far_more_often() -> None:
+    random = np.random.default_rng(7)
+
+    def alarms() -> bool:
+        arms = [Arm(random, 200, 0.7) for _ in range(2)]
+        for look in range(1, 41):
+            for arm in arms:
+                arm.grow(max(20, 5 * look))
+            if welch(*(user_mean(arm.satisfaction) for arm in arms)).p_value < 2 * ALPHA:
+                return True
+        return False
+
+    assert np.mean([alarms() for _ in range(100)]) > 3 * ALPHA
+
+
+@pytest.mark.parametrize("name", ["satisfaction", "thumbs_up_rate"])
+def test_a_planted_regression_is_found(name: str) -> None:
+    random = np.random.default_rng(8)
+    runs = [run(random, name, 0.45) for _ in range(40)]
+    assert np.mean([any(r.is_breached for r in readings if r.users >= 20) for readings in runs]) > 0.9
+
+
+def test_a_lone_agreement_of_few_users_is_not_certainty() -> None:
+    metric = find_metric("satisfaction", SETTINGS)
+    mixed = moments(np.ones(200), np.where(np.arange(200) < 164, 1.0, -1.0))
+    unanimous = moments(np.ones(22), np.ones(22))
+    found = read_metric(metric, mixed, unanimous, SETTINGS, ALPHA / 4)
+    assert user_mean(unanimous).variance == 0
+    assert found.harm is not None and found.harm > 0.3 and not found.is_breached
+
+
+def test_errors_from_one_to_five_per_cent_are_found_and_equal_ones_are_not() -> None:
+    random, metric = np.random.default_rng(9), find_metric("error_rate", SETTINGS)
+
+    def breached(rate: float) -> bool:
+        trials = np.full((2, 300), 5.0)
+        errors = np.stack([random.binomial(5, r, 300) for r in (rate, 0.01)]).astype(float)
+        one, other = (moments(t, e) for t, e in zip(trials, errors, strict=True))
+        assert proportion(one).variance > 0
+        return read_metric(metric, one, other, SETTINGS, 0.01).is_breached
+
+    assert np.mean([breached(0.05) for _ in range(40)]) > 0.8
+    assert np.mean([breached(0.01) for _ in range(100)]) <= 0.01
