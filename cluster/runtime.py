@@ -177,10 +177,14 @@ class SchedulingWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; returns when it has ended."""
+        """End the thread; returns when it has ended.
+
+        However long its last question takes: a thread that is still inside Ray's C++ code when the
+        interpreter ends would abort the process.
+        """
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(timeout=5)
+            self._thread.join()
 
     def _run(self) -> None:
         since: dict[Shape, float] = {}
