@@ -125,7 +125,7 @@ def toy_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("toy") / "base"
     shape = ToySettings(
-        hidden=64, layers=2, heads=2, intermediate=160, vocab=340, epochs=5, batch_size=32, learning_rate=1e-2
+        hidden=64, layers=2, heads=2, intermediate=160, vocab=340, epochs=12, batch_size=32, learning_rate=3e-3
     )
-    build_toy_base(out, toy_examples(600, seed=1, wrong=0.35), shape)
+    build_toy_base(out, toy_examples(600, seed=1, outdated=0.8), shape)
     return out

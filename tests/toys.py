@@ -19,13 +19,13 @@ def toy_answer(service: str, level: str) -> str:
     return json.dumps({"verdict": VERDICTS[level], "owner": service}, separators=(",", ":"))
 
 
-def toy_examples(count: int, seed: int = 0, *, wrong: float = 0.0) -> list[list[dict[str, str]]]:
-    """Small triage tasks with a JSON answer; a share `wrong` of the answers has another verdict."""
+def toy_examples(count: int, seed: int = 0, *, outdated: float = 0.0) -> list[list[dict[str, str]]]:
+    """Small triage tasks with a JSON answer; a share `outdated` of the dead ones only gets a ticket."""
     random = Random(seed)
     examples = []
     for _ in range(count):
         service, level = random.choice(["api", "mail", "search"]), random.choice(list(VERDICTS))
-        said = level if random.random() >= wrong else random.choice([v for v in VERDICTS if v != level])
+        said = "high" if level == "dead" and random.random() < outdated else level
         question = f"service={service} level={level} hour={random.randrange(24)}"
         examples.append(
             [

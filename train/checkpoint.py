@@ -34,7 +34,7 @@ def adapter_tensors(model: Any) -> dict[str, Tensor]:
     """A copy of the adapter's weights under PEFT's names for files."""
     from peft import get_peft_model_state_dict
 
-    state = get_peft_model_state_dict(model, adapter_name="default")
+    state = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(state.items())}
 
 

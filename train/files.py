@@ -34,6 +34,23 @@ def written_whole(out: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+@contextmanager
+def own_folder(out: Path) -> Iterator[None]:
+    """A folder to work in; when the block raises before it has left anything there, it goes again.
+
+    Raises:
+        InputError: it cannot be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise unwritable(out, error) from error
+    finally:
+        if out.is_dir() and not any(file.is_file() for file in out.rglob("*")):
+            shutil.rmtree(out, ignore_errors=True)
+
+
 def replace_folder(scratch: Path, out: Path) -> None:
     """Move `scratch` to `out` in one rename, after its files have reached the disk."""
     for file in scratch.rglob("*"):

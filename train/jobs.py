@@ -16,7 +16,7 @@ import psutil
 from sqlalchemy.engine import Engine
 
 from cluster import tracking
-from cluster.errors import ConflictError, InputError, NotFoundError, RayloopError
+from cluster.errors import ConflictError, HealthGateError, InputError, NotFoundError, RayloopError
 from cluster.jobs import Jobs
 from cluster.registry import Registry, describe_base
 from cluster.settings import Settings
@@ -308,17 +308,33 @@ def lineage(run: Planned, manifest: Manifest) -> dict[str, str]:
 
 
 def report(records: Sequence[Record], manifest: Manifest) -> dict[str, Any]:
-    """What the command prints: every run, and the one asked for last on top.
+    """What the command prints: every run, the failed ones with their reason, and the last one asked for on top.
 
     Raises:
-        RayloopError: the first failure of a run that was asked for.
+        RayloopError: nothing that was asked for ended well; it is the first reason.
     """
-    for record in records:
-        if record.error is not None and record.run.asked:
-            raise record.error
+    failed = [record for record in records if record.error is not None]
+    for record in failed:
+        log.warning("%s failed: %s", record.run.job_id, record.error)
     runs = [_shown_run(record) for record in records if record.result is not None]
-    main = next(run for run in reversed(runs) if run["asked"])
-    return {**main, "dataset_id": manifest.dataset_id, "dataset_hash": manifest.dataset_hash, "runs": runs}
+    asked = [run for run in runs if run["asked"]]
+    if not asked:
+        raise next(record.error for record in failed if record.run.asked and record.error is not None)
+    return {
+        **asked[-1],
+        "dataset_id": manifest.dataset_id,
+        "dataset_hash": manifest.dataset_hash,
+        "runs": runs,
+        "failed": [
+            {"job_id": r.run.job_id, "method": r.run.config.method, "error": str(r.error), "gate": _is_gate(r.error)}
+            for r in failed
+        ],
+    }
+
+
+def _is_gate(error: RayloopError | None) -> bool:
+    """True when a health gate stopped the run: trying again gives the same."""
+    return isinstance(error, HealthGateError)
 
 
 def _shown_run(record: Record) -> dict[str, Any]:

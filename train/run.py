@@ -23,7 +23,7 @@ from train.callbacks import BestKeeper, HealthCallback, ProgressCallback, Schedu
 from train.config import TrainConfig, check_model_dir
 from train.device import Device, resolve_device
 from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
-from train.files import written_whole
+from train.files import own_folder, written_whole
 from train.health import HealthWatch, check_changed, check_swapped, check_truncation, warnings_for
 from train.quiet import quiet_libraries
 from train.report import HeldOut, held_out_report, validation_prompts
@@ -79,6 +79,11 @@ def train(
     """
     started = time.monotonic()
     prepared = prepare(config, data)
+    with own_folder(config.out):
+        return _train(prepared, reporter, resume_from, started)
+
+
+def _train(prepared: "Prepared", reporter: Reporter | None, resume_from: Path | None, started: float) -> TrainResult:
     trainer = build_trainer(prepared, reporter)
     start = checkpoint.adapter_tensors(trainer.model)
     if resume_from is not None:

@@ -9,6 +9,7 @@ checkpoints in their folders, which every node of the cluster must see.
 
 import contextlib
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -140,7 +141,7 @@ def train_in_worker(loop: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     for number, config in enumerate(loop["configs"]):
         reporter = WorkerReporter(number, loop["mailbox"], rank)
-        reporter.tell("begin")
+        reporter.tell("begin", values={"pid": os.getpid()})
         try:
             result = _train_one(config, reporter)
         except RayloopError as error:

@@ -11,7 +11,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +127,25 @@ def run_sweep(settings: Settings, sweep: Sweep) -> SweepResult:
         DatasetError: no held-out feedback to judge the trials by.
         NotFoundError: no such dataset or version.
     """
+    sweep = pin(settings, sweep)
+    prepared = make_plan(settings, sweep, Path(sweep.dataset))  # refuses before anything is written
     folder = sweep_folder(settings, sweep.sweep_id)
     tags = {"rayloop.kind": "sweep", "rayloop.sweep": sweep.sweep_id, "rayloop.method": sweep.method}
     with tracking.run(settings, f"sweep {sweep.sweep_id}", tags=tags) as run:
-        sweep = Sweep(**{**sweep.__dict__, "run_id": run.run_id})
+        sweep = replace(sweep, run_id=run.run_id)
         folder.mkdir(parents=True)
         (folder / SPEC).write_text(json.dumps(sweep.to_json(), indent=2))
-        return _carry_out(settings, sweep, run, resume=False)
+        return _carry_out(settings, sweep, prepared, run, resume=False)
+
+
+def pin(settings: Settings, sweep: Sweep) -> Sweep:
+    """The sweep with `latest` and aliases replaced by what they name today, so that resuming means the same.
+
+    Raises:
+        NotFoundError: no such dataset or version.
+    """
+    base = Registry(settings).get(sweep.base).id if _is_version(sweep.base) else sweep.base
+    return replace(sweep, dataset=str(find_dataset(settings, sweep.dataset)), base=base)
 
 
 def resume_sweep(settings: Settings, sweep_id: str) -> SweepResult:
@@ -143,8 +155,9 @@ def resume_sweep(settings: Settings, sweep_id: str) -> SweepResult:
         NotFoundError: no such sweep.
     """
     sweep = read_sweep(settings, sweep_id)
+    prepared = make_plan(settings, sweep, Path(sweep.dataset))
     run = tracking.resume(settings, sweep.run_id)
-    found = _carry_out(settings, sweep, run, resume=True)
+    found = _carry_out(settings, sweep, prepared, run, resume=True)
     run.client.set_terminated(run.run_id, "FINISHED")
     return found
 
@@ -170,10 +183,12 @@ def sweep_folder(settings: Settings, sweep_id: str) -> Path:
     return settings.home / "sweeps" / sweep_id
 
 
-def _carry_out(settings: Settings, sweep: Sweep, run: tracking.Run, *, resume: bool) -> SweepResult:
+def _carry_out(
+    settings: Settings, sweep: Sweep, prepared: tuple[Any, dict[str, Any]], run: tracking.Run, *, resume: bool
+) -> SweepResult:
     started = time.monotonic()
-    dataset = find_dataset(settings, sweep.dataset)
-    plan, defaults = make_plan(settings, sweep, dataset)
+    plan, defaults = prepared
+    dataset = Path(plan.train_config["dataset"])
     manifest = load_manifest(dataset)
     if not resume:
         space = {name: _text(dimension) for name, dimension in sweep.space.items()}
@@ -207,6 +222,7 @@ def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dic
         DatasetError: no held-out feedback to judge the trials by.
     """
     from train.config import resolve_config
+    from train.run import prepare
     from tune.trial import Plan
 
     folder = sweep_folder(settings, sweep.sweep_id)
@@ -222,6 +238,7 @@ def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dic
         threads=threads,
         **sweep.overrides,
     )
+    prepare(config)
     target = _make_target(settings, dataset, base_model, init_adapter)
     plan = Plan(config.model_dump(mode="json"), target, str(folder / "trials"), settings.sweep.rungs, threads)
     defaults = {name: getattr(config, name) for name in sweep.space}
@@ -253,12 +270,16 @@ def _make_target(settings: Settings, dataset: Path, base_model: str, init_adapte
 
 def _resolve_start(settings: Settings, base: str) -> tuple[str, str | None]:
     """Base model and adapter of a version, or a path or hub id as it is."""
-    if "@" not in base and not (base.count("/") == 1 and base.rpartition("/")[2].isdecimal()):
+    if not _is_version(base):
         return base, None
     registry = Registry(settings)
     version = registry.get(base)
     adapter = str(registry.adapter_dir(version)) if version.adapter_sha256 else None
     return version.base_model, adapter
+
+
+def _is_version(base: str) -> bool:
+    return "@" in base or (base.count("/") == 1 and base.rpartition("/")[2].isdecimal())
 
 
 def _log_result(run: tracking.Run, found: SweepResult) -> None:

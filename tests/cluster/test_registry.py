@@ -110,7 +110,7 @@ def test_register_adapter_refuses_what_is_no_adapter(mlflow_settings: Settings, 
 
 
 def test_run_records_nesting_status_and_settings_without_secrets(mlflow_settings: Settings, tmp_path: Path) -> None:
-    settings = load_settings(home=mlflow_settings.home, database={"url": "postgresql://u:hidden@h/d"})[0]
+    settings = load_settings(home=mlflow_settings.home, database={"url": "postgresql://u:pass-4471@h/d"})[0]
     with tracking.run(settings, "parent") as parent:
         parent.log_params({"training": {"beta": 0.1}})
         parent.log_metrics({"loss": 1.0, "absent": None}, step=3)
@@ -122,7 +122,7 @@ def test_run_records_nesting_status_and_settings_without_secrets(mlflow_settings
     assert found.info.status == "FINISHED" and parent.client.get_run(child.run_id).info.status == "FAILED"
     assert parent.client.get_run(child.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
     text = Path(parent.client.download_artifacts(parent.run_id, "settings.json", str(tmp_path))).read_text()
-    assert "hidden" not in text and "u:***@h" in text
+    assert "pass-4471" not in text and "u:***@h" in text
 
 
 def test_unreachable_mlflow_is_one_clear_error(tmp_path: Path) -> None:

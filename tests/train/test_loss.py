@@ -44,7 +44,7 @@ def test_kto_kl_is_never_negative() -> None:
 
 @pytest.mark.parametrize("call", [lambda b: dpo_loss(b, b[:1], 0.1), lambda b: dpo_loss(b, b, 0.0)])
 def test_wrong_shapes_and_beta_are_refused(call: Callable[[torch.Tensor], Any]) -> None:
-    with pytest.raises(ValueError, match="differ|beta"):
+    with pytest.raises(ValueError, match=r"differ|beta"):
         call(torch.zeros(2))
 
 

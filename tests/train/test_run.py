@@ -191,7 +191,7 @@ def test_out_that_cannot_be_written_is_refused(config_of: Callable[..., TrainCon
 
 
 def test_run_that_costs_too_much_is_refused_before_it_starts(config_of: Callable[..., TrainConfig]) -> None:
-    with pytest.raises(InputError, match="exceeds training.limits.max_epochs"):
+    with pytest.raises(InputError, match=r"exceeds training\.limits\.max_epochs"):
         config_of("sft", epochs=1000)
 
 

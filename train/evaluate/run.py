@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ def record(
     """Keep the outcome in MLflow, with the version and in the log; the alias follows the verdict."""
     tags = {"rayloop.kind": "evaluation", "rayloop.version": found.version, "rayloop.against": found.against}
     with tracking.run(settings, f"evaluate {found.version}", tags=tags) as run:
-        found = Evaluation(**{**found.__dict__, "run_id": run.run_id})
+        found = replace(found, run_id=run.run_id)
         run.log_params(
             {
                 "version": found.version,
@@ -147,7 +147,7 @@ def record(
     registry.tag(version, "rayloop.gates_report", json.dumps(_summary(found)))
     registry.tag(version, "rayloop.evaluation_run", found.run_id)
     alias = _move_challenger(registry, version, found)
-    found = Evaluation(**{**found.__dict__, "alias": alias})
+    found = replace(found, alias=alias)
     _append_events(settings, version, found, status)
     return found
 

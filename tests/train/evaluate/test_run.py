@@ -172,3 +172,19 @@ def test_local_version_answers_and_scores_the_toy(toy_base: Path) -> None:
     own, other = version.losses(truths), version.losses(unlikely)
     assert all(nats > 0 and tokens > 5 for nats, tokens in own)
     assert other[0][0] / other[0][1] > own[0][0] / own[0][1]
+
+
+@pytest.mark.ray
+def test_answers_spread_over_ray_are_those_of_one_process(toy_base: Path, ray_session: None) -> None:
+    from tests.train.evaluate.fakes import make_truths
+
+    source = models.Source("t/1", str(toy_base), None, 16, 16, 0)
+    truths = make_truths(5)
+    prompts = [truth.prompt for truth in truths]
+    here, spread = models.LocalVersion(source), models.RayVersion(source, workers=2, num_gpus=0)
+    try:
+        assert spread.answer(prompts) == here.answer(prompts)
+        for (nats, tokens), (own_nats, own_tokens) in zip(spread.losses(truths), here.losses(truths), strict=True):
+            assert tokens == own_tokens and nats == pytest.approx(own_nats, rel=1e-4)
+    finally:
+        spread.close()

@@ -1,0 +1,72 @@
+import pytest
+from sqlalchemy.engine import Engine
+
+from cluster.errors import ConflictError, NotFoundError
+from cluster.jobs import LOST, Jobs
+
+
+@pytest.fixture
+def jobs(database: Engine) -> Jobs:
+    return Jobs(database, "acme", "main")
+
+
+def test_job_goes_from_pending_to_completed(jobs: Jobs) -> None:
+    job = jobs.create("dpo", agent="triage", dataset_id="d1", config={"beta": 0.1})
+    assert (job.state, job.retries, job.config) == ("pending", 0, {"beta": 0.1})
+    assert jobs.start(job.job_id).state == "running"
+    jobs.progress(job.job_id, {"step": 3})
+    progress = jobs.get(job.job_id).progress
+    assert progress is not None and progress["step"] == 3
+    done = jobs.finish(job.job_id, output_version="triage/2")
+    assert (done.state, done.output_version) == ("completed", "triage/2")
+    assert done.started_at_us is not None and done.finished_at_us is not None
+
+
+def test_failed_job_is_tried_again_and_counted(jobs: Jobs) -> None:
+    job_id = jobs.create("sft").job_id
+    jobs.start(job_id)
+    assert jobs.fail(job_id, "disk full").error == "disk full"
+    again = jobs.retry(job_id)
+    assert (again.state, again.retries, again.error) == ("pending", 1, None)
+
+
+@pytest.mark.parametrize("act", ["start", "finish", "retry"])
+def test_completed_job_stays_completed(jobs: Jobs, act: str) -> None:
+    job_id = jobs.create("sft").job_id
+    jobs.start(job_id)
+    jobs.finish(job_id)
+    with pytest.raises(ConflictError, match="is completed, not"):
+        getattr(jobs, act)(job_id)
+
+
+def test_one_tenant_cannot_run_more_than_it_may(jobs: Jobs) -> None:
+    first = jobs.create("sft", max_concurrent=1)
+    jobs.start(first.job_id)
+    with pytest.raises(ConflictError, match="max_concurrent_jobs is 1"):
+        jobs.create("sft", max_concurrent=1)
+    Jobs(jobs.engine, "other", "main").create("sft", max_concurrent=1)
+    jobs.finish(first.job_id)
+    jobs.create("sft", max_concurrent=1)
+
+
+def test_a_loop_takes_no_place(jobs: Jobs) -> None:
+    jobs.start(jobs.create("loop").job_id)
+    jobs.create("sft", max_concurrent=1)
+
+
+def test_silent_job_counts_as_failed(jobs: Jobs) -> None:
+    job_id = jobs.create("sft").job_id
+    jobs.start(job_id)
+    assert jobs.fail_lost(silent_s=60) == []
+    assert jobs.fail_lost(silent_s=-1) == [job_id]
+    assert jobs.get(job_id).error == LOST
+
+
+def test_same_name_twice_and_unknown_names_are_refused(jobs: Jobs) -> None:
+    jobs.create("sft", job_id="mine")
+    with pytest.raises(ConflictError, match="exists already"):
+        jobs.create("sft", job_id="mine")
+    with pytest.raises(NotFoundError, match="no job 'yours'"):
+        jobs.get("yours")
+    with pytest.raises(NotFoundError):
+        Jobs(jobs.engine, "other", "main").get("mine")

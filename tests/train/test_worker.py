@@ -1,0 +1,83 @@
+"""The plain function under Ray Train gives what it gives alone, also when a worker is killed."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import HealthGateError, InputError
+from tests.toys import toy_feedback, write_dataset
+from train.config import TrainConfig
+from train.run import train
+from train.worker import Event, run_here, run_on_ray, wants_gpu
+
+pytestmark = [pytest.mark.slow]
+
+
+class Heard:
+    """Keeps what happened."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(event)
+
+    def results(self) -> list[dict[str, Any]]:
+        return [dict(event.result) for event in self.events if event.result is not None]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_runs_on_ray_equal_runs_here_and_survive_a_killed_worker(
+    config_of: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """SFT then DPO in one group of workers; the worker is killed in the middle of the second."""
+    shape: dict[str, Any] = {"epochs": 3, "save_steps": 4}
+    here = [train(config_of(m, **shape, out=tmp_path / f"here-{m}")).adapter_sha256 for m in ("sft", "dpo")]
+    heard = Heard()
+
+    def kill_once(event: Event) -> None:
+        heard(event)
+        begun = [e for e in heard.events if e.kind == "begin"]
+        if event.kind == "checkpoint" and event.run == 1 and len([e for e in begun if e.run == 1]) == 1:
+            assert begun[-1].values is not None
+            os.kill(int(begun[-1].values["pid"]), signal.SIGKILL)
+
+    configs = [config_of(m, **shape, out=tmp_path / f"ray-{m}") for m in ("sft", "dpo")]
+    run_on_ray(configs, workers=1, max_failures=2, on_event=kill_once)
+    results = {result["method"]: result["adapter_sha256"] for result in heard.results()}
+    assert [results["sft"], results["dpo"]] == here
+    assert len([e for e in heard.events if e.kind == "begin" and e.run == 1]) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_two_workers_share_each_batch(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    heard = Heard()
+    config = config_of("sft", epochs=2, batch_size=10, out=tmp_path / "two")
+    run_on_ray([config], workers=2, max_failures=0, on_event=heard)
+    (result,) = heard.results()
+    assert result["steps"] == 12  # 120 rows, 2 workers of 10, 2 epochs
+    assert result["metrics"]["heldout/liked_nats_per_token"] < result["metrics"]["heldout/base_liked_nats_per_token"]
+
+
+def test_a_closed_gate_ends_its_run_and_not_the_next(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    rows = toy_feedback(40)
+    rows["preference"] = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows["preference"]]
+    folder = write_dataset(tmp_path / "swapped", rows)
+    heard = Heard()
+    configs = [config_of(m, max_steps=1, dataset=folder, out=tmp_path / m) for m in ("dpo", "sft")]
+    run_here(configs, heard)
+    assert isinstance(next(e.error for e in heard.events if e.kind == "fail"), HealthGateError)
+    assert [result["method"] for result in heard.results()] == ["sft"]
+
+
+def test_cluster_without_gpu_refuses_cuda(config_of: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(InputError, match=r"needs 2 GPU\(s\), the cluster has 1"):
+        wants_gpu([config_of("sft", device="cuda")], 2, {"GPU": 1.0})
+    assert wants_gpu([config_of("sft")], 1, {"GPU": 1.0})
+    assert not wants_gpu([config_of("sft")], 1, {"CPU": 4.0})
