@@ -437,10 +437,19 @@ def _require(rollout: Rollout, states: tuple[str, ...], command: str) -> None:
 
 
 def _command(steps: Steps, rollout_id: str, decide_now: Callable[[Rollout], Decision], actor: str) -> Rollout:
-    """Record and apply a person's decision, trying again when the controller was quicker."""
+    """Record and apply a person's decision, trying again when the controller was quicker.
+
+    What was decided before is finished first, so that it is not forgotten half done; only a rollback goes ahead
+    of it, for it undoes whatever stands.
+    """
     for attempt in range(ATTEMPTS):
         rollout = get_rollout(steps.engine, rollout_id)
         decision = decide_now(rollout)
+        if rollout.pending_decision is not None and decision.outcome != "rollback":
+            rollout = _apply_until_settled(steps, rollout)
+            if rollout.pending_decision is not None:
+                raise ConflictError(f"{rollout_id} is still applying its last decision; try again")
+            decision = decide_now(rollout)
         route = read_route(steps.engine, rollout.key)
         record = {"command": decision.outcome, "route_revision": route.revision}
         try:

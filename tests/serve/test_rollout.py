@@ -63,7 +63,7 @@ def test_every_recorded_decision_can_be_replayed(sqlite_database: Engine) -> Non
     world = World(sqlite_database, demo_settings(), population())
     world.run(world.start().rollout_id)
     decided = [d["evidence"] for d in world.decisions() if "state" in d["evidence"]]
-    assert len(decided) > 5
+    assert len(decided) >= 4
     for record in decided:
         assert replay(record) == Decision.from_json(record["decision"])
 
@@ -145,7 +145,7 @@ def test_a_candidate_that_cannot_be_served_fails_the_rollout(sqlite_database: En
     world = World(sqlite_database, demo_settings(), population())
     for refuses, broken in (("rank 128 is over 64", None), (None, "HTTP 500")):
         world.servables.refuses, world.routers.broken = refuses, broken
-        rollout = world.run(world.start().rollout_id, seconds=3, traffic=False)
+        rollout = world.run(world.start().rollout_id, seconds=6, traffic=False)
         assert rollout.state == "failed" and str(refuses or broken) in str(rollout.reason)
         assert world.route.candidate is None
 
@@ -349,6 +349,22 @@ def test_routers_that_lag_are_waited_for_and_then_warned_of(
     rollout = world.run(rollout_id, seconds=4, traffic=False)
     assert rollout.pending_decision is not None and world.route.share == 0.1
     assert world.run(rollout_id, seconds=4, traffic=False).state == "running"
+
+
+def test_a_command_finishes_what_a_dead_controller_left_half_done(
+    database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(database, demo_settings(), population())
+    scripted(monkeypatch, world, lambda rollout: good(world))
+    rollout_id = world.start().rollout_id
+    world.run(rollout_id, seconds=3, traffic=False)
+    world.now_us += 10_000_000
+    world.steps.kill_at = world.steps.point + 4  # the advance is recorded and on the route, but not settled
+    with pytest.raises(Killed):
+        world.controller().tick()
+    assert get_rollout(database, rollout_id).stage == 0 and world.route.share == 0.25
+    rollout = freeze(world.steps, rollout_id, ANN)  # type: ignore[arg-type]
+    assert (rollout.state, rollout.stage, world.route.share) == ("holding", 1, 0.25)
 
 
 def test_one_controller_at_a_time(database: Engine) -> None:
