@@ -63,6 +63,7 @@ def ray_session(settings: Settings, *, num_cpus: int | None = None) -> Iterator[
     """
     address = settings.ray.address or os.environ.get("RAY_ADDRESS")
     _set_auth_mode(settings, joining=address is not None)
+    _set_loopback(address)
     import ray
 
     if ray.is_initialized():
@@ -88,6 +89,12 @@ def _set_auth_mode(settings: Settings, *, joining: bool) -> None:
         os.environ.setdefault("RAY_AUTH_MODE", settings.ray.auth_mode)
     else:
         os.environ["RAY_AUTH_MODE"] = settings.ray.auth_mode
+
+
+def _set_loopback(address: str | None) -> None:
+    """A cluster of `rayloop up` listens on loopback only; Ray would look for it at this machine's own address."""
+    if address and address.startswith(("127.0.0.1:", "localhost:")):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def _start_arguments(settings: Settings, num_cpus: int | None) -> dict[str, Any]:
@@ -170,10 +177,14 @@ class SchedulingWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread; returns when it has ended."""
+        """End the thread; returns when it has ended.
+
+        However long its last question takes: a thread that is still inside Ray's C++ code when the
+        interpreter ends would abort the process.
+        """
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(timeout=5)
+            self._thread.join()
 
     def _run(self) -> None:
         since: dict[Shape, float] = {}

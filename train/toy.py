@@ -153,6 +153,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, config: ToySettings) -> LlamaF
         num_key_value_heads=config.heads,
         max_position_embeddings=config.max_positions,
         tie_word_embeddings=True,
+        initializer_range=config.initializer_range,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,5 +1,6 @@
 """How the demo acts on Rayloop: the command line as separate processes, and HTTP. It imports no other folder."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -34,9 +35,13 @@ class Commands:
     ) -> dict[str, Any]:
         """Run one command to its end; its progress shows in the stage."""
         says = stage.says if stage is not None else None
-        return run_command(
-            arguments, config=self.config, on_line=says, environment=self.environment, accepted=accepted
-        )
+        try:
+            return run_command(
+                arguments, config=self.config, on_line=says, environment=self.environment, accepted=accepted
+            )
+        except BaseException:
+            end_children()
+            raise
 
     def run_all(
         self,
@@ -49,7 +54,25 @@ class Commands:
         """Run independent commands side by side, with one thread of arithmetic each."""
         alone = Commands(self.config, {**self.environment, "OMP_NUM_THREADS": "1"})
         with ThreadPoolExecutor(at_once) as pool:
-            return list(pool.map(lambda line: alone.run(*line, stage=stage, accepted=accepted), lines))
+            futures = [pool.submit(alone.run, *line, stage=stage, accepted=accepted) for line in lines]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                end_children()
+                raise
+
+
+def end_children() -> None:
+    """End the commands that this process still runs: all its children are its own commands."""
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    _, left = psutil.wait_procs(children, END_S)
+    for child in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class DemoPlan(Section):
     """Of the base's weights, the alerts, the analysts and the trainings."""
     shuffle_feedback: bool = False
     """Every reaction belongs to another alert: nothing can be learned, and nothing may be promoted."""
-    tickets: int = Field(16_000, ge=500)
+    tickets: int = Field(10_000, ge=500)
     """Solved tickets that teach the base model."""
     todays_share: float = Field(0.3, ge=0, le=1)
     """Share of them solved by today's rules; the others follow the old runbook."""
@@ -72,7 +72,7 @@ class DemoPlan(Section):
 
 
 QUICK = {
-    "tickets": 13_000,
+    "tickets": 8_000,
     "alerts": 900,
     "users": 300,
     "trials": 2,

@@ -114,6 +114,9 @@ class ToySettings(Section):
     """Size of the byte-level BPE vocabulary, special tokens included."""
     max_positions: int = Field(2048, ge=64)
     """Longest sequence in tokens."""
+    initializer_range: float = Field(0.06, gt=0, le=1)
+    """Spread of the first weights. A model this narrow learned to look a field up in a fourth of the steps
+    that it took with the usual 0.02."""
     epochs: float = Field(1.0, gt=0, le=1000)
     """Passes over the examples."""
     batch_size: int = Field(64, ge=1)
