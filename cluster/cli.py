@@ -31,9 +31,7 @@ class Mount:
 
 
 COMMANDS: dict[str, Mount] = {
-    "demo": Mount(
-        "cluster.demo.cli", "Watch an agent get better from its own traffic, on this machine.", "demo"
-    ),
+    "demo": Mount("cluster.demo.cli", "Watch an agent get better from its own traffic, on this machine.", "demo"),
     "up": Mount("serve.cli", "Start the live side (router, engine, grader, control) on this machine.", "up"),
     "down": Mount("serve.cli", "Stop what `up` started.", "down"),
     "status": Mount("cluster.commands", "What runs, which flags are on, which version serves.", "status"),

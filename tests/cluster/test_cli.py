@@ -14,11 +14,7 @@ def rayloop(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def loaded_modules(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(' '.join(sys.modules))"
-    return set(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split()
-    )
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
 def test_help_lists_every_command() -> None:
