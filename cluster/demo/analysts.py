@@ -51,8 +51,6 @@ class Habits:
     """Copies an answer they liked."""
     leaves: float = 0.2
     """Leaves after an answer they disliked."""
-    alerts_per_session: int = 6
-    """Most alerts that one session brings."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,8 @@ class Work:
     shuffle_feedback: bool = False
     agent: str = world.AGENT
     max_tokens: int = 32
+    alerts_per_session: int = 6
+    """Most alerts that one session brings."""
 
 
 @dataclass
@@ -178,7 +178,7 @@ class Analysts:
     async def _session(self, user: str, source: random.Random) -> None:
         session = f"s-{source.getrandbits(64):016x}"
         last = None
-        for _ in range(source.randint(1, self.habits.alerts_per_session)):
+        for _ in range(source.randint(1, self.work.alerts_per_session)):
             alert = next(self._alerts)
             again = True
             while again and not self._done():
@@ -300,6 +300,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--users", type=int, default=400)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--rate-per-s", type=float)
+    parser.add_argument("--alerts-per-session", type=int, default=6)
     parser.add_argument("--shuffle-feedback", action="store_true")
     parser.add_argument("--control", type=Path, help="write the same answers with shuffled reactions here")
     return parser.parse_args()

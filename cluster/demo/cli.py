@@ -34,9 +34,10 @@ def demo(
     from cluster.demo.story import Story
 
     signal.signal(signal.SIGTERM, _interrupted)
-    given: dict[str, Any] = {"seed": seed, "shuffle_feedback": shuffle_feedback, **(QUICK if quick else {})}
+    given: dict[str, Any] = {"seed": seed, "shuffle_feedback": shuffle_feedback, "keep_up": keep_up}
+    given |= QUICK if quick else {}
     story = Story()
-    found, paths = run_demo(DemoPlan(**given), home, story, keep_up=keep_up)
+    found, paths = run_demo(DemoPlan(**given), home, story)
     if json_output:
         print(json.dumps(found.summary()))
     else:

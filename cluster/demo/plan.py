@@ -58,16 +58,20 @@ class DemoPlan(Section):
     """Held-out prompts a version answers in its evaluation, at most."""
     held_out: int = Field(1_500, ge=50)
     """Alerts behind the table at the end."""
-    live_rate_per_s: float = Field(40.0, gt=0)
-    """Alerts a second during a rollout."""
+    live_rate_per_s: float = Field(50.0, gt=0)
+    """Most alerts a second during a rollout."""
+    live_alerts_per_session: int = Field(2, ge=1)
+    """Short sessions bring many different users to a small share quickly."""
     rollout_limit_s: float = Field(90.0, gt=0)
     """A rollout undecided for this long counts as not promoted."""
     stage_s: float = Field(4.0, ge=0)
     """Length of a rollout stage; a day outside a demonstration."""
     stages: tuple[float, ...] = (0.10, 0.25, 0.50, 1.00)
     """Shares of the candidate."""
-    users_per_arm: int = Field(25, ge=2)
+    users_per_arm: int = Field(15, ge=2)
     """Users each arm needs before a stage is left; a thousand outside a demonstration."""
+    keep_up: bool = False
+    """Leave the live side running at the end, with its pages to look at."""
     damage: float = -2.0
     """The damaged candidate is the promoted adapter with one factor scaled by this."""
 
@@ -118,7 +122,7 @@ def settings_document(plan: DemoPlan, home: Path) -> dict[str, Any]:
         "training": _training(plan, home),
         "sweep": {"trials": plan.trials, "kl_limit": plan.sweep_kl_limit, "seed": plan.seed},
         "evaluation": _evaluation(plan, home),
-        "serve": _serve(),
+        "serve": _serve(plan),
         "engine": {"base_model": str(home / "base")},
         "experiment": {"breach_min_users_per_arm": max(10, plan.users_per_arm // 2)},
         "rollout": _rollout(plan),
@@ -129,7 +133,7 @@ def _curation() -> dict[str, Any]:
     return {
         "filter": {"min_answer_tokens": 3},  # an answer is one short line of JSON
         "score": {"complete_min_words": 4},
-        "split": {"train": 0.7, "validation": 0.1},  # a fifth of the users judge the versions
+        "split": {"train": 0.75, "validation": 0.1},  # more of the users than usual judge the versions
     }
 
 
@@ -139,7 +143,7 @@ def _training(plan: DemoPlan, home: Path) -> dict[str, Any]:
         "base_model": str(home / "base"),
         "batch_size": 32,
         "gradient_accumulation": 1,
-        "sft": {"learning_rate": 2e-3, "epochs": 2, "packing": False},
+        "sft": {"learning_rate": 2e-3, "epochs": 3, "packing": False},
         "dpo": {"learning_rate": 1e-3, "epochs": 3, "beta": 0.1},
         "kto": {"learning_rate": 1e-3, "epochs": 3, "beta": 0.3},
         "sft_baseline": False,  # SFT is one of the methods compared
@@ -163,9 +167,10 @@ def _evaluation(plan: DemoPlan, home: Path) -> dict[str, Any]:
     }
 
 
-def _serve() -> dict[str, Any]:
+def _serve(plan: DemoPlan) -> dict[str, Any]:
     return {
         "port": 0,
+        "dashboard": plan.keep_up,
         "routes": [{"agent": AGENT, "stable": BASE_VERSION}],
         "engines": {"local": {"models": {BASE_VERSION: "base"}}},
     }

@@ -28,7 +28,6 @@ class Moment:
 
     seconds: float
     share: float
-    stage: str
     version: str
 
 

@@ -6,7 +6,9 @@ is over.
 """
 
 import json
+import os
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,22 @@ from cluster.demo.home import DemoHome, fresh_home, write_corpus, write_suite
 from cluster.demo.plan import BASE_VERSION, SIMULATED, DemoPlan, write_config, write_control_config
 from cluster.demo.report import Findings, Moment, Row
 from cluster.demo.story import Stage, Story
+from cluster.errors import UnavailableError
 from cluster.turn import choose
 
 METHODS = ("sft", "dpo", "kto")
 POLL_S = 0.3
 TRAFFIC_LIMIT_S = 300.0
+FRESH_SEEDS = 1_000
+ENDED = ("promoted", "rolled_back", "failed")
 ACT_TWO_REASON = "second act of the demo: let the live traffic judge a version that its gates would stop"
 
 
-def run_demo(plan: DemoPlan, root: Path, story: Story, *, keep_up: bool = False) -> tuple[Findings, dict[str, Path]]:
+def run_demo(plan: DemoPlan, root: Path, story: Story) -> tuple[Findings, dict[str, Path]]:
     """The whole programme; returns what was found and where the report is."""
     home, processes = fresh_home(root)
     demo = Demo(plan, home, processes, story)
+    done = False
     try:
         story.act("Act one: an agent learns from its own traffic")
         demo.make_base()
@@ -46,9 +52,11 @@ def run_demo(plan: DemoPlan, root: Path, story: Story, *, keep_up: bool = False)
         demo.findings.loop_seconds = story.elapsed_s
         story.act("Afterwards: how good was it really?")
         demo.measure_held_out()
-        return demo.findings, demo.write_report(keep_up)
+        written = demo.write_report()
+        done = True
+        return demo.findings, written
     finally:
-        if not keep_up:
+        if not (done and plan.keep_up):
             demo.close()
 
 
@@ -68,7 +76,7 @@ class Demo:
         self.ray: dict[str, str] = {}
         """Environment that makes a command join the live side's Ray cluster."""
         self.tuned: dict[str, float] = {}
-        processes.add(_own_pid())
+        processes.add(os.getpid())
 
     def make_base(self) -> None:
         """Train the base model and register it as the first champion."""
@@ -83,7 +91,7 @@ class Demo:
     def go_live(self) -> None:
         """Start the live side."""
         with self.story.stage("up", "Start router, engine, grader and controller") as stage:
-            up = self.cli.run("up", "--mlflow", stage=stage)
+            up = self.cli.run("up", *(["--mlflow"] if self.plan.keep_up else []), stage=stage)
             key = Path(up["api_key_file"]).read_text(encoding="utf-8").strip()
             self.api, self.findings.urls = Api(up["urls"]["api"], key), up["urls"]
             self.ray = {"RAYLOOP_RAY__ADDRESS": up["ray_address"]}
@@ -219,10 +227,10 @@ class Demo:
             self.findings.rows = self._rows(lambda folder: held_out.measure(alerts, texts[folder]))
             stage.found(report.outcome(self.findings))
 
-    def write_report(self, keep_up: bool) -> dict[str, Path]:
+    def write_report(self) -> dict[str, Path]:
         """Summary and report, on disk."""
         self.findings.stages = dict(self.story.seconds)
-        if not keep_up:
+        if not self.plan.keep_up:
             self.findings.urls = {}
         return report.write(self.findings, self.home.root)
 
@@ -260,45 +268,37 @@ class Demo:
     def _rollout(self, version: str, stage: Stage, *options: str) -> dict[str, Any]:
         """Start a rollout under live traffic and watch it to its end: its `state` and `reason`."""
         limit = self.plan.rollout_limit_s
-        seed = str(self.plan.seed + 1_000 + len(self.findings.moments))  # alerts that were not asked about before
+        seed = str(self.plan.seed + FRESH_SEEDS + len(self.findings.moments))  # alerts not asked about before
         bounds = ["--seconds", str(2 * limit), "--rate-per-s", str(self.plan.live_rate_per_s), "--seed", seed]
+        bounds += ["--alerts-per-session", str(self.plan.live_alerts_per_session)]
         traffic = self._start_traffic(*bounds)
         try:
             started = self.cli.run("rollout", "start", version, "--agent", world.AGENT, *options, stage=stage)
-            self._watch(version, stage, limit)
-            return self._end_of(started["rollout_id"])
+            watch = ["rollout", "watch", started["rollout_id"], "--timeout-s", str(limit)]
+            with self.cli.beside(*watch, accepted=(0, 1)) as future:
+                self._follow(version, stage, future)
+            end = future.result()
+            if end["state"] not in ENDED:
+                self.cli.run("rollout", "rollback", end["rollout_id"], "--reason", "undecided when the time was up")
+                return {"state": "undecided", "reason": end.get("reason") or "the time was up"}
+            return {"state": end["state"], "reason": end.get("reason") or ""}
         finally:
             traffic.stop()
 
-    def _watch(self, version: str, stage: Stage, limit_s: float) -> None:
-        """Follow the share on the router until the candidate is gone from the route."""
-        deadline, seen = time.monotonic() + limit_s, False
-        while time.monotonic() < deadline:
-            route = next(r for r in self.api.get("/agents/status")["data"] if r["agent"] == world.AGENT)
-            on_trial = route["candidate"] == version
-            seen = seen or on_trial or route["stable"] == version
-            share = route["share"] if on_trial else float(route["stable"] == version)
-            self.findings.moments.append(Moment(round(self.story.elapsed_s, 2), share, route["updated_by"], version))
-            if seen and not on_trial:
-                return
+    def _follow(self, version: str, stage: Stage, watch: "Future[dict[str, Any]]") -> None:
+        """Keep what the router says of the share until the rollout is over."""
+        while not watch.done():
+            time.sleep(POLL_S)
+            try:
+                found = self.api.get("/agents/status")["data"]
+            except UnavailableError as error:
+                stage.says(str(error))
+                continue
+            route = next(r for r in found if r["agent"] == world.AGENT)
+            share = route["share"] if route["candidate"] == version else float(route["stable"] == version)
+            self.findings.moments.append(Moment(round(self.story.elapsed_s, 2), share, version))
             said = self.traffic.progress() if self.traffic else ""
             stage.says(f"{100 * share:.0f} % of users on {version}; {said}")
-            time.sleep(POLL_S)
-        stage.says("the time is up")
-
-    def _end_of(self, rollout_id: str) -> dict[str, Any]:
-        """State and reason of a rollout; one that is undecided for too long is taken back by hand."""
-        for _ in range(10):
-            found = self._rollout_row(rollout_id)
-            if found["state"] in ("promoted", "rolled_back", "failed"):
-                return found
-            time.sleep(1.0)
-        self.cli.run("rollout", "rollback", rollout_id, "--reason", "undecided when the demo's time was up")
-        return self._rollout_row(rollout_id) | {"state": "undecided"}
-
-    def _rollout_row(self, rollout_id: str) -> dict[str, Any]:
-        found = self.cli.run("rollout", "status", rollout_id)
-        return {"state": found["state"], "reason": found.get("reason") or ""}
 
     def _judged(self) -> list[tuple[str, dict[str, Any]]]:
         by_version = {version: method for method, version in self.versions.items()}
@@ -340,9 +340,3 @@ def _read_answers(path: Path) -> dict[str | None, list[str]]:
         row = json.loads(line)
         texts.setdefault(row["adapter"], []).append(row["text"])
     return texts
-
-
-def _own_pid() -> int:
-    import os
-
-    return os.getpid()

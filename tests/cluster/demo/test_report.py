@@ -28,7 +28,7 @@ def findings() -> Findings:
         simulated="Simulated: everything.",
         rows=[row("base", "triage/1", 65), row("sft", "triage/2", 90), row("promoted", "triage/2", 90)],
         gates=[{"version": "triage/2", "passed": True, "gates": gates}],
-        moments=[Moment(1.0, 0.1, "controller", "triage/2"), Moment(2.0, 1.0, "controller", "triage/2")],
+        moments=[Moment(1.0, 0.1, "triage/2"), Moment(2.0, 1.0, "triage/2")],
         promoted="triage/2",
         rolled_back="triage/5",
         rolled_back_reason="satisfaction is worse",
