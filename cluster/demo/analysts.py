@@ -124,9 +124,7 @@ def react(alert: Alert, text: str, habits: Habits, source: random.Random) -> Rea
         copied = ({"action": "copy", "duration_s": round(source.uniform(4, 30), 1)},)
         return Reaction((verdict,), copied if source.random() < habits.copies else ())
     left = (
-        ({"action": "leave", "duration_s": round(source.uniform(4, 30), 1)},)
-        if source.random() < habits.leaves
-        else ()
+        ({"action": "leave", "duration_s": round(source.uniform(4, 30), 1)},) if source.random() < habits.leaves else ()
     )
     if not mistaken and source.random() < habits.corrects:
         better = world.answer(world.todays_rules(alert))
@@ -188,9 +186,7 @@ class Analysts:
         if last is not None:
             await self._send("behaviour", [{"interaction_id": last, "action": "session_end"}], user, session)
 
-    async def _ask(
-        self, alert: Alert, user: str, session: str, source: random.Random
-    ) -> tuple[str | None, bool]:
+    async def _ask(self, alert: Alert, user: str, session: str, source: random.Random) -> tuple[str | None, bool]:
         """One question and the reaction to its answer: the interaction's id, and whether to ask again."""
         await self._next_turn()
         try:
@@ -230,9 +226,7 @@ class Analysts:
             self.tally.liked += first["type"] == "thumbs_up" or first.get("value", 0) > 3
         for kind, items in (("feedback", reaction.feedback), ("behaviour", reaction.behaviour)):
             if items:
-                await self._send(
-                    kind, [{"interaction_id": interaction, **item} for item in items], user, session
-                )
+                await self._send(kind, [{"interaction_id": interaction, **item} for item in items], user, session)
 
     async def _send(self, kind: str, items: list[Signal], user: str, session: str) -> None:
         body = {"items": [{**item, "user": user, "session": session} for item in items]}
@@ -298,9 +292,7 @@ async def _keep_reporting(team: Analysts) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alerts", type=int)

@@ -30,18 +30,25 @@ class Commands:
     config: Path
     environment: dict[str, str] = field(default_factory=dict)
 
-    def run(
-        self, *arguments: str, stage: Stage | None = None, accepted: Collection[int] = (0,)
-    ) -> dict[str, Any]:
+    def run(self, *arguments: str, stage: Stage | None = None, accepted: Collection[int] = (0,)) -> dict[str, Any]:
         """Run one command to its end; its progress shows in the stage."""
-        says = stage.says if stage is not None else None
-        try:
-            return run_command(
-                arguments, config=self.config, on_line=says, environment=self.environment, accepted=accepted
-            )
-        except BaseException:
-            end_children()
-            raise
+        folder = self.config.parent / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "-".join(part for part in arguments[:2] if part.isalpha())
+        with (folder / f"{time.time_ns()}-{name}.log").open("w", encoding="utf-8") as log:
+
+            def says(line: str) -> None:
+                print(line, file=log, flush=True)
+                if stage is not None:
+                    stage.says(line)
+
+            try:
+                return run_command(
+                    arguments, config=self.config, on_line=says, environment=self.environment, accepted=accepted
+                )
+            except BaseException:
+                end_children()
+                raise
 
     def run_all(
         self,
@@ -130,9 +137,7 @@ class Traffic:
         while self.process.poll() is None:
             if time.monotonic() > deadline:
                 self.stop()
-                raise UnavailableError(
-                    f"the analysts were not done after {timeout_s:.0f} s: {self.progress()}"
-                )
+                raise UnavailableError(f"the analysts were not done after {timeout_s:.0f} s: {self.progress()}")
             stage.says(self.progress())
             time.sleep(0.2)
         return self._result()

@@ -5,6 +5,7 @@ hundred users stand for thousands. Every command reads these values as an operat
 the code paths are the production ones.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,7 @@ SIMULATED = (
     "and the analysts themselves. The servers, the pipeline, the trainings, the gates and the statistics are "
     "the production ones."
 )
-HEADER = (
-    "# Written by `rayloop demo`. Stages of seconds and small populations: fine for a demonstration only.\n"
-)
+HEADER = "# Written by `rayloop demo`. Stages of seconds and small populations: fine for a demonstration only.\n"
 BASE_VERSION = f"{AGENT}/1"
 NOT_APPLICABLE = "the toy agent triages alerts and nothing else; it was taught no refusals"
 
@@ -53,6 +52,8 @@ class DemoPlan(Section):
     """Range of the sweep."""
     sweep_betas: str = "0.05:0.3"
     """Range of the sweep."""
+    sweep_kl_limit: float = Field(2.0, gt=0)
+    """Nats a token that a trial may move away from the base; wide, since two of the runbook's rules changed."""
     evaluated_prompts: int = Field(300, ge=20)
     """Held-out prompts a version answers in its evaluation, at most."""
     held_out: int = Field(1_500, ge=50)
@@ -82,11 +83,22 @@ QUICK = {
 """Smaller numbers, for CI."""
 
 
-def write_config(path: Path, plan: DemoPlan, home: Path, **changes: dict[str, Any]) -> Path:
-    """Write the demo's `rayloop.yaml`; `changes` are merged into its sections."""
+def write_config(path: Path, plan: DemoPlan, home: Path, tuned: Mapping[str, float] | None = None) -> Path:
+    """Write the demo's `rayloop.yaml`; `tuned` are fields of DPO that a sweep chose."""
     document = settings_document(plan, home)
-    for section, values in changes.items():
-        document[section] = document.get(section, {}) | values
+    document["training"]["dpo"] |= tuned or {}
+    return _write(path, document)
+
+
+def write_control_config(home: Path, plan: DemoPlan, demo_home: Path, tuned: Mapping[str, float] | None = None) -> Path:
+    """The same for the shuffled control: an event log of its own, the demo's base model and MLflow."""
+    document = settings_document(plan, demo_home) | {"home": str(home)}
+    document["training"]["dpo"] |= tuned or {}
+    document["mlflow"] = {"tracking_uri": f"sqlite:///{demo_home / 'mlflow.db'}"}
+    return _write(home / "rayloop.yaml", document)
+
+
+def _write(path: Path, document: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(HEADER + yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return path
@@ -104,7 +116,7 @@ def settings_document(plan: DemoPlan, home: Path) -> dict[str, Any]:
         "implicit": {"reformulation_similarity": 0.95},
         "curation": _curation(),
         "training": _training(plan, home),
-        "sweep": {"trials": plan.trials, "kl_limit": 2.0, "seed": plan.seed},
+        "sweep": {"trials": plan.trials, "kl_limit": plan.sweep_kl_limit, "seed": plan.seed},
         "evaluation": _evaluation(plan, home),
         "serve": _serve(),
         "engine": {"base_model": str(home / "base")},

@@ -14,7 +14,7 @@ from cluster.demo import held_out, report, world
 from cluster.demo.commands import Api, Commands, Processes, Traffic
 from cluster.demo.damage import damage_adapter
 from cluster.demo.home import DemoHome, fresh_home, write_corpus, write_suite
-from cluster.demo.plan import BASE_VERSION, SIMULATED, DemoPlan, write_config
+from cluster.demo.plan import BASE_VERSION, SIMULATED, DemoPlan, write_config, write_control_config
 from cluster.demo.report import Findings, Moment, Row
 from cluster.demo.story import Stage, Story
 from cluster.turn import choose
@@ -25,9 +25,7 @@ TRAFFIC_LIMIT_S = 300.0
 ACT_TWO_REASON = "second act of the demo: let the live traffic judge a version that its gates would stop"
 
 
-def run_demo(
-    plan: DemoPlan, root: Path, story: Story, *, keep_up: bool = False
-) -> tuple[Findings, dict[str, Path]]:
+def run_demo(plan: DemoPlan, root: Path, story: Story, *, keep_up: bool = False) -> tuple[Findings, dict[str, Path]]:
     """The whole programme; returns what was found and where the report is."""
     home, processes = fresh_home(root)
     demo = Demo(plan, home, processes, story)
@@ -77,13 +75,9 @@ class Demo:
         with self.story.stage("base", "Train a base model that mostly knows the old runbook") as stage:
             corpus, suite = write_corpus(self.home, self.plan), self.home.root / "suites"
             write_suite(suite, self.plan.seed)
-            made = self.cli.run(
-                "train", "toy", "--examples", str(corpus), "--out", str(self.home.base), stage=stage
-            )
+            made = self.cli.run("train", "toy", "--examples", str(corpus), "--out", str(self.home.base), stage=stage)
             registered = self.cli.run("register", world.AGENT, "--base", str(self.home.base), stage=stage)
-            assert registered["version"] == BASE_VERSION, (
-                f"a fresh registry numbered the base {registered['version']}"
-            )
+            assert registered["version"] == BASE_VERSION, f"a fresh registry numbered the base {registered['version']}"
             stage.found(f"{made['parameters'] / 1e6:.2f} M parameters, registered as {BASE_VERSION}")
 
     def go_live(self) -> None:
@@ -101,9 +95,7 @@ class Demo:
         title = f"{self.plan.users} analysts ask about {self.plan.alerts} alerts and react"
         with self.story.stage("traffic", title) as stage:
             extra = ["--control", str(self._control_events)] if not self.plan.shuffle_feedback else []
-            tally = self._start_traffic("--alerts", str(self.plan.alerts), *extra).wait(
-                stage, TRAFFIC_LIMIT_S
-            )
+            tally = self._start_traffic("--alerts", str(self.plan.alerts), *extra).wait(stage, TRAFFIC_LIMIT_S)
             self.findings.traffic = tally
             liked = 100 * tally["liked"] / max(tally["judged"], 1)
             stage.found(
@@ -116,9 +108,7 @@ class Demo:
             self.findings.dataset = self.cli.run("curate", "--agent", world.AGENT, stage=stage)
             counts = self.findings.dataset["counts"]
             sizes = (
-                f"{sum(counts[kind].values())} {kind}"
-                for kind in ("sft", "preference", "unpaired")
-                if kind in counts
+                f"{sum(counts[kind].values())} {kind}" for kind in ("sft", "preference", "unpaired") if kind in counts
             )
             stage.found(f"{', '.join(sizes)} examples, hash {self.findings.dataset['dataset_hash'][:12]}")
 
@@ -136,21 +126,16 @@ class Demo:
             stage.found(shown or "none was good enough: the defaults stay")
 
     def train(self) -> None:
-        """SFT, DPO and KTO on the same feedback."""
+        """SFT, DPO and KTO on the same feedback, one after the other in one Ray Train run."""
         with self.story.stage("train", "Train SFT, DPO and KTO adapters on the same feedback") as stage:
-            common = ["--dataset", self.findings.dataset["dataset_id"], "--base", f"{world.AGENT}@champion"]
-            tuned = [
-                part
-                for name, value in self.tuned.items()
-                for part in (f"--{name.replace('_', '-')}", str(value))
-            ]
-            plain = ["train", "run", "--method", "sft", "--method", "kto", *common]
-            found = self.cli.run_all([plain, ["train", "run", "--method", "dpo", *tuned, *common]], stage)
-            runs = {run["method"]: run for result in found for run in result["runs"]}
+            write_config(self.home.config, self.plan, self.home.root, self.tuned)
+            methods = [part for method in METHODS for part in ("--method", method)]
+            line = ["train", "run", *methods, "--dataset", self.findings.dataset["dataset_id"]]
+            found = self.cli.run(*line, "--base", f"{world.AGENT}@champion", stage=stage)
+            runs = {run["method"]: run for run in found["runs"]}
             self.adapters |= {method: Path(runs[method]["adapter_dir"]) for method in METHODS}
-            registered = self.cli.run_all(
-                [["register", world.AGENT, str(self.adapters[m])] for m in METHODS], stage
-            )
+            lines = [["register", world.AGENT, str(self.adapters[m])] for m in METHODS]
+            registered = self.cli.run_all(lines, stage)
             self.versions = {m: r["version"] for m, r in zip(METHODS, registered, strict=True)}
             stage.found(", ".join(f"{method} is {version}" for method, version in self.versions.items()))
 
@@ -159,9 +144,7 @@ class Demo:
         if self.plan.shuffle_feedback:
             return
         with self.story.stage("control", "Train DPO on shuffled feedback, as a control") as stage:
-            config = write_config(
-                self.home.control / "rayloop.yaml", self.plan, self.home.control, **self._control_settings()
-            )
+            config = write_control_config(self.home.control, self.plan, self.home.root, self.tuned)
             cli = Commands(config, self.ray)
             cli.run("import", str(self._control_events), "--format", "events", stage=stage)
             dataset = cli.run("curate", "--agent", world.AGENT, stage=stage)
@@ -183,9 +166,7 @@ class Demo:
         with self.story.stage("evaluate", "Evaluate each version against the champion") as stage:
             lines = [["evaluate", self.versions[m], "--against", "champion"] for m in METHODS]
             self.findings.gates = self.cli.run_all(lines, stage, accepted=(0, 1))
-            rates = (
-                f"{m} {'passed' if f['passed'] else 'failed'}{_win_rate_text(f)}" for m, f in self._judged()
-            )
+            rates = (f"{m} {'passed' if f['passed'] else 'failed'}{_win_rate_text(f)}" for m, f in self._judged())
             stage.found(", ".join(rates))
 
     def roll_out(self) -> None:
@@ -208,9 +189,7 @@ class Demo:
         with self.story.stage("rollback", "Give a damaged adapter a share, against its gates") as stage:
             method = next(m for m, version in self.versions.items() if version == self.findings.promoted)
             folder = damage_adapter(self.adapters[method], self.home.files / "damaged", self.plan.damage)
-            made = self.cli.run(
-                "register", world.AGENT, str(folder), "--base-model", str(self.home.base), stage=stage
-            )
+            made = self.cli.run("register", world.AGENT, str(folder), "--base-model", str(self.home.base), stage=stage)
             damaged = str(made["version"])
             end = self._rollout(damaged, stage, "--override-gates", "--reason", ACT_TWO_REASON)
             self.adapters["damaged"], self.versions["damaged"] = folder, damaged
@@ -261,13 +240,6 @@ class Demo:
     def _control_events(self) -> Path:
         return self.home.files / "control_events.jsonl"
 
-    def _control_settings(self) -> dict[str, dict[str, Any]]:
-        """Another event log, the same registry and runs."""
-        return {
-            "mlflow": {"tracking_uri": f"sqlite:///{self.home.root / 'mlflow.db'}"},
-            "training": {"base_model": str(self.home.base)},
-        }
-
     def _start_traffic(self, *arguments: str) -> Traffic:
         plan = self.plan
         line = [
@@ -288,9 +260,7 @@ class Demo:
     def _rollout(self, version: str, stage: Stage, *options: str) -> dict[str, Any]:
         """Start a rollout under live traffic and watch it to its end: its `state` and `reason`."""
         limit = self.plan.rollout_limit_s
-        seed = str(
-            self.plan.seed + 1_000 + len(self.findings.moments)
-        )  # alerts that were not asked about before
+        seed = str(self.plan.seed + 1_000 + len(self.findings.moments))  # alerts that were not asked about before
         bounds = ["--seconds", str(2 * limit), "--rate-per-s", str(self.plan.live_rate_per_s), "--seed", seed]
         traffic = self._start_traffic(*bounds)
         try:
@@ -308,9 +278,7 @@ class Demo:
             on_trial = route["candidate"] == version
             seen = seen or on_trial or route["stable"] == version
             share = route["share"] if on_trial else float(route["stable"] == version)
-            self.findings.moments.append(
-                Moment(round(self.story.elapsed_s, 2), share, route["updated_by"], version)
-            )
+            self.findings.moments.append(Moment(round(self.story.elapsed_s, 2), share, route["updated_by"], version))
             if seen and not on_trial:
                 return
             said = self.traffic.progress() if self.traffic else ""
@@ -351,9 +319,7 @@ class Demo:
             rows.append(Row(name, version, accuracy, notes.get(name, "")))
         for row in list(rows):
             if row.version is not None and row.version == self.findings.promoted:
-                rows.append(
-                    Row("promoted", row.version, row.accuracy, f"it is {row.name}, chosen by its gates")
-                )
+                rows.append(Row("promoted", row.version, row.accuracy, f"it is {row.name}, chosen by its gates"))
         return rows
 
 

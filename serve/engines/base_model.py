@@ -33,9 +33,7 @@ class BaseIdentity:
                     f"this engine serves {self.location} at {self.revision[:19]}"
                 )
         elif not self._same_place(base_model):
-            raise AdapterError(
-                f"it was made for another base model: {base_model}, this engine serves {self.location}"
-            )
+            raise AdapterError(f"it was made for another base model: {base_model}, this engine serves {self.location}")
 
     def check_named(self, base_model: str | None) -> None:
         """Check the base model that an adapter's own configuration names.

@@ -100,6 +100,7 @@ class Steps:
                 "at_us": at_us,
             }
             values |= {"state": decision.to_state} if decision.outcome in ("promote", "rollback") else {}
+            values["reason"] = decision.reason
         else:
             values |= self._settled(rollout, decision, at_us) | {"pending_decision": None}
         with write(self.engine).begin() as connection:
