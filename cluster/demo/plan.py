@@ -124,7 +124,7 @@ def settings_document(plan: DemoPlan, home: Path) -> dict[str, Any]:
         "evaluation": _evaluation(plan, home),
         "serve": _serve(plan),
         "engine": {"base_model": str(home / "base")},
-        "experiment": {"breach_min_users_per_arm": max(10, plan.users_per_arm // 2)},
+        "experiment": _experiment(plan),
         "rollout": _rollout(plan),
     }
 
@@ -176,14 +176,27 @@ def _serve(plan: DemoPlan) -> dict[str, Any]:
     }
 
 
+def _experiment(plan: DemoPlan) -> dict[str, Any]:
+    """Margins and bounds for a few dozen users an arm; the defaults want a thousand."""
+    return {
+        "breach_min_users_per_arm": plan.users_per_arm,
+        "guardrails": ["error_rate", "latency_over_slo"],
+        "guardrails_when_present": [],
+        "margins": {"satisfaction": 0.1, "error_rate": 0.05, "latency_over_slo": 0.1},
+        "tuning_users": 120,
+        "tuning_trials": 150,
+    }
+
+
 def _rollout(plan: DemoPlan) -> dict[str, Any]:
     return {
         "stages": list(plan.stages),
         "stage_duration_s": plan.stage_s,
         "min_users_per_arm": plan.users_per_arm,
-        "final_min_users_per_arm": max(2, plan.users_per_arm // 3),
-        "detectable_improvement": 0.3,
+        "final_min_users_per_arm": max(2, plan.users_per_arm // 2),
+        "final_control_share": 0.1,
+        "detectable_improvement": 0.2,
         "tick_s": 0.5,
-        "hold_limit_s": plan.rollout_limit_s / 2,
+        "hold_limit_s": 0.75 * plan.rollout_limit_s,
         "stale_after_s": 20.0,
     }
