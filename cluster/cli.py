@@ -4,12 +4,16 @@ The other folders stand above this one, so they are named here as text and impor
 keeps `rayloop --help` quick.
 """
 
+import contextlib
 import importlib
+import io
+import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TextIO
 
 import typer
 
@@ -27,9 +31,7 @@ class Mount:
 
 
 COMMANDS: dict[str, Mount] = {
-    "demo": Mount(
-        "cluster.demo.cli", "Watch an agent get better from its own traffic, on this machine.", "demo"
-    ),
+    "demo": Mount("cluster.demo.cli", "Watch an agent get better from its own traffic, on this machine.", "demo"),
     "up": Mount("serve.cli", "Start the live side (router, engine, grader, control) on this machine.", "up"),
     "down": Mount("serve.cli", "Stop what `up` started.", "down"),
     "status": Mount("cluster.commands", "What runs, which flags are on, which version serves.", "status"),
@@ -75,6 +77,44 @@ def run_mounted(name: str, mount: Mount, rest: list[str]) -> None:
         run_app(app, [mount.name, *rest], "rayloop")
 
 
+class _OnlyJson(io.TextIOBase):
+    """Standard output of a command asked for `--json`: its one object, and nothing else.
+
+    Libraries print to it too (Ray does, from its own threads); whatever is not an object goes to standard
+    error instead.
+    """
+
+    def __init__(self, out: TextIO, err: TextIO) -> None:
+        self._out, self._err = out, err
+
+    def write(self, text: str) -> int:
+        """`print` hands an object over in one piece."""
+        if _is_object(text):
+            self._out.write(text.rstrip("\n") + "\n")
+            self._out.flush()
+        elif text.strip():
+            self._err.write(text if text.endswith("\n") else text + "\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+        self._err.flush()
+
+    def isatty(self) -> bool:
+        """Never drawn on."""
+        return False
+
+
+def _is_object(text: str) -> bool:
+    if not text.startswith("{"):
+        return False
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _listing() -> typer.Typer:
     """A command line that only knows names and help: for `--help`, no arguments and misspellings."""
     listing = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -89,8 +129,13 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None, prog_name:
 
     Exit codes: 0 success, 1 failure, 2 wrong input, 130 interrupted.
     """
+    line = list(sys.argv[1:] if arguments is None else arguments)
+    own = line[: line.index("--")] if "--" in line else line
     try:
-        app(args=arguments, prog_name=prog_name)
+        with contextlib.ExitStack() as stack:
+            if "--json" in own:
+                stack.enter_context(contextlib.redirect_stdout(_OnlyJson(sys.stdout, sys.stderr)))
+            app(args=line, prog_name=prog_name)
     except RayloopError as error:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         print(f"error: {error}", file=sys.stderr)

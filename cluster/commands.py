@@ -73,9 +73,7 @@ def status(config: ConfigOption = None, json_output: JsonOption = False) -> None
 @app.command()
 def jobs(
     job_id: Annotated[str | None, typer.Argument(help="Show this one whole.")] = None,
-    state: Annotated[
-        str | None, typer.Option(help="Only pending, running, completed or failed ones.")
-    ] = None,
+    state: Annotated[str | None, typer.Option(help="Only pending, running, completed or failed ones.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Newest first, so many.")] = 20,
     config: ConfigOption = None,
     json_output: JsonOption = False,
@@ -88,9 +86,7 @@ def jobs(
     from cluster.jobs import STATES, Jobs
 
     if state is not None and state not in STATES:
-        raise InputError(
-            "--state", state, f"must be one of {', '.join(STATES)}", "name a state or leave it out"
-        )
+        raise InputError("--state", state, f"must be one of {', '.join(STATES)}", "name a state or leave it out")
     settings, _ = load_settings(config)
     table = Jobs(connect(settings), settings.tenant, settings.workspace)
     found = [table.get(job_id)] if job_id else table.list(state=state, limit=limit)
@@ -102,23 +98,15 @@ def jobs(
         return
     for job in found:
         ended = job.output_version or job.error or ""
-        print(
-            f"{job.job_id:<24} {job.kind:<6} {job.state:<10} {to_iso(job.created_at_us)[:19]} {ended}"[:160]
-        )
-    print(
-        "next: rayloop jobs JOB" if found else "no jobs; start one with `rayloop train run` or `rayloop loop`"
-    )
+        print(f"{job.job_id:<24} {job.kind:<6} {job.state:<10} {to_iso(job.created_at_us)[:19]} {ended}"[:160])
+    print("next: rayloop jobs JOB" if found else "no jobs; start one with `rayloop train run` or `rayloop loop`")
 
 
 @app.command()
 def loop(
     agent: Annotated[str, typer.Option(help="Whose loop turns.")],
-    method: Annotated[
-        list[str] | None, typer.Option(help="sft, dpo, kto; repeat it to compare several.")
-    ] = None,
-    resume: Annotated[
-        str | None, typer.Option(metavar="JOB", help="Go on with a turn that was cut off.")
-    ] = None,
+    method: Annotated[list[str] | None, typer.Option(help="sft, dpo, kto; repeat it to compare several.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="JOB", help="Go on with a turn that was cut off.")] = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -172,7 +160,5 @@ def submit(
 def _variables(pairs: list[str]) -> dict[str, str]:
     for pair in pairs:
         if "=" not in pair:
-            raise InputError(
-                "--env", pair, "must be NAME=VALUE", "write for example --env RAYLOOP_TENANT=acme"
-            )
+            raise InputError("--env", pair, "must be NAME=VALUE", "write for example --env RAYLOOP_TENANT=acme")
     return dict(pair.split("=", 1) for pair in pairs)

@@ -9,9 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 REGISTRY = CollectorRegistry()
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
-REQUESTS = Counter(
-    "rayloop_requests_total", "Requests answered by the router.", ["route", "status"], registry=REGISTRY
-)
+REQUESTS = Counter("rayloop_requests_total", "Requests answered by the router.", ["route", "status"], registry=REGISTRY)
 LATENCY = Histogram(
     "rayloop_request_seconds",
     "From the whole request to the end of the answer.",
@@ -32,16 +30,12 @@ FALLBACKS = Counter(
     ["agent", "cause"],
     registry=REGISTRY,
 )
-BREAKER_OPEN = Gauge(
-    "rayloop_breaker_open", "1 while a version is left alone.", ["version"], registry=REGISTRY
-)
+BREAKER_OPEN = Gauge("rayloop_breaker_open", "1 while a version is left alone.", ["version"], registry=REGISTRY)
 DISCONNECTS = Counter(
     "rayloop_disconnects_total", "Clients that went away before the end.", ["agent"], registry=REGISTRY
 )
 IN_FLIGHT = Gauge("rayloop_in_flight", "Chat requests being worked on.", registry=REGISTRY)
-OVERLOADED = Counter(
-    "rayloop_overloaded_total", "Requests refused because too many were in flight.", registry=REGISTRY
-)
+OVERLOADED = Counter("rayloop_overloaded_total", "Requests refused because too many were in flight.", registry=REGISTRY)
 ROUTE_REVISION = Gauge(
     "rayloop_route_revision",
     "Revision of each route this router serves.",
@@ -56,14 +50,10 @@ ROUTE_SHARE = Gauge(
 )
 SNAPSHOT_AGE = Gauge("rayloop_snapshot_age_seconds", "Age of the routes and keys in use.", registry=REGISTRY)
 CONFIG_REJECTED = Counter("rayloop_config_rejected_total", "Deployment configs refused.", registry=REGISTRY)
-CAPTURED = Counter(
-    "rayloop_captured_total", "Interactions by what became of them.", ["outcome"], registry=REGISTRY
-)
+CAPTURED = Counter("rayloop_captured_total", "Interactions by what became of them.", ["outcome"], registry=REGISTRY)
 CAPTURE_WAITING = Gauge("rayloop_capture_waiting", "Interactions that wait for the log.", registry=REGISTRY)
 SPOOL_BYTES = Gauge("rayloop_spool_bytes", "Interactions on disk that wait for the log.", registry=REGISTRY)
-INTAKE = Counter(
-    "rayloop_intake_total", "Events that came in over HTTP.", ["kind", "status"], registry=REGISTRY
-)
+INTAKE = Counter("rayloop_intake_total", "Events that came in over HTTP.", ["kind", "status"], registry=REGISTRY)
 
 
 def exposition() -> bytes:

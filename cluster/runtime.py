@@ -154,12 +154,29 @@ def _unreachable(address: str, error: Exception) -> UnavailableError:
 def _init(arguments: Mapping[str, Any], address: str | None) -> None:
     import ray
 
+    _keep_messages_off_stdout()
     try:
         ray.init(**arguments, log_to_driver=False, logging_level=logging.WARNING, configure_logging=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         if address:
             raise _unreachable(address, error) from None
         raise UnavailableError(f"Ray cannot start here ({error}); see /tmp/ray/session_latest/logs") from None
+
+
+def _keep_messages_off_stdout() -> None:
+    """Ray prints the raylet's warnings on standard output, where a command's JSON belongs; `log_to_driver` does
+    not govern them."""
+    import ray._private.worker as worker
+
+    printed = worker.print_to_stdstream
+    if getattr(printed, "to_stderr", False):
+        return
+
+    def to_stderr(data: dict[str, Any], ignore_prefix: bool) -> None:
+        printed({**data, "is_err": True}, ignore_prefix)
+
+    to_stderr.to_stderr = True  # type: ignore[attr-defined]
+    worker.print_to_stdstream = to_stderr
 
 
 @dataclass

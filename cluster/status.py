@@ -65,9 +65,7 @@ def _from_database(engine: Engine) -> dict[str, Any]:
     open_rollouts = sa.select(rollouts).where(rollouts.c.state.not_in(FINAL_ROLLOUT_STATES))
     by_state = sa.select(training_jobs.c.state, sa.func.count()).group_by(training_jobs.c.state)
     with engine.connect() as connection:
-        newest = connection.execute(
-            sa.select(events.c.seq, events.c.recorded_at_us).order_by(-events.c.seq).limit(1)
-        )
+        newest = connection.execute(sa.select(events.c.seq, events.c.recorded_at_us).order_by(-events.c.seq).limit(1))
         last = newest.first()
         return {
             "events": {
@@ -75,9 +73,7 @@ def _from_database(engine: Engine) -> dict[str, Any]:
                 "last_at": to_iso(last.recorded_at_us) if last else None,
             },
             "routes": [_route(row) for row in connection.execute(sa.select(routes)).mappings()],
-            "versions": [
-                _replica(row) for row in connection.execute(sa.select(servable_replicas)).mappings()
-            ],
+            "versions": [_replica(row) for row in connection.execute(sa.select(servable_replicas)).mappings()],
             "rollouts": [_rollout(row) for row in connection.execute(open_rollouts).mappings()],
             "jobs": {row[0]: row[1] for row in connection.execute(by_state)},
         }
@@ -90,9 +86,7 @@ def _route(row: Any) -> dict[str, Any]:
 
 def _replica(row: Any) -> dict[str, Any]:
     age_s = (now_us() - row["heartbeat_us"]) / 1e6
-    return {n: row[n] for n in ("engine", "version", "state", "reason")} | {
-        "heartbeat_age_s": round(age_s, 1)
-    }
+    return {n: row[n] for n in ("engine", "version", "state", "reason")} | {"heartbeat_age_s": round(age_s, 1)}
 
 
 def _rollout(row: Any) -> dict[str, Any]:
@@ -114,8 +108,7 @@ def lines(picture: dict[str, Any]) -> list[str]:
     for v in picture["versions"]:
         text.append(f"engine {v['engine']}: {v['version']} {v['state']} {v['reason'] or ''}".rstrip())
     text += [
-        f"rollout {r['rollout_id']} of {r['agent']}: {r['state']}, stage {r['stage']}"
-        for r in picture["rollouts"]
+        f"rollout {r['rollout_id']} of {r['agent']}: {r['state']}, stage {r['stage']}" for r in picture["rollouts"]
     ]
     counts = ", ".join(f"{n} {state}" for state, n in picture["jobs"].items())
     return [*text, f"jobs: {counts or 'none'}"]

@@ -72,9 +72,7 @@ def submit(
         client = JobSubmissionClient(address)
     except (ConnectionError, RuntimeError) as error:
         cause = str(error).splitlines()[0]
-        raise UnavailableError(
-            f"no Ray cluster answers at {address} ({cause}); see `rayloop status`"
-        ) from None
+        raise UnavailableError(f"no Ray cluster answers at {address} ({cause}); see `rayloop status`") from None
     job_id: str = client.submit_job(
         entrypoint=line,
         runtime_env={"working_dir": str(ROOT), "excludes": LEFT_AT_HOME, "env_vars": environment},
@@ -96,9 +94,7 @@ def _follow(client: Any, job_id: str, on_text: Callable[[str], None]) -> None:
     asyncio.run(tail())
     status, info = client.get_job_status(job_id), client.get_job_info(job_id)
     if str(status) != "SUCCEEDED":
-        raise RayJobFailedError(
-            f"job {job_id} ended as {status}: {(info.message or '').strip().splitlines()[-1:]}"
-        )
+        raise RayJobFailedError(f"job {job_id} ended as {status}: {(info.message or '').strip().splitlines()[-1:]}")
 
 
 def rayjob_manifest(arguments: Sequence[str], name: str) -> str:

@@ -32,9 +32,7 @@ class Turn:
     """The rayloop.yaml of every step."""
 
 
-def run_turn(
-    settings: Settings, jobs: Jobs, turn: Turn, *, resume: str | None = None, say: Say
-) -> dict[str, Any]:
+def run_turn(settings: Settings, jobs: Jobs, turn: Turn, *, resume: str | None = None, say: Say) -> dict[str, Any]:
     """Do the steps that are not done yet; returns the job id, the best version and each step's answer.
 
     `passed` names the versions that passed their gates; none means that the agent stays as it is, which is
@@ -121,10 +119,7 @@ def _train(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
 
 
 def _register(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
-    lines = [
-        ["register", turn.agent, run["adapter_dir"], "--run", run["run_id"]]
-        for run in answers["train"]["runs"]
-    ]
+    lines = [["register", turn.agent, run["adapter_dir"], "--run", run["run_id"]] for run in answers["train"]["runs"]]
     return [run_command(line, config=turn.config, on_line=say) for line in lines]
 
 
@@ -140,9 +135,7 @@ def _rollout(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
         return {"started": False, "reason": "no version passed its gates"}
     if not (settings.learning.enabled and settings.automation.auto_experiment):
         return {"started": False, "reason": "learning.enabled or automation.auto_experiment is off"}
-    answer = run_command(
-        ["rollout", "start", version, "--agent", turn.agent], config=turn.config, on_line=say
-    )
+    answer = run_command(["rollout", "start", version, "--agent", turn.agent], config=turn.config, on_line=say)
     return {"started": True} | answer
 
 

@@ -54,9 +54,7 @@ def topic_factors(blocks: Iterable[Mapping[int, float]], settings: BalanceSettin
     }
 
 
-def balance(
-    table: pa.Table, settings: BalanceSettings, factors: Mapping[int, float]
-) -> tuple[pa.Table, Dropped]:
+def balance(table: pa.Table, settings: BalanceSettings, factors: Mapping[int, float]) -> tuple[pa.Table, Dropped]:
     """Scales the weights of over-full topics down."""
     if not factors:
         return table, Counter()
@@ -70,9 +68,7 @@ def balance(
 def curriculum(table: pa.Table) -> tuple[pa.Table, Dropped]:
     """Fills `order` in [0, 1]: from clear, short, single-step examples to doubtful, long, multi-step ones."""
     prompts = _prompts(table)
-    columns = (
-        table[name].to_pylist() for name in ("kind", "score", "margin", "chosen", "completion", "messages")
-    )
+    columns = (table[name].to_pylist() for name in ("kind", "score", "margin", "chosen", "completion", "messages"))
     orders = []
     for prompt, kind, score, margin, *answers in zip(prompts, *columns, strict=True):
         confidence = margin if kind == "preference" else abs(2 * score - 1) if score is not None else 0.5

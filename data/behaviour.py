@@ -93,15 +93,11 @@ def _events(row: Row, settings: Settings) -> list[Event]:
         )
 
     behaviours = orjson.loads(row["behaviours"])
-    made = [
-        event("behaviour", b["body"], b["at_us"], b["interaction_id"], n) for n, b in enumerate(behaviours)
-    ]
+    made = [event("behaviour", b["body"], b["at_us"], b["interaction_id"], n) for n, b in enumerate(behaviours)]
     if row["interaction_id"] is None:
         return made
     body = {name: orjson.loads(row[name] or "{}") for name in ("messages", "response", "flags")}
-    made.append(
-        event("interaction", body | {"latency_s": row["latency_s"]}, row["at_us"], row["interaction_id"], 0)
-    )
+    made.append(event("interaction", body | {"latency_s": row["latency_s"]}, row["at_us"], row["interaction_id"], 0))
     said = [s for s in orjson.loads(row["signals"]) if s["source"] == "explicit"]
     made += [event("feedback", s, s["at_us"], row["interaction_id"], n) for n, s in enumerate(said)]
     return made

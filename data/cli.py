@@ -88,9 +88,7 @@ def _print_import(report: Any, rejects: Path | None) -> None:
 @app.command()
 def audit(
     files: Annotated[list[Path], typer.Argument(help="JSON lines or Parquet, one or more.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Write the description here, as Markdown.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the description here, as Markdown.")] = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -149,9 +147,7 @@ def verify(config: ConfigOption = None, json_output: JsonOption = False) -> None
 def curate(
     agent: Annotated[str | None, typer.Option("--agent", help="Only this agent's interactions.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write into.")] = None,
-    parallelism: Annotated[
-        int | None, typer.Option("--parallelism", min=1, help="Blocks worked on at once.")
-    ] = None,
+    parallelism: Annotated[int | None, typer.Option("--parallelism", min=1, help="Blocks worked on at once.")] = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
@@ -204,9 +200,7 @@ def show(
 @app.command()
 def validate(
     dataset: Annotated[str, typer.Argument(help="Id, path, prefix of the hash, or latest.")] = "latest",
-    tokenizer: Annotated[
-        Path | None, typer.Option("--tokenizer", help="Model folder whose template must fit.")
-    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="Model folder whose template must fit.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", min=1, help="Longest conversation, with --tokenizer.")
     ] = None,

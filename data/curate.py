@@ -81,9 +81,7 @@ def curate(
         event_log = EventLog(engine)
         last_seq = event_log.last_seq()
         if last_seq == 0:
-            raise DatasetError(
-                "the event log is empty; send traffic and feedback first, or `rayloop import` some"
-            )
+            raise DatasetError("the event log is empty; send traffic and feedback first, or `rayloop import` some")
         ranges = plan_ranges(last_seq, settings.curation.events_per_block, parallelism)
         root = manifest.datasets_root(settings, out)
         with ray_session(settings), _quiet_ray_data():

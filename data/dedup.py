@@ -28,24 +28,16 @@ from data.split import split_of
 from data.stages import Dropped, with_column
 from data.template import content_text
 
-BUCKETS = pa.schema(
-    [("band", pa.uint64()), ("text", pa.uint64()), ("node", pa.uint64()), ("sketch", pa.binary())]
-)
+BUCKETS = pa.schema([("band", pa.uint64()), ("text", pa.uint64()), ("node", pa.uint64()), ("sketch", pa.binary())])
 """A text under one of its band keys; `node` is the question it belongs to, `sketch` one byte a value."""
 EDGES = pa.schema([("left", pa.uint64()), ("right", pa.uint64())])
 """Two nodes found to be near duplicates."""
-SKETCHES = pa.schema(
-    [("text", pa.uint64()), ("node", pa.uint64()), ("salt", pa.uint64()), ("sketch", pa.binary())]
-)
+SKETCHES = pa.schema([("text", pa.uint64()), ("node", pa.uint64()), ("salt", pa.uint64()), ("sketch", pa.binary())])
 """A text's full sketch (uint32 values), as kept of test items."""
 
 FIELD_PATTERNS = (
-    re.compile(
-        r"^[ \t]*[-*]?[ \t]*([^\W_][\w ./()-]{0,40}?)[ \t]*[:=][ \t]+(\S.*?)[ \t]*$", re.M
-    ),  # a line each
-    re.compile(
-        r"(?:^|[;|,\n])\s*([^\W_][\w ./()-]{0,40}?)\s*[:=] ?([^\s;|,][^;|,\n]*)(?=[;|,\n]|$)"
-    ),  # a row
+    re.compile(r"^[ \t]*[-*]?[ \t]*([^\W_][\w ./()-]{0,40}?)[ \t]*[:=][ \t]+(\S.*?)[ \t]*$", re.M),  # a line each
+    re.compile(r"(?:^|[;|,\n])\s*([^\W_][\w ./()-]{0,40}?)\s*[:=] ?([^\s;|,][^;|,\n]*)(?=[;|,\n]|$)"),  # a row
     re.compile(r"\"([\w .-]{1,40})\"\s*:\s*(\"(?:[^\"\\]|\\.)*\"|-?[\d.]+|true|false|null)"),  # JSON
     re.compile(r"(?<!\S)([A-Za-z][\w.-]{0,40})=([^\s,;|]+)"),  # logfmt
 )
@@ -65,9 +57,7 @@ def record_fields(text: str, least: int) -> str:
     """Canonical text of the `field: value` pairs in a text; empty when it has fewer than `least`."""
     pairs: set[tuple[str, str]] = set()
     for pattern in FIELD_PATTERNS:
-        pairs |= {
-            (normalise_text(name), normalise_text(value).rstrip(",")) for name, value in pattern.findall(text)
-        }
+        pairs |= {(normalise_text(name), normalise_text(value).rstrip(",")) for name, value in pattern.findall(text)}
     return to_json(sorted(pairs)) if len({name for name, _ in pairs}) >= least else ""
 
 
@@ -96,9 +86,7 @@ def sketches_of(table: pa.Table, settings: DeduplicationSettings) -> pa.Table:
     return sketch_texts(texts, ids, np.concatenate([node, node]).astype(np.uint64), salts, settings)
 
 
-def sketch_texts(
-    texts: list[str], ids: U64, nodes: U64, salts: U64, settings: DeduplicationSettings
-) -> pa.Table:
+def sketch_texts(texts: list[str], ids: U64, nodes: U64, salts: U64, settings: DeduplicationSettings) -> pa.Table:
     """Rows of `SKETCHES` of texts, each id once. Texts of different salts never share a key."""
     ids, first = np.unique(ids, return_index=True)
     if not len(ids):
@@ -150,9 +138,7 @@ def bucket_edges(buckets: pa.Table, settings: DeduplicationSettings) -> pa.Table
 
 def _candidates(keys: U64, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Index pairs within runs of equal keys: all pairs of a short run, chain and star of a long one."""
-    starts = (
-        np.flatnonzero(np.concatenate([[True], np.diff(keys) != 0])) if len(keys) else np.zeros(0, np.int64)
-    )
+    starts = np.flatnonzero(np.concatenate([[True], np.diff(keys) != 0])) if len(keys) else np.zeros(0, np.int64)
     sizes = np.diff(np.append(starts, len(keys)))
     lefts, rights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for size in np.unique(sizes[sizes > 1]):

@@ -28,9 +28,7 @@ def filter_rows(
     return keep(table, reasons)
 
 
-def reason_against(
-    row: dict[str, Any], settings: FilterSettings, toxicity: Detector = no_toxicity
-) -> str | None:
+def reason_against(row: dict[str, Any], settings: FilterSettings, toxicity: Detector = no_toxicity) -> str | None:
     """Why a row may not become an example, or `None`."""
     return (
         _flag_reason(row["flags"] or {}, row["arm"], settings)
@@ -92,9 +90,7 @@ def _length_reason(response: Message, answer_tokens: int, settings: FilterSettin
     return "answer too long" if tokens > settings.max_answer_tokens else None
 
 
-def _content_reason(
-    answer: str, context: list[str], settings: FilterSettings, toxicity: Detector
-) -> str | None:
+def _content_reason(answer: str, context: list[str], settings: FilterSettings, toxicity: Detector) -> str | None:
     if settings.toxicity and (toxicity(answer, context) or 0.0) > TOXIC:
         return "toxic"
     if settings.ungrounded:

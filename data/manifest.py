@@ -189,9 +189,7 @@ def find_dataset(settings: Settings, ref: str, *, agent: str | None = None) -> P
     if ref == "latest":
         found = [m for m in known if agent is None or m.agent == agent][-1:]
     else:
-        found = [
-            m for m in known if m.dataset_id == ref or (len(ref) >= 6 and m.dataset_hash.startswith(ref))
-        ]
+        found = [m for m in known if m.dataset_id == ref or (len(ref) >= 6 and m.dataset_hash.startswith(ref))]
     if len(found) != 1:
         names = ", ".join(m.dataset_id for m in known) or "none; run `rayloop curate`"
         raise NotFoundError(f"dataset {ref!r} names {len(found)} datasets; known: {names}")
@@ -206,9 +204,7 @@ def datasets_root(settings: Settings, out: Path | None = None) -> Path:
     """
     location = str(out or settings.datasets_root)
     if "://" in location and not location.startswith("file://"):
-        raise InputError(
-            "storage.datasets", location, "must be a folder", "mount the location and name its folder"
-        )
+        raise InputError("storage.datasets", location, "must be a folder", "mount the location and name its folder")
     return Path(location.removeprefix("file://")).resolve()
 
 

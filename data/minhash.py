@@ -22,9 +22,7 @@ SKETCH_VERSION = f"words-1/rensa-{rensa.RMinHash.ALGORITHM_VERSION}"
 PAD = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)  # an odd constant with well-mixed bits (splitmix64)
 SHIFT = np.uint64(31)
-ASCII_WORDS = np.array(
-    [ord(c.lower()) if c.isalnum() else 32 for c in map(chr, range(128))] + [32] * 128, np.uint8
-)
+ASCII_WORDS = np.array([ord(c.lower()) if c.isalnum() else 32 for c in map(chr, range(128))] + [32] * 128, np.uint8)
 """What becomes of each byte of ASCII text."""
 
 
@@ -47,9 +45,7 @@ def word_arrays(texts: pa.Array) -> tuple[U64, NDArray[np.int64]]:
     """Hash of every word of every text, and the offsets of the texts; case and punctuation are ignored."""
     lists = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(only_words(texts)))
     encoded = pc.dictionary_encode(lists.values)
-    words: U64 = pd.util.hash_array(
-        np.asarray(encoded.dictionary.to_pylist(), dtype=object), categorize=False
-    )
+    words: U64 = pd.util.hash_array(np.asarray(encoded.dictionary.to_pylist(), dtype=object), categorize=False)
     return words[encoded.indices.to_numpy()], lists.offsets.to_numpy().astype(np.int64)
 
 

@@ -107,9 +107,7 @@ def answers_of(row: Row, settings: CurationSettings) -> list[Answer]:
     """The agent's answer, then each distinct correction of it."""
     truncated = row["finish_reason"] in settings.examples.truncated_reasons
     found = [Answer(row, orjson.loads(row["response"]), row["score"], "answer", truncated)]
-    corrections = [
-        s["text"] for s in orjson.loads(row["signals"]) if s["type"] == "correction" and s.get("text")
-    ]
+    corrections = [s["text"] for s in orjson.loads(row["signals"]) if s["type"] == "correction" and s.get("text")]
     corrections += [label["corrected"] for label in orjson.loads(row["labels"]) if label.get("corrected")]
     for text in sorted(set(corrections)):
         message = {"role": "assistant", "content": text}
@@ -139,9 +137,7 @@ def unpaired_examples(answers: list[Answer], settings: ExampleSettings) -> Itera
         if label is None or answer.truncated or not answer.text:
             continue
         completion = to_json([answer.message])
-        yield _example(
-            "unpaired", [answer], prompt=answer.row["messages"], completion=completion, label=label
-        )
+        yield _example("unpaired", [answer], prompt=answer.row["messages"], completion=completion, label=label)
 
 
 def preference_examples(answers: list[Answer], settings: ExampleSettings, dropped: Dropped) -> list[Row]:
@@ -189,9 +185,7 @@ def _by_score(answer: Answer) -> tuple[float, str]:
     return answer.score, answer.row["interaction_id"]
 
 
-def _pair(
-    chosen: Answer, rejected: Answer, origin: str, settings: ExampleSettings, dropped: Dropped
-) -> Row | None:
+def _pair(chosen: Answer, rejected: Answer, origin: str, settings: ExampleSettings, dropped: Dropped) -> Row | None:
     reason = refusal(chosen, rejected, settings)
     if reason is not None:
         dropped[f"pair: {reason}"] += 1

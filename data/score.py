@@ -78,9 +78,7 @@ def combine(parts: dict[str, float | None], settings: ScoreSettings) -> float | 
         "complete": settings.complete_weight,
         "context": settings.context_weight,
     }
-    present = [
-        (weights[name], value) for name, value in parts.items() if name in weights and value is not None
-    ]
+    present = [(weights[name], value) for name, value in parts.items() if name in weights and value is not None]
     total = sum(weight for weight, _ in present)
     return sum(weight * value for weight, value in present) / total if total > 0 else None
 

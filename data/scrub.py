@@ -64,9 +64,7 @@ def scrub_value(value: Any, placeholders: Placeholders, *, domains: bool = True)
     if isinstance(value, list):
         return [scrub_value(item, placeholders, domains=domains) for item in value]
     if isinstance(value, dict):
-        return {
-            k: v if k in NAMES else scrub_value(v, placeholders, domains=domains) for k, v in value.items()
-        }
+        return {k: v if k in NAMES else scrub_value(v, placeholders, domains=domains) for k, v in value.items()}
     return value
 
 
@@ -102,9 +100,7 @@ def scrub(table: pa.Table, settings: ScrubSettings) -> tuple[pa.Table, Dropped]:
         placeholders = Placeholders()
         for name in SCRUBBED:
             if columns[name][index]:
-                clean = scrub_value(
-                    orjson.loads(columns[name][index]), placeholders, domains=settings.domains
-                )
+                clean = scrub_value(orjson.loads(columns[name][index]), placeholders, domains=settings.domains)
                 columns[name][index] = to_json(clean)
         found[index] = to_json(placeholders.counts)
         texts = "\n".join(columns[name][index] or "" for name in SCRUBBED)

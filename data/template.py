@@ -60,15 +60,11 @@ def render_pair(
     prompt_ids = render(tokenizer, prompt, tools, add_generation_prompt=True)
     all_ids = render(tokenizer, [*prompt, *completion], tools)
     if all_ids[: len(prompt_ids)] != prompt_ids:
-        raise DatasetError(
-            "the chat template rewrites the prompt when an answer follows; use one that only appends"
-        )
+        raise DatasetError("the chat template rewrites the prompt when an answer follows; use one that only appends")
     return prompt_ids, all_ids[len(prompt_ids) :]
 
 
-def render_with_mask(
-    tokenizer: Any, messages: Sequence[Message], tools: Tools = None
-) -> tuple[list[int], list[int]]:
+def render_with_mask(tokenizer: Any, messages: Sequence[Message], tools: Tools = None) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and a mask that is 1 where an assistant speaks.
 
     The mask comes from the template's `{% generation %}` markers where it has them, else from rendering
@@ -92,9 +88,7 @@ def render_with_mask(
     return ids, mask
 
 
-def _mask_from_markers(
-    tokenizer: Any, messages: Sequence[Message], tools: Tools
-) -> tuple[list[int], list[int]]:
+def _mask_from_markers(tokenizer: Any, messages: Sequence[Message], tools: Tools) -> tuple[list[int], list[int]]:
     rendered = tokenizer.apply_chat_template(
         normalise(messages),
         tools=list(tools) if tools else None,

@@ -126,9 +126,7 @@ def check_apart(rows: Iterable[Row], what: str, of: Callable[[Row], str]) -> Che
         splits[of(row)].add(row.split)
     shared = sorted(name for name, found in splits.items() if len(found) > 1)
     if shared:
-        return Check(
-            f"{what}s apart", "failed", f"{len(shared)} {what}s are in several splits", shared[:SHOWN]
-        )
+        return Check(f"{what}s apart", "failed", f"{len(shared)} {what}s are in several splits", shared[:SHOWN])
     return Check(f"{what}s apart", "passed", f"{len(splits)} {what}s, each in one split")
 
 
@@ -214,7 +212,5 @@ def check_tokens(rows: Iterable[Row], tokenizer: Any, max_tokens: int | None) ->
     if refused:
         return Check("tokens", "failed", f"the template refuses {len(refused)} examples", refused[:SHOWN])
     if too_long:
-        return Check(
-            "tokens", "failed", f"{len(too_long)} examples exceed {max_tokens} tokens", too_long[:SHOWN]
-        )
+        return Check("tokens", "failed", f"{len(too_long)} examples exceed {max_tokens} tokens", too_long[:SHOWN])
     return Check("tokens", "passed", f"all rendered; the longest has {longest} tokens")

@@ -28,9 +28,7 @@ def count_votes(table: pa.Table) -> pa.Table:
     for text in table["signals"].to_pylist():
         tally.update((vote["user"], vote["day"]) for vote in votes_of(orjson.loads(text)))
     keys = sorted(tally)
-    return pa.table(
-        [[u for u, _ in keys], [d for _, d in keys], [tally[key] for key in keys]], schema=USER_DAYS
-    )
+    return pa.table([[u for u, _ in keys], [d for _, d in keys], [tally[key] for key in keys]], schema=USER_DAYS)
 
 
 def user_totals(table: pa.Table, votes_per_day: int) -> pa.Table:
@@ -48,14 +46,10 @@ def user_totals(table: pa.Table, votes_per_day: int) -> pa.Table:
         to_json({str(d): votes_per_day / n for d, n in sorted(days[user].items()) if n > votes_per_day})
         for user in users
     ]
-    return pa.table(
-        {"user": pa.array(users, pa.string()), "total": pa.array(totals, pa.float64()), "days": capped}
-    )
+    return pa.table({"user": pa.array(users, pa.string()), "total": pa.array(totals, pa.float64()), "days": capped})
 
 
-def exceptions(
-    totals: Iterable[pa.Table], all_votes: float, dataset_share: float
-) -> dict[str, dict[str, float]]:
+def exceptions(totals: Iterable[pa.Table], all_votes: float, dataset_share: float) -> dict[str, dict[str, float]]:
     """Factors of the users over a cap: `{user: {day or "*": factor}}`. Small: most users are under."""
     found: dict[str, dict[str, float]] = {}
     limit = all_votes * dataset_share
@@ -98,9 +92,7 @@ def votes_of(signals: list[dict[str, Any]]) -> list[Vote]:
         by_user[signal["user"]].append(signal)
     votes = []
     for user in sorted(by_user):
-        explicit = [
-            s["reward"] for s in by_user[user] if s["source"] != "implicit" and s["type"] != "follow_up"
-        ]
+        explicit = [s["reward"] for s in by_user[user] if s["source"] != "implicit" and s["type"] != "follow_up"]
         implicit = [s["reward"] for s in by_user[user] if s["source"] == "implicit"]
         votes.append(
             {

@@ -50,9 +50,7 @@ def plan(
     Raises:
         ApiError: 404 for a model that the tenant does not have.
     """
-    route = snapshot.routes.get(RouteKey(tenant, model, modality)) or snapshot.routes.get(
-        RouteKey(tenant, model)
-    )
+    route = snapshot.routes.get(RouteKey(tenant, model, modality)) or snapshot.routes.get(RouteKey(tenant, model))
     if route is not None:
         return _routed(snapshot, route, model, user, session, request)
     target = snapshot.targets.get(model)
@@ -61,9 +59,7 @@ def plan(
     return Plan(model, model.rpartition("/")[0], model, target, "none")
 
 
-def _routed(
-    snapshot: Snapshot, route: Route, model: str, user: str | None, session: str | None, request: str
-) -> Plan:
+def _routed(snapshot: Snapshot, route: Route, model: str, user: str | None, session: str | None, request: str) -> Plan:
     stable = snapshot.targets.get(route.stable)
     if route.pinned:  # moved by hand: counts for no arm
         return Plan(model, route.agent, route.stable, stable, "none", route=route)

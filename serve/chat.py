@@ -130,9 +130,7 @@ class Exchange:
 
     def rewriter(self, target: Target) -> Rewriter:
         """Turns that engine's answer into ours."""
-        return Rewriter(
-            self.record.interaction_id, target.version, Wanted.by(self.request), self.record.answer
-        )
+        return Rewriter(self.record.interaction_id, target.version, Wanted.by(self.request), self.record.answer)
 
     def headers(self) -> Headers:
         """Who served, in headers."""
@@ -153,9 +151,7 @@ class Exchange:
 class ChatHandler:
     """Chat completions of one router replica; its state is breakers, latencies and open connections."""
 
-    def __init__(
-        self, settings: ServeSettings, engines: Engines, capture: Capture | None, secret: bytes
-    ) -> None:
+    def __init__(self, settings: ServeSettings, engines: Engines, capture: Capture | None, secret: bytes) -> None:
         self._settings, self._engines, self._capture = settings, engines, capture
         self._pseudonym = lru_cache(PSEUDONYMS_KEPT)(partial(pseudonym, secret))
         self._breakers: dict[str, Breaker] = {}
@@ -242,11 +238,7 @@ class ChatHandler:
             raise ApiError(
                 error.status, error.message, code=error.code, retry_after_s=self._settings.retry_after_s
             ) from None
-        if (
-            exchange.plan.arm != "none"
-            and exchange.record.fallback is None
-            and exchange.record.ttft_s is not None
-        ):
+        if exchange.plan.arm != "none" and exchange.record.fallback is None and exchange.record.ttft_s is not None:
             latency.record(exchange.record.ttft_s)
 
     async def _ask_candidate(self, exchange: Exchange) -> None:
@@ -286,16 +278,12 @@ class ChatHandler:
         """
         endpoint = exchange.endpoints.get(target.engine)
         if endpoint is None:
-            raise UpstreamError(
-                f"engine {target.engine} is not configured", code="engine_unavailable", status=503
-            )
+            raise UpstreamError(f"engine {target.engine} is not configured", code="engine_unavailable", status=503)
         upstream = self._engines.upstream(target.engine, endpoint)
         reply = await upstream.post(PATH, exchange.body_for(target), request_id=exchange.request_id)
         try:
             if reply.status != 200:
-                raise _failure(
-                    reply, await reply.read(), target, exchange.plan.fallback, self._settings.retry_after_s
-                )
+                raise _failure(reply, await reply.read(), target, exchange.plan.fallback, self._settings.retry_after_s)
             exchange.head = await reply.next() if exchange.stream else await reply.read()
             if not exchange.head:
                 raise UpstreamError("the engine's answer was empty", code="engine_error")
@@ -401,9 +389,7 @@ def _wrong(name: str, value: Any, rule: str) -> ApiError:
     return ApiError(400, f"{name}={shown(value)} {rule}.", code="invalid_value", param=name)
 
 
-def _failure(
-    reply: Reply, body: bytes, target: Target, fallback: Target | None, retry_after_s: float
-) -> Exception:
+def _failure(reply: Reply, body: bytes, target: Target, fallback: Target | None, retry_after_s: float) -> Exception:
     """An engine's refusal: its own fault (then somebody else may answer) or the request's."""
     error = from_engine(reply.status, body)
     elsewhere = fallback is not None and fallback.engine != target.engine

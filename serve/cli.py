@@ -100,9 +100,7 @@ def _require_base_model(settings: Settings) -> None:
         remedy = "set it in rayloop.yaml; `rayloop demo` trains a small one"
         raise InputError("engine.base_model", base, "must name the model to serve", remedy)
     if base.startswith(("/", ".", "~")) and not (Path(base).expanduser() / "config.json").is_file():
-        raise InputError(
-            "engine.base_model", base, "is no model directory", "name one that holds config.json"
-        )
+        raise InputError("engine.base_model", base, "is no model directory", "name one that holds config.json")
 
 
 def _with_port(settings: Settings) -> Settings:
@@ -118,9 +116,7 @@ def _refuse_second(settings: Settings) -> None:
     record = _read_record(settings)
     if record and _process(record, record["pids"]["supervisor"]) is not None:
         url = record["urls"].get("api", "an address it has not chosen yet")
-        raise ConflictError(
-            f"the live side of {settings.home} is up already at {url}; `rayloop down` ends it"
-        )
+        raise ConflictError(f"the live side of {settings.home} is up already at {url}; `rayloop down` ends it")
     if record:
         _end(record)  # what a killed supervisor left behind
         (settings.home / RUN_RECORD).unlink(missing_ok=True)
@@ -135,9 +131,7 @@ def _launch(settings: Settings, mlflow: bool) -> "subprocess.Popen[bytes]":
         *(["--mlflow"] if mlflow else []),
     ]
     project = str(Path(__file__).resolve().parents[1])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([project, os.environ.get("PYTHONPATH", "")]).rstrip(":")
-    }
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([project, os.environ.get("PYTHONPATH", "")]).rstrip(":")}
     with (settings.home / LOG_FILE).open("wb") as file:
         return subprocess.Popen(
             command,

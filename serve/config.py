@@ -29,15 +29,11 @@ def serve_config(settings: Settings, settings_file: Path, declared: dict[str, An
         "proxy_location": "HeadOnly",
         "http_options": {"host": serve.host, "port": serve.port, "request_timeout_s": None},
         "logging_config": {"enable_access_log": False, "log_level": "WARNING"},
-        "applications": [
-            _application(name, settings, settings_file, declared) for name in serve.applications
-        ],
+        "applications": [_application(name, settings, settings_file, declared) for name in serve.applications],
     }
 
 
-def _application(
-    name: str, settings: Settings, settings_file: Path, declared: dict[str, Any]
-) -> dict[str, Any]:
+def _application(name: str, settings: Settings, settings_file: Path, declared: dict[str, Any]) -> dict[str, Any]:
     application: dict[str, Any] = {
         "name": name,
         "route_prefix": PREFIXES[name],
@@ -74,9 +70,7 @@ def declared_routes(settings: Settings, serve_file: Path) -> dict[str, Any]:
         return declared
     try:
         document = yaml.safe_load(serve_file.read_text(encoding="utf-8"))
-        deployments = [
-            d for a in document["applications"] if a["name"] == "gateway" for d in a["deployments"]
-        ]
+        deployments = [d for a in document["applications"] if a["name"] == "gateway" for d in a["deployments"]]
         return next(d["user_config"] for d in deployments if d.get("user_config"))
     except (OSError, yaml.YAMLError, KeyError, TypeError, StopIteration):
         return {"routes": []}
@@ -117,6 +111,4 @@ def read_settings(arguments: dict[str, str]) -> Settings:
     try:
         return Settings(**yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, TypeError, ValueError) as error:
-        raise ConfigError(
-            "args.settings", str(path), f"cannot be read ({error})", "run `rayloop up` again"
-        ) from None
+        raise ConfigError("args.settings", str(path), f"cannot be read ({error})", "run `rayloop up` again") from None

@@ -88,9 +88,7 @@ class GraderApi:
             return {"status": "ok", "waiting": self.pool.waiting, "replaced": self.pool.replaced}
         action = next((path.removeprefix(p) for p in PREFIXES if path.startswith(p)), None)
         if action not in ("run", "validate"):
-            raise ApiError(
-                404, f"There is no {path} here; known is {PREFIXES[0]}run and validate.", code="not_found"
-            )
+            raise ApiError(404, f"There is no {path} here; known is {PREFIXES[0]}run and validate.", code="not_found")
         if scope["method"] != "POST":
             raise ApiError(405, f"{path} answers POST only.", code="method_not_allowed")
         await self._authorise(scope)
@@ -100,9 +98,7 @@ class GraderApi:
         grader = document.get("grader")
         if not isinstance(grader, dict):
             raise ApiError(400, "grader must be an object with a type.", param="grader", code="invalid_value")
-        return await (
-            self._validate(grader) if action == "validate" else self._run(grader, document, deadline)
-        )
+        return await (self._validate(grader) if action == "validate" else self._run(grader, document, deadline))
 
     async def _authorise(self, scope: Scope) -> None:
         kind, _, secret = (header(scope, b"authorization") or b"").partition(b" ")
@@ -180,9 +176,7 @@ def _task(grader: Json, entry: Any, where: str) -> Json:
         raise ApiError(400, "must be an object", param=where.rstrip("."), code="invalid_value")
     item, text = entry.get("item") or {}, entry.get("model_sample")
     if not isinstance(text, str):
-        raise ApiError(
-            400, "model_sample must be a text.", param=f"{where}model_sample", code="invalid_value"
-        )
+        raise ApiError(400, "model_sample must be a text.", param=f"{where}model_sample", code="invalid_value")
     if not isinstance(item, dict):
         raise ApiError(400, "item must be an object.", param=f"{where}item", code="invalid_value")
     sample: Json = {"output_text": text}

@@ -29,9 +29,7 @@ class IntakeHandler:
     settings: Settings
     intake: Intake | None = None
 
-    async def handle(
-        self, kind: str, scope: Scope, receive: Receive, send: Send, key: Key, headers: Headers
-    ) -> int:
+    async def handle(self, kind: str, scope: Scope, receive: Receive, send: Send, key: Key, headers: Headers) -> int:
         """Take one body in; returns the status sent.
 
         Raises:
@@ -49,10 +47,7 @@ class IntakeHandler:
         except OverloadedError as error:
             raise ApiError(429, str(error), code="overloaded", retry_after_s=error.retry_after_s) from None
         except (UnavailableError, TimeoutError) as error:
-            message = (
-                str(error)
-                or f"the event log did not answer within {serve.feedback_timeout_s:g} s; send it again"
-            )
+            message = str(error) or f"the event log did not answer within {serve.feedback_timeout_s:g} s; send it again"
             raise ApiError(503, message, code="log_unavailable", retry_after_s=serve.retry_after_s) from None
         for result in results:
             metrics.INTAKE.labels(kind, result.status).inc()

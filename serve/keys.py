@@ -66,9 +66,7 @@ def create_key(
         InputError: no scope, or one that does not exist.
     """
     if not scopes or set(scopes) - set(SCOPES):
-        raise InputError(
-            "scopes", ",".join(scopes), f"must be some of {', '.join(SCOPES)}", "name known scopes"
-        )
+        raise InputError("scopes", ",".join(scopes), f"must be some of {', '.join(SCOPES)}", "name known scopes")
     secret = PREFIX + secrets.token_urlsafe(32)
     created = now_us()
     row = {

@@ -136,9 +136,7 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
         async with asyncio.timeout(timeout_s):
             return await _rest_of_body(message, receive, limit)
     except TimeoutError:
-        raise ApiError(
-            408, f"The body did not arrive within {timeout_s:g} seconds.", code="body_timeout"
-        ) from None
+        raise ApiError(408, f"The body did not arrive within {timeout_s:g} seconds.", code="body_timeout") from None
 
 
 async def _rest_of_body(message: dict[str, Any], receive: Receive, limit: int) -> bytes:

@@ -25,6 +25,4 @@ def require_free(host: str, port: int, field: str) -> None:
             probe.bind((host, port))
         except OSError as error:
             remedy = f"stop what listens there, or set `{field}` (0 takes a free port)"
-            raise InputError(
-                field, port, f"cannot be listened on at {host} ({error.strerror})", remedy
-            ) from None
+            raise InputError(field, port, f"cannot be listened on at {host} ({error.strerror})", remedy) from None

@@ -261,9 +261,7 @@ class _Connection(asyncio.Protocol):
             self._waiter = None
 
     def _expire(self, timeout_s: float) -> None:
-        self._fail(
-            UpstreamError(f"the engine was silent for {timeout_s:g} s", code="engine_timeout", status=504)
-        )
+        self._fail(UpstreamError(f"the engine was silent for {timeout_s:g} s", code="engine_timeout", status=504))
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -299,9 +297,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """The end of an answer without a length, or a failure."""
         answer = self._answer
-        by_length = (
-            b"content-length" in answer.headers or answer.headers.get(b"transfer-encoding") == b"chunked"
-        )
+        by_length = b"content-length" in answer.headers or answer.headers.get(b"transfer-encoding") == b"chunked"
         if answer.started and not answer.complete and not by_length and error is None:
             answer.complete = True
             self._wake()

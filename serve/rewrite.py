@@ -143,9 +143,7 @@ class Rewriter:
             document = orjson.loads(data)
         except orjson.JSONDecodeError:
             self.error = "engine_error"
-            return error_event(
-                ApiError(502, "The engine sent something that is not JSON.", code="engine_error")
-            )
+            return error_event(ApiError(502, "The engine sent something that is not JSON.", code="engine_error"))
         if not isinstance(document, dict):
             return b""
         if "error" in document and "choices" not in document:

@@ -25,8 +25,8 @@ from data.log import EventLog
 from serve import chat, intake_http
 from serve.capture import Capture, spool_path
 from serve.chat import ChatHandler, Engines, View
-from serve.intake_http import IntakeHandler
 from serve.engines.token import engine_token
+from serve.intake_http import IntakeHandler
 from serve.keys import Key
 from serve.openai import (
     JSON,
@@ -62,17 +62,13 @@ class RouterApp:
     from outside, and doing them twice would cost time and give the header twice.
     """
 
-    def __init__(
-        self, settings: Settings, *, default_engine_url: str | None = None, standalone: bool = True
-    ) -> None:
+    def __init__(self, settings: Settings, *, default_engine_url: str | None = None, standalone: bool = True) -> None:
         self.settings = settings
         self._standalone = standalone
         self._in_flight = 0
         self._commit: GroupCommit | None = None
         on = settings.learning.enabled and settings.capture.enabled
-        self._capture = (
-            Capture(settings.serve.capture, settings.log, spool_path(settings.home)) if on else None
-        )
+        self._capture = Capture(settings.serve.capture, settings.log, spool_path(settings.home)) if on else None
         self._intake = IntakeHandler(settings)
         self.watcher = Watcher(settings, self._database_found)
         url = default_engine_url or f"http://{settings.serve.host}:{settings.serve.port}/engine"
@@ -176,9 +172,7 @@ class RouterApp:
         await send_response(send, status, body, [kind, *headers])
         return status
 
-    async def _bounded_chat(
-        self, scope: Scope, receive: Receive, send: Send, request_id: str, headers: Headers
-    ) -> int:
+    async def _bounded_chat(self, scope: Scope, receive: Receive, send: Send, request_id: str, headers: Headers) -> int:
         key = self._key(scope, "chat")
         serve = self.settings.serve
         if self._in_flight >= serve.max_ongoing_requests:
@@ -229,9 +223,7 @@ class RouterApp:
             )
             raise ApiError(401, message, code="invalid_api_key")
         if not key.may(needed):
-            raise ApiError(
-                403, f"The key {key.name} does not have the scope {needed}.", code="insufficient_scope"
-            )
+            raise ApiError(403, f"The key {key.name} does not have the scope {needed}.", code="insufficient_scope")
         return key
 
     def _snapshot(self) -> Snapshot:

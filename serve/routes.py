@@ -143,9 +143,7 @@ def parse_config(document: Any) -> RouterConfig:
         problem = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in ("user_config", *problem["loc"]))
         rule = problem["msg"].removeprefix("Value error, ")
-        raise ConfigError(
-            place, problem["input"], rule, "mend the Serve config and deploy it again"
-        ) from None
+        raise ConfigError(place, problem["input"], rule, "mend the Serve config and deploy it again") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +219,7 @@ def update_route(
         return _write_in(engine, connection, before, after, revision, writer, reason, workspace)
 
 
-def apply_config(
-    engine: Engine, config: RouterConfig, *, tenant: str, workspace: str = "default"
-) -> list[Applied]:
+def apply_config(engine: Engine, config: RouterConfig, *, tenant: str, workspace: str = "default") -> list[Applied]:
     """Write each declared route whose content differs from what a config last put there; all or none.
 
     A route whose declaration is unchanged is left alone, whatever others have made of it since.
@@ -232,9 +228,7 @@ def apply_config(
         ConfigError: the generation is older than the last applied, or a route cannot be made.
     """
     with write(engine).begin() as connection:
-        return [
-            _apply_one(engine, connection, d, config.generation, tenant, workspace) for d in config.routes
-        ]
+        return [_apply_one(engine, connection, d, config.generation, tenant, workspace) for d in config.routes]
 
 
 def _apply_one(
@@ -249,9 +243,7 @@ def _apply_one(
     before = _read_in(connection, key)
     known = before.config_generation if before else None
     if generation is not None and known is not None and generation < known:
-        raise ConfigError(
-            "generation", generation, f"must be at least {known}, which was applied to {key}", "raise it"
-        )
+        raise ConfigError("generation", generation, f"must be at least {known}, which was applied to {key}", "raise it")
     digest = declared.digest()
     newest = generation if generation is not None else known
     if before is not None and before.config_hash == digest:
@@ -273,9 +265,7 @@ def _apply_one(
 
 
 def _is(key: RouteKey) -> sa.ColumnElement[bool]:
-    return (
-        (routes.c.tenant == key.tenant) & (routes.c.agent == key.agent) & (routes.c.modality == key.modality)
-    )
+    return (routes.c.tenant == key.tenant) & (routes.c.agent == key.agent) & (routes.c.modality == key.modality)
 
 
 def _read_in(connection: Connection, key: RouteKey) -> Route | None:
@@ -288,14 +278,10 @@ def _changed(before: Route | None, key: RouteKey, change: Mapping[str, Any], wri
     """The row after the change, checked against every rule."""
     for name in change:
         if name not in CHANGEABLE:
-            raise InputError(
-                name, change[name], f"is not a field of a route ({', '.join(CHANGEABLE)})", "leave it out"
-            )
+            raise InputError(name, change[name], f"is not a field of a route ({', '.join(CHANGEABLE)})", "leave it out")
     if before is None and not change.get("stable"):
         raise InputError("stable", change.get("stable"), f"must name a version, as {key} is new", "name one")
-    start = before or Route(
-        key.tenant, key.agent, key.modality, stable=str(change["stable"]), salt=uuid.uuid4().hex
-    )
+    start = before or Route(key.tenant, key.agent, key.modality, stable=str(change["stable"]), salt=uuid.uuid4().hex)
     values = dict(change)
     if "candidate" in values and values["candidate"] != start.candidate:
         values.setdefault("salt", uuid.uuid4().hex)
@@ -329,8 +315,7 @@ def _check(before: Route, after: Route, writer: str) -> None:
         )
     if after.share > after.max_share and after.share > before.share:
         raise ConflictError(
-            f"share={after.share:g} of {after.key} would pass the ceiling {after.max_share:g} "
-            "of the deployment config"
+            f"share={after.share:g} of {after.key} would pass the ceiling {after.max_share:g} of the deployment config"
         )
     promoted = after.stable != before.stable and after.stable == before.candidate
     if promoted and after.max_share < 1:
@@ -353,8 +338,7 @@ def _write_in(
     found = before.revision if before else 0
     if found != expected_revision:
         raise ConflictError(
-            f"route {after.key} has revision {found}, not {expected_revision}: "
-            "somebody else changed it; read it again"
+            f"route {after.key} has revision {found}, not {expected_revision}: somebody else changed it; read it again"
         )
     after = _replace(after, revision=found + 1, updated_at_us=now_us(), updated_by=writer)
     if before is None:

@@ -54,9 +54,7 @@ def set_command(
     stable: Annotated[str | None, typer.Option(help="Version that answers by default.")] = None,
     candidate: Annotated[str | None, typer.Option(help="Version on trial; `none` takes it away.")] = None,
     share: Annotated[float | None, typer.Option(help="Share of users on the candidate, 0 to 1.")] = None,
-    shadow: Annotated[
-        str | None, typer.Option(help="Version that answers unseen; `none` takes it away.")
-    ] = None,
+    shadow: Annotated[str | None, typer.Option(help="Version that answers unseen; `none` takes it away.")] = None,
     revision: Annotated[int | None, typer.Option(help="Refuse when the route has another revision.")] = None,
     modality: ModalityOption = "text",
     reason: ReasonOption = None,

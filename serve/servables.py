@@ -55,9 +55,7 @@ class Report:
     heartbeat_us: int
 
 
-def want(
-    database: Engine, version: Version, engine_name: str, *, adapter_dir: Path | None = None
-) -> Servable:
+def want(database: Engine, version: Version, engine_name: str, *, adapter_dir: Path | None = None) -> Servable:
     """Ask an engine to hold a version; asking again retries one that failed.
 
     `adapter_dir` is the verified local copy (`Registry.adapter_dir`) where `version` names none.
@@ -156,9 +154,7 @@ def wait_ready(
         if failures:
             raise ConflictError(f"version {version_id} cannot be served: {failures[0].reason}")
         if time.monotonic() >= deadline:
-            states = (
-                ", ".join(f"{r.engine}/{r.replica_id} {r.state}" for r in said) or "no replica has seen it"
-            )
+            states = ", ".join(f"{r.engine}/{r.replica_id} {r.state}" for r in said) or "no replica has seen it"
             raise UnavailableError(f"version {version_id} was not ready after {timeout_s:g} s ({states})")
         time.sleep(min(poll_s, max(0.0, deadline - time.monotonic())))
 

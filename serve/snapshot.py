@@ -244,9 +244,7 @@ class Watcher(threading.Thread):
             del self._refusals[: len(refusals)]
 
     def _measure(self) -> None:
-        metrics.SNAPSHOT_AGE.set(
-            time.monotonic() - self.current.read_at if self.current.read_at else float("inf")
-        )
+        metrics.SNAPSHOT_AGE.set(time.monotonic() - self.current.read_at if self.current.read_at else float("inf"))
         for key, route in self.current.routes.items():
             labels = (key.tenant, key.agent, key.modality)
             metrics.ROUTE_REVISION.labels(*labels).set(route.revision)
@@ -258,7 +256,5 @@ def _fields(route: Route) -> dict[str, Any]:
 
 
 def _rejection_id(document: Any, reason: str) -> str:
-    text = orjson.dumps(
-        [document, reason], option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str
-    )
+    text = orjson.dumps([document, reason], option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS, default=str)
     return f"config-rejected-{hashlib.sha256(text).hexdigest()[:32]}-{now_us() // REJECTION_WINDOW_US}"

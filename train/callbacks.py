@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import psutil
+import torch
 from transformers import TrainerCallback
 
 from train.checkpoint import adapter_tensors
@@ -84,8 +86,20 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, progress: Callable[[int, int, Mapping[str, float]], None]) -> None:
         self.progress = progress
+        self.process = psutil.Process()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         """Report one entry of the log."""
         values = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+        values |= self._system()
         self.progress(state.global_step, state.max_steps, values)
+
+    def _system(self) -> dict[str, float]:
+        """Memory and processor use of this worker; 100 % is one core."""
+        found = {
+            "system/memory_mb": self.process.memory_info().rss / 2**20,
+            "system/cpu_percent": self.process.cpu_percent(),
+        }
+        if torch.cuda.is_available():
+            found["system/gpu_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        return found

@@ -1,13 +1,20 @@
 """Folders that appear whole or not at all."""
 
+import errno
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from cluster.errors import InputError
+
+PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
+"""Errors that are about the place and not about what is done there."""
 
 
 @contextmanager
@@ -17,37 +24,34 @@ def written_whole(out: Path) -> Iterator[Path]:
     An existing `out` is replaced only then. When the block raises, nothing is left behind.
 
     Raises:
-        InputError: the parent folder cannot be written.
+        InputError: the place cannot be written, or is full.
     """
-    try:
+    with _about_place(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise unwritable(out, error) from None
     try:
-        scratch.chmod(0o755)
-        yield scratch
-        replace_folder(scratch, out)
-    except OSError as error:
-        raise unwritable(out, error) from error
+        with _about_place(out):
+            scratch.chmod(0o755)
+            yield scratch
+            replace_folder(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextmanager
 def own_folder(out: Path) -> Iterator[None]:
-    """A folder to work in; when the block raises before it has left anything there, it goes again.
+    """A folder to work in; when the block raises before it has left a file there, it goes again.
 
     Raises:
         InputError: it cannot be made or written.
     """
-    try:
+    with _about_place(out):
         out.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise unwritable(out, error) from error
+    try:
+        with _about_place(out):
+            yield
     finally:
-        if out.is_dir() and not any(file.is_file() for file in out.rglob("*")):
+        if not any(file.is_file() for file in out.rglob("*")):
             shutil.rmtree(out, ignore_errors=True)
 
 
@@ -66,8 +70,23 @@ def replace_folder(scratch: Path, out: Path) -> None:
         scratch.rename(out)
 
 
+@contextmanager
+def _about_place(out: Path) -> Iterator[None]:
+    """Errors about the place become one clear line; safetensors hides the system's error in its text."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in PLACE:
+            raise
+        raise unwritable(out, error) from error
+    except SafetensorError as error:
+        found = re.search(r"I/O error: (.*) \(os error (\d+)\)", str(error))
+        if found is None or int(found[2]) not in PLACE:
+            raise
+        raise unwritable(out, OSError(int(found[2]), found[1])) from error
+
+
 def unwritable(out: Path, error: OSError) -> InputError:
     """The error for a place that cannot be written: full, read-only, a file where a folder must be."""
-    return InputError(
-        "out", str(out), f"cannot be written ({error.strerror or error})", "name a folder with free space"
-    )
+    problem = error.strerror or error
+    return InputError("out", str(out), f"cannot be written ({problem})", "name a folder with free space")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import socket
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,7 +17,14 @@ import psutil
 from sqlalchemy.engine import Engine
 
 from cluster import tracking
-from cluster.errors import ConflictError, HealthGateError, InputError, NotFoundError, RayloopError
+from cluster.errors import (
+    ConflictError,
+    HealthGateError,
+    InputError,
+    NotFoundError,
+    RayloopError,
+    UnavailableError,
+)
 from cluster.jobs import Jobs
 from cluster.registry import Registry, describe_base
 from cluster.settings import Settings
@@ -174,6 +182,25 @@ def run_training(settings: Settings, request: Request, database: Engine) -> dict
 
 
 def _run(settings: Settings, request: Request, configs: Sequence[TrainConfig], records: Sequence["Record"]) -> None:
+    """Train; when the workers are lost, wait and start again what has not ended."""
+    training = settings.training
+    for attempt in range(training.job_retries + 1):
+        try:
+            _run_once(settings, request, configs, records)
+            return
+        except UnavailableError as error:
+            if attempt == training.job_retries:
+                raise
+            wait_s = training.retry_backoff_s * 2**attempt
+            log.warning("%s; starting again in %.0f s", error, wait_s)
+            for record in records:
+                record.again(error)
+            time.sleep(wait_s)
+
+
+def _run_once(
+    settings: Settings, request: Request, configs: Sequence[TrainConfig], records: Sequence["Record"]
+) -> None:
     def on_event(event: Event) -> None:
         records[event.run].take(event)
 
@@ -220,16 +247,23 @@ class Record:
             self._begin()
         elif event.kind == "progress":
             self._progress(event)
-        elif event.kind == "end" and event.result is not None:
+        elif event.kind == "end" and event.result is not None and self.open_still:
             self._end(dict(event.result))
         elif event.kind == "fail" and event.error is not None:
             self.fail(event.error)
 
+    def again(self, error: RayloopError) -> None:
+        """The workers were lost; what has not ended will be started again."""
+        if self.open_still and self.mlflow is not None:
+            self.jobs.fail(self.run.job_id, str(error))
+            self.jobs.retry(self.run.job_id)
+
     def _begin(self) -> None:
+        if self.jobs.get(self.run.job_id).state == "pending":
+            self.jobs.start(self.run.job_id)
+            self.jobs.progress(self.run.job_id, WHERE)
         if self.mlflow is not None:  # a worker that died has been replaced
             return
-        self.jobs.start(self.run.job_id)
-        self.jobs.progress(self.run.job_id, WHERE)
         tags = lineage(self.run, self.manifest)
         self.mlflow = self.stack.enter_context(tracking.run(self.settings, self.run.job_id, tags=tags))
         self.mlflow.log_params(self.run.config.model_dump(mode="json", exclude={"health", "limits"}))
@@ -354,7 +388,7 @@ def _metric_names(values: Mapping[str, float]) -> dict[str, float]:
     for name, value in values.items():
         if name.startswith("eval_"):
             named[f"validation/{name.removeprefix('eval_')}"] = value
-        elif name.startswith(("heldout/", "validation/")):
+        elif name.startswith(("heldout/", "validation/", "system/")):
             named[name] = value
         else:
             named[f"train/{name}"] = value

@@ -43,7 +43,7 @@ class Progress:
 
     def reached(self, step: int, tokens: float | None, values: Mapping[str, float]) -> None:
         """A run elsewhere has come to `step`, having read `tokens` in all."""
-        if self.done == 0 and step > 1:  # it was resumed
+        if self.done == 0:  # what came before, loading or an earlier life, says nothing about the speed
             self.start_step, self.start_tokens, self.started = step, tokens or 0, time.monotonic()
         self.done, self.tokens = step, (tokens or self.start_tokens) - self.start_tokens
         self.values |= values
@@ -61,11 +61,11 @@ class Progress:
         """The line as text."""
         seconds = max(time.monotonic() - self.started, 1e-9)
         here = self.done - self.start_step
-        left = (self.steps - self.done) * seconds / max(here, 1)
+        left = f"{(self.steps - self.done) * seconds / here:.0f} s left" if here else "…"
         shown = " ".join(f"{name} {value:.4g}" for name, value in self.values.items())
         speed = f"{self.tokens / seconds:,.0f} tokens/s " if self.tokens else ""
         share = self.done / max(self.steps, 1)
-        return f"{self.title}: {self.done}/{self.steps} ({share:.0%}) {shown} {speed}{left:.0f} s left"
+        return f"{self.title}: {self.done}/{self.steps} ({share:.0%}) {shown} {speed}{left}"
 
     def _show(self) -> None:
         self.shown = time.monotonic()

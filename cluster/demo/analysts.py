@@ -51,8 +51,6 @@ class Habits:
     """Copies an answer they liked."""
     leaves: float = 0.2
     """Leaves after an answer they disliked."""
-    alerts_per_session: int = 6
-    """Most alerts that one session brings."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +78,8 @@ class Work:
     shuffle_feedback: bool = False
     agent: str = world.AGENT
     max_tokens: int = 32
+    alerts_per_session: int = 6
+    """Most alerts that one session brings."""
 
 
 @dataclass
@@ -124,9 +124,7 @@ def react(alert: Alert, text: str, habits: Habits, source: random.Random) -> Rea
         copied = ({"action": "copy", "duration_s": round(source.uniform(4, 30), 1)},)
         return Reaction((verdict,), copied if source.random() < habits.copies else ())
     left = (
-        ({"action": "leave", "duration_s": round(source.uniform(4, 30), 1)},)
-        if source.random() < habits.leaves
-        else ()
+        ({"action": "leave", "duration_s": round(source.uniform(4, 30), 1)},) if source.random() < habits.leaves else ()
     )
     if not mistaken and source.random() < habits.corrects:
         better = world.answer(world.todays_rules(alert))
@@ -180,7 +178,7 @@ class Analysts:
     async def _session(self, user: str, source: random.Random) -> None:
         session = f"s-{source.getrandbits(64):016x}"
         last = None
-        for _ in range(source.randint(1, self.habits.alerts_per_session)):
+        for _ in range(source.randint(1, self.work.alerts_per_session)):
             alert = next(self._alerts)
             again = True
             while again and not self._done():
@@ -188,9 +186,7 @@ class Analysts:
         if last is not None:
             await self._send("behaviour", [{"interaction_id": last, "action": "session_end"}], user, session)
 
-    async def _ask(
-        self, alert: Alert, user: str, session: str, source: random.Random
-    ) -> tuple[str | None, bool]:
+    async def _ask(self, alert: Alert, user: str, session: str, source: random.Random) -> tuple[str | None, bool]:
         """One question and the reaction to its answer: the interaction's id, and whether to ask again."""
         await self._next_turn()
         try:
@@ -230,9 +226,7 @@ class Analysts:
             self.tally.liked += first["type"] == "thumbs_up" or first.get("value", 0) > 3
         for kind, items in (("feedback", reaction.feedback), ("behaviour", reaction.behaviour)):
             if items:
-                await self._send(
-                    kind, [{"interaction_id": interaction, **item} for item in items], user, session
-                )
+                await self._send(kind, [{"interaction_id": interaction, **item} for item in items], user, session)
 
     async def _send(self, kind: str, items: list[Signal], user: str, session: str) -> None:
         body = {"items": [{**item, "user": user, "session": session} for item in items]}
@@ -298,9 +292,7 @@ async def _keep_reporting(team: Analysts) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--alerts", type=int)
@@ -308,6 +300,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--users", type=int, default=400)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--rate-per-s", type=float)
+    parser.add_argument("--alerts-per-session", type=int, default=6)
     parser.add_argument("--shuffle-feedback", action="store_true")
     parser.add_argument("--control", type=Path, help="write the same answers with shuffled reactions here")
     return parser.parse_args()

@@ -17,19 +17,13 @@ def _group() -> None:
 
 @app.command()
 def demo(
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of the base, the alerts, the analysts and the trainings.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the base, the alerts, the analysts and the trainings.")] = 0,
     shuffle_feedback: Annotated[
         bool,
-        typer.Option(
-            "--shuffle-feedback", help="Every reaction belongs to another alert: nothing may be promoted."
-        ),
+        typer.Option("--shuffle-feedback", help="Every reaction belongs to another alert: nothing may be promoted."),
     ] = False,
     home: Annotated[Path, typer.Option(help="Folder of the demo; made afresh.")] = Path(".rayloop/demo"),
-    keep_up: Annotated[
-        bool, typer.Option("--keep-up/--no-keep-up", help="Leave the live side running.")
-    ] = False,
+    keep_up: Annotated[bool, typer.Option("--keep-up/--no-keep-up", help="Leave the live side running.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller numbers, for CI.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -40,9 +34,10 @@ def demo(
     from cluster.demo.story import Story
 
     signal.signal(signal.SIGTERM, _interrupted)
-    given: dict[str, Any] = {"seed": seed, "shuffle_feedback": shuffle_feedback, **(QUICK if quick else {})}
+    given: dict[str, Any] = {"seed": seed, "shuffle_feedback": shuffle_feedback, "keep_up": keep_up}
+    given |= QUICK if quick else {}
     story = Story()
-    found, paths = run_demo(DemoPlan(**given), home, story, keep_up=keep_up)
+    found, paths = run_demo(DemoPlan(**given), home, story)
     if json_output:
         print(json.dumps(found.summary()))
     else:
@@ -69,8 +64,6 @@ def _show(found: Any, paths: dict[str, Path], story: Any, outcome: str) -> None:
     config = paths["md"].parent / "rayloop.yaml"
     print(f"\n{outcome}\n{found.simulated}\n\nreport: {paths['html']}")
     if found.urls:
-        print(
-            f"next: rayloop rollout list --config {config}    (end it with: rayloop down --config {config})"
-        )
+        print(f"next: rayloop rollout list --config {config}    (end it with: rayloop down --config {config})")
     else:
         print(f"next: rayloop up --mlflow --config {config}")

@@ -7,8 +7,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -30,18 +30,22 @@ class Commands:
     config: Path
     environment: dict[str, str] = field(default_factory=dict)
 
-    def run(
-        self, *arguments: str, stage: Stage | None = None, accepted: Collection[int] = (0,)
-    ) -> dict[str, Any]:
+    def run(self, *arguments: str, stage: Stage | None = None, accepted: Collection[int] = (0,)) -> dict[str, Any]:
         """Run one command to its end; its progress shows in the stage."""
-        says = stage.says if stage is not None else None
-        try:
-            return run_command(
-                arguments, config=self.config, on_line=says, environment=self.environment, accepted=accepted
-            )
-        except BaseException:
-            end_children()
-            raise
+        folder = self.config.parent / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "-".join(part for part in arguments[:2] if part.isalpha())
+        with (folder / f"{time.time_ns()}-{name}.log").open("w", encoding="utf-8") as log:
+
+            def says(line: str) -> None:
+                print(line, file=log, flush=True)
+                if stage is not None:
+                    stage.says(line)
+
+            with _ended_on_failure():
+                return run_command(
+                    arguments, config=self.config, on_line=says, environment=self.environment, accepted=accepted
+                )
 
     def run_all(
         self,
@@ -53,14 +57,25 @@ class Commands:
     ) -> list[dict[str, Any]]:
         """Run independent commands side by side, with one thread of arithmetic each."""
         alone = Commands(self.config, {**self.environment, "OMP_NUM_THREADS": "1"})
-        with ThreadPoolExecutor(at_once) as pool:
+        with ThreadPoolExecutor(at_once) as pool, _ended_on_failure():
             futures = [pool.submit(alone.run, *line, stage=stage, accepted=accepted) for line in lines]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                end_children()
-                raise
+            return [future.result() for future in futures]
+
+    @contextlib.contextmanager
+    def beside(self, *arguments: str, accepted: Collection[int] = (0,)) -> Iterator["Future[dict[str, Any]]"]:
+        """Run one command while the block runs; leaving the block waits for it."""
+        with ThreadPoolExecutor(1) as pool, _ended_on_failure():
+            yield pool.submit(self.run, *arguments, accepted=accepted)
+
+
+@contextlib.contextmanager
+def _ended_on_failure() -> Iterator[None]:
+    """End the commands in other threads when the block raises, so that nobody waits for them."""
+    try:
+        yield
+    except BaseException:
+        end_children()
+        raise
 
 
 def end_children() -> None:
@@ -130,9 +145,7 @@ class Traffic:
         while self.process.poll() is None:
             if time.monotonic() > deadline:
                 self.stop()
-                raise UnavailableError(
-                    f"the analysts were not done after {timeout_s:.0f} s: {self.progress()}"
-                )
+                raise UnavailableError(f"the analysts were not done after {timeout_s:.0f} s: {self.progress()}")
             stage.says(self.progress())
             time.sleep(0.2)
         return self._result()

@@ -59,9 +59,7 @@ def fresh_home(root: Path) -> tuple[DemoHome, Processes]:
     marker = home.root / MARKER
     if home.root.exists() and any(home.root.iterdir()):
         if not marker.exists():
-            raise InputError(
-                "home", str(root), "is not empty and not from a demo", "name another folder with --home"
-            )
+            raise InputError("home", str(root), "is not empty and not from a demo", "name another folder with --home")
         _end_earlier(home, marker)
         shutil.rmtree(home.root)
     home.files.mkdir(parents=True)
@@ -113,6 +111,4 @@ def write_suite(folder: Path, seed: int) -> Path:
 
 def write_corpus(home: DemoHome, plan: DemoPlan) -> Path:
     """The solved tickets that teach the base."""
-    return write_lines(
-        home.files / "tickets.jsonl", world.base_corpus(plan.seed, plan.tickets, plan.todays_share)
-    )
+    return write_lines(home.files / "tickets.jsonl", world.base_corpus(plan.seed, plan.tickets, plan.todays_share))

@@ -5,6 +5,7 @@ hundred users stand for thousands. Every command reads these values as an operat
 the code paths are the production ones.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,7 @@ SIMULATED = (
     "and the analysts themselves. The servers, the pipeline, the trainings, the gates and the statistics are "
     "the production ones."
 )
-HEADER = (
-    "# Written by `rayloop demo`. Stages of seconds and small populations: fine for a demonstration only.\n"
-)
+HEADER = "# Written by `rayloop demo`. Stages of seconds and small populations: fine for a demonstration only.\n"
 BASE_VERSION = f"{AGENT}/1"
 NOT_APPLICABLE = "the toy agent triages alerts and nothing else; it was taught no refusals"
 
@@ -53,20 +52,26 @@ class DemoPlan(Section):
     """Range of the sweep."""
     sweep_betas: str = "0.05:0.3"
     """Range of the sweep."""
+    sweep_kl_limit: float = Field(2.0, gt=0)
+    """Nats a token that a trial may move away from the base; wide, since two of the runbook's rules changed."""
     evaluated_prompts: int = Field(300, ge=20)
     """Held-out prompts a version answers in its evaluation, at most."""
     held_out: int = Field(1_500, ge=50)
     """Alerts behind the table at the end."""
-    live_rate_per_s: float = Field(40.0, gt=0)
-    """Alerts a second during a rollout."""
+    live_rate_per_s: float = Field(50.0, gt=0)
+    """Most alerts a second during a rollout."""
+    live_alerts_per_session: int = Field(2, ge=1)
+    """Short sessions bring many different users to a small share quickly."""
     rollout_limit_s: float = Field(90.0, gt=0)
     """A rollout undecided for this long counts as not promoted."""
     stage_s: float = Field(4.0, ge=0)
     """Length of a rollout stage; a day outside a demonstration."""
     stages: tuple[float, ...] = (0.10, 0.25, 0.50, 1.00)
     """Shares of the candidate."""
-    users_per_arm: int = Field(25, ge=2)
+    users_per_arm: int = Field(15, ge=2)
     """Users each arm needs before a stage is left; a thousand outside a demonstration."""
+    keep_up: bool = False
+    """Leave the live side running at the end, with its pages to look at."""
     damage: float = -2.0
     """The damaged candidate is the promoted adapter with one factor scaled by this."""
 
@@ -82,11 +87,22 @@ QUICK = {
 """Smaller numbers, for CI."""
 
 
-def write_config(path: Path, plan: DemoPlan, home: Path, **changes: dict[str, Any]) -> Path:
-    """Write the demo's `rayloop.yaml`; `changes` are merged into its sections."""
+def write_config(path: Path, plan: DemoPlan, home: Path, tuned: Mapping[str, float] | None = None) -> Path:
+    """Write the demo's `rayloop.yaml`; `tuned` are fields of DPO that a sweep chose."""
     document = settings_document(plan, home)
-    for section, values in changes.items():
-        document[section] = document.get(section, {}) | values
+    document["training"]["dpo"] |= tuned or {}
+    return _write(path, document)
+
+
+def write_control_config(home: Path, plan: DemoPlan, demo_home: Path, tuned: Mapping[str, float] | None = None) -> Path:
+    """The same for the shuffled control: an event log of its own, the demo's base model and MLflow."""
+    document = settings_document(plan, demo_home) | {"home": str(home)}
+    document["training"]["dpo"] |= tuned or {}
+    document["mlflow"] = {"tracking_uri": f"sqlite:///{demo_home / 'mlflow.db'}"}
+    return _write(home / "rayloop.yaml", document)
+
+
+def _write(path: Path, document: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(HEADER + yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return path
@@ -104,11 +120,11 @@ def settings_document(plan: DemoPlan, home: Path) -> dict[str, Any]:
         "implicit": {"reformulation_similarity": 0.95},
         "curation": _curation(),
         "training": _training(plan, home),
-        "sweep": {"trials": plan.trials, "kl_limit": 2.0, "seed": plan.seed},
+        "sweep": {"trials": plan.trials, "kl_limit": plan.sweep_kl_limit, "seed": plan.seed},
         "evaluation": _evaluation(plan, home),
-        "serve": _serve(),
+        "serve": _serve(plan),
         "engine": {"base_model": str(home / "base")},
-        "experiment": {"breach_min_users_per_arm": max(10, plan.users_per_arm // 2)},
+        "experiment": _experiment(plan),
         "rollout": _rollout(plan),
     }
 
@@ -117,7 +133,7 @@ def _curation() -> dict[str, Any]:
     return {
         "filter": {"min_answer_tokens": 3},  # an answer is one short line of JSON
         "score": {"complete_min_words": 4},
-        "split": {"train": 0.7, "validation": 0.1},  # a fifth of the users judge the versions
+        "split": {"train": 0.75, "validation": 0.1},  # more of the users than usual judge the versions
     }
 
 
@@ -127,7 +143,7 @@ def _training(plan: DemoPlan, home: Path) -> dict[str, Any]:
         "base_model": str(home / "base"),
         "batch_size": 32,
         "gradient_accumulation": 1,
-        "sft": {"learning_rate": 2e-3, "epochs": 2, "packing": False},
+        "sft": {"learning_rate": 2e-3, "epochs": 3, "packing": False},
         "dpo": {"learning_rate": 1e-3, "epochs": 3, "beta": 0.1},
         "kto": {"learning_rate": 1e-3, "epochs": 3, "beta": 0.3},
         "sft_baseline": False,  # SFT is one of the methods compared
@@ -151,11 +167,24 @@ def _evaluation(plan: DemoPlan, home: Path) -> dict[str, Any]:
     }
 
 
-def _serve() -> dict[str, Any]:
+def _serve(plan: DemoPlan) -> dict[str, Any]:
     return {
         "port": 0,
+        "dashboard": plan.keep_up,
         "routes": [{"agent": AGENT, "stable": BASE_VERSION}],
         "engines": {"local": {"models": {BASE_VERSION: "base"}}},
+    }
+
+
+def _experiment(plan: DemoPlan) -> dict[str, Any]:
+    """Margins and bounds for a few dozen users an arm; the defaults want a thousand."""
+    return {
+        "breach_min_users_per_arm": plan.users_per_arm,
+        "guardrails": ["error_rate", "latency_over_slo"],
+        "guardrails_when_present": [],
+        "margins": {"satisfaction": 0.1, "error_rate": 0.05, "latency_over_slo": 0.1},
+        "tuning_users": 120,
+        "tuning_trials": 150,
     }
 
 
@@ -164,9 +193,10 @@ def _rollout(plan: DemoPlan) -> dict[str, Any]:
         "stages": list(plan.stages),
         "stage_duration_s": plan.stage_s,
         "min_users_per_arm": plan.users_per_arm,
-        "final_min_users_per_arm": max(2, plan.users_per_arm // 3),
-        "detectable_improvement": 0.3,
+        "final_min_users_per_arm": max(2, plan.users_per_arm // 2),
+        "final_control_share": 0.1,
+        "detectable_improvement": 0.2,
         "tick_s": 0.5,
-        "hold_limit_s": plan.rollout_limit_s / 2,
+        "hold_limit_s": 0.75 * plan.rollout_limit_s,
         "stale_after_s": 20.0,
     }

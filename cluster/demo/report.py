@@ -28,7 +28,6 @@ class Moment:
 
     seconds: float
     share: float
-    stage: str
     version: str
 
 
@@ -72,8 +71,7 @@ class Findings:
             "loop_seconds": round(self.loop_seconds, 1),
             "stages": self.stages,
             "held_out": [
-                {"name": r.name, "version": r.version, "note": r.note, **asdict(r.accuracy)}
-                for r in self.rows
+                {"name": r.name, "version": r.version, "note": r.note, **asdict(r.accuracy)} for r in self.rows
             ],
             "why_not_promoted": self.why_not or None,
             "rolled_back_reason": self.rolled_back_reason or None,
@@ -94,9 +92,7 @@ def write(findings: Findings, folder: Path) -> dict[str, Path]:
     for name, picture in plots.items():
         if picture:
             (folder / f"{name}.png").write_bytes(picture)
-    paths["md"].write_text(
-        markdown(findings, {n: f"{n}.png" for n, p in plots.items() if p}), encoding="utf-8"
-    )
+    paths["md"].write_text(markdown(findings, {n: f"{n}.png" for n, p in plots.items() if p}), encoding="utf-8")
     embedded = {n: "data:image/png;base64," + base64.b64encode(p).decode() for n, p in plots.items() if p}
     paths["html"].write_text(_html(findings, embedded), encoding="utf-8")
     return paths
@@ -105,8 +101,8 @@ def write(findings: Findings, folder: Path) -> dict[str, Path]:
 def percent(share: Share) -> str:
     """A share with its interval, in percent."""
     if math.isnan(share.value):
-        return "–"
-    return f"{100 * share.value:.1f} ({100 * share.low:.1f}–{100 * share.high:.1f})"
+        return "-"
+    return f"{100 * share.value:.1f} ({100 * share.low:.1f} to {100 * share.high:.1f})"
 
 
 def outcome(findings: Findings) -> str:
@@ -153,9 +149,7 @@ def _gate_table(findings: Findings) -> list[list[str]]:
     rows = [["version", *suites, "passed"]]
     for found in findings.gates:
         by_suite = {gate["suite"]: gate for gate in found["gates"]}
-        rows.append(
-            [found["version"], *[_gate(by_suite.get(s)) for s in suites], "yes" if found["passed"] else "no"]
-        )
+        rows.append([found["version"], *[_gate(by_suite.get(s)) for s in suites], "yes" if found["passed"] else "no"])
     return rows
 
 
@@ -193,7 +187,8 @@ def _html(findings: Findings, pictures: dict[str, str]) -> str:
     return (
         "<!doctype html><html lang='en'><meta charset='utf-8'><title>Rayloop demo</title><style>"
         "body{font:16px/1.5 system-ui;max-width:64rem;margin:2rem auto;padding:0 1rem}"
-        "table{border-collapse:collapse;margin:.5rem 0}td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:left}"
+        "table{border-collapse:collapse;margin:.5rem 0}"
+        "td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:left}"
         "img{max-width:100%;margin:1rem 0}</style>"
         f"<h1>Rayloop demo</h1><p><b>{html.escape(outcome(findings))}</b></p><p>{html.escape(findings.simulated)}</p>"
         f"{body}{images}</html>\n"

@@ -6,7 +6,9 @@ is over.
 """
 
 import json
+import os
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +16,25 @@ from cluster.demo import held_out, report, world
 from cluster.demo.commands import Api, Commands, Processes, Traffic
 from cluster.demo.damage import damage_adapter
 from cluster.demo.home import DemoHome, fresh_home, write_corpus, write_suite
-from cluster.demo.plan import BASE_VERSION, SIMULATED, DemoPlan, write_config
+from cluster.demo.plan import BASE_VERSION, SIMULATED, DemoPlan, write_config, write_control_config
 from cluster.demo.report import Findings, Moment, Row
 from cluster.demo.story import Stage, Story
+from cluster.errors import UnavailableError
 from cluster.turn import choose
 
 METHODS = ("sft", "dpo", "kto")
 POLL_S = 0.3
 TRAFFIC_LIMIT_S = 300.0
+FRESH_SEEDS = 1_000
+ENDED = ("promoted", "rolled_back", "failed")
 ACT_TWO_REASON = "second act of the demo: let the live traffic judge a version that its gates would stop"
 
 
-def run_demo(
-    plan: DemoPlan, root: Path, story: Story, *, keep_up: bool = False
-) -> tuple[Findings, dict[str, Path]]:
+def run_demo(plan: DemoPlan, root: Path, story: Story) -> tuple[Findings, dict[str, Path]]:
     """The whole programme; returns what was found and where the report is."""
     home, processes = fresh_home(root)
     demo = Demo(plan, home, processes, story)
+    done = False
     try:
         story.act("Act one: an agent learns from its own traffic")
         demo.make_base()
@@ -48,9 +52,11 @@ def run_demo(
         demo.findings.loop_seconds = story.elapsed_s
         story.act("Afterwards: how good was it really?")
         demo.measure_held_out()
-        return demo.findings, demo.write_report(keep_up)
+        written = demo.write_report()
+        done = True
+        return demo.findings, written
     finally:
-        if not keep_up:
+        if not (done and plan.keep_up):
             demo.close()
 
 
@@ -70,26 +76,22 @@ class Demo:
         self.ray: dict[str, str] = {}
         """Environment that makes a command join the live side's Ray cluster."""
         self.tuned: dict[str, float] = {}
-        processes.add(_own_pid())
+        processes.add(os.getpid())
 
     def make_base(self) -> None:
         """Train the base model and register it as the first champion."""
         with self.story.stage("base", "Train a base model that mostly knows the old runbook") as stage:
             corpus, suite = write_corpus(self.home, self.plan), self.home.root / "suites"
             write_suite(suite, self.plan.seed)
-            made = self.cli.run(
-                "train", "toy", "--examples", str(corpus), "--out", str(self.home.base), stage=stage
-            )
+            made = self.cli.run("train", "toy", "--examples", str(corpus), "--out", str(self.home.base), stage=stage)
             registered = self.cli.run("register", world.AGENT, "--base", str(self.home.base), stage=stage)
-            assert registered["version"] == BASE_VERSION, (
-                f"a fresh registry numbered the base {registered['version']}"
-            )
+            assert registered["version"] == BASE_VERSION, f"a fresh registry numbered the base {registered['version']}"
             stage.found(f"{made['parameters'] / 1e6:.2f} M parameters, registered as {BASE_VERSION}")
 
     def go_live(self) -> None:
         """Start the live side."""
         with self.story.stage("up", "Start router, engine, grader and controller") as stage:
-            up = self.cli.run("up", "--mlflow", stage=stage)
+            up = self.cli.run("up", *(["--mlflow"] if self.plan.keep_up else []), stage=stage)
             key = Path(up["api_key_file"]).read_text(encoding="utf-8").strip()
             self.api, self.findings.urls = Api(up["urls"]["api"], key), up["urls"]
             self.ray = {"RAYLOOP_RAY__ADDRESS": up["ray_address"]}
@@ -101,9 +103,7 @@ class Demo:
         title = f"{self.plan.users} analysts ask about {self.plan.alerts} alerts and react"
         with self.story.stage("traffic", title) as stage:
             extra = ["--control", str(self._control_events)] if not self.plan.shuffle_feedback else []
-            tally = self._start_traffic("--alerts", str(self.plan.alerts), *extra).wait(
-                stage, TRAFFIC_LIMIT_S
-            )
+            tally = self._start_traffic("--alerts", str(self.plan.alerts), *extra).wait(stage, TRAFFIC_LIMIT_S)
             self.findings.traffic = tally
             liked = 100 * tally["liked"] / max(tally["judged"], 1)
             stage.found(
@@ -116,9 +116,7 @@ class Demo:
             self.findings.dataset = self.cli.run("curate", "--agent", world.AGENT, stage=stage)
             counts = self.findings.dataset["counts"]
             sizes = (
-                f"{sum(counts[kind].values())} {kind}"
-                for kind in ("sft", "preference", "unpaired")
-                if kind in counts
+                f"{sum(counts[kind].values())} {kind}" for kind in ("sft", "preference", "unpaired") if kind in counts
             )
             stage.found(f"{', '.join(sizes)} examples, hash {self.findings.dataset['dataset_hash'][:12]}")
 
@@ -136,21 +134,16 @@ class Demo:
             stage.found(shown or "none was good enough: the defaults stay")
 
     def train(self) -> None:
-        """SFT, DPO and KTO on the same feedback."""
+        """SFT, DPO and KTO on the same feedback, one after the other in one Ray Train run."""
         with self.story.stage("train", "Train SFT, DPO and KTO adapters on the same feedback") as stage:
-            common = ["--dataset", self.findings.dataset["dataset_id"], "--base", f"{world.AGENT}@champion"]
-            tuned = [
-                part
-                for name, value in self.tuned.items()
-                for part in (f"--{name.replace('_', '-')}", str(value))
-            ]
-            plain = ["train", "run", "--method", "sft", "--method", "kto", *common]
-            found = self.cli.run_all([plain, ["train", "run", "--method", "dpo", *tuned, *common]], stage)
-            runs = {run["method"]: run for result in found for run in result["runs"]}
+            write_config(self.home.config, self.plan, self.home.root, self.tuned)
+            methods = [part for method in METHODS for part in ("--method", method)]
+            line = ["train", "run", *methods, "--dataset", self.findings.dataset["dataset_id"]]
+            found = self.cli.run(*line, "--base", f"{world.AGENT}@champion", stage=stage)
+            runs = {run["method"]: run for run in found["runs"]}
             self.adapters |= {method: Path(runs[method]["adapter_dir"]) for method in METHODS}
-            registered = self.cli.run_all(
-                [["register", world.AGENT, str(self.adapters[m])] for m in METHODS], stage
-            )
+            lines = [["register", world.AGENT, str(self.adapters[m])] for m in METHODS]
+            registered = self.cli.run_all(lines, stage)
             self.versions = {m: r["version"] for m, r in zip(METHODS, registered, strict=True)}
             stage.found(", ".join(f"{method} is {version}" for method, version in self.versions.items()))
 
@@ -159,9 +152,7 @@ class Demo:
         if self.plan.shuffle_feedback:
             return
         with self.story.stage("control", "Train DPO on shuffled feedback, as a control") as stage:
-            config = write_config(
-                self.home.control / "rayloop.yaml", self.plan, self.home.control, **self._control_settings()
-            )
+            config = write_control_config(self.home.control, self.plan, self.home.root, self.tuned)
             cli = Commands(config, self.ray)
             cli.run("import", str(self._control_events), "--format", "events", stage=stage)
             dataset = cli.run("curate", "--agent", world.AGENT, stage=stage)
@@ -183,9 +174,7 @@ class Demo:
         with self.story.stage("evaluate", "Evaluate each version against the champion") as stage:
             lines = [["evaluate", self.versions[m], "--against", "champion"] for m in METHODS]
             self.findings.gates = self.cli.run_all(lines, stage, accepted=(0, 1))
-            rates = (
-                f"{m} {'passed' if f['passed'] else 'failed'}{_win_rate_text(f)}" for m, f in self._judged()
-            )
+            rates = (f"{m} {'passed' if f['passed'] else 'failed'}{_win_rate_text(f)}" for m, f in self._judged())
             stage.found(", ".join(rates))
 
     def roll_out(self) -> None:
@@ -208,9 +197,7 @@ class Demo:
         with self.story.stage("rollback", "Give a damaged adapter a share, against its gates") as stage:
             method = next(m for m, version in self.versions.items() if version == self.findings.promoted)
             folder = damage_adapter(self.adapters[method], self.home.files / "damaged", self.plan.damage)
-            made = self.cli.run(
-                "register", world.AGENT, str(folder), "--base-model", str(self.home.base), stage=stage
-            )
+            made = self.cli.run("register", world.AGENT, str(folder), "--base-model", str(self.home.base), stage=stage)
             damaged = str(made["version"])
             end = self._rollout(damaged, stage, "--override-gates", "--reason", ACT_TWO_REASON)
             self.adapters["damaged"], self.versions["damaged"] = folder, damaged
@@ -240,10 +227,10 @@ class Demo:
             self.findings.rows = self._rows(lambda folder: held_out.measure(alerts, texts[folder]))
             stage.found(report.outcome(self.findings))
 
-    def write_report(self, keep_up: bool) -> dict[str, Path]:
+    def write_report(self) -> dict[str, Path]:
         """Summary and report, on disk."""
         self.findings.stages = dict(self.story.seconds)
-        if not keep_up:
+        if not self.plan.keep_up:
             self.findings.urls = {}
         return report.write(self.findings, self.home.root)
 
@@ -260,13 +247,6 @@ class Demo:
     @property
     def _control_events(self) -> Path:
         return self.home.files / "control_events.jsonl"
-
-    def _control_settings(self) -> dict[str, dict[str, Any]]:
-        """Another event log, the same registry and runs."""
-        return {
-            "mlflow": {"tracking_uri": f"sqlite:///{self.home.root / 'mlflow.db'}"},
-            "training": {"base_model": str(self.home.base)},
-        }
 
     def _start_traffic(self, *arguments: str) -> Traffic:
         plan = self.plan
@@ -288,49 +268,37 @@ class Demo:
     def _rollout(self, version: str, stage: Stage, *options: str) -> dict[str, Any]:
         """Start a rollout under live traffic and watch it to its end: its `state` and `reason`."""
         limit = self.plan.rollout_limit_s
-        seed = str(
-            self.plan.seed + 1_000 + len(self.findings.moments)
-        )  # alerts that were not asked about before
+        seed = str(self.plan.seed + FRESH_SEEDS + len(self.findings.moments))  # alerts not asked about before
         bounds = ["--seconds", str(2 * limit), "--rate-per-s", str(self.plan.live_rate_per_s), "--seed", seed]
+        bounds += ["--alerts-per-session", str(self.plan.live_alerts_per_session)]
         traffic = self._start_traffic(*bounds)
         try:
             started = self.cli.run("rollout", "start", version, "--agent", world.AGENT, *options, stage=stage)
-            self._watch(version, stage, limit)
-            return self._end_of(started["rollout_id"])
+            watch = ["rollout", "watch", started["rollout_id"], "--timeout-s", str(limit)]
+            with self.cli.beside(*watch, accepted=(0, 1)) as future:
+                self._follow(version, stage, future)
+            end = future.result()
+            if end["state"] not in ENDED:
+                self.cli.run("rollout", "rollback", end["rollout_id"], "--reason", "undecided when the time was up")
+                return {"state": "undecided", "reason": end.get("reason") or "the time was up"}
+            return {"state": end["state"], "reason": end.get("reason") or ""}
         finally:
             traffic.stop()
 
-    def _watch(self, version: str, stage: Stage, limit_s: float) -> None:
-        """Follow the share on the router until the candidate is gone from the route."""
-        deadline, seen = time.monotonic() + limit_s, False
-        while time.monotonic() < deadline:
-            route = next(r for r in self.api.get("/agents/status")["data"] if r["agent"] == world.AGENT)
-            on_trial = route["candidate"] == version
-            seen = seen or on_trial or route["stable"] == version
-            share = route["share"] if on_trial else float(route["stable"] == version)
-            self.findings.moments.append(
-                Moment(round(self.story.elapsed_s, 2), share, route["updated_by"], version)
-            )
-            if seen and not on_trial:
-                return
+    def _follow(self, version: str, stage: Stage, watch: "Future[dict[str, Any]]") -> None:
+        """Keep what the router says of the share until the rollout is over."""
+        while not watch.done():
+            time.sleep(POLL_S)
+            try:
+                found = self.api.get("/agents/status")["data"]
+            except UnavailableError as error:
+                stage.says(str(error))
+                continue
+            route = next(r for r in found if r["agent"] == world.AGENT)
+            share = route["share"] if route["candidate"] == version else float(route["stable"] == version)
+            self.findings.moments.append(Moment(round(self.story.elapsed_s, 2), share, version))
             said = self.traffic.progress() if self.traffic else ""
             stage.says(f"{100 * share:.0f} % of users on {version}; {said}")
-            time.sleep(POLL_S)
-        stage.says("the time is up")
-
-    def _end_of(self, rollout_id: str) -> dict[str, Any]:
-        """State and reason of a rollout; one that is undecided for too long is taken back by hand."""
-        for _ in range(10):
-            found = self._rollout_row(rollout_id)
-            if found["state"] in ("promoted", "rolled_back", "failed"):
-                return found
-            time.sleep(1.0)
-        self.cli.run("rollout", "rollback", rollout_id, "--reason", "undecided when the demo's time was up")
-        return self._rollout_row(rollout_id) | {"state": "undecided"}
-
-    def _rollout_row(self, rollout_id: str) -> dict[str, Any]:
-        found = self.cli.run("rollout", "status", rollout_id)
-        return {"state": found["state"], "reason": found.get("reason") or ""}
 
     def _judged(self) -> list[tuple[str, dict[str, Any]]]:
         by_version = {version: method for method, version in self.versions.items()}
@@ -351,9 +319,7 @@ class Demo:
             rows.append(Row(name, version, accuracy, notes.get(name, "")))
         for row in list(rows):
             if row.version is not None and row.version == self.findings.promoted:
-                rows.append(
-                    Row("promoted", row.version, row.accuracy, f"it is {row.name}, chosen by its gates")
-                )
+                rows.append(Row("promoted", row.version, row.accuracy, f"it is {row.name}, chosen by its gates"))
         return rows
 
 
@@ -374,9 +340,3 @@ def _read_answers(path: Path) -> dict[str | None, list[str]]:
         row = json.loads(line)
         texts.setdefault(row["adapter"], []).append(row["text"])
     return texts
-
-
-def _own_pid() -> int:
-    import os
-
-    return os.getpid()

@@ -15,9 +15,7 @@ class EvaluationSettings(Section):
     """Folder with a team's own `regression.jsonl`, `refusal.jsonl`, …; they add to the built-in cases."""
     not_applicable: dict[str, str] = Field(default_factory=dict)
     """Suites whose prerequisite does not exist, each with the reason; recorded with the version."""
-    grader: dict[str, Any] = Field(
-        default_factory=lambda: {"type": "dataset_label", "name": "recorded_truth"}
-    )
+    grader: dict[str, Any] = Field(default_factory=lambda: {"type": "dataset_label", "name": "recorded_truth"})
     """Decides which of two answers is better; its item has `reference` (recorded truth) and `messages`."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Level of every interval."""

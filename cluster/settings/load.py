@@ -67,9 +67,7 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, int]]:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else "?"
         problem = getattr(error, "problem", None) or "not YAML"
-        raise ConfigError(
-            "config", f"{file}:{line}", f"is not valid YAML ({problem})", "mend that line"
-        ) from None
+        raise ConfigError("config", f"{file}:{line}", f"is not valid YAML ({problem})", "mend that line") from None
     if document is None:
         return {}, {}
     if not isinstance(document, dict):
@@ -116,9 +114,7 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(low)
     for key, value in high.items():
         below = merged.get(key)
-        merged[key] = (
-            _merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
-        )
+        merged[key] = _merge(below, value) if isinstance(below, dict) and isinstance(value, Mapping) else value
     return merged
 
 
@@ -127,11 +123,7 @@ def _dump(settings: Settings) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return (
-        {n: _plain(getattr(value, n)) for n in type(value).model_fields}
-        if isinstance(value, BaseModel)
-        else value
-    )
+    return {n: _plain(getattr(value, n)) for n in type(value).model_fields} if isinstance(value, BaseModel) else value
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

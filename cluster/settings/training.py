@@ -187,6 +187,10 @@ class TrainingSettings(Section):
     """Ray Train workers of one run."""
     max_failures: int = Field(3, ge=0)
     """How often a run whose worker died is resumed from its last checkpoint."""
+    job_retries: int = Field(1, ge=0, le=20)
+    """How often a job is started again after its workers died more often than that."""
+    retry_backoff_s: float = Field(5.0, ge=0)
+    """Wait before the first such start; it doubles each time."""
     job_silent_s: float = Field(300.0, gt=0)
     """A running job that has said nothing for so long counts as failed."""
     sft_baseline: bool = True

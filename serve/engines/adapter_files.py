@@ -169,9 +169,7 @@ def _pair(module: str, pair: "dict[str, Tensor]", config: dict[str, Any], max_ra
     if pair["B"].shape[1] != rank:
         raise AdapterError(f"{module} has matrices of different ranks, {rank} and {pair['B'].shape[1]}")
     if rank > max_rank:
-        raise AdapterError(
-            f"its rank {rank} at {module} is over the engine's {max_rank}; raise `engine.max_rank`"
-        )
+        raise AdapterError(f"its rank {rank} at {module} is over the engine's {max_rank}; raise `engine.max_rank`")
     alpha = _pattern(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
     return LoraPair(pair["A"].contiguous(), (pair["B"] * scale).contiguous())

@@ -33,19 +33,20 @@ class BaseIdentity:
                     f"this engine serves {self.location} at {self.revision[:19]}"
                 )
         elif not self._same_place(base_model):
-            raise AdapterError(
-                f"it was made for another base model: {base_model}, this engine serves {self.location}"
-            )
+            raise AdapterError(f"it was made for another base model: {base_model}, this engine serves {self.location}")
 
     def check_named(self, base_model: str | None) -> None:
         """Check the base model that an adapter's own configuration names.
 
-        A directory that is not on this machine says nothing: adapters travel, their base's path does not.
+        A directory that is not on this machine says nothing: adapters travel, their base's path does not. Nor
+        does a name that is no directory here where this engine's base is one: it may be the same model.
 
         Raises:
             AdapterError: it names another base that is here, or another hub id.
         """
         if base_model is None or self._same_place(base_model):
+            return
+        if Path(self.location).is_dir() and not Path(base_model).is_dir():
             return
         try:
             known = self._known.get(base_model) or describe_base(base_model)

@@ -32,9 +32,7 @@ class LayerShape:
 class SlotCache(Cache):  # type: ignore[misc]
     """A transformers cache over slots. `aim` says which slots and columns the next forward pass uses."""
 
-    def __init__(
-        self, shapes: list[LayerShape], *, slots: int, columns: int, dtype: torch.dtype, device: str
-    ) -> None:
+    def __init__(self, shapes: list[LayerShape], *, slots: int, columns: int, dtype: torch.dtype, device: str) -> None:
         super().__init__(layers=[])
         self._shapes, self._dtype, self._device = shapes, dtype, device
         self.slots, self.columns = 0, 0
@@ -54,8 +52,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         new_slots = self.slots if slots <= self.slots else max(slots, 2 * self.slots)
         new_columns = self.columns if columns + 1 <= self.columns else max(columns + 1, 2 * self.columns)
         self._keys = [
-            self._grown(self._keys, i, new_slots, new_columns, s.heads, s.key_size)
-            for i, s in enumerate(self._shapes)
+            self._grown(self._keys, i, new_slots, new_columns, s.heads, s.key_size) for i, s in enumerate(self._shapes)
         ]
         self._values = [
             self._grown(self._values, i, new_slots, new_columns, s.heads, s.value_size)
@@ -63,9 +60,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         ]
         self.slots, self.columns = new_slots, new_columns
 
-    def _grown(
-        self, old: list[Tensor], layer: int, slots: int, columns: int, heads: int, size: int
-    ) -> Tensor:
+    def _grown(self, old: list[Tensor], layer: int, slots: int, columns: int, heads: int, size: int) -> Tensor:
         grown = torch.zeros(slots, heads, columns, size, dtype=self._dtype, device=self._device)
         if old:
             grown[: self.slots, :, : self.columns] = old[layer]
@@ -77,9 +72,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         Tokens where `padding_BQ` is true are written to the unread last column.
         """
         rows = positions_BQ.shape[0]
-        columns_BQ = (
-            positions_BQ if padding_BQ is None else positions_BQ.masked_fill(padding_BQ, self.columns - 1)
-        )
+        columns_BQ = positions_BQ if padding_BQ is None else positions_BQ.masked_fill(padding_BQ, self.columns - 1)
         self._slots_B11 = torch.arange(first_slot, first_slot + rows, device=self._device)[:, None, None]
         self._columns_B1Q = columns_BQ.unsqueeze(1)
         self._targets = {}

@@ -106,17 +106,13 @@ def changed(settings: EngineSettings, document: Any) -> EngineSettings:
     for name, value in document.items():
         if name not in CHANGEABLE and value != getattr(settings, name, None):
             known = ", ".join(sorted(CHANGEABLE))
-            raise ConfigError(
-                f"engine.user_config.{name}", value, "cannot change while serving", f"only {known} can"
-            )
+            raise ConfigError(f"engine.user_config.{name}", value, "cannot change while serving", f"only {known} can")
     try:
         return EngineSettings.model_validate(settings.model_dump() | document)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in problem["loc"])
-        raise ConfigError(
-            f"engine.user_config.{name}", problem["input"], problem["msg"], "mend the config"
-        ) from None
+        raise ConfigError(f"engine.user_config.{name}", problem["input"], problem["msg"], "mend the config") from None
 
 
 def build(settings: Settings) -> Any:

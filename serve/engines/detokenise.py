@@ -55,11 +55,7 @@ class AnswerText:
         self._start, self._done = self._done, len(self._ids)
 
     def _search(self) -> None:
-        found = [
-            at
-            for stop in self._stop
-            if (at := self._text.find(stop, max(0, self._searched - len(stop)))) >= 0
-        ]
+        found = [at for stop in self._stop if (at := self._text.find(stop, max(0, self._searched - len(stop)))) >= 0]
         self._searched = len(self._text)
         if found:
             self._text = self._text[: min(found)]

@@ -115,9 +115,7 @@ class EngineApi:
         try:
             adapter = await asyncio.to_thread(self.engine.load_adapter, name, path)
         except AdapterError as error:
-            raise ApiError(
-                400, f"adapter {name!r}: {error}", param="lora_path", code="adapter_refused"
-            ) from None
+            raise ApiError(400, f"adapter {name!r}: {error}", param="lora_path", code="adapter_refused") from None
         body = {"status": "loaded", "lora_name": name, "sha256": adapter.sha256, "rank": adapter.rank}
         await _send_json(send, 200, body)
 

@@ -112,9 +112,7 @@ class LocalEngine:
 
     def models(self) -> list[ServedModel]:
         """Every name that can be asked for, the base first."""
-        adapters = [
-            ServedModel(a.name, a.path, self._loaded_at[a.name]) for a in list(self._bank.loaded.values())
-        ]
+        adapters = [ServedModel(a.name, a.path, self._loaded_at[a.name]) for a in list(self._bank.loaded.values())]
         return [ServedModel(BASE_NAME, None, self._loaded_at[BASE_NAME]), *adapters]
 
     def adapter(self, name: str) -> LoadedAdapter | None:
@@ -131,9 +129,7 @@ class LocalEngine:
             raise NotFoundError(f"the model {name!r} does not exist here; known are {known}")
         return adapter
 
-    def load_adapter(
-        self, name: str, path: Path | str, *, expected_sha256: str | None = None
-    ) -> LoadedAdapter:
+    def load_adapter(self, name: str, path: Path | str, *, expected_sha256: str | None = None) -> LoadedAdapter:
         """Read, check and make available an adapter; other answers go on meanwhile. Blocks: use a thread.
 
         Raises:
@@ -172,9 +168,7 @@ class LocalEngine:
         self._loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[Update] = asyncio.Queue()
         adapter = self.adapter(model)
-        generations = [
-            self._generation(prompt, params, adapter, index, stream, inbox) for index in range(choices)
-        ]
+        generations = [self._generation(prompt, params, adapter, index, stream, inbox) for index in range(choices)]
         self.scheduler.submit(generations)
         open_choices = choices
         try:
@@ -244,9 +238,7 @@ def _load(base_model: str, settings: EngineSettings) -> tuple[Any, Any]:
         remedy = "set `engine.base_model` to a model directory or hub id"
         raise ConfigError("engine.base_model", base_model, f"cannot be loaded ({cause})", remedy) from None
     if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            "engine.device", settings.device, "is not on this machine", "set `engine.device` to cpu"
-        )
+        raise ConfigError("engine.device", settings.device, "is not on this machine", "set `engine.device` to cpu")
     return tokenizer, model.to(settings.device).eval().requires_grad_(False)
 
 

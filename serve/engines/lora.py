@@ -107,14 +107,10 @@ class AdapterBank:
         for module, pair in files.pairs.items():
             linear = self._linear.get(module)
             if linear is None:
-                raise AdapterError(
-                    f"it changes {module}, which the base model does not have as a linear layer"
-                )
+                raise AdapterError(f"it changes {module}, which the base model does not have as a linear layer")
             expected, found = (linear.out_features, linear.in_features), (pair.b.shape[0], pair.a.shape[1])
             if expected != found:
-                raise AdapterError(
-                    f"it was made for another base model: {module} is {expected} here, {found} there"
-                )
+                raise AdapterError(f"it was made for another base model: {module} is {expected} here, {found} there")
             weight = linear.weight
             pairs[module] = LoraPair(pair.a.to(weight), pair.b.to(weight))
         return LoadedAdapter(name, files.sha256, files.rank, str(files.path), pairs)
@@ -129,9 +125,7 @@ class AdapterBank:
         if held is not None and held.sha256 != adapter.sha256:
             raise AdapterError(f"the name {adapter.name!r} is taken by an adapter with other weights")
         if held is None and len(self.loaded) >= self.max_adapters:
-            raise AdapterError(
-                f"{self.max_adapters} adapters are loaded already; raise `engine.max_adapters`"
-            )
+            raise AdapterError(f"{self.max_adapters} adapters are loaded already; raise `engine.max_adapters`")
         if held is None:
             self.loaded[adapter.name] = adapter
 

@@ -74,20 +74,14 @@ def parse_chat(document: Any, settings: EngineSettings) -> ChatRequest:
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         param = ".".join(str(part) for part in problem["loc"]) or None
-        raise ApiError(
-            400, f"{param or 'body'}: {problem['msg']}", param=param, code="invalid_value"
-        ) from None
+        raise ApiError(400, f"{param or 'body'}: {problem['msg']}", param=param, code="invalid_value") from None
     for index, message in enumerate(request.messages):
         if not isinstance(message.get("role"), str):
-            raise ApiError(
-                400, "every message needs a role", param=f"messages.{index}.role", code="invalid_value"
-            )
+            raise ApiError(400, "every message needs a role", param=f"messages.{index}.role", code="invalid_value")
     _check_limit("n", request.n, settings.max_choices)
     _check_limit("top_logprobs", request.top_logprobs, settings.max_top_logprobs)
     if request.top_logprobs and not request.logprobs:
-        raise ApiError(
-            400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value"
-        )
+        raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
     if any(not text for text in request.stop):
         raise ApiError(400, "a stop string must not be empty", param="stop", code="invalid_value")
     return request
@@ -98,9 +92,7 @@ def _check_limit(param: str, value: int | None, limit: int) -> None:
         raise ApiError(400, f"{param}={value} must be at most {limit}", param=param, code="invalid_value")
 
 
-def sampling_params(
-    request: ChatRequest, prompt_tokens: int, context: int, default_max_tokens: int
-) -> SamplingParams:
+def sampling_params(request: ChatRequest, prompt_tokens: int, context: int, default_max_tokens: int) -> SamplingParams:
     """How to sample, with the answer's length fitted into the context.
 
     Raises:

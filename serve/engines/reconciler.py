@@ -128,9 +128,7 @@ class Reconciler:
             self._down = False
         except sa.exc.SQLAlchemyError as error:
             if not self._down:
-                log.warning(
-                    "servables cannot be read (%s); serving what is loaded", str(error).splitlines()[0]
-                )
+                log.warning("servables cannot be read (%s); serving what is loaded", str(error).splitlines()[0])
             self._down = True
         except Exception:
             log.exception("the engine could not follow the table of servables; trying again")
@@ -173,9 +171,7 @@ class Reconciler:
         if servable.adapter_path is None:
             raise AdapterError("no directory is recorded for its adapter")
         self._make_room()
-        self._engine.load_adapter(
-            servable.model_name, servable.adapter_path, expected_sha256=servable.adapter_sha256
-        )
+        self._engine.load_adapter(servable.model_name, servable.adapter_path, expected_sha256=servable.adapter_sha256)
 
     def _make_room(self) -> None:
         """Release the version that has been unwanted longest when the engine is full."""
@@ -214,9 +210,7 @@ class Reconciler:
         values = {"state": state, "reason": reason, "heartbeat_us": now_us()}
         keys = {"engine": self._settings.name, "replica_id": self._replica_id, "version": version}
         with write(self._database).begin() as connection:
-            updated = connection.execute(
-                sa.update(servable_replicas).where(self._mine(version)).values(**values)
-            )
+            updated = connection.execute(sa.update(servable_replicas).where(self._mine(version)).values(**values))
             if updated.rowcount == 0:
                 connection.execute(servable_replicas.insert().values(**keys, **values))
 

@@ -32,9 +32,7 @@ def sample(logits_BV: Tensor, rows: Sequence[Generation]) -> Sampled:
     if drawing:
         everyone = len(drawing) == len(rows)
         drawn = _draw(logits_BV if everyone else logits_BV[drawing], [rows[i] for i in drawing])
-        chosen_B = (
-            drawn if everyone else chosen_B.index_copy(0, torch.tensor(drawing, device=drawn.device), drawn)
-        )
+        chosen_B = drawn if everyone else chosen_B.index_copy(0, torch.tensor(drawing, device=drawn.device), drawn)
     finite = torch.isfinite(normaliser_B).tolist()
     tokens = chosen_B.tolist()
     return Sampled(

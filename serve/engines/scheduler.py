@@ -146,9 +146,7 @@ class Scheduler:
         length = max(start + len(t) for start, t in zip(starts, tokens, strict=True))
         self._cache.reserve(first_slot + len(rows), length)
         padded = [[0] * (width - len(t)) + list(t) for t in tokens]
-        first_B1 = torch.tensor([s + len(t) - width for s, t in zip(starts, tokens, strict=True)]).unsqueeze(
-            1
-        )
+        first_B1 = torch.tensor([s + len(t) - width for s, t in zip(starts, tokens, strict=True)]).unsqueeze(1)
         positions_BQ = (first_B1 + torch.arange(width)).to(self._device)
         ragged = any(len(t) != width for t in tokens)
         padding_BQ = None
@@ -316,9 +314,7 @@ class Scheduler:
 
     def _fail(self, rows: Sequence[Generation], error: Exception) -> None:
         log.error("a step failed for %d answers: %s", len(rows), error, exc_info=error)
-        self._updates.extend(
-            Update(row, "", [], [], "error", "the engine failed on this batch") for row in rows
-        )
+        self._updates.extend(Update(row, "", [], [], "error", "the engine failed on this batch") for row in rows)
 
     def _deliver(self) -> None:
         if self._updates:

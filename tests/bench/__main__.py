@@ -15,9 +15,7 @@ def main() -> int:
     if unknown := [name for name in wanted if name not in known]:
         print(f"error: no benchmark {unknown[0]!r}; there are {', '.join(known)}", file=sys.stderr)
         return 2
-    failed = [
-        name for name in wanted if subprocess.run([sys.executable, "-m", f"tests.bench.{name}"]).returncode
-    ]
+    failed = [name for name in wanted if subprocess.run([sys.executable, "-m", f"tests.bench.{name}"]).returncode]
     return 1 if failed else 0
 
 

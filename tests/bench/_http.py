@@ -164,9 +164,7 @@ def request_bytes(url: str, key: str, model: str, stream: bool, user: int) -> by
     return head.encode() + body
 
 
-async def generate(
-    url: str, key: str, model: str, stream: bool, connections: int, seconds: float
-) -> dict[str, float]:
+async def generate(url: str, key: str, model: str, stream: bool, connections: int, seconds: float) -> dict[str, float]:
     """Load on `url` from that many connections, each one user."""
     results = Results(connections, seconds)
     loop = asyncio.get_running_loop()
@@ -190,11 +188,7 @@ def main() -> None:
         uvloop.run(serve(int(sys.argv[2])))
         return
     url, key, model, stream, connections, seconds = sys.argv[2:8]
-    print(
-        json.dumps(
-            uvloop.run(generate(url, key, model, stream == "stream", int(connections), float(seconds)))
-        )
-    )
+    print(json.dumps(uvloop.run(generate(url, key, model, stream == "stream", int(connections), float(seconds)))))
 
 
 if __name__ == "__main__":

@@ -39,9 +39,7 @@ from tests.serve.engines.models import build_adapter, build_base
 from tests.serve.upstream import Server
 
 MODELS = ("base", "one", "two")
-SYSTEM = (
-    "You triage alerts. Answer with a verdict and an owner. Never close an alert about a payment service."
-)
+SYSTEM = "You triage alerts. Answer with a verdict and an owner. Never close an alert about a payment service."
 FIELDS = ("service", "level", "host", "region", "rule", "hour", "count", "change", "owner", "trend")
 Answers = list[list[int]]
 
@@ -63,9 +61,7 @@ def workload(engine: LocalEngine, count: int, lengths: tuple[int, int]) -> list[
     for number in range(count):
         alert = " ".join(f"{field}={draw.randrange(10_000)}" for field in FIELDS)
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": alert}]
-        requests.append(
-            Request(MODELS[number % 3], messages, engine.render(messages), draw.randint(*lengths))
-        )
+        requests.append(Request(MODELS[number % 3], messages, engine.render(messages), draw.randint(*lengths)))
     return requests
 
 
@@ -183,13 +179,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         base = build_base(Path(folder) / "base", hidden=128, layers=4, heads=4, kv_heads=4)
         adapters = {
-            name: build_adapter(base, Path(folder) / name, seed=seed, rank=16)
-            for seed, name in enumerate(MODELS[1:])
+            name: build_adapter(base, Path(folder) / name, seed=seed, rank=16) for seed, name in enumerate(MODELS[1:])
         }
         engine = LocalEngine(EngineSettings(base_model=str(base)))
-        peer = PeftModel.from_pretrained(
-            AutoModelForCausalLM.from_pretrained(base), adapters["one"], "one"
-        ).eval()
+        peer = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapters["one"], "one").eval()
         peer.load_adapter(adapters["two"], "two")
         for name, path in adapters.items():
             engine.load_adapter(name, path)

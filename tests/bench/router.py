@@ -209,8 +209,7 @@ def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
         for name, row in by_path.items():
             added = "" if name == "direct" else f"   added p50 {row['p50_ms'] - direct:7.2f} ms"
             print(
-                f"  {name:<22}{row['rps']:9.0f} rps   p50 {row['p50_ms']:7.2f} ms   "
-                f"p99 {row['p99_ms']:7.2f} ms{added}"
+                f"  {name:<22}{row['rps']:9.0f} rps   p50 {row['p50_ms']:7.2f} ms   p99 {row['p99_ms']:7.2f} ms{added}"
             )
         if "litellm" in by_path:
             peer = by_path["litellm"]
@@ -235,9 +234,7 @@ def main() -> None:
         upstream_url = stack.enter_context(upstream())
         paths = {"direct": Way(upstream_url, "none", "base")}
         for ingress in ["haproxy", "proxy"] if options.both_ingresses else ["haproxy"]:
-            paths[f"rayloop ({ingress})"] = stack.enter_context(
-                rayloop(upstream_url, Path(folder) / ingress, ingress)
-            )
+            paths[f"rayloop ({ingress})"] = stack.enter_context(rayloop(upstream_url, Path(folder) / ingress, ingress))
         if not options.no_peer:
             paths["litellm"] = stack.enter_context(litellm(upstream_url, Path(folder) / "litellm"))
         show(measure(paths, options.rounds, options.seconds))

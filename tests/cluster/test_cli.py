@@ -14,11 +14,7 @@ def rayloop(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def loaded_modules(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(' '.join(sys.modules))"
-    return set(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split()
-    )
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
 def test_help_lists_every_command() -> None:
@@ -60,3 +56,16 @@ def test_config_prints_value_and_origin(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("statement", ["import data", "import data.log", "import cluster.cli"])
 def test_light_imports_load_no_torch_and_no_ray(statement: str) -> None:
     assert not {"torch", "ray", "mlflow", "transformers"} & loaded_modules(statement)
+
+
+def test_json_output_holds_nothing_but_the_object() -> None:
+    code = (
+        "import typer; from cluster.cli import run_app; app = typer.Typer()\n"
+        "@app.command()\n"
+        "def go(as_json: bool = typer.Option(False, '--json')) -> None:\n"
+        "    print('(raylet) chatter'); print('{\"a\": 1}'); print('{not json'); print('more chatter', flush=True)\n"
+        "run_app(app, ['--json'], 'go')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == '{"a": 1}\n'
+    assert run.stderr.splitlines() == ["(raylet) chatter", "{not json", "more chatter"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import runtime
 from cluster.runtime import waiting_message
 from cluster.settings import load_settings
 
@@ -97,3 +98,14 @@ def test_unreachable_cluster_is_one_clear_error(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.stdout.startswith("clear: Ray cluster 127.0.0.1:1 does not answer"), done.stdout + done.stderr
+
+
+def test_messages_of_ray_stay_off_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+    import ray._private.worker as worker
+
+    for _ in range(2):
+        runtime._keep_messages_off_stdout()
+    data = {"lines": ["8 worker processes have been started"], "pid": "raylet", "ip": "", "job": None, "is_err": False}
+    worker.print_to_stdstream(data, ignore_prefix=False)
+    said = capsys.readouterr()
+    assert said.out == "" and "8 worker processes" in said.err

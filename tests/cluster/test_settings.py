@@ -13,9 +13,7 @@ def test_defaults_put_everything_under_home(tmp_path: Path) -> None:
     assert origin["home"] == "command line"
 
 
-def test_environment_beats_file_and_origin_names_both(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_beats_file_and_origin_names_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "rayloop.yaml"
     file.write_text("tenant: acme\nray:\n  num_cpus: 8\n  object_store_mb: 100\n")
     monkeypatch.setenv("RAYLOOP_RAY__NUM_CPUS", "4")
@@ -38,9 +36,7 @@ def test_environment_beats_file_and_origin_names_both(
         ("tenant: .nan\n", "tenant=nan input should be a valid string"),
     ],
 )
-def test_broken_file_gives_one_line_with_field_value_rule_remedy(
-    tmp_path: Path, text: str, message: str
-) -> None:
+def test_broken_file_gives_one_line_with_field_value_rule_remedy(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "rayloop.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:

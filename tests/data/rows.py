@@ -30,8 +30,7 @@ DEFAULT = {
 def rows(*changes: dict[str, Any]) -> pa.Table:
     """Rows of `data.join.ROWS`; values that are not text or numbers are written as JSON."""
     plain = [
-        DEFAULT | {k: to_json(v) if isinstance(v, list | dict) else v for k, v in change.items()}
-        for change in changes
+        DEFAULT | {k: to_json(v) if isinstance(v, list | dict) else v for k, v in change.items()} for change in changes
     ]
     return pa.Table.from_pylist(plain, ROWS)
 

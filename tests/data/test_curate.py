@@ -159,9 +159,7 @@ def test_card_shows_stages_and_the_split_salt_is_not_in_the_manifest(
 
 
 @pytest.mark.ray
-def test_validation_finds_altered_files_and_leaked_users(
-    dataset: tuple[Settings, Manifest], tmp_path: Path
-) -> None:
+def test_validation_finds_altered_files_and_leaked_users(dataset: tuple[Settings, Manifest], tmp_path: Path) -> None:
     settings, made = dataset
     copy = tmp_path / "copy"
     shutil.copytree(made.path, copy)
@@ -201,9 +199,7 @@ def clusters_in(made: Manifest, *splits: str) -> set[str]:
 def test_what_was_in_test_stays_out_of_later_training_sets(ray_session: None, with_log: MakeLog) -> None:
     settings = with_log(traffic(120, users=30))
     first = curate(settings)
-    held_out = {
-        row["cluster_id"] for kind in COLUMNS for row in read_examples(first.path, kind, "test").to_pylist()
-    }
+    held_out = {row["cluster_id"] for kind in COLUMNS for row in read_examples(first.path, kind, "test").to_pylist()}
     other = settings.curation.model_copy(
         update={"split": settings.curation.split.model_copy(update={"salt": "another"})}
     )
@@ -225,12 +221,8 @@ def test_behaviour_becomes_implicit_signals_when_that_is_on(ray_session: None, w
         events.append(Event("behaviour", "default", "default", action, occurred_at_us=at_us, **ids))
     settings = with_log(events)
     off = curate(settings)
-    on = curate(
-        settings.model_copy(update={"feedback": settings.feedback.model_copy(update={"implicit": True})})
-    )
-    no_signal = [
-        next(s for s in m.stages if s.name == "score").dropped.get("no signal", 0) for m in (off, on)
-    ]
+    on = curate(settings.model_copy(update={"feedback": settings.feedback.model_copy(update={"implicit": True})}))
+    no_signal = [next(s for s in m.stages if s.name == "score").dropped.get("no signal", 0) for m in (off, on)]
     assert no_signal[0] > 0 and no_signal[1] == 0
 
 

@@ -52,9 +52,7 @@ def ask(number: int, text: str, answer: str = "a b c", **more: object) -> dict[s
 
 def test_shingles_are_padded_so_that_every_word_counts_alike() -> None:
     found = shingle(pa.array(["A b, c!", "a B  c", "a b d", ""]), 3)
-    sets = [
-        set(found.hashes[i:j].tolist()) for i, j in zip(found.offsets[:-1], found.offsets[1:], strict=True)
-    ]
+    sets = [set(found.hashes[i:j].tolist()) for i, j in zip(found.offsets[:-1], found.offsets[1:], strict=True)]
     assert [len(s) for s in sets] == [5, 5, 5, 3]  # words + 2; an empty text is one empty word
     assert sets[0] == sets[1]
     assert len(sets[0] & sets[2]) == 2  # "-- -- a" and "-- a b"
@@ -65,9 +63,7 @@ def test_sketch_similarity_estimates_jaccard() -> None:
     other = [*words[:50], "changed", *words[51:]]
     found = shingle(pa.array([" ".join(words), " ".join(other)]), 3)
     matrix = sketch(found, 2000, seed=1).astype(np.uint8)
-    assert similarity(matrix[:1], matrix[1:])[0] == pytest.approx(
-        99 / 105, abs=0.02
-    )  # 102 shingles, 3 differ
+    assert similarity(matrix[:1], matrix[1:])[0] == pytest.approx(99 / 105, abs=0.02)  # 102 shingles, 3 differ
 
 
 def test_near_duplicate_questions_share_a_cluster_and_others_do_not() -> None:

@@ -23,9 +23,7 @@ DATASET = Manifest(
 def test_each_rule_says_by_how_much_it_fails(database: Engine) -> None:
     log = EventLog(database)
     log.append([interaction(n, "q", "a", user="ada", agent="triage" if n < 3 else "other") for n in range(5)])
-    log.append(
-        [feedback(n, "thumbs_up" if n else "thumbs_down", 1.0 if n else -1.0, user="ada") for n in range(5)]
-    )
+    log.append([feedback(n, "thumbs_up" if n else "thumbs_down", 1.0 if n else -1.0, user="ada") for n in range(5)])
     rules = {rule.name: rule for rule in eligibility(SETTINGS, database, DATASET, method="dpo", now=NOW)}
     assert str(rules["positive feedback"]) == "positive feedback: 2 in 30 days, needs 3: 1 short"
     assert str(rules["pairs"]) == "pairs: 4 preference pairs, needs 5: 1 short"

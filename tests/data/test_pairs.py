@@ -129,9 +129,7 @@ def test_pairs_of_a_question_are_capped_and_widest_first() -> None:
 def test_pairs_are_refused_with_a_reason(
     chosen: tuple[str, float, bool], rejected: tuple[str, float, bool], reason: str | None
 ) -> None:
-    sides = [
-        Answer({}, {"role": "assistant", "content": t}, s, "answer", cut) for t, s, cut in (chosen, rejected)
-    ]
+    sides = [Answer({}, {"role": "assistant", "content": t}, s, "answer", cut) for t, s, cut in (chosen, rejected)]
     assert refusal(*sides, ExampleSettings()) == reason
 
 

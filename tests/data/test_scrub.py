@@ -94,9 +94,7 @@ def test_scrub_numbers_from_question_to_answer_and_correction() -> None:
 
 def test_tool_arguments_are_scrubbed_inside_their_json_text() -> None:
     call = {"id": "c", "type": "function", "function": {"name": "send", "arguments": '{"to": "ann@x.org"}'}}
-    table = rows(
-        {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "tool_calls": [call]}]}
-    )
+    table = rows({"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "tool_calls": [call]}]})
     clean, _ = scrub(table, ScrubSettings())
     assert '{\\"to\\": \\"<EMAIL_1>\\"}' in clean["messages"][0].as_py()
 

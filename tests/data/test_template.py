@@ -81,9 +81,7 @@ def test_normalise_brings_messages_to_one_form() -> None:
         {
             "role": "assistant",
             "content": "",
-            "tool_calls": [
-                {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
-            ],
+            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
         },
     ]
 

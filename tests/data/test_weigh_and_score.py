@@ -79,9 +79,7 @@ def test_votes_are_averaged_by_weight() -> None:
 
 
 def test_a_row_without_any_judgement_is_dropped() -> None:
-    table, _ = weigh(
-        rows({}, {"interaction_id": "i2", "signals": [signal("thumbs_up", 1.0)]}), WeighSettings(), {}
-    )
+    table, _ = weigh(rows({}, {"interaction_id": "i2", "signals": [signal("thumbs_up", 1.0)]}), WeighSettings(), {})
     scored, dropped = score(table, SCORE)
     assert scored["interaction_id"].to_pylist() == ["i2"]
     assert dropped == {"no signal": 1}

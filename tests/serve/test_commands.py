@@ -60,9 +60,7 @@ def one_line_failure(done: "subprocess.CompletedProcess[str]", text: str) -> Non
 
 def test_wrong_input_is_one_line(config: Path) -> None:
     one_line_failure(run("route", "pin", "nobody", config=config), "does not exist; known: none yet")
-    one_line_failure(
-        run("route", "set", "triage", "--share", "0.5", config=config), "stable=None must name a version"
-    )
+    one_line_failure(run("route", "set", "triage", "--share", "0.5", config=config), "stable=None must name a version")
     one_line_failure(run("keys", "create", "x", "--scopes", "root", config=config), "must be some of chat")
     run("route", "set", "triage", "--stable", "triage/1", config=config)
     one_line_failure(
@@ -76,9 +74,7 @@ def test_up_with_a_taken_port_is_one_line_and_leaves_nothing(config: Path) -> No
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        one_line_failure(
-            run("up", "--port", str(port), config=config), f"serve.port={port} cannot be listened on"
-        )
+        one_line_failure(run("up", "--port", str(port), config=config), f"serve.port={port} cannot be listened on")
     assert not (config.parent / "home").exists()
 
 
@@ -96,9 +92,7 @@ def test_up_without_a_base_model_is_one_line(config: Path) -> None:
     config.write_text(config.read_text().replace("- gateway", "- gateway\n  - engine"))
     one_line_failure(run("up", "--port", "0", config=config), "engine.base_model=None must name the model")
     config.write_text(config.read_text() + "engine: {base_model: /nowhere}\n")
-    one_line_failure(
-        run("up", "--port", "0", config=config), "engine.base_model='/nowhere' is no model directory"
-    )
+    one_line_failure(run("up", "--port", "0", config=config), "engine.base_model='/nowhere' is no model directory")
 
 
 def test_down_with_nothing_running_says_so(config: Path) -> None:

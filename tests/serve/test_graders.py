@@ -34,9 +34,7 @@ HANG = {"model_sample": "a" * 60 + "!", "item": {"reference": "a"}}
 
 @pytest.fixture
 def settings(tmp_path) -> Settings:  # type: ignore[no-untyped-def]
-    return load_settings(home=tmp_path / "home", grader={"deadline_s": 1.0, "workers": 2, "max_queued": 64})[
-        0
-    ]
+    return load_settings(home=tmp_path / "home", grader={"deadline_s": 1.0, "workers": 2, "max_queued": 64})[0]
 
 
 @pytest.fixture
@@ -57,9 +55,7 @@ def run(url: str, secret: str, action: str = "run", **body: object) -> httpx.Res
 
 def test_rubric_and_label_give_their_rewards(grader: tuple[str, str, GraderApi]) -> None:
     url, secret, _ = grader
-    right = run(
-        url, secret, grader=RUBRIC, model_sample='{"verdict": "close"}', item={"verdict": "close"}
-    ).json()
+    right = run(url, secret, grader=RUBRIC, model_sample='{"verdict": "close"}', item={"verdict": "close"}).json()
     assert right["reward"] == 1.0
     assert right["sub_rewards"] == {"verdict": 1.0, "format": 1.0}
     assert right["metadata"]["grader_version"].startswith("rubric-")
@@ -108,9 +104,7 @@ def test_what_misses_the_deadline_abstains_and_the_rest_is_graded(grader: tuple[
     assert late["metadata"]["errors"]["unresponsive_reward_error"] is True
     assert late["metadata"]["reason"] == "no grade within 1 s"
     assert api.pool.replaced == 1
-    mixed = run(
-        url, secret, grader=SLOW, items=[{"model_sample": "a", "item": {"reference": "a"}}, HANG]
-    ).json()
+    mixed = run(url, secret, grader=SLOW, items=[{"model_sample": "a", "item": {"reference": "a"}}, HANG]).json()
     assert [grade["reward"] for grade in mixed["data"]] == [1.0, None]
     deadline = time.monotonic() + 20
     while api.pool._idle.qsize() < 2 and time.monotonic() < deadline:
@@ -142,9 +136,7 @@ def test_answer_that_is_no_sample_is_refused_with_its_field(grader: tuple[str, s
     assert httpx.post(f"{url}/v1/other", headers=headers).status_code == 404
 
 
-def test_keys_are_asked_for_and_revoked_ones_refused(
-    grader: tuple[str, str, GraderApi], settings: Settings
-) -> None:
+def test_keys_are_asked_for_and_revoked_ones_refused(grader: tuple[str, str, GraderApi], settings: Settings) -> None:
     url, _, _ = grader
     body = {"grader": LABEL, "model_sample": "x"}
     assert httpx.post(f"{url}/v1/graders/run", json=body).status_code == 401

@@ -11,9 +11,7 @@ from tests.serve.conftest import Live, live_router
 
 
 def post(live: Live, path: str, body: Any, secret: str | None = None) -> httpx.Response:
-    return httpx.post(
-        f"{live.url}{path}", json=body, headers={"authorization": f"Bearer {secret or live.secret}"}
-    )
+    return httpx.post(f"{live.url}{path}", json=body, headers={"authorization": f"Bearer {secret or live.secret}"})
 
 
 def test_each_item_is_answered_on_its_own_and_a_retry_counts_once(live: Live) -> None:
@@ -28,9 +26,7 @@ def test_each_item_is_answered_on_its_own_and_a_retry_counts_once(live: Live) ->
             "category": "factual",
         },
     ]
-    statuses = [
-        [d["status"] for d in post(live, "/v1/feedback", {"items": items}).json()["data"]] for _ in range(2)
-    ]
+    statuses = [[d["status"] for d in post(live, "/v1/feedback", {"items": items}).json()["data"]] for _ in range(2)]
     assert statuses == [["accepted", "rejected", "accepted"], ["duplicate", "rejected", "duplicate"]]
     error = post(live, "/v1/feedback", items[1]).json()["data"][0]["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", "value")
@@ -55,10 +51,7 @@ def test_tenant_and_workspace_come_from_the_key_only(live: Live) -> None:
     secret = create_key(live.database, "other", "other", "lab", ["feedback"])
     live.app.watcher.refresh()
     item = {"interaction_id": "i1", "type": "thumbs_up"}
-    assert (
-        post(live, "/v1/feedback", item | {"tenant": "default"}, secret).json()["data"][0]["status"]
-        == "rejected"
-    )
+    assert post(live, "/v1/feedback", item | {"tenant": "default"}, secret).json()["data"][0]["status"] == "rejected"
     post(live, "/v1/feedback", item, secret)
     event = EventLog(live.database).read(kinds=["feedback"])[0].event
     assert (event.tenant, event.workspace) == ("other", "lab")
@@ -72,9 +65,7 @@ def test_key_without_the_scope_is_403(live: Live) -> None:
 
 @pytest.mark.parametrize("body", [b"{", b"[1]", b'{"items": 3}', b"\xff"])
 def test_body_that_is_no_batch_is_400(live: Live, body: bytes) -> None:
-    response = httpx.post(
-        f"{live.url}/v1/feedback", content=body, headers={"authorization": f"Bearer {live.secret}"}
-    )
+    response = httpx.post(f"{live.url}/v1/feedback", content=body, headers={"authorization": f"Bearer {live.secret}"})
     assert (response.status_code, response.json()["error"]["type"]) == (400, "invalid_request_error")
 
 

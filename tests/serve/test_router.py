@@ -24,9 +24,7 @@ def ask(live: Live, **extra: object) -> object:
 
 
 def test_chat_answers_with_who_served_and_strips_what_was_not_asked_for(live: Live) -> None:
-    raw = live.client().chat.completions.with_raw_response.create(
-        model="triage", messages=MESSAGES, user="ann"
-    )
+    raw = live.client().chat.completions.with_raw_response.create(model="triage", messages=MESSAGES, user="ann")
     completion = raw.parse()
     assert completion.choices[0].message.content == ANSWER
     assert completion.model == raw.headers["x-rayloop-version"] == "triage/1"
@@ -54,9 +52,7 @@ def test_client_gets_token_ids_and_logprobs_it_asked_for(live: Live) -> None:
 
 
 def test_stream_arrives_whole_and_is_captured_whole(live: Live) -> None:
-    chunks = list(
-        live.client().chat.completions.create(model="triage", messages=MESSAGES, stream=True, user="ann")
-    )
+    chunks = list(live.client().chat.completions.create(model="triage", messages=MESSAGES, stream=True, user="ann"))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == ANSWER
     assert {c.id for c in chunks} == {chunks[0].id}
     assert {c.model for c in chunks} == {"triage/1"}
@@ -85,9 +81,7 @@ def test_captured_interaction_is_a_valid_body_with_its_assignment(live: Live) ->
     )  # fmt: skip
     event = live.events("interaction", 1)[0].event
     body = event.body
-    assert parse_body("interaction", dict(body)) == body | {
-        "completion_logprobs": body["completion_logprobs"]
-    }
+    assert parse_body("interaction", dict(body)) == body | {"completion_logprobs": body["completion_logprobs"]}
     assert event.user_id == pseudonym(pseudonym_secret(live.settings), "default", "ann")
     assert (event.session_id, event.agent, body["requested"]) == ("s1", "triage", "triage")
     assert body["assignment_unit"] == "user"
@@ -101,9 +95,7 @@ def test_captured_interaction_is_a_valid_body_with_its_assignment(live: Live) ->
 
 def test_models_and_status_list_agents_and_their_versions(live: Live) -> None:
     assert [m.id for m in live.client().models.list()] == ["triage", "triage/1", "triage/2"]
-    status = httpx.get(
-        f"{live.url}/v1/agents/status", headers={"authorization": f"Bearer {live.secret}"}
-    ).json()
+    status = httpx.get(f"{live.url}/v1/agents/status", headers={"authorization": f"Bearer {live.secret}"}).json()
     assert (status["data"][0]["agent"], status["data"][0]["stable"]) == ("triage", "triage/1")
     assert status["data"][0]["versions"]["triage/1"]["served"] is True
 
@@ -192,9 +184,7 @@ def test_wrong_method_and_path(live: Live) -> None:
 
 def test_huge_body_is_refused_unread(live: Live) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
-        live.client().chat.completions.create(
-            model="triage", messages=[{"role": "user", "content": "x" * 3_000_000}]
-        )
+        live.client().chat.completions.create(model="triage", messages=[{"role": "user", "content": "x" * 3_000_000}])
     assert caught.value.status_code == 413
 
 
@@ -251,9 +241,7 @@ def test_engine_that_breaks_in_mid_stream_ends_the_stream_with_an_error(live: Li
         ("too long", "too long"),
     ],
 )
-def test_engine_refusal_comes_in_openai_shape_whatever_its_own(
-    live: Live, error: object, message: str
-) -> None:
+def test_engine_refusal_comes_in_openai_shape_whatever_its_own(live: Live, error: object, message: str) -> None:
     live.engine.behaviours["base"].status = 400
     live.engine.behaviours["base"].error = error
     with pytest.raises(openai.BadRequestError) as caught:

@@ -39,9 +39,7 @@ def test_of_many_writers_with_one_revision_one_wins(database: Engine) -> None:
 
     def work(share: float) -> None:
         with contextlib.suppress(ConflictError):
-            won.append(
-                write_route(database, KEY, {"share": share}, expected_revision=1, writer="controller").share
-            )
+            won.append(write_route(database, KEY, {"share": share}, expected_revision=1, writer="controller").share)
 
     threads = [threading.Thread(target=work, args=(n / 10,)) for n in range(1, 9)]
     for thread in threads:
@@ -63,9 +61,7 @@ def test_of_many_writers_with_one_revision_one_wins(database: Engine) -> None:
         ({"colour": "red"}, "colour='red' is not a field of a route"),
     ],
 )
-def test_wrong_values_are_refused_with_the_rule(
-    sqlite_database: Engine, change: dict[str, Any], message: str
-) -> None:
+def test_wrong_values_are_refused_with_the_rule(sqlite_database: Engine, change: dict[str, Any], message: str) -> None:
     make(sqlite_database)
     with pytest.raises(InputError) as caught:
         write_route(sqlite_database, KEY, change, expected_revision=1, writer="controller")
@@ -76,9 +72,7 @@ def test_wrong_values_are_refused_with_the_rule(
 def test_new_candidate_gets_a_new_salt_and_a_larger_share_keeps_it(sqlite_database: Engine) -> None:
     first = make(sqlite_database, candidate="triage/2", share=0.1)
     grown = write_route(sqlite_database, KEY, {"share": 0.5}, expected_revision=1, writer="controller")
-    other = write_route(
-        sqlite_database, KEY, {"candidate": "triage/3"}, expected_revision=2, writer="controller"
-    )
+    other = write_route(sqlite_database, KEY, {"candidate": "triage/3"}, expected_revision=2, writer="controller")
     gone = write_route(sqlite_database, KEY, {"candidate": None}, expected_revision=3, writer="controller")
     assert first.salt == grown.salt != other.salt
     assert (gone.share, gone.live_share) == (0.0, 0.0)
@@ -135,16 +129,11 @@ def test_nobody_but_the_config_passes_its_ceiling(sqlite_database: Engine) -> No
     for change in ({"share": 0.3}, {"max_share": 1.0}, {"stable": "triage/2", "candidate": None}):
         with pytest.raises(ConflictError, match="deployment config"):
             write_route(sqlite_database, KEY, change, expected_revision=1, writer="controller")
-    assert (
-        write_route(sqlite_database, KEY, {"share": 0.2}, expected_revision=1, writer="controller").share
-        == 0.2
-    )
+    assert write_route(sqlite_database, KEY, {"share": 0.2}, expected_revision=1, writer="controller").share == 0.2
 
 
 def test_one_bad_route_leaves_the_others_unwritten(database: Engine) -> None:
-    config = parse_config(
-        {"routes": [{"agent": "triage", "stable": "triage/1"}, {"agent": "billing", "share": 0.5}]}
-    )
+    config = parse_config({"routes": [{"agent": "triage", "stable": "triage/1"}, {"agent": "billing", "share": 0.5}]})
     with pytest.raises(ConfigError, match="billing"):
         apply_config(database, config, tenant="acme")
     assert read_routes(database) == []

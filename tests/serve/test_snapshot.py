@@ -21,9 +21,7 @@ KEY = RouteKey("default", "triage")
 @pytest.fixture
 def watcher(settings: Settings, sqlite_database: Database) -> Watcher:
     serve_version(sqlite_database, "triage/1", "base")
-    update_route(
-        sqlite_database, KEY, {"stable": "triage/1", "candidate": "triage/2", "share": 0.5}, writer="person:x"
-    )
+    update_route(sqlite_database, KEY, {"stable": "triage/1", "candidate": "triage/2", "share": 0.5}, writer="person:x")
     made = Watcher(settings)
     made.refresh()
     return made
@@ -43,9 +41,7 @@ def test_snapshot_holds_routes_targets_and_keys(watcher: Watcher, sqlite_databas
     watcher.close()
 
 
-def test_last_revision_stays_while_the_database_is_gone(
-    watcher: Watcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_last_revision_stays_while_the_database_is_gone(watcher: Watcher, monkeypatch: pytest.MonkeyPatch) -> None:
     before = watcher.current
     monkeypatch.setattr(snapshot, "read_snapshot", unreachable)
     watcher.refresh()
@@ -53,9 +49,7 @@ def test_last_revision_stays_while_the_database_is_gone(
     watcher.close()
 
 
-def test_ceiling_of_zero_stops_a_canary_without_a_database(
-    watcher: Watcher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ceiling_of_zero_stops_a_canary_without_a_database(watcher: Watcher, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(snapshot, "apply_config", unreachable)
     watcher.configure({"routes": [{"agent": "triage", "max_share": 0.0}]})
     watcher.refresh()
@@ -116,8 +110,7 @@ def test_database_that_never_answered_leaves_nothing_read(tmp_path: Path) -> Non
 
 def arms(current: Snapshot, users: list[str]) -> dict[str, str]:
     return {
-        u: plan(current, "default", "triage", modality="text", user=u, session=None, request="r").arm
-        for u in users
+        u: plan(current, "default", "triage", modality="text", user=u, session=None, request="r").arm for u in users
     }
 
 

@@ -144,9 +144,7 @@ class Server:
     """An ASGI application on a free loopback port, in a thread."""
 
     def __init__(self, app: Any, lifespan: str = "off") -> None:
-        config = uvicorn.Config(
-            app, port=0, log_level="error", lifespan=lifespan, timeout_graceful_shutdown=1
-        )  # type: ignore[arg-type]
+        config = uvicorn.Config(app, port=0, log_level="error", lifespan=lifespan, timeout_graceful_shutdown=1)  # type: ignore[arg-type]
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 

@@ -1,6 +1,7 @@
 """`rayloop train run` and `rayloop register`, called as a person calls them but in this process."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,24 @@ import sqlalchemy as sa
 from typer.testing import CliRunner
 
 from cluster.database import connect
-from cluster.errors import ConflictError, DatasetError, HealthGateError, InputError, NotFoundError, RayloopError
+from cluster.errors import (
+    ConflictError,
+    DatasetError,
+    HealthGateError,
+    InputError,
+    NotFoundError,
+    RayloopError,
+    UnavailableError,
+)
 from cluster.jobs import Jobs
 from cluster.registry import Registry
 from cluster.settings import Settings, load_settings
 from data.log import EventLog
 from tests.toys import toy_feedback, write_dataset
 from train.cli import app
+from train.config import TrainConfig
 from train.jobs import Request, run_training
+from train.worker import Event, run_here
 
 
 @pytest.fixture
@@ -64,7 +75,7 @@ def test_train_and_register_keep_the_whole_lineage(home: Path, toy_base: Path, t
     for tag in ("dataset_hash", "base_revision", "libraries", "seed", "adapter_sha256", "mlflow.source.git.commit"):
         assert run.data.tags.get(tag), tag
     assert run.data.params["beta"] == "0.1"
-    assert {"train/loss", "validation/loss", "heldout/pair_accuracy"} <= set(run.data.metrics)
+    assert {"train/loss", "validation/loss", "heldout/pair_accuracy", "system/memory_mb"} <= set(run.data.metrics)
 
     database = connect(settings)
     job = Jobs(database, settings.tenant, settings.workspace).get("first.dpo")
@@ -90,6 +101,28 @@ def test_interrupted_training_is_resumed_by_name(home: Path, toy_base: Path, toy
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]
     assert jobs.get("cut").retries == 1
     assert "is completed" in refused(ConflictError, "run", "--resume", "cut", "--no-ray")
+
+
+def test_lost_workers_are_started_again_with_a_pause(
+    home: Path, toy_base: Path, toy_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(home=home, training={"job_retries": 2, "retry_backoff_s": 0.5})[0]
+    waits: list[float] = []
+    monkeypatch.setattr("train.jobs.time.sleep", waits.append)
+    real, losses = run_here, iter([True, True, False])
+
+    def lose(configs: Sequence[TrainConfig], on_event: Callable[[Event], None]) -> None:
+        if next(losses):
+            on_event(Event(0, "begin"))
+            raise UnavailableError("training workers failed: node lost")
+        real(configs, on_event)
+
+    monkeypatch.setattr("train.jobs.run_here", lose)
+    shape = {"max_steps": 2, "learning_rate": 5e-3}
+    request = Request(("sft",), str(toy_dataset), base=str(toy_base), name="lost", ray=False, overrides=shape)
+    assert run_training(settings, request, connect(settings))["steps"] == 2
+    job = Jobs(connect(settings), settings.tenant, settings.workspace).get("lost")
+    assert (job.state, job.retries, waits) == ("completed", 2, [0.5, 1.0])
 
 
 def _interrupt(*_: object) -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from cluster.demo.commands import Processes
 from cluster.demo.damage import damage_adapter
 from cluster.demo.home import MARKER, fresh_home, write_corpus, write_suite
-from cluster.demo.plan import QUICK, DemoPlan, write_config
+from cluster.demo.plan import QUICK, DemoPlan, write_config, write_control_config
 from cluster.errors import ConflictError, InputError
 from cluster.settings import load_settings
 
@@ -93,10 +93,18 @@ def test_written_config_loads_with_every_flag_the_demo_shows(tmp_path: Path, cha
     assert origin["home"].startswith("rayloop.yaml:")
 
 
-def test_config_can_be_changed_by_section(tmp_path: Path) -> None:
-    path = write_config(tmp_path / "rayloop.yaml", DemoPlan(), tmp_path, training={"base_model": "elsewhere"})
-    document = yaml.safe_load(path.read_text())
-    assert document["training"]["base_model"] == "elsewhere" and document["training"]["batch_size"] == 32
+def test_sweep_result_goes_into_the_config_of_dpo_alone(tmp_path: Path) -> None:
+    path = write_config(tmp_path / "rayloop.yaml", DemoPlan(), tmp_path, {"learning_rate": 0.5})
+    training = yaml.safe_load(path.read_text())["training"]
+    assert training["dpo"]["learning_rate"] == 0.5 and training["dpo"]["epochs"] == 3
+    assert training["sft"]["learning_rate"] != 0.5
+
+
+def test_control_has_its_own_log_and_shares_base_and_registry(tmp_path: Path) -> None:
+    settings, _ = load_settings(write_control_config(tmp_path / "control", DemoPlan(), tmp_path))
+    assert settings.home == tmp_path / "control" and str(settings.home) in settings.database_url
+    assert settings.tracking_uri == f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert settings.training.base_model == str(tmp_path / "base")
 
 
 def test_team_suite_names_no_right_answer(tmp_path: Path) -> None:

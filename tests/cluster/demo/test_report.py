@@ -28,7 +28,7 @@ def findings() -> Findings:
         simulated="Simulated: everything.",
         rows=[row("base", "triage/1", 65), row("sft", "triage/2", 90), row("promoted", "triage/2", 90)],
         gates=[{"version": "triage/2", "passed": True, "gates": gates}],
-        moments=[Moment(1.0, 0.1, "controller", "triage/2"), Moment(2.0, 1.0, "controller", "triage/2")],
+        moments=[Moment(1.0, 0.1, "triage/2"), Moment(2.0, 1.0, "triage/2")],
         promoted="triage/2",
         rolled_back="triage/5",
         rolled_back_reason="satisfaction is worse",
@@ -44,11 +44,15 @@ def test_summary_has_the_promised_fields(findings: Findings) -> None:
     assert summary["base_accuracy"] == 0.65 and summary["promoted_accuracy"] == 0.9
     assert summary["promoted_version"] == "triage/2" and summary["rolled_back_version"] == "triage/5"
     assert summary["stages"] == {"base": 3.0, "traffic": 9.3} and summary["loop_seconds"] == 12.3
-    assert summary["held_out"][0]["verdict"] == pytest.approx({"value": 0.65, "low": 0.5525, "high": 0.7364, "total": 100}, abs=1e-4)
+    assert summary["held_out"][0]["verdict"] == pytest.approx(
+        {"value": 0.65, "low": 0.5525, "high": 0.7364, "total": 100}, abs=1e-4
+    )
 
 
 def test_summary_of_a_run_that_promoted_nothing(findings: Findings) -> None:
-    found = replace(findings, shuffled=True, promoted=None, rolled_back=None, rows=findings.rows[:2], why_not="no version passed")
+    found = replace(
+        findings, shuffled=True, promoted=None, rolled_back=None, rows=findings.rows[:2], why_not="no version passed"
+    )
     summary = found.summary()
     assert summary["promoted_version"] is None and summary["promoted_accuracy"] is None
     assert summary["rolled_back_version"] is None and summary["shuffle_feedback"] is True
@@ -59,7 +63,12 @@ def test_report_is_written_whole(findings: Findings, tmp_path: Path) -> None:
     paths = write(findings, tmp_path)
     assert json.loads(paths["json"].read_text()) == json.loads(json.dumps(findings.summary()))
     text = paths["md"].read_text()
-    for said in ("65.0 % → 90.0 %", "triage/5 was rolled back: satisfaction is worse", "Simulated: everything.", "passed 0.61"):
+    for said in (
+        "65.0 % → 90.0 %",
+        "triage/5 was rolled back: satisfaction is worse",
+        "Simulated: everything.",
+        "passed 0.61",
+    ):
         assert said in text
     for name in ("accuracy", "rollout", "time"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")

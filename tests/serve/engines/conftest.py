@@ -69,9 +69,7 @@ def version_of(base: Path) -> Callable[..., Version]:
 @pytest.fixture(scope="session")
 def engine_settings(base: Path) -> EngineSettings:
     """Settings of the tiny engine: few rows and short chunks, so that tests meet the limits."""
-    return EngineSettings(
-        base_model=str(base), max_rows=16, max_queued=64, stream_tokens=3, prefix_block_tokens=4
-    )
+    return EngineSettings(base_model=str(base), max_rows=16, max_queued=64, stream_tokens=3, prefix_block_tokens=4)
 
 
 @pytest.fixture(scope="session")

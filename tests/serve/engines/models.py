@@ -57,9 +57,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", chat_template=TEMPLATE)
 
 
-def build_adapter(
-    base: Path, out: Path, *, seed: int, rank: int = 4, zero: bool = False, **config: object
-) -> Path:
+def build_adapter(base: Path, out: Path, *, seed: int, rank: int = 4, zero: bool = False, **config: object) -> Path:
     """A random LoRA adapter saved by peft; `zero` leaves it as peft initialises it, doing nothing."""
     torch.manual_seed(seed)
     settings: dict[str, object] = {

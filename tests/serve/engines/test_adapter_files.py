@@ -54,8 +54,7 @@ def drop_a_matrix(folder: Path) -> None:
 def other_shapes(folder: Path) -> None:
     file = folder / "adapter_model.safetensors"
     tensors = {
-        k: torch.randn(v.shape[0], 64) if "lora_A" in k else v
-        for k, v in safetensors.torch.load_file(file).items()
+        k: torch.randn(v.shape[0], 64) if "lora_A" in k else v for k, v in safetensors.torch.load_file(file).items()
     }
     safetensors.torch.save_file(tensors, file)
 
@@ -107,18 +106,14 @@ def test_wrong_adapter_is_refused_with_its_reason(
     assert asyncio.run(ask()) == [None]
 
 
-def test_adapter_over_rank_in_its_weights_is_refused(
-    engine: LocalEngine, make_adapter, tmp_path: Path
-) -> None:
+def test_adapter_over_rank_in_its_weights_is_refused(engine: LocalEngine, make_adapter, tmp_path: Path) -> None:
     folder = make_adapter(tmp_path / "wide", seed=1, rank=80)
     edit_config(folder, r=4)
     with pytest.raises(AdapterError, match=r"rank 80 at .* is over the engine's 64"):
         engine.load_adapter("wide", folder)
 
 
-def test_adapter_that_does_nothing_fails_its_canary(
-    engine: LocalEngine, make_adapter, tmp_path: Path
-) -> None:
+def test_adapter_that_does_nothing_fails_its_canary(engine: LocalEngine, make_adapter, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="it changes nothing"):
         engine.load_adapter("idle", make_adapter(tmp_path / "idle", seed=1, zero=True))
 

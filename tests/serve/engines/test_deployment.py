@@ -30,9 +30,7 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def served(
-    ray_session: None, base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[str, Settings]]:
+def served(ray_session: None, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Settings]]:
     """URL of the application, and the settings it runs with."""
     import ray.serve
 

@@ -21,12 +21,8 @@ def to(address: str):  # type: ignore[no-untyped-def]
 def test_addresses_that_are_not_public_are_refused_unless_named(address: str) -> None:
     with pytest.raises(ConfigError, match="is not a public address; name the host"):
         check_address("https://innocent.example/v1", resolver=to(address))
-    assert check_address("http://innocent.example/v1", ["innocent.example"], resolver=to(address)) == [
-        address
-    ]
-    assert check_address("http://Innocent.example.:80/", ["innocent.example:80"], resolver=to(address)) == [
-        address
-    ]
+    assert check_address("http://innocent.example/v1", ["innocent.example"], resolver=to(address)) == [address]
+    assert check_address("http://Innocent.example.:80/", ["innocent.example:80"], resolver=to(address)) == [address]
     with pytest.raises(ConfigError):
         check_address("https://innocent.example:8443/", ["innocent.example:80"], resolver=to(address))
 

@@ -31,9 +31,7 @@ def post(url: str, path: str = "/v1/chat/completions", **body: object) -> httpx.
 
 
 def test_openai_client_chats_and_lists_models(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(
-        model="red", messages=MESSAGES, max_tokens=12, n=2, temperature=1.0, seed=1
-    )
+    answer = client.chat.completions.create(model="red", messages=MESSAGES, max_tokens=12, n=2, temperature=1.0, seed=1)
     assert [c.index for c in answer.choices] == [0, 1]
     assert {c.finish_reason for c in answer.choices} <= {"stop", "length"}
     assert answer.model == "red"
@@ -94,9 +92,7 @@ def test_stream_adds_up_to_the_whole_answer(client: openai.OpenAI, stop: list[st
 def test_stop_string_ends_the_answer_before_it(client: openai.OpenAI) -> None:
     free = client.chat.completions.create(model="red", messages=MESSAGES, max_tokens=40, seed=2).choices[0]
     middle = free.message.content[5:7]
-    cut = client.chat.completions.create(
-        model="red", messages=MESSAGES, max_tokens=40, seed=2, stop=middle
-    ).choices[0]
+    cut = client.chat.completions.create(model="red", messages=MESSAGES, max_tokens=40, seed=2, stop=middle).choices[0]
     assert cut.finish_reason == "stop"
     assert cut.message.content == free.message.content[: free.message.content.index(middle)]
 
@@ -151,9 +147,7 @@ def test_unknown_model_long_prompt_and_bad_bodies_have_their_errors(engine_url: 
     assert (broken.status_code, broken.json()["error"]["code"]) == (400, "invalid_json")
     listed = httpx.post(f"{engine_url}/v1/chat/completions", content=b"[1]")
     assert listed.status_code == 400
-    huge = httpx.post(
-        f"{engine_url}/v1/chat/completions", content=b'"' + b"x" * (5 * 2**20) + b'"', timeout=30
-    )
+    huge = httpx.post(f"{engine_url}/v1/chat/completions", content=b'"' + b"x" * (5 * 2**20) + b'"', timeout=30)
     assert (huge.status_code, huge.json()["error"]["code"]) == (413, "body_too_large")
     assert httpx.get(f"{engine_url}/v1/nothing").status_code == 404
     assert httpx.get(f"{engine_url}/v1/chat/completions").status_code == 405
@@ -184,9 +178,7 @@ def test_full_queue_is_429_with_retry_after(engine: LocalEngine, engine_url: str
 @pytest.mark.parametrize("stream", [False, True])
 def test_disconnect_frees_the_row(engine: LocalEngine, engine_url: str, stream: bool) -> None:
     url = urlsplit(engine_url)
-    body = json.dumps(
-        {"model": "base", "messages": MESSAGES, "max_tokens": 450, "ignore_eos": True, "stream": stream}
-    )
+    body = json.dumps({"model": "base", "messages": MESSAGES, "max_tokens": 450, "ignore_eos": True, "stream": stream})
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body.encode())}\r\n\r\n"
     with socket.create_connection((url.hostname, url.port)) as connection:
         connection.sendall((head + body).encode())
@@ -232,8 +224,7 @@ def test_adapters_load_and_unload_over_http(engine_url: str, make_adapter, tmp_p
     refused = post(engine_url, "/v1/load_lora_adapter", lora_name="late", lora_path=str(tmp_path / "none"))
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "adapter_refused")
     assert (
-        post(engine_url, "/v1/load_lora_adapter", lora_name="", lora_path="x").json()["error"]["param"]
-        == "lora_name"
+        post(engine_url, "/v1/load_lora_adapter", lora_name="", lora_path="x").json()["error"]["param"] == "lora_name"
     )
 
 

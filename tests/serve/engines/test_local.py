@@ -39,10 +39,7 @@ def test_mixed_adapters_equal_single_adapter_forward(
     names = ["base", "red", "blue"]
 
     async def all_at_once() -> list[Update]:
-        jobs = [
-            finals(engine, names[i % 3], PROMPTS[i % 5], max_tokens=20, seed=i, logprobs=True)
-            for i in range(30)
-        ]
+        jobs = [finals(engine, names[i % 3], PROMPTS[i % 5], max_tokens=20, seed=i, logprobs=True) for i in range(30)]
         return await asyncio.gather(*jobs)
 
     for i, update in enumerate(asyncio.run(all_at_once())):
@@ -55,9 +52,7 @@ def test_greedy_answers_equal_generate_of_transformers(engine: LocalEngine, base
     model = AutoModelForCausalLM.from_pretrained(base).eval()
 
     async def all_at_once() -> list[Update]:
-        return await asyncio.gather(
-            *[finals(engine, "base", p, max_tokens=24, temperature=0.0) for p in PROMPTS]
-        )
+        return await asyncio.gather(*[finals(engine, "base", p, max_tokens=24, temperature=0.0) for p in PROMPTS])
 
     for prompt, update in zip(PROMPTS, asyncio.run(all_at_once()), strict=True):
         with torch.inference_mode():
@@ -105,9 +100,7 @@ def test_shared_prompt_beginnings_are_reused_without_changing_answers(engine: Lo
 
 def test_stopping_early_frees_the_row(engine: LocalEngine) -> None:
     async def leave_early() -> None:
-        generator = engine.generate(
-            "base", PROMPTS[0], SamplingParams(max_tokens=400, ignore_eos=True), stream=True
-        )
+        generator = engine.generate("base", PROMPTS[0], SamplingParams(max_tokens=400, ignore_eos=True), stream=True)
         await anext(generator)
         await generator.aclose()  # type: ignore[attr-defined]
         for _ in range(200):

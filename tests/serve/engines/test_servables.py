@@ -238,8 +238,6 @@ def test_database_away_leaves_the_engine_serving(
     assert engine.scheduler.alive
 
 
-def test_version_without_its_adapter_here_is_refused(
-    database: Engine, version_of, adapters: dict[str, Path]
-) -> None:
+def test_version_without_its_adapter_here_is_refused(database: Engine, version_of, adapters: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="has an adapter that is not on this machine"):
         want(database, version_of(3, adapters["red"], adapter_path=None), "local")
