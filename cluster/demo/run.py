@@ -43,14 +43,14 @@ def run_demo(plan: DemoPlan, root: Path, story: Story) -> tuple[Findings, dict[s
         demo.curate()
         demo.sweep()
         demo.train()
-        demo.train_control()
         demo.evaluate()
         demo.roll_out()
+        demo.findings.loop_seconds = story.elapsed_s
         if demo.findings.promoted:
             story.act("Act two: a damaged candidate is given traffic")
             demo.damage_and_roll_back()
-        demo.findings.loop_seconds = story.elapsed_s
         story.act("Afterwards: how good was it really?")
+        demo.train_control()
         demo.measure_held_out()
         written = demo.write_report()
         done = True
