@@ -19,7 +19,13 @@ from cluster.settings import load_settings
 
 
 def sleeper(*words: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", *words])
+    """A process that runs already: between fork and exec it still has its parent's command line."""
+    line = [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)", *words]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    return process
 
 
 def test_fresh_home_takes_an_empty_or_a_missing_folder(tmp_path: Path) -> None:
