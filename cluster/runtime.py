@@ -231,9 +231,7 @@ def waiting_message(shape: Shape, totals: Mapping[str, tuple[float, float]], wai
     short = "; ".join(parts) or "free resources are on different nodes"
     never = any(amount > totals.get(name, (0.0, 0.0))[1] for name, amount in shape)
     remedy = (
-        "it can never be placed: raise `ray.num_cpus` or add nodes"
-        if never
-        else "the work waits until some are free"
+        "it can never be placed: raise `ray.num_cpus` or add nodes" if never else "the work waits until some are free"
     )
     return f"a task has waited {waited_s:.0f} s for resources ({short}); {remedy}"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import stamina
 import yaml
 
 from cluster.errors import InputError, RayloopError, UnavailableError
@@ -28,6 +29,7 @@ LEFT_AT_HOME = [
     ".hypothesis",
 ]
 """Paths of the working tree that no job needs."""
+START_S = 60.0  # how long a cluster's job agent may still be starting
 RAYJOB = ROOT / "k8s" / "base" / "rayjob-train.yaml"
 
 
@@ -73,15 +75,23 @@ def submit(
     except (ConnectionError, RuntimeError) as error:
         cause = str(error).splitlines()[0]
         raise UnavailableError(f"no Ray cluster answers at {address} ({cause}); see `rayloop status`") from None
-    job_id: str = client.submit_job(
-        entrypoint=line,
-        runtime_env={"working_dir": str(ROOT), "excludes": LEFT_AT_HOME, "env_vars": environment},
-        metadata={"command": " ".join(arguments)},
-    )
+    job_id = ""
+    for attempt in stamina.retry_context(on=_is_starting, attempts=None, timeout=START_S, wait_max=2.0):
+        with attempt:
+            job_id = client.submit_job(
+                entrypoint=line,
+                runtime_env={"working_dir": str(ROOT), "excludes": LEFT_AT_HOME, "env_vars": environment},
+                metadata={"command": " ".join(arguments)},
+            )
     log.info("submitted %s as %s", line, job_id)
     if on_text is not None:
         _follow(client, job_id, on_text)
     return job_id
+
+
+def _is_starting(error: Exception) -> bool:
+    """A cluster that has just come up answers before its job agent does."""
+    return isinstance(error, RuntimeError) and "No available agent" in str(error)
 
 
 def _follow(client: Any, job_id: str, on_text: Callable[[str], None]) -> None:

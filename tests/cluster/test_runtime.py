@@ -13,9 +13,7 @@ PROJECT = Path(__file__).parents[2]
 
 
 def test_waiting_message_names_the_short_resource() -> None:
-    message = waiting_message(
-        (("CPU", 4.0), ("memory", 1.0)), {"CPU": (1.0, 2.0), "memory": (5.0, 9.0)}, 31.4
-    )
+    message = waiting_message((("CPU", 4.0), ("memory", 1.0)), {"CPU": (1.0, 2.0), "memory": (5.0, 9.0)}, 31.4)
     assert message == (
         "a task has waited 31 s for resources (CPU 4 asked, 1 free of 2); "
         "it can never be placed: raise `ray.num_cpus` or add nodes"
@@ -58,9 +56,7 @@ print("ended", not ray.is_initialized())
 @pytest.mark.ray
 @pytest.mark.slow
 def test_local_session_starts_warns_of_a_hopeless_wait_and_ends(tmp_path: Path) -> None:
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {
-        "RAYLOOP_HOME": str(tmp_path)
-    }
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"RAYLOOP_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         cwd=PROJECT,

@@ -32,8 +32,10 @@ def dashboard() -> Iterator[str]:
     binaries = Path(sys.executable).parent
     line = [binaries / "ray", "start", "--head", "--block", "--port", str(free_port()), "--num-cpus", "4"]
     line += ["--dashboard-port", str(port), "--ray-client-server-port", str(free_port())]
+    line += ["--dashboard-agent-listen-port", str(free_port())]  # the default is taken by the session's own cluster
     line += ["--object-store-memory", str(100 * 2**20)]
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PATH": f"{binaries}:{os.environ['PATH']}"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_AUTH_MODE": "disabled", "PATH": f"{binaries}:{os.environ['PATH']}"}
     head = subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     for _ in range(120):
