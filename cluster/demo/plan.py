@@ -62,7 +62,7 @@ class DemoPlan(Section):
     """Most alerts a second during a rollout."""
     live_alerts_per_session: int = Field(2, ge=1)
     """Short sessions bring many different users to a small share quickly."""
-    rollout_limit_s: float = Field(90.0, gt=0)
+    rollout_limit_s: float = Field(150.0, gt=0)
     """A rollout undecided for this long counts as not promoted."""
     stage_s: float = Field(4.0, ge=0)
     """Length of a rollout stage; a day outside a demonstration."""
@@ -195,8 +195,8 @@ def _rollout(plan: DemoPlan) -> dict[str, Any]:
         "min_users_per_arm": plan.users_per_arm,
         "final_min_users_per_arm": max(2, plan.users_per_arm // 2),
         "final_control_share": 0.1,
-        "detectable_improvement": 0.2,
+        "detectable_improvement": 0.15,
         "tick_s": 0.5,
-        "hold_limit_s": 0.75 * plan.rollout_limit_s,
+        "hold_limit_s": 0.5 * plan.rollout_limit_s,
         "stale_after_s": 20.0,
     }

@@ -20,6 +20,7 @@ from cluster.demo.plan import BASE_VERSION, SIMULATED, DemoPlan, write_config, w
 from cluster.demo.report import Findings, Moment, Row
 from cluster.demo.story import Stage, Story
 from cluster.errors import UnavailableError
+from cluster.loop import JobError
 from cluster.turn import choose
 
 METHODS = ("sft", "dpo", "kto")
@@ -279,11 +280,18 @@ class Demo:
                 self._follow(version, stage, future)
             end = future.result()
             if end["state"] not in ENDED:
-                self.cli.run("rollout", "rollback", end["rollout_id"], "--reason", "undecided when the time was up")
-                return {"state": "undecided", "reason": end.get("reason") or "the time was up"}
+                end = self._take_back(end)
             return {"state": end["state"], "reason": end.get("reason") or ""}
         finally:
             traffic.stop()
+
+    def _take_back(self, end: dict[str, Any]) -> dict[str, Any]:
+        """Roll back by hand what is undecided, unless it has just been decided."""
+        try:
+            self.cli.run("rollout", "rollback", end["rollout_id"], "--reason", "undecided when the time was up")
+        except JobError:
+            return self.cli.run("rollout", "status", end["rollout_id"])
+        return {"state": "undecided", "reason": end.get("reason") or "the time was up"}
 
     def _follow(self, version: str, stage: Stage, watch: "Future[dict[str, Any]]") -> None:
         """Keep what the router says of the share until the rollout is over."""
