@@ -26,7 +26,7 @@ NOT_APPLICABLE = "the toy agent triages alerts and nothing else; it was taught n
 
 
 class DemoPlan(Section):
-    """Sizes and lengths. The defaults are for two CPU cores and five minutes."""
+    """Sizes and lengths. The defaults are for two CPU cores and some minutes."""
 
     seed: int = Field(0, ge=0)
     """Of the base's weights, the alerts, the analysts and the trainings."""
