@@ -1,4 +1,4 @@
-"""`rayloop experiment`: what runs, what the numbers say, and how many users it takes."""
+"""`rayloop experiment`: what runs, what the numbers say, how many users it takes, and bandits."""
 
 import json
 from dataclasses import asdict
@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from sqlalchemy.engine import Engine
 
 from cluster.database import connect
 from cluster.errors import InputError
 from cluster.logs import configure_logging
-from cluster.settings import load_settings
+from cluster.settings import Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -40,34 +41,113 @@ def list_command(
 @app.command()
 def show(
     experiment_id: Annotated[str, typer.Argument(help="From `rayloop experiment list`.")],
+    segment: Annotated[str | None, typer.Option(help="Only users of this segment, such as tier=pro.")] = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Every metric of an experiment, by period, and whether the split is as configured."""
-    from serve.experiments.projection import Projection
-    from serve.experiments.readings import periods_of, read_all, read_split
-    from serve.experiments.store import get_experiment
+    """Every metric of an experiment, by period; whether the split is as configured; what to be wary of."""
+    from serve.experiments.report import describe, to_text
 
     settings, _ = load_settings(config)
     configure_logging(settings.logging)
-    engine = connect(settings)
-    experiment = get_experiment(engine, experiment_id)
-    Projection(engine, settings).catch_up()
-    readings = {
-        period: [asdict(r) for r in read_all(engine, experiment_id, settings.experiment, period=period)]
-        for period in periods_of(engine, experiment_id)
-    }
-    split = asdict(read_split(engine, experiment_id, settings.experiment))
+    document = describe(_counted(settings), experiment_id, settings, segment)
+    print(json.dumps(document) if json_output else to_text(document))
+
+
+@app.command()
+def plot(
+    experiment_id: Annotated[str, typer.Argument(help="From `rayloop experiment list`.")],
+    out: Annotated[Path, typer.Option("--out", help="PNG file to write.")] = Path("experiment.png"),
+    metric: Annotated[str | None, typer.Option(help="The metric; the primary without.")] = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Draw a metric's effect over time with its always-valid interval."""
+    from serve.experiments.timeline import draw, read_timeline
+
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    points = read_timeline(_counted(settings), experiment_id, metric or settings.experiment.primary, settings)
+    draw(points, metric or settings.experiment.primary, out)
     if json_output:
-        print(json.dumps({"experiment": asdict(experiment), "split": split, "periods": readings}))
+        print(json.dumps({"points": [asdict(point) for point in points], "plot": str(out)}))
+    else:
+        print(f"wrote {out}, {len(points)} points")
+
+
+@app.command("off-policy")
+def off_policy(
+    experiment_id: Annotated[str, typer.Argument(help="From `rayloop experiment list`.")],
+    share: Annotated[list[float] | None, typer.Option(help="Shares of the candidate to judge; repeat it.")] = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """What other splits would have earned in explicit reward a request, from the log and its propensities."""
+    from serve.experiments.logged import estimates
+
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    found = estimates(connect(settings), experiment_id, share or [0.0, 0.5, 1.0])
+    if json_output:
+        print(json.dumps({"estimates": found}))
         return
-    print(
-        f"{experiment_id}  {experiment.candidate} against {experiment.stable}  {experiment.outcome or experiment.state}"
-    )
-    print(f"split {split['users']}, expected {split['expected']}, p {split['p_value']:.3g} (always valid)")
-    for period, rows in readings.items():
-        print(f"\n{period}: candidate, control, effect, harm in (always valid), p (one look only)")
-        print("\n".join(_row(row) for row in rows))
+    for row in found:
+        print(
+            f"share {row['share']:<5g} {row['estimator']:<14} {row['value']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
+            f"  worth {row['effective_requests']:.0f} requests"
+        )
+
+
+@app.command()
+def bandit(
+    version: Annotated[str, typer.Argument(help="The version to try, such as triage/3.")],
+    agent: Annotated[str | None, typer.Option(help="The route; the version's own agent without.")] = None,
+    modality: Annotated[str, typer.Option(help="Modality of the route.")] = "text",
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Let shares follow the evidence, for choices where a wrong arm costs little; `end` ends it."""
+    import getpass
+
+    from serve.rollout.bandits import start_bandit
+    from serve.rollout.live import command_steps
+    from serve.routes import RouteKey
+
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    key = RouteKey(settings.tenant, agent or version.partition("/")[0], modality)
+    steps = command_steps(connect(settings), settings)
+    made = start_bandit(steps, settings, key, version, actor=f"person:{getpass.getuser()}")
+    print(json.dumps(asdict(made)) if json_output else f"{made.experiment_id}\nnext: rayloop experiment show ID")
+
+
+@app.command()
+def end(
+    experiment_id: Annotated[str, typer.Argument(help="A running bandit.")],
+    keep: Annotated[str, typer.Option(help="The arm that everybody gets: stable or candidate.")],
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """End a bandit and give everybody one of its arms."""
+    import getpass
+
+    from serve.rollout.bandits import end_bandit
+    from serve.rollout.live import command_steps
+
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    steps = command_steps(connect(settings), settings)
+    ended = end_bandit(steps, experiment_id, keep, actor=f"person:{getpass.getuser()}")  # type: ignore[arg-type]
+    print(json.dumps(asdict(ended)) if json_output else f"{experiment_id} ended: {ended.outcome}")
+
+
+def _counted(settings: Settings) -> Engine:
+    """The database, its statistics brought up to the log."""
+    from serve.experiments.projection import Projection
+
+    engine = connect(settings)
+    Projection(engine, settings).catch_up()
+    return engine
 
 
 @app.command()
@@ -87,7 +167,7 @@ def plan(
 
     if (probability is None) == (deviation is None):
         raise InputError("plan", None, "needs one of --probability and --deviation", "give exactly one")
-    _check_plan(margin, probability, deviation, share)
+    _check_plan(margin, probability, deviation, share, users_per_day)
     settings, _ = load_settings(config)
     known: dict[str, Any] = {"alpha": settings.experiment.alpha, "power": settings.experiment.power}
     if share is not None:
@@ -107,7 +187,9 @@ def plan(
     print(f"alpha {known['alpha']} one-sided, power {known['power']}, a single look")
 
 
-def _check_plan(margin: float, probability: float | None, deviation: float | None, share: float | None) -> None:
+def _check_plan(
+    margin: float, probability: float | None, deviation: float | None, share: float | None, users_per_day: float | None
+) -> None:
     if not margin > 0:
         raise InputError("margin", margin, "must be above 0", "name the difference to detect")
     if probability is not None and not 0 < probability < 1:
@@ -116,13 +198,5 @@ def _check_plan(margin: float, probability: float | None, deviation: float | Non
         raise InputError("deviation", deviation, "must be above 0", "name a standard deviation")
     if share is not None and not 0 < share < 1:
         raise InputError("share", share, "must be between 0 and 1", "write a fraction such as 0.1")
-
-
-def _row(row: dict[str, Any]) -> str:
-    def number(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}"
-
-    means = "".join(f"{number(row[arm]['mean']):>10}" for arm in ("candidate", "control"))
-    users = f"{row['candidate']['users']}/{row['control']['users']}"
-    bounds = row["problem"] or f"[{number(row['harm_low'])}, {number(row['harm_high'])}]"
-    return f"{row['metric']:<26}{means}{number(row['effect']):>10}{bounds:>22}{number(row['p_value']):>9}{users:>12}"
+    if users_per_day is not None and not users_per_day > 0:
+        raise InputError("users_per_day", users_per_day, "must be above 0", "name the users of a day")

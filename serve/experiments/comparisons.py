@@ -23,6 +23,13 @@ class Moments:
     sum_yy: float
     sum_m: float
     sum_mm: float
+    known: float = 0.0
+    """Users with a covariate x: their own mean before the first exposure."""
+    sum_x: float = 0.0
+    sum_xx: float = 0.0
+    sum_m_known: float = 0.0
+    """Sum of m over the users with a covariate."""
+    sum_xm: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,37 +138,6 @@ def welch(candidate: Estimate, control: Estimate, alpha: float = 0.05) -> Compar
     half = float(scipy.stats.t.isf(alpha / 2, freedom)) * error
     p_value = 2 * float(scipy.stats.t.sf(abs(effect) / error, freedom))
     return Comparison(effect, effect - half, effect + half, p_value)
-
-
-def two_proportion_z(candidate: tuple[int, int], control: tuple[int, int], alpha: float = 0.05) -> Comparison:
-    """Two-proportion z for (events, trials) an arm: pooled test, unpooled interval."""
-    (x1, n1), (x2, n2) = candidate, control
-    p1, p2, pooled = x1 / n1, x2 / n2, (x1 + x2) / (n1 + n2)
-    error = math.sqrt(pooled * (1 - pooled) * (1 / n1 + 1 / n2))
-    half = float(scipy.stats.norm.isf(alpha / 2)) * math.sqrt(p1 * (1 - p1) / n1 + p2 * (1 - p2) / n2)
-    p_value = 2 * float(scipy.stats.norm.sf(abs(p1 - p2) / error)) if error > 0 else math.nan
-    return Comparison(p1 - p2, p1 - p2 - half, p1 - p2 + half, p_value)
-
-
-def wilson(events: int, trials: int, alpha: float = 0.05) -> tuple[float, float]:
-    """Wilson's score interval for one proportion."""
-    z = float(scipy.stats.norm.isf(alpha / 2))
-    mean = events / trials
-    centre = (mean + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z * math.sqrt(mean * (1 - mean) / trials + z * z / (4 * trials**2)) / (1 + z * z / trials)
-    return centre - half, centre + half
-
-
-def newcombe(candidate: tuple[int, int], control: tuple[int, int], alpha: float = 0.05) -> tuple[float, float]:
-    """Newcombe's interval for a difference of two proportions, (events, trials) an arm.
-
-    Source: Newcombe 1998, Statistics in Medicine 17, method 10.
-    """
-    p1, p2 = candidate[0] / candidate[1], control[0] / control[1]
-    low1, high1 = wilson(*candidate, alpha)
-    low2, high2 = wilson(*control, alpha)
-    below, above = math.hypot(p1 - low1, high2 - p2), math.hypot(high1 - p1, p2 - low2)
-    return p1 - p2 - below, p1 - p2 + above
 
 
 def _unbiased(sum_ab: float, sum_a: float, sum_b: float, count: int) -> float:

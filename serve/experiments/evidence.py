@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.settings.experiments import ExperimentSettings
-from serve.experiments import comparisons, sequences
+from serve.experiments import comparisons, covariates, sequences
+from serve.experiments.betting import betting_interval
 from serve.experiments.comparisons import Estimate, Moments
 from serve.experiments.metrics import Metric
 
@@ -47,6 +48,10 @@ class Reading:
     """Inverse of the effect's variance."""
     p_value: float | None = None
     """Two-sided, Welch; for reports, unsafe to look at repeatedly."""
+    e_value: float | None = None
+    """Evidence that the arms differ, always valid: above 1 / alpha with probability at most alpha when they do not."""
+    variance_kept: float | None = None
+    """Variance of the effect over what it was without covariates; `None` where none were used."""
     problem: str | None = None
     """Why there are no numbers: `no data`, `too few users`, `not a number`."""
 
@@ -71,6 +76,14 @@ class Reading:
     def users(self) -> int:
         """Users of the smaller arm."""
         return min(self.candidate.users, self.control.users)
+
+
+@dataclass(frozen=True, slots=True)
+class UserValues:
+    """Each user's own mean, in the order in which the users came."""
+
+    candidate: tuple[float, ...]
+    control: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +118,19 @@ class Evidence:
     """Latest interaction of each served arm: `candidate` and `stable`."""
     cursor_lag_events: int = 0
     """Events in the log that are not counted yet."""
+    response: Reading | None = None
+    """How often users react, for what it says about every metric made of reactions."""
+    further_primaries: tuple[Reading, ...] = ()
+
+    @property
+    def primaries(self) -> tuple[Reading, ...]:
+        """All of them, the first one first."""
+        return (self.primary, *self.further_primaries)
+
+    @property
+    def all_readings(self) -> tuple[Reading, ...]:
+        """Everything that can roll back."""
+        return (*self.primaries, *self.guardrails, *self.optional_guardrails)
 
     def as_json(self) -> dict[str, Any]:
         """A form that survives JSON and comes back with `from_json` unchanged."""
@@ -119,7 +145,9 @@ class Evidence:
                 "primary": _reading(value["primary"]),
                 "guardrails": tuple(_reading(r) for r in value["guardrails"]),
                 "optional_guardrails": tuple(_reading(r) for r in value["optional_guardrails"]),
+                "further_primaries": tuple(_reading(r) for r in value.get("further_primaries", ())),
                 "split": SplitReading(**value["split"]),
+                "response": _reading(value["response"]) if value.get("response") else None,
             }
         )
 
@@ -135,8 +163,13 @@ def read_metric(
     control: Moments | None,
     settings: ExperimentSettings,
     alpha: float,
+    values: UserValues | None = None,
 ) -> Reading:
-    """Compare two arms. `alpha` is this guardrail's share; non-inferiority uses the whole of it."""
+    """Compare two arms. `alpha` is this guardrail's share; non-inferiority uses the whole of it.
+
+    With `values`, the users' own means in the order in which they came, the bounds are those of a betting
+    sequence.
+    """
     bare = Reading(metric.name, _arm(metric, candidate), _arm(metric, control))
     if candidate is None or control is None:
         return replace(bare, problem="no data")
@@ -144,13 +177,20 @@ def read_metric(
         return replace(bare, problem="too few users")
     one, other = _estimate(metric, candidate), _estimate(metric, control)
     p_value = comparisons.welch(one, other).p_value
+    adjusted = covariates.adjust(candidate, control) if metric.kind == "user_mean" else None
+    if adjusted is not None:
+        one, other = adjusted.candidate, adjusted.control
     one, other = comparisons.steady(one, other, settings.variance_prior_users)
     variance = one.variance + other.variance
     if not all(math.isfinite(v) for v in (one.mean, other.mean, variance)):
         return replace(bare, problem="not a number")
     effect = one.mean - other.mean
     harm = effect if metric.better == "lower" else -effect
-    low, high = _harm_bounds(metric, (candidate, control), harm, variance, settings, alpha)
+    if values is not None and metric.bounds is not None:
+        low, high = _betting_bounds(metric, values, settings.alpha, alpha)
+    else:
+        low, high = _harm_bounds(metric, (candidate, control), harm, variance, settings, alpha)
+    users = information(candidate.users, control.users)
     return replace(
         bare,
         margin=metric.margin * abs(other.mean) if metric.relative else metric.margin,
@@ -161,7 +201,23 @@ def read_metric(
         z=-harm / math.sqrt(variance) if variance > 0 else None,
         information=1.0 / variance if variance > 0 else None,
         p_value=_finite(p_value),
+        e_value=sequences.e_value(effect, variance, users, settings.tuning_users, settings.alpha),
+        variance_kept=adjusted.variance_kept if adjusted else None,
     )
+
+
+def _betting_bounds(metric: Metric, values: UserValues, alpha: float, guardrail_alpha: float) -> tuple[float, float]:
+    """From one betting sequence an arm, as `_proportion_bounds` does from Bernoulli sequences."""
+    assert metric.bounds is not None
+    smallest, largest = metric.bounds
+
+    def bounds(alpha: float) -> tuple[float, float]:
+        (low_1, high_1), (low_0, high_0) = (
+            betting_interval(arm, alpha, low=smallest, high=largest) for arm in (values.candidate, values.control)
+        )
+        return (low_1 - high_0, high_1 - low_0) if metric.better == "lower" else (low_0 - high_1, high_0 - low_1)
+
+    return bounds(guardrail_alpha)[0], bounds(alpha)[1]
 
 
 def _estimate(metric: Metric, moments: Moments) -> Estimate:
@@ -201,18 +257,17 @@ def _proportion_bounds(
     Requests of one user are not independent, so trials are divided by the design effect over users.
     """
 
-    def bounds(moments: Moments, alpha: float) -> tuple[float, float]:
-        effect = comparisons.design_effect(moments)
-        # a two-sided sequence at alpha has alpha / 2 on each side, which is this arm's share
-        return sequences.bernoulli_interval(
-            moments.sum_y / effect, moments.sum_n / effect, alpha, settings.tuning_trials
-        )
+    def distance(worse: Moments, better: Moments, alpha: float) -> float:
+        """The least by which the first may exceed the second."""
+        ends = []
+        for end, moments in ((sequences.bernoulli_low, worse), (sequences.bernoulli_high, better)):
+            # a two-sided sequence at alpha has alpha / 2 on each side, which is this arm's share
+            effect = comparisons.design_effect(moments)
+            ends.append(end(moments.sum_y / effect, moments.sum_n / effect, alpha, settings.tuning_trials))
+        return ends[0] - ends[1]
 
-    (low_1, high_1), (low_0, high_0) = (bounds(moments, alpha) for moments in arms)
-    worse_low = low_1 - high_0 if metric.better == "lower" else low_0 - high_1
-    (low_1, high_1), (low_0, high_0) = (bounds(moments, settings.alpha) for moments in arms)
-    worse_high = high_1 - low_0 if metric.better == "lower" else high_0 - low_1
-    return worse_low, worse_high
+    worse, better = reversed(arms) if metric.better == "higher" else arms
+    return distance(worse, better, alpha), -distance(better, worse, settings.alpha)
 
 
 def information(candidate_users: int, control_users: int) -> float:

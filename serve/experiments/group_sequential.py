@@ -17,8 +17,9 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 from scipy.stats import norm
 
+from serve.experiments.quadrature import nodes_between
+
 Spending = Literal["obrien_fleming", "pocock"]
-NODES = 401  # Gauss-Legendre nodes of the density between the boundaries
 FAR = 12.0  # standard deviations that count as infinitely far
 
 
@@ -58,7 +59,7 @@ def boundaries(
         edge = _edge(nodes, weights * density, step, spend, sides, first=not look)
         found.append(edge / math.sqrt(fraction))
         far = FAR * math.sqrt(fraction)
-        new_nodes, new_weights = _grid(-min(edge, far) if sides == 2 else -far, min(edge, far))
+        new_nodes, new_weights = nodes_between(-min(edge, far) if sides == 2 else -far, min(edge, far))
         density = _propagate(nodes, weights * density, new_nodes, step, first=not look)
         nodes, weights = new_nodes, new_weights
     return tuple(found)
@@ -86,17 +87,6 @@ def _propagate(nodes: np.ndarray, mass: np.ndarray, new_nodes: np.ndarray, step:
     if first:
         return np.asarray(norm.pdf(new_nodes, scale=deviation))
     return np.asarray(norm.pdf(new_nodes[:, None] - nodes[None, :], scale=deviation) @ mass)
-
-
-def _grid(low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
-    points, weights = _legendre()
-    return low + (points + 1) * (high - low) / 2, weights * (high - low) / 2
-
-
-@lru_cache(maxsize=1)
-def _legendre() -> tuple[np.ndarray, np.ndarray]:
-    points, weights = np.polynomial.legendre.leggauss(NODES)
-    return points, weights
 
 
 def next_look(fraction: float, planned: Sequence[float], made: Sequence[float]) -> float | None:

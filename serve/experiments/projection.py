@@ -1,123 +1,59 @@
-"""Counts the log into per-user statistics, so that an analysis never scans raw events.
+"""Counts the log into statistics per user and per arm, so that an analysis never scans raw events.
 
 Each page of the log is folded in one transaction together with the reader's cursor: killed anywhere, it
-goes on where it was, and counting from zero (`rebuild`) gives the same tables. Everything known about an
-interaction (its feedback, grades, outcomes) is attributed to the arm *assigned* to that interaction,
-whoever answered and however late the feedback comes; feedback that precedes its interaction is counted
-when the interaction appears.
-
-Who counts where. The candidate's side are interactions assigned to the candidate; the control side are
-those assigned to stable whose bucket lies in the control slice of the share then in force. Both sides
-grow together, so they are compared at the same times. Above one half the control slice shrinks, users
-change sides, and a new `period` begins whose numbers stand by themselves.
+goes on where it was, and counting from zero (`rebuild`) gives the same statistics. `fold` says what counts
+for whom; here are the tables: per-user counts and totals, the sums over users that analyses read, latency
+histograms, users, and what was known about users beforehand.
 """
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
 
+from cluster.clock import SECOND_US
 from cluster.database import write
 from cluster.settings import Settings
-from cluster.tables import arm_statistics, cursors, experiment_users
+from cluster.tables import (
+    arm_histograms,
+    arm_history,
+    arm_moments,
+    arm_statistics,
+    cursors,
+    experiment_arms,
+    experiment_users,
+    experiments,
+    user_baselines,
+)
 from data.events import RecordedEvent
 from data.log import LOOKUP_CHUNK, EventLog, save_cursor
-from serve.assignment import LARGEST_CONTROL, assign, choose_unit, in_control_slice, share_in_force
-from serve.experiments.metrics import (
-    Observation,
-    is_explicit,
-    is_failed,
-    of_feedback,
-    of_grade,
-    of_interaction,
-    of_outcome,
-)
+from serve.experiments.exposures import RAMP, Exposure
+from serve.experiments.fold import Baseline, Fold, StatisticKey, fold_groups
+from serve.experiments.metrics import is_failed
+from serve.experiments.moments import EVERYBODY, TERMS, UserSums, changes
 
 log = logging.getLogger(__name__)
 
 CURSOR = "experiments"
-REACTIONS = ("feedback", "grade", "outcome")
-KINDS = ("interaction", *REACTIONS)
+KINDS = ("interaction", "feedback", "grade", "outcome")
 FIRST_REQUESTS = "first_requests"
 """Pseudo-metric: the candidate's first requests of an experiment and the errors among them, user ''."""
-RAMP = "ramp"
-"""Period of all shares up to one half."""
+STATISTICS = ("experiment_id", "user_id", "metric", "period", "arm", "count", "total", "total_squares")
+TABLES = (experiment_users, experiment_arms, arm_statistics, arm_moments, arm_history, arm_histograms, user_baselines)
 
-StatisticKey = tuple[str, str, str, str, str]
-"""experiment, metric, period, arm, user"""
+NOTHING = (0.0, 0.0, 0.0)
 
-
-def period_of(share: float) -> str:
-    """The period whose numbers a share belongs to."""
-    return RAMP if share <= LARGEST_CONTROL else f"{share:.6g}"
-
-
-@dataclass(frozen=True, slots=True)
-class Exposure:
-    """One interaction of an experiment, as far as counting needs it."""
-
-    seq: int
-    experiment_id: str
-    user: str
-    arm: str
-    bucket: float
-    share: float
-    at_us: int
-    by_hand: bool
-    """The arm is not what the bucket says: somebody moved this user."""
-    body: dict[str, Any]
-
-    @property
-    def side(self) -> str | None:
-        """`candidate`, `control`, or neither."""
-        if self.arm == "candidate":
-            return "candidate"
-        return "control" if in_control_slice(self.share, self.bucket) else None
-
-
-def exposure_of(recorded: RecordedEvent) -> Exposure | None:
-    """The exposure an interaction event records; `None` when it belongs to no experiment."""
-    event, body = recorded.event, recorded.event.body
-    arm, place, chance = body.get("arm"), body.get("bucket"), body.get("propensity")
-    experiment_id = body.get("experiment_id")
-    if experiment_id is None or arm not in ("stable", "candidate") or place is None or chance is None:
-        return None
-    share = share_in_force(arm, chance)
-    if not 0 < share < 1 or body.get("flags", {}).get("shadow"):
-        return None
-    kind, unit = choose_unit(event.user_id, event.session_id, event.interaction_id or event.event_id)
-    user = unit if kind == "user" else f"{kind}:{unit}"
-    by_hand = arm != assign(share, place)
-    return Exposure(recorded.seq, experiment_id, user, arm, place, share, event.occurred_at_us, by_hand, body)
-
-
-@dataclass(slots=True)
-class Fold:
-    """What one page adds to the tables."""
-
-    exposures: list[Exposure]
-    statistics: dict[StatisticKey, list[float]]
-
-    def add(self, exposure: Exposure, observations: Iterable[Observation]) -> None:
-        """Count observations for the side of the exposure, if it is on one."""
-        side = exposure.side
-        if side is None or exposure.by_hand:
-            return
-        for metric, value in observations:
-            key = (exposure.experiment_id, metric, period_of(exposure.share), side, exposure.user)
-            sums = self.statistics[key]
-            sums[0] += 1.0
-            sums[1] += value
-            sums[2] += value * value
+UserKey = tuple[str, str]
+"""experiment, user"""
+UserRow = dict[str, Any]
 
 
 class Projection:
-    """The reader that keeps `experiment_users` and `arm_statistics` up to the log."""
+    """The reader that keeps the statistics up to the log."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine = engine
@@ -141,7 +77,8 @@ class Projection:
             after = _locked_cursor(connection)
             page = self.log.read(after, self.settings.projection_page, kinds=KINDS)
             if page:
-                self._apply(connection, self._fold(after, page))
+                bandits = _bandits(connection)
+                self._apply(connection, fold_groups(self._groups(page), after, self.settings, bandits))
             is_last = len(page) < self.settings.projection_page
             reached = page[-1].seq if page else after
             save_cursor(connection, CURSOR, max(reached, newest) if is_last else reached)
@@ -150,36 +87,12 @@ class Projection:
     def rebuild(self) -> int:
         """Forget everything counted and count again from the first event."""
         with write(self.engine).begin() as connection:
-            connection.execute(experiment_users.delete())
-            connection.execute(arm_statistics.delete())
+            for table in TABLES:
+                connection.execute(table.delete())
             save_cursor(connection, CURSOR, 0)
         return self.catch_up()
 
-    def _fold(self, after: int, page: list[RecordedEvent]) -> Fold:
-        """Count each interaction at its own seq, and its reactions at the later of the two."""
-        upto = page[-1].seq
-        fold = Fold([], defaultdict(lambda: [0.0, 0.0, 0.0]))
-        for group in self._groups(page, upto):
-            interaction = next((r for r in group if r.event.kind == "interaction"), None)
-            exposure = exposure_of(interaction) if interaction else None
-            if exposure is None:
-                continue
-            if exposure.seq > after:
-                fold.exposures.append(exposure)
-                fold.add(exposure, of_interaction(exposure.body, self.settings))
-                fold.add(exposure, [("feedback_response_rate", 0.0)])
-            responded = False
-            for reaction in group:
-                first = reaction.event.kind == "feedback" and is_explicit(reaction.event.body) and not responded
-                if max(reaction.seq, exposure.seq) > after:
-                    fold.add(exposure, _of_reaction(reaction))
-                    if first:
-                        _count_response(fold, exposure)
-                responded = responded or first
-        fold.exposures.sort(key=lambda e: e.seq)
-        return fold
-
-    def _groups(self, page: list[RecordedEvent], upto: int) -> Iterator[list[RecordedEvent]]:
+    def _groups(self, page: list[RecordedEvent]) -> Iterator[list[RecordedEvent]]:
         """All events about each interaction that the page touches, up to the page's end, in order."""
         wanted: dict[str, set[str]] = defaultdict(set)
         for recorded in page:
@@ -189,39 +102,21 @@ class Projection:
                 wanted[event.tenant].add(event.interaction_id)
         for tenant, ids in sorted(wanted.items()):
             groups: dict[str, list[RecordedEvent]] = defaultdict(list)
-            for recorded in self.log.about(tenant, sorted(ids), kinds=KINDS, upto=upto):
+            for recorded in self.log.about(tenant, sorted(ids), kinds=KINDS, upto=page[-1].seq):
                 groups[str(recorded.event.interaction_id)].append(recorded)
             yield from groups.values()
 
     def _apply(self, connection: Connection, fold: Fold) -> None:
-        _save_users(connection, fold.exposures)
+        keys = {(e.experiment_id, e.user) for e in fold.exposures} | {key[:2] for key in fold.statistics}
+        before = _known_users(connection, keys)
+        after = before | _users_after(connection, before, fold)
+        _upsert(connection, experiment_users, [row for key, row in after.items() if row != before.get(key)])
+        _save_arms(connection, before, fold.exposures)
         _save_first_requests(connection, fold.exposures, self.first_requests)
-        _save_statistics(connection, fold.statistics)
-
-
-def _of_reaction(recorded: RecordedEvent) -> Iterator[Observation]:
-    body = recorded.event.body
-    if recorded.erased or not body:
-        return
-    reader = {"feedback": of_feedback, "grade": of_grade, "outcome": of_outcome}.get(recorded.event.kind)
-    if reader is not None:
-        yield from reader(body)
-
-
-def _count_response(fold: Fold, exposure: Exposure) -> None:
-    """Turn the interaction's counted 0 of the response rate into a 1."""
-    side = exposure.side
-    if side is not None and not exposure.by_hand:
-        key = (
-            exposure.experiment_id,
-            "feedback_response_rate",
-            period_of(exposure.share),
-            side,
-            exposure.user,
-        )
-        sums = fold.statistics[key]
-        sums[1] += 1.0
-        sums[2] += 1.0
+        _save_statistics(connection, fold.statistics, before, after)
+        _add(connection, arm_histograms, [(*key, count) for key, count in fold.histograms.items()], ("count",))
+        _save_baselines(connection, fold.baselines)
+        _save_history(connection, fold.exposures, self.settings.history_interval_s)
 
 
 def _locked_cursor(connection: Connection) -> int:
@@ -233,33 +128,220 @@ def _locked_cursor(connection: Connection) -> int:
     return seq or 0
 
 
-def _save_users(connection: Connection, exposures: list[Exposure]) -> None:
-    """Note users met for the first time, who moved to the candidate, and who was moved by hand."""
-    grouped: dict[str, dict[str, list[Exposure]]] = defaultdict(lambda: defaultdict(list))
-    for exposure in exposures:
-        grouped[exposure.experiment_id][exposure.user].append(exposure)
-    for experiment_id, by_user in grouped.items():
-        known = _known_users(connection, experiment_id, list(by_user))
-        rows = [
-            {"experiment_id": experiment_id, "user_id": user, **_user_after(known.get(user), own)}
-            for user, own in by_user.items()
-        ]
-        statement = _insert(connection, experiment_users)
-        changing = ("arm", "excluded", "first_seen_us", "last_seen_us")
-        keys = [experiment_users.c.experiment_id, experiment_users.c.user_id]
-        update = {name: statement.excluded[name] for name in changing}
-        connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=update), rows)
+def _bandits(connection: Connection) -> set[str]:
+    query = sa.select(experiments.c.experiment_id, experiments.c.config)
+    return {row.experiment_id for row in connection.execute(query) if row.config.get("mode") == "bandit"}
 
 
-def _known_users(connection: Connection, experiment_id: str, users: list[str]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for start in range(0, len(users), LOOKUP_CHUNK):
-        query = sa.select(experiment_users).where(
-            experiment_users.c.experiment_id == experiment_id,
-            experiment_users.c.user_id.in_(users[start : start + LOOKUP_CHUNK]),
-        )
-        found |= {row["user_id"]: dict(row) for row in connection.execute(query).mappings()}
+# Users
+
+
+def _known_users(connection: Connection, keys: Iterable[UserKey]) -> dict[UserKey, UserRow]:
+    found: dict[UserKey, UserRow] = {}
+    for experiment_id, users in _by_first(keys).items():
+        for chunk in _chunks(users):
+            query = sa.select(experiment_users).where(
+                experiment_users.c.experiment_id == experiment_id, experiment_users.c.user_id.in_(chunk)
+            )
+            found |= {(experiment_id, row["user_id"]): dict(row) for row in connection.execute(query).mappings()}
     return found
+
+
+def _users_after(connection: Connection, known: Mapping[UserKey, UserRow], fold: Fold) -> dict[UserKey, UserRow]:
+    """Rows of the users exposed in this page: met for the first time, moved, or only seen again."""
+    grouped: dict[UserKey, list[Exposure]] = defaultdict(list)
+    for exposure in fold.exposures:
+        grouped[exposure.experiment_id, exposure.user].append(exposure)
+    firsts = [own[0] for key, own in grouped.items() if key not in known]
+    covariates = _covariates(connection, firsts, fold.baselines)
+    return {
+        key: _user_after(known.get(key), own, covariates.get((own[0].tenant, own[0].agent, own[0].user, own[0].seq)))
+        for key, own in grouped.items()
+    }
+
+
+def _user_after(known: UserRow | None, own: list[Exposure], covariates: dict[str, float] | None) -> UserRow:
+    first = own[0]
+    arm = known["arm"] if known else first.arm
+    excluded = bool(known["excluded"]) if known else False
+    for exposure in own:
+        moved_back = arm == "candidate" and exposure.arm == "stable" and not exposure.is_bandit
+        excluded = excluded or exposure.by_hand or moved_back
+        arm = exposure.arm
+    times = [exposure.at_us for exposure in own]
+    return {
+        "experiment_id": first.experiment_id,
+        "user_id": first.user,
+        "arm": arm,
+        "bucket": first.bucket,
+        "excluded": excluded,
+        "segments": known["segments"] if known else list(first.segments),
+        "covariates": known["covariates"] if known else covariates or {},
+        "first_seen_us": min(times + ([known["first_seen_us"]] if known else [])),
+    }
+
+
+def _save_arms(connection: Connection, known: Mapping[UserKey, UserRow], exposures: Sequence[Exposure]) -> None:
+    """Users by the share and arm they were first met with, and when each arm was last seen."""
+    rows: dict[tuple[str, float, str], list[int]] = defaultdict(lambda: [0, 0])
+    met = set(known)
+    for exposure in exposures:
+        row, user = rows[exposure.experiment_id, exposure.share, exposure.arm], (exposure.experiment_id, exposure.user)
+        row[0] += user not in met
+        row[1] = max(row[1], exposure.at_us)
+        met.add(user)
+    table, statement = experiment_arms.c, _insert(connection, experiment_arms)
+    newer = sa.case(
+        (statement.excluded.last_seen_us > table.last_seen_us, statement.excluded.last_seen_us),
+        else_=table.last_seen_us,
+    )
+    if rows:
+        changes = {"users": table.users + statement.excluded.users, "last_seen_us": newer}
+        statement = statement.on_conflict_do_update(index_elements=list(experiment_arms.primary_key), set_=changes)
+        names = [column.name for column in experiment_arms.c]
+        connection.execute(statement, [dict(zip(names, (*key, *row), strict=True)) for key, row in rows.items()])
+
+
+def _covariates(
+    connection: Connection, firsts: Sequence[Exposure], page: Sequence[Baseline]
+) -> dict[tuple[str, str, str, int], dict[str, float]]:
+    """Each new user's means before the first exposure, by tenant, agent, user and the exposure's seq."""
+    stored: dict[tuple[str, str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+    b = user_baselines.c
+    for (tenant, agent), users in _by_pair((e.tenant, e.agent, e.user) for e in firsts).items():
+        for chunk in _chunks(users):
+            query = sa.select(b.user_id, b.metric, b.count, b.total)
+            where = (b.tenant == tenant) & (b.agent == agent) & b.user_id.in_(chunk)
+            for user, metric, count, total in connection.execute(query.where(where)):
+                stored[tenant, agent, user][metric] = [count, total]
+    recent: dict[tuple[str, str, str], list[Baseline]] = defaultdict(list)
+    for baseline in page:
+        recent[baseline.tenant, baseline.agent, baseline.user].append(baseline)
+    found = {}
+    for exposure in firsts:
+        user = (exposure.tenant, exposure.agent, exposure.user)
+        sums = {metric: list(pair) for metric, pair in stored[user].items()}
+        for baseline in recent[user]:
+            if baseline.seq < exposure.seq:
+                pair = sums.setdefault(baseline.metric, [0.0, 0.0])
+                pair[0], pair[1] = pair[0] + 1, pair[1] + baseline.value
+        found[(*user, exposure.seq)] = {metric: total / count for metric, (count, total) in sums.items()}
+    return found
+
+
+# Statistics
+
+
+def _save_statistics(
+    connection: Connection,
+    added: Mapping[StatisticKey, list[float]],
+    before: Mapping[UserKey, UserRow],
+    after: Mapping[UserKey, UserRow],
+) -> None:
+    """Add to the per-user statistics and bring the sums over users in line with them.
+
+    A user moved by hand in this page leaves the sums with everything counted so far.
+    """
+    leaving = {key for key, row in after.items() if row["excluded"] and not _is_out(before.get(key))}
+    stored = _stored(connection, {key[:2] for key in added} | leaving)
+    values = {key: [a + b for a, b in zip(stored.get(key, NOTHING), sums, strict=True)] for key, sums in added.items()}
+    _upsert(
+        connection, arm_statistics, [dict(zip(STATISTICS, (*key, *sums), strict=True)) for key, sums in values.items()]
+    )
+    moved = []
+    for key in sorted(values.keys() | {key for key in stored if key[:2] in leaving}):
+        user = after[key[:2]]
+        old = NOTHING if _is_out(before.get(key[:2])) else stored.get(key, NOTHING)
+        new = NOTHING if user["excluded"] else values.get(key, old)
+        experiment_id, _, metric, period, arm = key
+        covariate = user["covariates"].get(metric)
+        place = (experiment_id, metric, period, arm)
+        moved.append(UserSums(place, tuple(user["segments"]), (old[0], old[1]), (new[0], new[1]), covariate))
+    rows = [
+        (experiment_id, segment, period, metric, arm, *map(float, change))
+        for (experiment_id, metric, period, arm, segment), change in sorted(changes(moved).items())
+    ]
+    _add(connection, arm_moments, rows, TERMS)
+
+
+def _is_out(user: UserRow | None) -> bool:
+    return user is not None and bool(user["excluded"])
+
+
+def _stored(connection: Connection, keys: Iterable[UserKey]) -> dict[StatisticKey, tuple[float, float, float]]:
+    """All per-user statistics of these users."""
+    found: dict[StatisticKey, tuple[float, float, float]] = {}
+    for experiment_id, users in _by_first(keys).items():
+        for chunk in _chunks(users):
+            query = sa.select(*(arm_statistics.c[name] for name in STATISTICS)).where(
+                arm_statistics.c.experiment_id == experiment_id, arm_statistics.c.user_id.in_(chunk)
+            )
+            for *key, count, total, squares in connection.execute(query):
+                found[tuple(key)] = (count, total, squares)
+    return found
+
+
+def _save_first_requests(connection: Connection, exposures: list[Exposure], limit: int) -> None:
+    """Count the candidate's first requests in order, up to the limit."""
+    by_experiment: dict[str, list[Exposure]] = defaultdict(list)
+    for exposure in exposures:
+        if exposure.arm == "candidate":
+            by_experiment[exposure.experiment_id].append(exposure)
+    for experiment_id, own in by_experiment.items():
+        key = (experiment_id, "", FIRST_REQUESTS, RAMP, "candidate")
+        counted = int(_stored(connection, [(experiment_id, "")]).get(key, NOTHING)[0])
+        errors = [float(is_failed(e.body)) for e in own[: max(0, limit - counted)]]
+        if errors:
+            row = (*key, float(len(errors)), sum(errors), sum(errors))
+            _add(connection, arm_statistics, [row], ("count", "total", "total_squares"))
+
+
+def _save_baselines(connection: Connection, page: Sequence[Baseline]) -> None:
+    sums: dict[tuple[str, str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for baseline in page:
+        pair = sums[baseline.tenant, baseline.agent, baseline.metric, baseline.user]
+        pair[0], pair[1] = pair[0] + 1, pair[1] + baseline.value
+    _add(connection, user_baselines, [(*key, *pair) for key, pair in sums.items()], ("count", "total"))
+
+
+def _save_history(connection: Connection, exposures: Sequence[Exposure], interval_s: float) -> None:
+    """Copy the sums over all users once an interval of the events' time, for plots over time."""
+    newest: dict[str, int] = defaultdict(int)
+    for exposure in exposures:
+        newest[exposure.experiment_id] = max(newest[exposure.experiment_id], exposure.at_us)
+    h, m = arm_history.c, arm_moments.c
+    for experiment_id, at_us in newest.items():
+        query = sa.select(sa.func.max(h.at_us)).where(h.experiment_id == experiment_id)
+        last_us = connection.execute(query).scalar()
+        if last_us is not None and at_us < last_us + interval_s * SECOND_US:
+            continue
+        names = ("experiment_id", "period", "metric", "arm", *TERMS)
+        now = sa.select(*(m[name] for name in names), sa.literal(at_us, sa.BigInteger)).where(
+            m.experiment_id == experiment_id, m.segment == EVERYBODY
+        )
+        connection.execute(arm_history.insert().from_select([*names, "at_us"], now))
+
+
+# Rows
+
+
+def _by_first(keys: Iterable[UserKey]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for first, second in sorted(keys):
+        grouped[first].append(second)
+    return grouped
+
+
+def _by_pair(keys: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str], list[str]]:
+    grouped: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for one, other, user in sorted(set(keys)):
+        grouped[one, other].append(user)
+    return grouped
+
+
+def _chunks(users: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(users), LOOKUP_CHUNK):
+        yield users[start : start + LOOKUP_CHUNK]
 
 
 def _insert(connection: Connection, table: sa.Table) -> Any:
@@ -267,58 +349,19 @@ def _insert(connection: Connection, table: sa.Table) -> Any:
     return (postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert)(table)
 
 
-def _user_after(known: dict[str, Any] | None, own: list[Exposure]) -> dict[str, Any]:
-    first = own[0]
-    arm = known["arm"] if known else first.arm
-    excluded = bool(known["excluded"]) if known else False
-    for exposure in own:
-        moved_back = arm == "candidate" and exposure.arm == "stable"
-        excluded = excluded or exposure.by_hand or moved_back
-        arm = exposure.arm
-    times = [exposure.at_us for exposure in own]
-    return {
-        "arm": arm,
-        "first_arm": known["first_arm"] if known else first.arm,
-        "first_share": known["first_share"] if known else first.share,
-        "bucket": first.bucket,
-        "excluded": excluded,
-        "first_seen_us": min(times + ([known["first_seen_us"]] if known else [])),
-        "last_seen_us": max(times + ([known["last_seen_us"]] if known else [])),
-    }
+def _upsert(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows, over those with the same key."""
+    if rows:
+        statement = _insert(connection, table)
+        update = {c.name: statement.excluded[c.name] for c in table.c if not c.primary_key}
+        connection.execute(statement.on_conflict_do_update(index_elements=list(table.primary_key), set_=update), rows)
 
 
-def _save_first_requests(connection: Connection, exposures: list[Exposure], limit: int) -> None:
-    """Count the candidate's first requests in order, up to the limit."""
-    table = arm_statistics.c
-    by_experiment: dict[str, list[Exposure]] = defaultdict(list)
-    for exposure in exposures:
-        if exposure.arm == "candidate":
-            by_experiment[exposure.experiment_id].append(exposure)
-    for experiment_id, own in by_experiment.items():
-        where = (table.experiment_id == experiment_id) & (table.metric == FIRST_REQUESTS)
-        counted = connection.execute(sa.select(table.count).where(where)).scalar() or 0.0
-        errors = [float(is_failed(e.body)) for e in own[: max(0, limit - int(counted))]]
-        if errors:
-            key = (experiment_id, FIRST_REQUESTS, RAMP, "candidate", "")
-            _save_statistics(connection, {key: [float(len(errors)), sum(errors), sum(errors)]})
-
-
-def _save_statistics(connection: Connection, statistics: dict[StatisticKey, list[float]]) -> None:
-    """Add the sums to the rows there are."""
-    if not statistics:
-        return
-    rows = [
-        dict(
-            zip(
-                ("experiment_id", "metric", "period", "arm", "user_id", "count", "total", "total_squares"),
-                (*key, *sums),
-                strict=True,
-            )
-        )
-        for key, sums in statistics.items()
-    ]
-    statement = _insert(connection, arm_statistics)
-    table = arm_statistics.c
-    added = {n: table[n] + statement.excluded[n] for n in ("count", "total", "total_squares")}
-    keys = [table.experiment_id, table.metric, table.period, table.arm, table.user_id]
-    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=added), rows)
+def _add(connection: Connection, table: sa.Table, rows: Sequence[tuple[Any, ...]], columns: Sequence[str]) -> None:
+    """Add to these columns of the rows there are, or write them; values in the order of the table's columns."""
+    if rows:
+        statement = _insert(connection, table)
+        added = {name: table.c[name] + statement.excluded[name] for name in columns}
+        names = [c.name for c in table.c]
+        statement = statement.on_conflict_do_update(index_elements=list(table.primary_key), set_=added)
+        connection.execute(statement, [dict(zip(names, row, strict=True)) for row in rows])

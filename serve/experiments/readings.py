@@ -1,20 +1,32 @@
-"""Reads an experiment's evidence from its per-user statistics: a few aggregate queries, never raw events."""
+"""Reads an experiment's evidence from its running sums: a few rows a metric, whatever the log holds."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from cluster.settings.experiments import ExperimentSettings
-from cluster.tables import arm_statistics, cursors, events, experiment_users
+from cluster.tables import (
+    arm_histograms,
+    arm_moments,
+    arm_statistics,
+    cursors,
+    events,
+    experiment_arms,
+    experiment_users,
+)
 from serve.experiments import srm
-from serve.experiments.comparisons import Moments
-from serve.experiments.evidence import Evidence, Reading, SplitReading, read_metric
-from serve.experiments.metrics import find_metric
+from serve.experiments.comparisons import Moments, design_effect
+from serve.experiments.evidence import Evidence, Reading, SplitReading, UserValues, read_metric
+from serve.experiments.fold import LATENCY, RESPONSE_RATE
+from serve.experiments.metrics import Metric, find_metric
+from serve.experiments.moments import EVERYBODY, TERMS
 from serve.experiments.projection import CURSOR, FIRST_REQUESTS, KINDS
+from serve.experiments.quantiles import BINS, QuantileReading, equal_quantiles_p_value, read_quantile
 
 Arms = dict[str, Moments]
-"""`candidate` and `control` -> sums."""
+"""`candidate`, `control` and, where stable stood in for the candidate, `fallback` -> sums."""
 
 
 def read_evidence(
@@ -23,17 +35,19 @@ def read_evidence(
     """What the statistics say in `period`; alpha is split over guardrails and over the periods there are."""
     with engine.connect() as connection:
         arms = _moments(connection, experiment_id, period)
-        required = [settings.primary, *settings.guardrails]
+        required = [settings.primary, *settings.further_primaries, *settings.guardrails]
         optional = [name for name in settings.guardrails_when_present if name not in required]
-        alpha = settings.alpha / (len(required) + len(optional)) / periods
-        readings = {name: _read(name, arms, settings, alpha) for name in (*required, *optional)}
+        names = [*required, *optional]
+        alpha = settings.alpha / len(names) / periods
+        readings = {name: _read(connection, experiment_id, period, name, arms, settings, alpha) for name in names}
         exposed = arms.get("error_rate", {})
         first_requests, first_errors = _first_requests(connection, experiment_id)
         return Evidence(
             experiment_id=experiment_id,
             period=period,
             primary=readings[settings.primary],
-            guardrails=tuple(readings[name] for name in required[1:]),
+            further_primaries=tuple(readings[name] for name in settings.further_primaries),
+            guardrails=tuple(readings[name] for name in settings.guardrails),
             optional_guardrails=tuple(readings[name] for name in optional),
             split=_split(connection, experiment_id, settings),
             exposed={side: exposed[side].users if side in exposed else 0 for side in ("candidate", "control")},
@@ -41,14 +55,76 @@ def read_evidence(
             first_errors=first_errors,
             last_seen_us=_last_seen(connection, experiment_id),
             cursor_lag_events=_lag(connection),
+            response=read_metric(
+                find_metric(RESPONSE_RATE, settings), *_two(arms.get(RESPONSE_RATE, {})), settings, settings.alpha
+            ),
         )
 
 
-def read_all(engine: Engine, experiment_id: str, settings: ExperimentSettings, *, period: str) -> list[Reading]:
-    """Every metric that has data in the period, for reports."""
+def read_all(
+    engine: Engine, experiment_id: str, settings: ExperimentSettings, *, period: str, segment: str = EVERYBODY
+) -> list[Reading]:
+    """Every metric that has data in the period, of one segment of users or of all, for reports."""
+    with engine.connect() as connection:
+        arms = _moments(connection, experiment_id, period, segment)
+    return [
+        read_metric(find_metric(name, settings), *_two(arms[name]), settings, settings.alpha) for name in sorted(arms)
+    ]
+
+
+def read_moments(engine: Engine, experiment_id: str, *, period: str, segment: str = EVERYBODY) -> dict[str, Arms]:
+    """The sums themselves, by metric and arm."""
+    with engine.connect() as connection:
+        return _moments(connection, experiment_id, period, segment)
+
+
+def read_as_served(engine: Engine, experiment_id: str, *, period: str) -> dict[str, float]:
+    """Mean of each metric over the candidate's own answers, where stable stood in for some of them.
+
+    Means over requests, shown beside the reading by assigned arm; what the candidate failed at is missing here,
+    so it looks better than it is.
+    """
     with engine.connect() as connection:
         arms = _moments(connection, experiment_id, period)
-    return [_read(name, arms, settings, settings.alpha) for name in sorted(arms)]
+    found = {}
+    for name, sides in arms.items():
+        if "fallback" in sides and "candidate" in sides:
+            count = sides["candidate"].sum_n - sides["fallback"].sum_n
+            if count > 0:
+                found[name] = (sides["candidate"].sum_y - sides["fallback"].sum_y) / count
+    return found
+
+
+def segments_of(engine: Engine, experiment_id: str) -> list[str]:
+    """The segments its users are in, such as `tier=pro`."""
+    s = arm_moments.c
+    query = sa.select(s.segment).where(s.experiment_id == experiment_id, s.segment != EVERYBODY)
+    with engine.connect() as connection:
+        return list(connection.execute(query.distinct().order_by(s.segment)).scalars())
+
+
+def read_latency(
+    engine: Engine, experiment_id: str, settings: ExperimentSettings, *, period: str, quantile: float = 0.95
+) -> tuple[dict[str, QuantileReading], float | None]:
+    """A quantile of each arm's latency in seconds with its always-valid interval, and the p-value of "equal".
+
+    Requests of one user resemble each other, so counts are divided by the design effect of being over the SLO.
+    """
+    h = arm_histograms.c
+    query = sa.select(h.arm, h.bin, h.count).where(
+        h.experiment_id == experiment_id, h.metric == LATENCY, h.period == period, h.arm.in_(("candidate", "control"))
+    )
+    counts: dict[str, list[float]] = {}
+    with engine.connect() as connection:
+        over = _moments(connection, experiment_id, period).get("latency_over_slo", {})
+        for arm, number, count in connection.execute(query):
+            counts.setdefault(arm, [0.0] * BINS)[number] += count / (design_effect(over[arm]) if arm in over else 1.0)
+    alpha, tuning = settings.alpha, settings.tuning_trials
+    found = {arm: read_quantile(own, quantile, alpha, tuning) for arm, own in sorted(counts.items())}
+    p_value = None
+    if len(counts) == 2:
+        p_value = equal_quantiles_p_value(counts["candidate"], counts["control"], quantile, tuning)
+    return {arm: reading for arm, reading in found.items() if reading is not None}, p_value
 
 
 def read_split(engine: Engine, experiment_id: str, settings: ExperimentSettings) -> SplitReading:
@@ -59,50 +135,73 @@ def read_split(engine: Engine, experiment_id: str, settings: ExperimentSettings)
 
 def periods_of(engine: Engine, experiment_id: str) -> list[str]:
     """The periods an experiment has statistics for."""
-    s = arm_statistics.c
+    s = arm_moments.c
     query = sa.select(s.period).where(s.experiment_id == experiment_id).distinct().order_by(s.period.desc())
     with engine.connect() as connection:
         return list(connection.execute(query).scalars())
 
 
-def _read(name: str, arms: dict[str, Arms], settings: ExperimentSettings, alpha: float) -> Reading:
-    sides = arms.get(name, {})
-    return read_metric(find_metric(name, settings), sides.get("candidate"), sides.get("control"), settings, alpha)
+def _read(
+    connection: Connection,
+    experiment_id: str,
+    period: str,
+    name: str,
+    arms: dict[str, Arms],
+    settings: ExperimentSettings,
+    alpha: float,
+) -> Reading:
+    metric, (candidate, control) = find_metric(name, settings), _two(arms.get(name, {}))
+    values = None
+    if candidate and control and _is_small(metric, candidate, control, settings):
+        values = _user_values(connection, experiment_id, period, name)
+    return read_metric(metric, candidate, control, settings, alpha, values)
 
 
-def _moments(connection: Connection, experiment_id: str, period: str) -> dict[str, Arms]:
-    """Sums over users, by metric and side; users moved by hand are left out."""
-    s, n, y = arm_statistics.c, arm_statistics.c.count, arm_statistics.c.total
-    users = experiment_users.c
-    sums = [n, y, n * n, n * y, y * y, y / n, (y / n) * (y / n)]
+def _two(sides: Arms) -> tuple[Moments | None, Moments | None]:
+    return sides.get("candidate"), sides.get("control")
+
+
+def _is_small(metric: Metric, candidate: Moments, control: Moments, settings: ExperimentSettings) -> bool:
+    users = min(candidate.users, control.users)
+    return metric.kind == "user_mean" and metric.bounds is not None and users < settings.small_sample_users
+
+
+def _user_values(connection: Connection, experiment_id: str, period: str, metric: str) -> UserValues:
+    """Each user's own mean, users in the order of their first exposure; only read for small samples."""
+    s, u = arm_statistics.c, experiment_users.c
+    same = (u.experiment_id == s.experiment_id) & (u.user_id == s.user_id)
     query = (
-        sa.select(s.metric, s.arm, sa.func.count(), *(sa.func.sum(term) for term in sums))
-        .join_from(
-            arm_statistics,
-            experiment_users,
-            (users.experiment_id == s.experiment_id) & (users.user_id == s.user_id),
-        )
-        .where(
-            s.experiment_id == experiment_id,
-            s.period == period,
-            s.count > 0,
-            s.metric != FIRST_REQUESTS,
-            users.excluded.is_(False),
-        )
-        .group_by(s.metric, s.arm)
+        sa.select(s.arm, s.total / s.count)
+        .join_from(arm_statistics, experiment_users, same)
+        .where(s.experiment_id == experiment_id, s.period == period, s.metric == metric, s.count > 0)
+        .where(u.excluded.is_(False))
+        .order_by(u.first_seen_us, u.user_id)
+    )
+    values: dict[str, list[float]] = defaultdict(list)
+    for arm, mean in connection.execute(query):
+        values[arm].append(mean)
+    return UserValues(tuple(values["candidate"]), tuple(values["control"]))
+
+
+def _moments(connection: Connection, experiment_id: str, period: str, segment: str = EVERYBODY) -> dict[str, Arms]:
+    """Sums over users, by metric and side; users moved by hand are not in them."""
+    m = arm_moments.c
+    query = sa.select(m.metric, m.arm, *(m[term] for term in TERMS)).where(
+        m.experiment_id == experiment_id, m.segment == segment, m.period == period
     )
     found: dict[str, Arms] = defaultdict(dict)
-    for metric, arm, count, *rest in connection.execute(query):
-        found[metric][arm] = Moments(count, *(float(value) for value in rest))
+    for metric, arm, *sums in connection.execute(query):
+        if round(sums[0]) > 0:
+            found[metric][arm] = replace(Moments(*sums), users=round(sums[0]))
     return found
 
 
 def _split(connection: Connection, experiment_id: str, settings: ExperimentSettings) -> SplitReading:
     """Users by first arm against the share in force when they were first met."""
-    u = experiment_users.c
-    query = sa.select(u.first_share, u.first_arm, sa.func.count()).where(u.experiment_id == experiment_id)
+    a = experiment_arms.c
+    query = sa.select(a.share, a.arm, a.users).where(a.experiment_id == experiment_id, a.users > 0)
     counts: dict[float, dict[str, int]] = defaultdict(lambda: {"candidate": 0, "stable": 0})
-    for share, arm, users in connection.execute(query.group_by(u.first_share, u.first_arm)):
+    for share, arm, users in connection.execute(query):
         counts[share][arm] = users
     log_factor = sum(
         srm.log_bayes_factor([by_arm["candidate"], by_arm["stable"]], [share, 1 - share], settings.srm_concentration)
@@ -129,9 +228,9 @@ def _first_requests(connection: Connection, experiment_id: str) -> tuple[int, in
 
 
 def _last_seen(connection: Connection, experiment_id: str) -> dict[str, int]:
-    u = experiment_users.c
-    query = sa.select(u.arm, sa.func.max(u.last_seen_us).label("at_us")).where(u.experiment_id == experiment_id)
-    return {row.arm: row.at_us for row in connection.execute(query.group_by(u.arm))}
+    a = experiment_arms.c
+    query = sa.select(a.arm, sa.func.max(a.last_seen_us).label("at_us")).where(a.experiment_id == experiment_id)
+    return {row.arm: row.at_us for row in connection.execute(query.group_by(a.arm))}
 
 
 def _lag(connection: Connection) -> int:

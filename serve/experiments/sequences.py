@@ -14,6 +14,8 @@ import math
 from scipy.optimize import brentq
 from scipy.special import betaln, log_ndtr
 
+PRECISION = 1e-9  # of a bound that is searched for
+LARGEST_LOG = 690.0  # e to this power is still a double
 EDGE = 1e-12  # probabilities are searched for in [EDGE, 1 - EDGE]
 
 
@@ -71,6 +73,19 @@ def one_sided_p_value(estimate: float, variance: float, num_users: float, tuning
     return math.exp(-max(0.0, one_sided_log_evidence(total, num_users, rho)))
 
 
+def e_value(effect: float, variance: float, num_users: float, tuning_users: float, alpha: float) -> float:
+    """Evidence against "no effect", either way: its chance ever to reach 1 / a is at most a when there is none.
+
+    Arguments as for `interval_half_width`. At most 1e300, so that it stays a number.
+    """
+    if variance <= 0:
+        return 1.0
+    rho = best_rho(tuning_users, alpha)
+    spread = num_users + rho
+    total = effect * math.sqrt(num_users / variance)
+    return math.exp(min(LARGEST_LOG, 0.5 * math.log(rho / spread) + total**2 / (2.0 * spread)))
+
+
 def bernoulli_interval(
     successes: float, trials: float, alpha: float, tuning_trials: float, tuning_alpha: float = 0.05
 ) -> tuple[float, float]:
@@ -78,20 +93,35 @@ def bernoulli_interval(
 
     For one side alone at level alpha take the bound of that side at 2 alpha.
     """
-    if trials <= 0:
-        return 0.0, 1.0
-    mean = successes / trials
+    return (
+        bernoulli_low(successes, trials, alpha, tuning_trials, tuning_alpha),
+        bernoulli_high(successes, trials, alpha, tuning_trials, tuning_alpha),
+    )
+
+
+def bernoulli_low(
+    successes: float, trials: float, alpha: float, tuning_trials: float, tuning_alpha: float = 0.05
+) -> float:
+    """The lower end of `bernoulli_interval`."""
+    mean = successes / trials if trials > 0 else 0.0
     threshold = math.log(1.0 / alpha)
 
     def excess(probability: float) -> float:
-        return _bernoulli_log_evidence(mean, trials, probability, tuning_trials, tuning_alpha) - threshold
+        return bernoulli_log_evidence(mean, trials, probability, tuning_trials, tuning_alpha) - threshold
 
-    low = brentq(excess, EDGE, mean) if mean > EDGE and excess(EDGE) > 0 else 0.0
-    high = brentq(excess, mean, 1 - EDGE) if mean < 1 - EDGE and excess(1 - EDGE) > 0 else 1.0
-    return float(low), float(high)
+    if trials <= 0 or mean <= EDGE or excess(EDGE) <= 0:
+        return 0.0
+    return float(brentq(excess, EDGE, mean, xtol=PRECISION))
 
 
-def _bernoulli_log_evidence(
+def bernoulli_high(
+    successes: float, trials: float, alpha: float, tuning_trials: float, tuning_alpha: float = 0.05
+) -> float:
+    """The upper end of `bernoulli_interval`: the lower end for failures, from the other side."""
+    return 1.0 - bernoulli_low(trials - successes, trials, alpha, tuning_trials, tuning_alpha)
+
+
+def bernoulli_log_evidence(
     mean: float, trials: float, probability: float, tuning_trials: float, tuning_alpha: float
 ) -> float:
     """Log mixture martingale of "the probability is `probability`" after `trials` with this mean."""

@@ -1,6 +1,7 @@
 """The `experiments` table: who compares what, on which route, and how it ended."""
 
 import math
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from serve.routes import RouteKey
 
 Outcome = Literal["promote", "keep", "inconclusive", "rejected_by_guardrail"]
 SUM_TOLERANCE = 1e-9
+LAYER_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class Experiment:
     workspace: str
     agent: str
     modality: str
+    layer: str
+    """Experiments in one layer share the users' buckets; those in different layers are independent."""
     salt: str
     stable: str
     candidate: str
@@ -65,6 +69,17 @@ def check_versions(versions: Mapping[str, Any], find: Callable[[str], object]) -
         find(version)
 
 
+def check_layer(layer: str) -> str:
+    """A layer's name.
+
+    Raises:
+        InputError: it is empty, too long or holds other characters than names do.
+    """
+    if not re.fullmatch(LAYER_PATTERN, layer):
+        raise InputError("layer", layer, f"must match {LAYER_PATTERN}", "name it like `search-ranking`")
+    return layer
+
+
 def create_experiment(
     connection: Connection,
     key: RouteKey,
@@ -74,17 +89,22 @@ def create_experiment(
     shares: Mapping[str, float],
     find_version: Callable[[str], object],
     config: Mapping[str, Any],
+    layer: str | None = None,
     workspace: str = "default",
 ) -> Experiment:
-    """Insert an experiment, with a new salt, as part of the caller's transaction.
+    """Insert an experiment as part of the caller's transaction.
+
+    It gets a new salt, which reshuffles the users, unless another experiment runs in its layer: then it shares
+    that one's. Without a `layer` the route is a layer of its own.
 
     Raises:
-        InputError: the shares do not sum to one, or the versions are the same.
+        InputError: the shares do not sum to one, the versions are the same, or the layer has no name.
         NotFoundError: a version the registry does not know.
         ConflictError: another experiment runs on this route.
     """
     check_shares(shares)
     check_versions(dict.fromkeys([stable, candidate]), find_version)
+    layer = check_layer(f"{key.agent}:{key.modality}" if layer is None else layer)
     running = _running_on(connection, key)
     if running is not None:
         raise ConflictError(f"experiment {running} runs on route {key}; end it first")
@@ -94,7 +114,8 @@ def create_experiment(
         workspace=workspace,
         agent=key.agent,
         modality=key.modality,
-        salt=uuid.uuid4().hex,
+        layer=layer,
+        salt=_salt_of(connection, key.tenant, layer) or uuid.uuid4().hex,
         stable=stable,
         candidate=candidate,
         config=dict(config),
@@ -139,6 +160,21 @@ def list_experiments(engine: Engine, tenant: str, agent: str | None = None) -> l
     query = query.order_by(experiments.c.created_at_us.desc(), experiments.c.experiment_id)
     with engine.connect() as connection:
         return [Experiment(**row) for row in connection.execute(query).mappings()]
+
+
+def running_bandits(engine: Engine) -> list[Experiment]:
+    """Experiments in bandit mode that have not ended, oldest first."""
+    query = sa.select(experiments).where(experiments.c.state == "running").order_by(experiments.c.created_at_us)
+    with engine.connect() as connection:
+        found = [Experiment(**row) for row in connection.execute(query).mappings()]
+    return [experiment for experiment in found if experiment.config.get("mode") == "bandit"]
+
+
+def _salt_of(connection: Connection, tenant: str, layer: str) -> str | None:
+    """The salt of the experiments that run in a layer; `None` where none does."""
+    e = experiments.c
+    query = sa.select(e.salt).where(e.tenant == tenant, e.layer == layer, e.state == "running").limit(1)
+    return connection.execute(query).scalar()
 
 
 def _running_on(connection: Connection, key: RouteKey) -> str | None:

@@ -33,6 +33,9 @@ def start(
         list[float] | None, typer.Option(help="Share of a stage; repeat it for each (with one check each).")
     ] = None,
     stage_duration_s: Annotated[float | None, typer.Option(help="Every stage lasts at least this long.")] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Share users' buckets with the experiments of this layer; alone without.")
+    ] = None,
     override_gates: Annotated[bool, typer.Option(help="Start a version that has not passed its gates.")] = False,
     reason: ReasonOption = None,
     config: ConfigOption = None,
@@ -48,7 +51,7 @@ def start(
     key = RouteKey(settings.tenant, agent or version.partition("/")[0], modality)
     rollout = controller.start(
         _steps(engine, settings), settings, key, version, actor=_actor(),
-        override_reason=reason if override_gates else None,
+        override_reason=reason if override_gates else None, layer=layer,
     )  # fmt: skip
     _print(engine, rollout.rollout_id, json_output)
     if not json_output:
@@ -219,8 +222,8 @@ def _print(engine: Engine, rollout_id: str, json_output: bool, *, with_evidence:
 
 def _is_controlled(engine: Engine) -> bool:
     from cluster.clock import now_us
+    from cluster.lease import lease_holder
     from serve.rollout.controller import LEASE
-    from serve.rollout.store import lease_holder
 
     return lease_holder(engine, LEASE, now_us()) is not None
 

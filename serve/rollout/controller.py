@@ -20,22 +20,18 @@ from sqlalchemy.engine import Engine
 from cluster.clock import SECOND_US
 from cluster.database import write
 from cluster.errors import ConflictError, InputError, RayloopError
+from cluster.lease import acquire_lease, release_lease
+from cluster.registry import NEEDS_RETRAINING_TAG, RETRAIN
 from cluster.settings import Settings
 from serve.experiments.evidence import Evidence
 from serve.experiments.projection import Projection
 from serve.experiments.readings import read_evidence
 from serve.experiments.store import create_experiment
+from serve.rollout.bandits import tick_bandits
 from serve.rollout.decide import decide
 from serve.rollout.state import LIVE, Decision, RolloutConfig
 from serve.rollout.steps import WRITER, Steps, holds
-from serve.rollout.store import (
-    Rollout,
-    acquire_lease,
-    get_rollout,
-    insert_rollout,
-    live_rollouts,
-    release_lease,
-)
+from serve.rollout.store import Rollout, get_rollout, insert_rollout, live_rollouts
 from serve.routes import Route, RouteKey, read_route
 
 log = logging.getLogger(__name__)
@@ -69,6 +65,8 @@ class Controller:
                 log.warning("rollout %s stays as it is: %s", rollout.rollout_id, error)
             except sa.exc.SQLAlchemyError:
                 log.exception("rollout %s stays as it is: its tick failed", rollout.rollout_id)
+        if counted:
+            tick_bandits(self.steps, self.settings)
         return True
 
     def close(self) -> None:
@@ -99,6 +97,8 @@ def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True) -> Rol
     decision = decide(state, evidence, rollout.settings, now_us)
     if not _is_news(rollout, decision):
         return rollout
+    if decision.outcome in ("advance", "promote") and _needs_retraining(steps, rollout):
+        return roll_back(steps, rollout.rollout_id, WRITER, RETRAIN)
     record = {
         "state": state.as_json(),
         "evidence": evidence.as_json() if evidence else None,
@@ -107,6 +107,10 @@ def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True) -> Rol
         "route_revision": route.revision,
     }
     return _record_and_apply(steps, rollout, decision, record, WRITER)
+
+
+def _needs_retraining(steps: Steps, rollout: Rollout) -> bool:
+    return NEEDS_RETRAINING_TAG in steps.versions.get(rollout.experiment.candidate).tags
 
 
 def _evidence(engine: Engine, rollout: Rollout) -> Evidence | None:
@@ -315,12 +319,14 @@ def start(
     *,
     actor: str,
     override_reason: str | None = None,
+    layer: str | None = None,
 ) -> Rollout:
     """Put a version in line for its first users; a controller takes it from there.
 
     Raises:
-        ConflictError: it has not passed its gates (and no reason to override is given), or another
+        ConflictError: it needs retraining, it has not passed its gates (and no reason to override is given), or another
             experiment runs on the route, or the route is pinned.
+        InputError: the version is stable already, or the layer has no proper name.
         NotFoundError: no such version or route.
     """
     version = steps.versions.get(candidate)
@@ -336,7 +342,8 @@ def start(
             candidate=version.id,
             shares={version.id: share, route.stable: 1 - share},
             find_version=steps.versions.get,
-            config={"primary": settings.experiment.primary, "started_by": actor},
+            config={"mode": "rollout", "primary": settings.experiment.primary, "started_by": actor},
+            layer=layer,
             workspace=settings.workspace,
         )
         rollout = Rollout(
@@ -361,6 +368,8 @@ def start(
 
 
 def _check_start(version: Any, route: Route, override_reason: str | None) -> None:
+    if NEEDS_RETRAINING_TAG in version.tags:
+        raise ConflictError(f"{version.id} needs retraining: {RETRAIN}")
     gates = version.tags.get("rayloop.gates", "not_run")
     if gates != "passed" and not override_reason:
         raise ConflictError(

@@ -7,10 +7,12 @@ margin. The same arguments give the same decision, so a recorded one can be repl
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from cluster.clock import SECOND_US
+from serve.experiments.caveats import caveats
 from serve.experiments.evidence import Evidence, Reading
 from serve.experiments.group_sequential import boundaries, next_look
 from serve.experiments.planner import information_needed
@@ -47,18 +49,7 @@ def decide(state: RolloutState, evidence: Evidence | None, config: RolloutConfig
     failed = _failed_check(state, evidence, config, look)
     if failed is not None:
         return _hold(state, config, failed).with_look(look)
-    return _go_on(state, config).with_look(look)
-
-
-def replay(record: Mapping[str, Any]) -> Decision:
-    """The decision that the evidence kept in a `rollout.decision` event leads to."""
-    evidence = record["evidence"]
-    return decide(
-        RolloutState.from_json(record["state"]),
-        Evidence.from_json(evidence) if evidence else None,
-        RolloutConfig.model_validate(record["config"]),
-        record["now_us"],
-    )
+    return _with_caveats(_go_on(state, config), evidence, config).with_look(look)
 
 
 def _harm(evidence: Evidence | None, config: RolloutConfig) -> Problem | None:
@@ -71,7 +62,7 @@ def _harm(evidence: Evidence | None, config: RolloutConfig) -> Problem | None:
             "first_requests",
             f"{evidence.first_errors} of its first {evidence.first_requests} requests failed",
         )
-    for reading in (evidence.primary, *evidence.guardrails, *evidence.optional_guardrails):
+    for reading in evidence.all_readings:
         if reading.is_breached and reading.users >= config.experiment.breach_min_users_per_arm:
             return "guardrail", f"{reading.metric} is worse: {_shown(reading)}"
     return None
@@ -87,7 +78,7 @@ def _unreadable(state: RolloutState, evidence: Evidence | None, config: RolloutC
             "split_broken",
             f"users are not split as configured: {counts}, p {evidence.split.p_value:.2g}",
         )
-    for reading in (evidence.primary, *evidence.guardrails, *evidence.optional_guardrails):
+    for reading in evidence.all_readings:
         if reading.problem == "not a number" or not _is_finite(reading):
             return "not_a_number", f"{reading.metric} is not a number"
     seen = evidence.last_seen_us or {}
@@ -107,7 +98,7 @@ def _failed_check(state: RolloutState, evidence: Evidence, config: RolloutConfig
             "too_few_users",
             f"{evidence.primary.users} users with {evidence.primary.metric} an arm, {needed} needed",
         )
-    for reading in evidence.guardrails:
+    for reading in (*evidence.further_primaries, *evidence.guardrails):
         if reading.problem is not None:
             return "missing", f"{reading.metric}: {reading.problem}"
     check: Callable[[], Problem | None] = {
@@ -126,10 +117,10 @@ def _failed_check(state: RolloutState, evidence: Evidence, config: RolloutConfig
 
 
 def _judged(evidence: Evidence, config: RolloutConfig) -> list[Reading]:
-    """Guardrails that have numbers; the optional ones only with enough users."""
+    """Further primaries and guardrails that have numbers; the optional ones only with enough users."""
     enough = config.experiment.breach_min_users_per_arm
     optional = [r for r in evidence.optional_guardrails if r.problem is None and r.users >= enough]
-    return [*evidence.guardrails, *optional]
+    return [*evidence.further_primaries, *evidence.guardrails, *optional]
 
 
 def _regression(evidence: Evidence, config: RolloutConfig) -> Problem | None:
@@ -156,30 +147,33 @@ def _significance(state: RolloutState, evidence: Evidence, look: Look | None) ->
     if state.is_significant or (look is not None and look.is_crossed):
         return None
     looks = (*state.looks, *([look] if look else []))
-    if looks and looks[-1].fraction >= 1.0:
-        return "inconclusive", f"all looks made, {evidence.primary.metric} is not significantly better"
-    return (
-        "not_significant",
-        f"{evidence.primary.metric} is not significantly better after {len(looks)} looks",
-    )
+    done = {made.metric for made in looks if made.fraction >= 1.0}
+    names = ", ".join(reading.metric for reading in evidence.primaries)
+    if len(done) == len(evidence.primaries):
+        return "inconclusive", f"all looks made, {names} not significantly better"
+    return "not_significant", f"{names} not significantly better after {len(looks)} looks"
 
 
 def _look(state: RolloutState, evidence: Evidence, config: RolloutConfig) -> Look | None:
-    """The look at the primary that is due now: group-sequential, each planned fraction once."""
-    primary, rollout = evidence.primary, config.rollout
+    """The look that is due now: group-sequential, each planned fraction once for each primary.
+
+    Several primaries share alpha equally (Bonferroni). One look a tick; the next primary's comes with the next.
+    """
+    rollout = config.rollout
     if config.check(state.stage) != "significant_improvement" or state.is_significant:
         return None
-    if primary.z is None or primary.information is None or primary.users < rollout.min_users_per_arm:
-        return None
-    planned = information_needed(
-        rollout.detectable_improvement, alpha=config.experiment.alpha, power=config.experiment.power
-    )
-    made = tuple(look.fraction for look in state.looks)
-    fraction = next_look(primary.information / planned, rollout.looks, made)
-    if fraction is None:
-        return None
-    bounds = boundaries((*made, fraction), config.experiment.alpha, spending=rollout.spending)
-    return Look(fraction, primary.z, bounds[-1])
+    alpha = config.experiment.alpha / len(evidence.primaries)
+    planned = information_needed(rollout.detectable_improvement, alpha=alpha, power=config.experiment.power)
+    for number, reading in enumerate(evidence.primaries):
+        name = reading.metric if number else ""
+        made = tuple(look.fraction for look in state.looks if look.metric == name)
+        if reading.z is None or reading.information is None or reading.users < rollout.min_users_per_arm:
+            continue
+        fraction = next_look(reading.information / planned, rollout.looks, made)
+        if fraction is not None:
+            bounds = boundaries((*made, fraction), alpha, spending=rollout.spending)
+            return Look(fraction, reading.z, bounds[-1], name)
+    return None
 
 
 def _go_on(state: RolloutState, config: RolloutConfig) -> Decision:
@@ -203,6 +197,15 @@ def _go_on(state: RolloutState, config: RolloutConfig) -> Decision:
     if promotes:
         return Decision("promote", "passed", name, "promoting", state.stage, 0.0, ends_as="promote")
     return Decision("advance", "passed", name, "running", following, config.share(following))
+
+
+def _with_caveats(decision: Decision, evidence: Evidence, config: RolloutConfig) -> Decision:
+    """The decision, saying what makes its evidence doubtful."""
+    said = caveats(evidence, config.experiment)
+    if not said:
+        return decision
+    reason = "; but ".join([decision.reason, *said])
+    return replace(decision, reason=reason, details=decision.details | {"caveats": list(said)})
 
 
 def _roll_back(state: RolloutState, problem: Problem, ends_as: Any) -> Decision:

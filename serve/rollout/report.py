@@ -69,7 +69,12 @@ def table(decision: dict[str, Any] | None) -> str:
     evidence = (decision or {}).get("evidence", {}).get("evidence")
     if not evidence:
         return "no metrics with this decision"
-    readings = [evidence["primary"], *evidence["guardrails"], *evidence["optional_guardrails"]]
+    readings = [
+        evidence["primary"],
+        *evidence["further_primaries"],
+        *evidence["guardrails"],
+        *evidence["optional_guardrails"],
+    ]
     head = f"{'metric':<26}{'candidate':>11}{'stable':>11}{'harm in':>22}{'margin':>9}{'users':>12}"
     split = evidence["split"]
     tail = f"split {split['users']} (p {split['p_value']:.3g}), exposed {evidence['exposed']}"

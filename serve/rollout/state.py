@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster.settings import Settings
 from cluster.settings.experiments import Check, ExperimentSettings, RolloutSettings
-from serve.experiments.projection import period_of
+from serve.experiments.exposures import period_of
 from serve.experiments.store import Outcome as ExperimentOutcome
 
 State = Literal[
@@ -25,6 +25,8 @@ State = Literal[
 LIVE: tuple[State, ...] = ("running", "holding", "awaiting_approval")
 """States in which the candidate has users and the statistics decide."""
 ENDED: tuple[State, ...] = ("promoted", "rolled_back", "failed")
+SETTLED: dict[str, State] = {"promoting": "promoted", "rolling_back": "rolled_back"}
+"""What a state becomes once its decision is applied."""
 
 Outcome = Literal[
     "start",
@@ -94,6 +96,8 @@ class Look:
     """Of the planned information, as reached."""
     z: float
     boundary: float
+    metric: str = ""
+    """Which primary; empty for the first."""
 
     @property
     def is_crossed(self) -> bool:

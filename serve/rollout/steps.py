@@ -18,7 +18,7 @@ from data.events import Event, parse_body
 from data.log import EventLog
 from serve.experiments.store import Outcome as ExperimentOutcome
 from serve.experiments.store import end_experiment
-from serve.rollout.state import Decision
+from serve.rollout.state import SETTLED, Decision
 from serve.rollout.store import Rollout, get_rollout, update_rollout
 from serve.routes import Route, read_route, read_routes, write_route
 
@@ -197,7 +197,7 @@ class Steps:
 
     def _settled(self, rollout: Rollout, decision: Decision, at_us: int) -> dict[str, Any]:
         """The row's values once a decision is done."""
-        state = {"promoting": "promoted", "rolling_back": "rolled_back"}.get(decision.to_state, decision.to_state)
+        state = SETTLED.get(decision.to_state, decision.to_state)
         restarts = decision.outcome in ("start", "advance", "unfreeze")
         return {
             "state": state,

@@ -1,0 +1,140 @@
+"""One page of the log as additions to the statistics: a pure function of the events, no database.
+
+Everything known about an interaction (its feedback, grades, outcomes) is attributed to the arm *assigned*
+to that interaction, whoever answered and however late the feedback comes; feedback that precedes its
+interaction is counted when the interaction appears.
+"""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from cluster.settings.experiments import ExperimentSettings
+from data.events import RecordedEvent
+from serve.experiments.exposures import Exposure, exposure_of, unit_of
+from serve.experiments.metrics import (
+    Observation,
+    is_explicit,
+    of_feedback,
+    of_grade,
+    of_interaction,
+    of_outcome,
+)
+from serve.experiments.quantiles import bin_of
+
+LATENCY = "latency_s"
+"""Name of the histogram of whole answers."""
+RESPONSE_RATE = "feedback_response_rate"
+
+StatisticKey = tuple[str, str, str, str, str]
+"""experiment, user, metric, period, arm"""
+HistogramKey = tuple[str, str, str, str, int]
+"""experiment, metric, period, arm, bin"""
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """One observation of a user in any traffic, for the covariates of experiments that come later."""
+
+    seq: int
+    tenant: str
+    agent: str
+    user: str
+    metric: str
+    value: float
+
+
+@dataclass(slots=True)
+class Fold:
+    """What one page adds to the tables."""
+
+    exposures: list[Exposure] = field(default_factory=list)
+    """In order."""
+    statistics: dict[StatisticKey, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
+    """Count, total, total of squares."""
+    histograms: dict[HistogramKey, float] = field(default_factory=lambda: defaultdict(float))
+    baselines: list[Baseline] = field(default_factory=list)
+
+    def add(self, exposure: Exposure, observations: Iterable[Observation]) -> None:
+        """Count observations for the sides of the exposure."""
+        for metric, value in observations:
+            for side in exposure.sides:
+                sums = self.statistics[exposure.experiment_id, exposure.user, metric, exposure.period, side]
+                sums[0] += 1.0
+                sums[1] += value
+                sums[2] += value * value
+
+    def respond(self, exposure: Exposure) -> None:
+        """Turn the interaction's counted 0 of the response rate into a 1."""
+        for side in exposure.sides:
+            sums = self.statistics[exposure.experiment_id, exposure.user, RESPONSE_RATE, exposure.period, side]
+            sums[1] += 1.0
+            sums[2] += 1.0
+
+    def time(self, exposure: Exposure) -> None:
+        """Count the answer's latency."""
+        for side in exposure.sides:
+            number = bin_of(exposure.body.get("latency_s", 0.0))
+            self.histograms[exposure.experiment_id, LATENCY, exposure.period, side, number] += 1.0
+
+
+def fold_groups(
+    groups: Iterable[list[RecordedEvent]], after: int, settings: ExperimentSettings, bandits: Collection[str] = ()
+) -> Fold:
+    """Count what is new (`seq` > `after`) in groups of events about one interaction each.
+
+    An interaction counts at its own seq, each of its reactions at the later of the two.
+    """
+    fold = Fold()
+    for group in groups:
+        interaction = next((r for r in group if r.event.kind == "interaction"), None)
+        if interaction is None:
+            continue
+        _fold_baselines(fold, interaction, group, after, settings)
+        exposure = exposure_of(interaction, bandits)
+        if exposure is not None:
+            _fold_exposure(fold, exposure, group, after, settings)
+    fold.exposures.sort(key=lambda e: e.seq)
+    fold.baselines.sort(key=lambda b: b.seq)
+    return fold
+
+
+def _fold_exposure(
+    fold: Fold, exposure: Exposure, group: list[RecordedEvent], after: int, settings: ExperimentSettings
+) -> None:
+    if exposure.seq > after:
+        fold.exposures.append(exposure)
+        fold.add(exposure, of_interaction(exposure.body, settings))
+        fold.add(exposure, [(RESPONSE_RATE, 0.0)])
+        fold.time(exposure)
+    responded = False
+    for reaction in group:
+        first = reaction.event.kind == "feedback" and is_explicit(reaction.event.body) and not responded
+        if max(reaction.seq, exposure.seq) > after:
+            fold.add(exposure, _of_reaction(reaction))
+            if first:
+                fold.respond(exposure)
+        responded = responded or first
+
+
+def _fold_baselines(
+    fold: Fold, interaction: RecordedEvent, group: list[RecordedEvent], after: int, settings: ExperimentSettings
+) -> None:
+    """Reactions that came after their interaction; those before it are too rare to look for."""
+    event = interaction.event
+    for reaction in group:
+        if reaction.seq > max(after, interaction.seq):
+            fold.baselines += [
+                Baseline(reaction.seq, event.tenant, event.agent or "", unit_of(interaction), metric, value)
+                for metric, value in _of_reaction(reaction)
+                if metric in settings.covariates
+            ]
+
+
+def _of_reaction(recorded: RecordedEvent) -> Iterator[Observation]:
+    body = recorded.event.body
+    if recorded.erased or not body:
+        return
+    reader = {"feedback": of_feedback, "grade": of_grade, "outcome": of_outcome}.get(recorded.event.kind)
+    if reader is not None:
+        yield from reader(body)

@@ -1,0 +1,146 @@
+"""Two thousand simulated experiments, each read at every look exactly as a rollout reads it.
+
+    python -m tests.bench experiments_simulation
+    python -m tests.bench.experiments_simulation [--experiments 2000] [--looks 40] [--users 400]
+
+A/A: two equal arms, ten correlated requests a user, looked at continually. The share of experiments in which
+the always-valid bound ever says "worse for certain", beside what plain tests looked at as often would say.
+A/B: a planted harm beyond the margin must be found, and a planted improvement promoted about as often
+as the planner says. Exit code 1 when false alarms exceed alpha or the power is missed.
+"""
+
+import argparse
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import norm
+
+from cluster.settings import load_settings
+from cluster.settings.experiments import ExperimentSettings
+from serve.experiments.comparisons import Moments, user_mean, welch
+from serve.experiments.evidence import Reading, read_metric
+from serve.experiments.group_sequential import boundaries
+from serve.experiments.metrics import Metric, find_metric
+from serve.experiments.planner import users_needed
+from serve.experiments.proportions import two_proportion_z
+from tests.serve.simulation import ArmSums, tastes, thumbs, user_sums
+
+ALPHA = 0.05
+LIKING = 0.7
+BREACH_USERS = 30
+
+
+@dataclass
+class Alarms:
+    """How many experiments raised an alarm at some look."""
+
+    valid: int = 0
+    by_user: int = 0
+    by_request: int = 0
+    breached: int = 0
+
+
+def simulate(
+    random: np.random.Generator, experiments: int, users: int, looks_L: npt.NDArray[np.int64], liking: float
+) -> ArmSums:
+    """One arm of every experiment; a third of the answers get a thumb."""
+    return user_sums(*thumbs(random, tastes(random, (experiments, users), liking), reacts=1 / 3), looks_L)
+
+
+def as_satisfaction(thumbs_up: Moments) -> Moments:
+    """The same thumbs as rewards of 1 and -1."""
+    m = thumbs_up
+    return Moments(
+        m.users, m.sum_n, 2 * m.sum_y - m.sum_n, m.sum_nn, 2 * m.sum_ny - m.sum_nn,
+        4 * m.sum_yy - 4 * m.sum_ny + m.sum_nn, 2 * m.sum_m - m.users, 4 * m.sum_mm - 4 * m.sum_m + m.users,
+    )  # fmt: skip
+
+
+def look(metric: Metric, arms: tuple[Moments, Moments], settings: ExperimentSettings) -> Reading:
+    """What a rollout would read."""
+    one, other = (as_satisfaction(arm) if metric.name == "satisfaction" else arm for arm in arms)
+    return read_metric(metric, one, other, settings, ALPHA)
+
+
+def count_alarms(arms: tuple[ArmSums, ArmSums], metric: Metric, settings: ExperimentSettings) -> Alarms:
+    """Every experiment, every look."""
+    found = Alarms()
+    experiments, looks = arms[0].users.shape
+    for experiment in range(experiments):
+        valid = by_user = by_request = breached = False
+        for number in range(looks):
+            one, other = (arm.at(experiment, number) for arm in arms)
+            reading = look(metric, (one, other), settings)
+            if reading.users < BREACH_USERS:
+                continue
+            valid |= reading.harm_low is not None and reading.harm_low > 0
+            breached |= reading.is_breached
+            z = welch(user_mean(one), user_mean(other))
+            by_user |= z.effect < 0 and z.p_value < 2 * ALPHA
+            plain = two_proportion_z((round(one.sum_y), round(one.sum_n)), (round(other.sum_y), round(other.sum_n)))
+            by_request |= plain.effect < 0 and plain.p_value < 2 * ALPHA
+        found.valid += valid
+        found.by_user += by_user
+        found.by_request += by_request
+        found.breached += breached
+    return found
+
+
+def power(random: np.random.Generator, experiments: int) -> tuple[int, float, float]:
+    """Users the planner asks for, and how often one look and four looks find the planned improvement.
+
+    The planner is told the spread of users' means, as a person would read it off an earlier experiment.
+    """
+    improvement, fractions = 0.1, (0.25, 0.5, 0.75, 1.0)
+    pilot = simulate(random, 1, 20_000, np.array([20_000]), LIKING).at(0, 0)
+    spread = user_mean(as_satisfaction(pilot)).variance * pilot.users
+    answered = pilot.users / 20_000
+    plan = users_needed(spread, improvement)
+    total = math.ceil(plan.candidate / answered)  # some users never react
+    looks_L = np.array([round(total * f) for f in fractions])
+    up = simulate(random, experiments, total, looks_L, LIKING + improvement / 2)
+    flat = simulate(random, experiments, total, looks_L, LIKING)
+    z_EL = 2 * (up.mean - flat.mean) / np.sqrt(4 * (up.mean_variance + flat.mean_variance))
+    one = float(np.mean(z_EL[:, -1] > norm.isf(ALPHA)))
+    four = float(np.mean(np.any(z_EL >= np.array(boundaries(fractions, ALPHA)), axis=1)))
+    return plan.candidate, one, four
+
+
+def main() -> int:
+    """Print every rate; 1 when one of them is not what it should be."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--experiments", type=int, default=2000)
+    parser.add_argument("--looks", type=int, default=40)
+    parser.add_argument("--users", type=int, default=400)
+    options = parser.parse_args()
+    random = np.random.default_rng(1)
+    settings = load_settings(experiment={"tuning_users": options.users, "tuning_trials": options.users})[0].experiment
+    looks_L = np.linspace(options.users // options.looks, options.users, options.looks).astype(np.int64)
+    number = options.experiments
+    failed = False
+    for name in ("satisfaction", "thumbs_up_rate"):
+        metric = find_metric(name, settings)
+        equal = tuple(simulate(random, number, options.users, looks_L, LIKING) for _ in range(2))
+        found = count_alarms((equal[0], equal[1]), metric, settings)
+        print(
+            f"A/A {name}: false alarms {found.valid / number:.4f} (alpha {ALPHA}); looked at as often, plain tests "
+            f"by user {found.by_user / number:.3f}, by request {found.by_request / number:.3f}"
+        )
+        failed |= found.valid > ALPHA * number
+        harmed = tuple(
+            simulate(random, max(50, number // 10), options.users, looks_L, liking) for liking in (LIKING - 0.2, LIKING)
+        )
+        caught = count_alarms((harmed[0], harmed[1]), metric, settings).breached / len(harmed[0].users)
+        print(f"A/B {name}: a harm of 20 points is rolled back in {caught:.3f}")
+        failed |= caught < 0.95
+    users, one, four = power(random, number)
+    print(f"A/B: {users} users an arm by the planner; power {one:.3f} at one look, {four:.3f} over four (planned 0.8)")
+    failed |= not (abs(one - 0.8) < 0.04 and four > 0.75)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
