@@ -7,9 +7,9 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
-from train.checkpoint import adapter_tensors
 from train.health import HealthWatch
 from train.report import greedy_lengths
+from train.weights import trained_tensors
 
 LENGTH_HEADROOM = 8  # tokens beyond the longest answer that still counts as no drift
 
@@ -41,18 +41,21 @@ class Schedule(TrainerCallback):  # type: ignore[misc]
 
 
 class BestKeeper(TrainerCallback):  # type: ignore[misc]
-    """Keeps a copy of the adapter with the lowest validation loss."""
+    """Keeps a copy of the weights with the lowest validation loss, or the highest validation reward."""
 
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
+    def __init__(self, trainer: Any, monitored: str) -> None:
+        self.trainer, self.monitored = trainer, monitored
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any) -> None:
         """Compare and copy."""
         from train.methods import Best
 
-        loss, best = metrics["eval_loss"], self.trainer.best
+        value, best = metrics.get(self.monitored), self.trainer.best
+        if value is None:  # nothing could be graded
+            return
+        loss = -value if self.monitored.endswith("reward") else value
         if best is None or loss < best.loss:
-            self.trainer.best = Best(loss, state.global_step, adapter_tensors(self.trainer.model))
+            self.trainer.best = Best(loss, state.global_step, trained_tensors(self.trainer.model))
 
 
 class HealthCallback(TrainerCallback):  # type: ignore[misc]

@@ -1,6 +1,6 @@
 """What a killed training needs to go on as if nothing had happened.
 
-A checkpoint is a folder of safetensors and JSON: adapter weights, optimiser moments, schedule, position
+A checkpoint is a folder of safetensors and JSON: trained weights, optimiser moments, schedule, position
 in the data, and the random state of every worker. Rank 0 writes it beside its final place and moves it
 there in one rename, so a folder named `step-…` is always whole. Nothing is pickled, nothing is unpickled.
 """
@@ -21,47 +21,14 @@ from torch import Tensor
 
 from cluster.errors import ConflictError, InputError
 from train.files import written_whole
+from train.weights import put_tensors, weights_file, write_checkpoint
 
 log = logging.getLogger(__name__)
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OPTIMIZER, RANDOM, STATE, BEST = "optimizer.safetensors", "random.safetensors", "state.json", "best"
+BEST_WEIGHTS = "weights.safetensors"
 TRAINER_STATE = "trainer_state.json"  # the name under which transformers looks for it
 RANDOM_BYTES = 5056  # length of torch's CPU random state
-
-
-def adapter_tensors(model: Any) -> dict[str, Tensor]:
-    """A copy of the adapter's weights under PEFT's names for files."""
-    from peft import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False)
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(state.items())}
-
-
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: Mapping[str, Any], base_model: str) -> None:
-    """An adapter directory that PEFT and vLLM load; equal weights give equal bytes.
-
-    PEFT's own writer puts the target modules in an order that changes from process to process, and the
-    absolute path of the base model, which would make the digest of an adapter depend on where it was made.
-    """
-    config = {key: sorted(value) if isinstance(value, set | list | tuple) else value for key, value in lora.items()}
-    config |= {"base_model_name_or_path": _portable(base_model), "inference_mode": True, "revision": None}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
-    save_file(dict(tensors), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-
-
-def _portable(base_model: str) -> str:
-    path = Path(base_model).expanduser()
-    return path.resolve().name if path.is_dir() else base_model
-
-
-def adapter_config(model: Any) -> dict[str, Any]:
-    """The LoRA configuration of a model as plain values."""
-    config: dict[str, Any] = model.peft_config["default"].to_dict()
-    config["peft_type"] = str(getattr(config["peft_type"], "value", config["peft_type"]))
-    config["task_type"] = str(getattr(config["task_type"], "value", config["task_type"]))
-    return config
 
 
 def save_checkpoint(trainer: Any, root: Path, config_digest: str, keep: int = 1) -> Path:
@@ -74,13 +41,13 @@ def save_checkpoint(trainer: Any, root: Path, config_digest: str, keep: int = 1)
     folder = root / f"step-{trainer.state.global_step:08d}"
     if trainer.is_world_process_zero():
         with written_whole(folder) as scratch:
-            write_adapter(scratch, adapter_tensors(trainer.model), adapter_config(trainer.model), trainer.base_model)
+            write_checkpoint(scratch, trainer.model, trainer.base_model)
             _save_optimizer(trainer, scratch, config_digest)
             save_file(random_states, scratch / RANDOM)
             trainer.state.save_to_json(str(scratch / TRAINER_STATE))
             if trainer.best is not None:
                 (scratch / BEST).mkdir()
-                save_file(trainer.best.tensors, scratch / BEST / ADAPTER_WEIGHTS)
+                save_file(trainer.best.tensors, scratch / BEST / BEST_WEIGHTS)
         for old in list_checkpoints(root)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
     return folder
@@ -126,11 +93,9 @@ def check_resumable(folder: Path, config_digest: str) -> None:
         )
 
 
-def load_adapter_weights(model: Any, folder: Path) -> None:
-    """Put the weights of a checkpoint into the model's adapter."""
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, load_file(folder / ADAPTER_WEIGHTS), adapter_name="default")
+def load_weights(model: Any, folder: Path) -> None:
+    """Put the weights of a checkpoint into the model."""
+    put_tensors(model, load_file(weights_file(folder)))
 
 
 def load_optimizer(trainer: Any, folder: Path) -> None:

@@ -54,12 +54,13 @@ def toy(
 
 @app.command("run")
 def run(
-    method: Annotated[list[str] | None, typer.Option(help="sft, dpo or kto; repeat it to train several.")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="sft, dpo, kto, reward or grpo; repeat it.")] = None,
     dataset: Annotated[str, typer.Option(help="Dataset id, hash prefix, folder, or `latest`.")] = "latest",
     agent: Annotated[str | None, typer.Option(help="Whose latest dataset and champion.")] = None,
     base: Annotated[str | None, typer.Option(help="Model folder, hub id, or version such as triage@champion.")] = None,
+    weights: Annotated[str | None, typer.Option(help="lora, qlora (on a GPU) or full.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    beta: Annotated[float | None, typer.Option(help="KL coefficient of DPO and KTO.")] = None,
+    beta: Annotated[float | None, typer.Option(help="KL coefficient of DPO, KTO and GRPO.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples in one forward pass.")] = None,
     gradient_accumulation: Annotated[int | None, typer.Option(help="Forward passes in one step.")] = None,
@@ -71,16 +72,21 @@ def run(
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with an unfinished training.")] = None,
     baseline: Annotated[bool | None, typer.Option(help="Train SFT on the same feedback beside.")] = None,
     use_ray: Annotated[bool, typer.Option("--ray/--no-ray", help="On Ray Train, or in this process.")] = True,
+    register_as: Annotated[
+        str | None,
+        typer.Option("--register", metavar="MODEL", help="Register what was trained as versions of this agent."),
+    ] = None,
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a LoRA adapter on a curated dataset; DPO and KTO are reported beside SFT on the same feedback."""
+    """Train on a curated dataset; DPO and KTO are reported beside SFT on the same feedback."""
     settings, _ = load_settings(config)
     configure_logging(settings.logging)
     from cluster.database import connect
     from train.jobs import Request, run_training
 
     overrides = {
+        "weights": weights,
         "learning_rate": learning_rate,
         "beta": beta,
         "epochs": epochs,
@@ -102,8 +108,71 @@ def run(
         sft_baseline=baseline,
         overrides=overrides,
     )
-    result = run_training(settings, request, connect(settings))
-    _print(result, _table(result) + f"\nnext: rayloop register MODEL {result['adapter_dir']}", as_json)
+    database = connect(settings)
+    result = run_training(settings, request, database)
+    follow = _following(result)
+    if register_as is not None:
+        from train.register import register_runs
+
+        result = register_runs(settings, database, register_as, result)
+        follow = f"rayloop evaluate {result['version']}"
+    _print(result, f"{_table(result)}\nnext: {follow}", as_json)
+
+
+@app.command("remote")
+def remote(
+    model: Annotated[str, typer.Option(help="Base model, by its name at the endpoint.")] = "",
+    agent: Annotated[str, typer.Option(help="Agent that the result becomes a version of.")] = "",
+    method: Annotated[str, typer.Option(help="sft or dpo.")] = "sft",
+    dataset: Annotated[str, typer.Option(help="Dataset id, hash prefix, folder, or `latest`.")] = "latest",
+    base_url: Annotated[str | None, typer.Option(help="Address in front of /files; else as configured.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in one step.")] = None,
+    beta: Annotated[float | None, typer.Option(help="KL coefficient of DPO.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Part of the new model's name.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="JOB", help="Go on watching a job that was sent.")] = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have a dataset trained by another endpoint that speaks OpenAI's fine-tuning API; its result is registered."""
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    from cluster.database import connect
+    from train.remote import RemoteRequest, train_remotely
+
+    if resume is None and not (model and agent):
+        raise InputError("--model", model, "and --agent must be given", "or name a job to --resume")
+    hyperparameters = {"n_epochs": epochs, "batch_size": batch_size, "beta": beta}
+    request = RemoteRequest(
+        model=model,
+        agent=agent,
+        method=method,
+        dataset=dataset,
+        base_url=base_url or settings.finetuning.remote.base_url,
+        hyperparameters={name: value for name, value in hyperparameters.items() if value is not None},
+        suffix=suffix,
+        resume=resume,
+    )
+    result = train_remotely(settings, connect(settings), request)
+    following = f"serve.engines.NAME.models: {{{result['version']}: {result['remote_model']}}} in rayloop.yaml"
+    _print(result, f"{result['version']} is {result['remote_model']}\nnext: {following}", as_json)
+
+
+@app.command("job")
+def job(
+    job_id: Annotated[str, typer.Argument(help="A job of the fine-tuning API.")],
+    token: Annotated[str, typer.Option(help="Shows that the job was given to this process.")],
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Do a job of the fine-tuning API; `rayloop up` starts this by itself."""
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    from cluster.database import connect
+    from train.finetuning import run_job
+
+    version = run_job(settings, connect(settings), job_id, token)
+    _print({"job_id": job_id, "version": version}, f"{job_id} registered as {version}", as_json)
 
 
 @app.command("register")
@@ -140,6 +209,31 @@ def register(
     }
     following = f"rayloop evaluate {version.id} --against champion" if adapter else "rayloop up"
     _print(report, f"{version.id} ({version.name}) registered\nnext: {following}", as_json)
+
+
+def _following(result: dict[str, Any]) -> str:
+    """The command that uses what was trained."""
+    if result["method"] == "reward":
+        return f"rayloop train reward-server {result['adapter_dir']}"
+    return f"rayloop register MODEL {'--base ' if result['weights'] == 'full' else ''}{result['adapter_dir']}"
+
+
+@app.command("reward-server")
+def reward_server(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a reward model's adapter.")],
+    base: Annotated[str | None, typer.Option(help="Its base model, where it is not known.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8100,
+    config: Config = None,
+) -> None:
+    """Score conversations with a reward model over HTTP, for graders of type `reward_model`."""
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    from aiohttp import web
+
+    from train.scorer import LocalScorer, scoring_app
+
+    web.run_app(scoring_app(LocalScorer(adapter, base)), host=host, port=port)
 
 
 MEASURES = {

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -12,8 +12,12 @@ from cluster.settings import Settings
 from cluster.settings.base import Section
 from cluster.settings.training import HealthSettings, LimitSettings, LoraSettings
 
-MethodName = Literal["sft", "dpo", "kto"]
-METHOD_NAMES: tuple[MethodName, ...] = ("sft", "dpo", "kto")
+MethodName = Literal["sft", "dpo", "kto", "reward", "grpo"]
+METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
+KINDS = {"sft": "sft", "dpo": "preference", "kto": "unpaired", "reward": "preference", "grpo": "sft"}
+"""The kind of examples each method learns from."""
+KL_METHODS = ("dpo", "kto", "grpo")
+"""Methods that hold the model near its start, with the coefficient `beta`."""
 
 
 class TrainConfig(Section):
@@ -27,12 +31,14 @@ class TrainConfig(Section):
     dataset: Path
     """Folder of a curated dataset."""
     out: Path
-    """Folder that holds checkpoints while it runs and the adapter at the end."""
+    """Folder that holds checkpoints while it runs and the result at the end."""
+    weights: Literal["lora", "qlora", "full"] = "lora"
+    """What is trained: an adapter, an adapter on a base in 4 bits, or the whole model."""
     lora: LoraSettings = LoraSettings()
     learning_rate: float = Field(gt=0, le=1)
     epochs: float = Field(gt=0)
     beta: float | None = Field(None, gt=0, le=100)
-    """KL coefficient; `None` for SFT."""
+    """KL coefficient; `None` for SFT and reward models."""
     sft_loss: Literal["answer", "assistant", "all"] = "answer"
     """SFT: tokens in the loss."""
     sft_weight: float = Field(1.0, ge=0)
@@ -41,6 +47,20 @@ class TrainConfig(Section):
     """KTO: weight of liked answers; `None` balances them with the disliked."""
     undesirable_weight: float = Field(1.0, gt=0)
     """KTO: weight of disliked answers."""
+    center_weight: float = Field(0.01, ge=0)
+    """Reward model: weight of the term that holds the mean score of a pair at 0."""
+    group_size: int = Field(8, ge=2)
+    """GRPO: answers sampled for each prompt."""
+    temperature: float = Field(1.0, gt=0)
+    """GRPO: of the sampling."""
+    max_completion_tokens: int = Field(256, ge=1)
+    """GRPO: longest sampled answer."""
+    reward_scale: Literal["group", "batch", "none"] = "group"
+    """GRPO: the spread that rewards are divided by."""
+    grader: dict[str, Any] = Field(default_factory=dict)
+    """GRPO: what gives the reward (`data.grading`)."""
+    reward_model: str | None = None
+    """GRPO: the reward model behind a grader that asks one, as in `evaluation.reward_model`."""
     packing: bool = True
     """SFT: pack short rows where the attention kernel allows it."""
     batch_size: int = Field(4, ge=1)
@@ -67,16 +87,28 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _method_has_what_it_needs(self) -> "TrainConfig":
-        if self.method != "sft" and self.beta is None:
+        if self.method in KL_METHODS and self.beta is None:
             raise ValueError(f"`beta` is needed for {self.method}")
         if self.epochs > self.limits.max_epochs:
             raise ValueError(f"`epochs`={self.epochs:g} exceeds training.limits.max_epochs={self.limits.max_epochs:g}")
+        answers = self.batch_size * self.gradient_accumulation
+        if self.method == "grpo" and answers % self.group_size:
+            raise ValueError(f"the {answers} answers of a step must be a multiple of `group_size`={self.group_size}")
+        if self.init_adapter and self.weights != "lora":
+            raise ValueError(f"{self.weights} cannot go on from an adapter; export it as a merged model first")
+        if self.init_adapter and self.method == "reward":
+            raise ValueError("a reward model starts from a base model, not from an adapter that answers")
         return self
 
     @property
     def kind(self) -> str:
         """The kind of examples the method learns from."""
-        return {"sft": "sft", "dpo": "preference", "kto": "unpaired"}[self.method]
+        return KINDS[self.method]
+
+    @property
+    def report_dir(self) -> Path:
+        """Folder of plots that a run may leave beside its result."""
+        return self.out / "report"
 
     def digest(self) -> str:
         """SHA-256 of everything that decides the result; a resumed run must have the same."""
@@ -96,15 +128,19 @@ def resolve_config(settings: Settings, method: str, **overrides: Any) -> TrainCo
     if method not in METHOD_NAMES:
         raise InputError("method", method, f"must be one of {', '.join(METHOD_NAMES)}", "choose one of them")
     training = settings.training
+    check_rank(settings, method, overrides.get("weights") or training.weights)
     shared = {name for name in TrainConfig.model_fields if name in type(training).model_fields}
     values: dict[str, Any] = {name: getattr(training, name) for name in shared}
     own = getattr(training, method)
     values |= {name: getattr(own, name) for name in type(own).model_fields if name in TrainConfig.model_fields}
+    values["reward_model"] = settings.evaluation.reward_model
     if method == "sft":
         values["sft_loss"] = own.loss
     asked = {name: value for name, value in overrides.items() if value is not None}
-    if method == "sft":
+    if method not in KL_METHODS:
         asked.pop("beta", None)
+    if asked.get("weights", training.weights) == "full":
+        values["learning_rate"] = own.full_learning_rate
     try:
         return TrainConfig(**(values | asked), method=method)
     except ValidationError as error:
@@ -116,6 +152,19 @@ def resolve_config(settings: Settings, method: str, **overrides: Any) -> TrainCo
         raise InputError(
             field, value, rule[0].lower() + rule[1:], "mend it on the command line or in rayloop.yaml"
         ) from None
+
+
+def check_rank(settings: Settings, method: str, weights: str) -> None:
+    """Refuse an adapter that the engine would not load.
+
+    Raises:
+        InputError: its rank is over the engine's.
+    """
+    rank, limit = settings.training.lora.r, settings.engine.max_rank
+    if rank > limit and weights != "full" and method != "reward":
+        raise InputError(
+            "training.lora.r", rank, f"is over engine.max_rank={limit}: no engine would load the adapter", "lower it"
+        )
 
 
 def check_model_dir(model: str | Path) -> None:

@@ -5,15 +5,17 @@ Trainers get ids, never messages: `data.template` is the only way from one to th
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.errors import DatasetError
+from data.events import Message
 from data.manifest import read_examples
-from data.template import render_pair, render_with_mask
+from data.template import content_text, render_pair, render_with_mask
+from train.config import KINDS
 
 IGNORED = -100  # label outside the loss
 
@@ -58,12 +60,28 @@ class Encoder:
         """`prompt_ids`, `chosen_ids` and `rejected_ids`."""
         return self._encode(table, self._preference_row)
 
+    def scored(self, table: pa.Table) -> Encoded:
+        """`chosen_ids` and `rejected_ids`, each with the prompt before the answer."""
+        encoded = self._encode(table, self._preference_row)
+        rows = [
+            {
+                "chosen_ids": row["prompt_ids"] + row["chosen_ids"],
+                "rejected_ids": row["prompt_ids"] + row["rejected_ids"],
+            }
+            for row in encoded.rows
+        ]
+        return replace(encoded, rows=rows)
+
+    def prompts(self, table: pa.Table) -> Encoded:
+        """`prompt`, its ids as JSON text, and `item`, what a grader knows of it, as JSON text."""
+        return self._encode(table, self._prompt_row)
+
     def unpaired(self, table: pa.Table) -> Encoded:
         """`prompt_ids`, `completion_ids` and `label`."""
         return self._encode(table, self._unpaired_row)
 
     def _encode(self, table: pa.Table, encode: Callable[[Row], tuple[Row, int, int]]) -> Encoded:
-        encoded = [encode(row) for row in table.to_pylist()]
+        encoded = [_readable(encode, row) for row in table.to_pylist()]
         fitting = [(row, answer) for row, total, answer in encoded if answer > 0]
         return Encoded(
             rows=[row for row, _ in fitting],
@@ -73,7 +91,7 @@ class Encoder:
         )
 
     def _sft_row(self, row: Row) -> tuple[Row, int, int]:
-        messages, tools = json.loads(row["messages"]), _tools(row)
+        messages, tools = _messages(row["messages"]), _tools(row)
         if self.sft_loss == "answer":
             prompt, answer = render_pair(self.tokenizer, messages[:-1], messages[-1:], tools)
             ids, labels = prompt + answer, [IGNORED] * len(prompt) + answer
@@ -84,20 +102,58 @@ class Encoder:
         return cut, len(ids), sum(label != IGNORED for label in cut["labels"])
 
     def _preference_row(self, row: Row) -> tuple[Row, int, int]:
-        prompt, tools = json.loads(row["prompt"]), _tools(row)
-        prompt_ids, chosen = render_pair(self.tokenizer, prompt, json.loads(row["chosen"]), tools)
-        _, rejected = render_pair(self.tokenizer, prompt, json.loads(row["rejected"]), tools)
+        prompt, tools = _messages(row["prompt"]), _tools(row)
+        prompt_ids, chosen = render_pair(self.tokenizer, prompt, _messages(row["chosen"]), tools)
+        _, rejected = render_pair(self.tokenizer, prompt, _messages(row["rejected"]), tools)
         room = max(0, self.max_length - len(prompt_ids))
         ids = {"prompt_ids": prompt_ids, "chosen_ids": chosen[:room], "rejected_ids": rejected[:room]}
         return ids, len(prompt_ids) + max(len(chosen), len(rejected)), len(chosen[:room])
 
+    def _prompt_row(self, row: Row) -> tuple[Row, int, int]:
+        messages = _messages(row["messages"])
+        ids, answer = render_pair(self.tokenizer, messages[:-1], messages[-1:], _tools(row))
+        item = {
+            "reference": content_text(messages[-1]),
+            "messages": messages[:-1],
+            "example_id": row["example_id"],
+        }
+        fits = len(ids) < self.max_length
+        return {"prompt": json.dumps(ids), "item": json.dumps(item)}, len(ids), len(answer) if fits else 0
+
     def _unpaired_row(self, row: Row) -> tuple[Row, int, int]:
         prompt_ids, completion = render_pair(
-            self.tokenizer, json.loads(row["prompt"]), json.loads(row["completion"]), _tools(row)
+            self.tokenizer, _messages(row["prompt"]), _messages(row["completion"]), _tools(row)
         )
         kept = completion[: max(0, self.max_length - len(prompt_ids))]
         ids = {"prompt_ids": prompt_ids, "completion_ids": kept, "label": bool(row["label"])}
         return ids, len(prompt_ids) + len(completion), len(kept)
+
+
+def _readable(encode: Callable[[Row], tuple[Row, int, int]], row: Row) -> tuple[Row, int, int]:
+    """One encoded row; a cell that is no conversation names its example instead of a line of ours."""
+    try:
+        return encode(row)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        if isinstance(error, DatasetError):
+            raise DatasetError(f"example {row['example_id']!r}: {error}") from error
+        raise DatasetError(
+            f"example {row['example_id']!r} is not a conversation with an answer "
+            f"({type(error).__name__}: {error}); curate the dataset again"
+        ) from error
+
+
+def _messages(cell: str) -> list[Message]:
+    """The messages in a cell.
+
+    Raises:
+        ValueError: it holds no list of them.
+    """
+    messages = json.loads(cell)
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("not a list of messages")
+    if not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in messages):
+        raise ValueError("a message is no object with a role")
+    return messages
 
 
 def _tools(row: Row) -> Any:
@@ -134,7 +190,7 @@ def check_data(method: str, data: TrainData, dataset: Path) -> None:
     Raises:
         DatasetError: no rows, or thumbs of one direction only.
     """
-    kind = {"sft": "sft", "dpo": "preference", "kto": "unpaired"}[method]
+    kind = KINDS[method]
     if not data.train.num_rows:
         raise DatasetError(f"dataset {dataset.name!r} has no {kind} examples to train on; collect more feedback")
     if method == "kto":
@@ -145,7 +201,7 @@ def check_data(method: str, data: TrainData, dataset: Path) -> None:
                 f"dataset {dataset.name!r} is one-sided: KTO needs liked and disliked answers, "
                 f"there are no {missing} ones"
             )
-    if method == "dpo":
+    if kind == "preference":
         pairs = zip(data.train.column("chosen").to_pylist(), data.train.column("rejected").to_pylist(), strict=True)
         if all(chosen == rejected for chosen, rejected in pairs):
             raise DatasetError(

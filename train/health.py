@@ -90,12 +90,15 @@ class HealthWatch:
     """Mean length of the chosen or liked answers."""
     history: list[dict[str, float]] = field(default_factory=list)
     start_length_ratio: float | None = None
+    groups: list[dict[str, float]] = field(default_factory=list)
+    """GRPO: share of groups without spread, mean reward and share of abstentions, by step."""
 
     def observe(self, step: int, values: Mapping[str, Any]) -> None:
         """One entry of the trainer's log.
 
         Raises:
-            HealthGateError: a loss that is not a number, or a collapse of the chosen answers.
+            HealthGateError: a loss that is not a number, a collapse of the chosen answers, or rewards that
+                teach nothing.
         """
         for name in ("loss", "grad_norm", "eval_loss"):
             value = values.get(name)
@@ -104,6 +107,29 @@ class HealthWatch:
         if "rewards/chosen" in values and "rewards/margins" in values:
             self.history.append({"chosen": values["rewards/chosen"], "margin": values["rewards/margins"]})
             self._check_collapse(step)
+        if "frac_reward_zero_std" in values:
+            self._observe_groups(step, values)
+
+    def _observe_groups(self, step: int, values: Mapping[str, Any]) -> None:
+        reward = values.get("reward")
+        row = {"flat": values["frac_reward_zero_std"], "abstained": values.get("abstained", 0.0)}
+        self.groups.append({**row, "reward": 0.0 if reward is None else reward})
+        window = self.settings.window_steps
+        recent, long = self.groups[-window:], self.groups[-2 * window :]
+        abstained = _mean(recent, "abstained")
+        if len(recent) == window and abstained > self.settings.max_abstained_share:
+            raise HealthGateError(
+                f"the grader abstained on {abstained:.0%} of the answers up to step {step}; give it the reference or "
+                "the fields it compares with"
+            )
+        flat, reward = _mean(long, "flat"), _mean(recent, "reward")
+        gone = flat >= self.settings.max_zero_spread_share and reward < self.settings.solved_reward
+        if len(long) == 2 * window and gone:
+            raise HealthGateError(
+                f"no advantage left: in {flat:.0%} of the groups of the last {2 * window} steps, up to step {step}, "
+                f"all answers earned the same (mean reward {reward:.2f}); use a grader with partial credit, a higher "
+                "temperature or other prompts"
+            )
 
     def _check_collapse(self, step: int) -> None:
         window = self.settings.window_steps

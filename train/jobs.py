@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 from sqlalchemy.engine import Engine
@@ -19,19 +19,24 @@ from sqlalchemy.engine import Engine
 from cluster import tracking
 from cluster.errors import (
     ConflictError,
+    DatasetError,
     HealthGateError,
     InputError,
     NotFoundError,
     RayloopError,
     UnavailableError,
 )
-from cluster.jobs import Jobs
+from cluster.job_events import Kind, note
+from cluster.jobs import Job, Jobs
 from cluster.registry import Registry, describe_base
 from cluster.settings import Settings
+from data.grading import make_grader
+from data.job_endings import append_job_ended
 from data.manifest import Manifest, find_dataset, load_manifest
 from train.config import TrainConfig, check_model_dir, resolve_config
 from train.examples import check_data, read_data
 from train.progress import Progress
+from train.rewards import open_scorer
 from train.worker import Event, run_here, run_on_ray
 
 log = logging.getLogger(__name__)
@@ -45,10 +50,15 @@ SHOWN = {
     "grad_norm": "grad",
     "eval_loss": "validation",
     "rewards/margins": "margin",
+    "accuracy": "accuracy",
+    "reward": "reward",
+    "kl": "kl",
 }
 """Values of the trainer's log on the progress line, and their names there."""
 WHERE = {"pid": os.getpid(), "host": socket.gethostname()}
 LOGGED_POINTS = 100  # MLflow gets about so many points of a curve
+Opening = Literal["create", "adopt", "resume"]
+"""Where a run's row in the job table comes from."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class Request:
     name: str | None = None
     resume: str | None = None
     """Name of an earlier request, whose unfinished runs go on; everything else is taken from it."""
+    adopt: bool = False
+    """The job `name` is in the table already, pending: the fine-tuning API put it there."""
     workers: int | None = None
     ray: bool = True
     sft_baseline: bool | None = None
@@ -77,6 +89,8 @@ class Planned:
     base_revision: str
     asked: bool
     """False: the SFT run that stands beside another for comparison."""
+    grader_version: str = ""
+    """GRPO: of the grader that gives the reward."""
 
 
 def plan(settings: Settings, request: Request) -> tuple[list[Planned], Manifest]:
@@ -87,6 +101,11 @@ def plan(settings: Settings, request: Request) -> tuple[list[Planned], Manifest]
     """
     dataset = find_dataset(settings, request.dataset, agent=request.agent)
     manifest = load_manifest(dataset)
+    if manifest.erased_rows:
+        raise DatasetError(
+            f"{manifest.erased_rows} examples of {manifest.dataset_id} were erased since it was made; "
+            "run `rayloop curate` and train on the new one"
+        )
     agent = request.agent or manifest.agent
     base, adapter = resolve_base(settings, request.base, agent)
     check_model_dir(base)
@@ -106,8 +125,20 @@ def plan(settings: Settings, request: Request) -> tuple[list[Planned], Manifest]
             **dict(request.overrides or {}),
         )
         check_data(method, read_data(dataset, config.kind), dataset)
-        planned.append(Planned(job_id, config, revision, method in request.methods))
+        planned.append(Planned(job_id, config, revision, method in request.methods, grader_version(config)))
     return planned, manifest
+
+
+def grader_version(config: TrainConfig) -> str:
+    """Version of the grader that a run learns from; empty where there is none.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    if config.method != "grpo":
+        return ""
+    scorer = open_scorer(config.reward_model)
+    return make_grader(config.grader, field="training.grpo.grader", scorer=scorer).version
 
 
 def plan_again(jobs: Jobs, name: str) -> tuple[list[Planned], Manifest]:
@@ -118,6 +149,8 @@ def plan_again(jobs: Jobs, name: str) -> tuple[list[Planned], Manifest]:
         ConflictError: all of it is done, or a process is still at it.
     """
     known = [job for job in reversed(jobs.list(limit=1000)) if job.job_id == name or job.job_id.startswith(f"{name}.")]
+    if any(job.request is not None for job in known):
+        raise ConflictError(f"training {name!r} belongs to the fine-tuning API; resume it there")
     if not known:
         raise NotFoundError(f"no training job {name!r}; see `rayloop jobs`")
     left = [job for job in known if job.state != "completed"]
@@ -127,18 +160,30 @@ def plan_again(jobs: Jobs, name: str) -> tuple[list[Planned], Manifest]:
         where = job.progress or {}
         if job.state == "running" and where.get("host") == socket.gethostname() and psutil.pid_exists(where["pid"]):
             raise ConflictError(f"training {job.job_id!r} still runs, as process {where['pid']}")
-    planned = []
-    for job in left:
-        config = TrainConfig.model_validate(job.config)
-        planned.append(Planned(job.job_id, config, describe_base(config.base_model)[1], asked=True))
+    planned = [_as_it_was(job) for job in left]
     return planned, load_manifest(planned[0].config.dataset)
+
+
+def _as_it_was(job: Job) -> Planned:
+    config = TrainConfig.model_validate(job.config)
+    revision = describe_base(config.base_model)[1]
+    return Planned(job.job_id, config, revision, asked=True, grader_version=grader_version(config))
+
+
+def _adopted(settings: Settings, request: Request, jobs: Jobs) -> tuple[list[Planned], Manifest]:
+    """The run of a job of the API: as it was planned in an earlier life, else planned anew."""
+    job = jobs.get(str(request.name))
+    if not job.config:
+        return plan(settings, request)
+    planned = _as_it_was(job)
+    return [planned], load_manifest(planned.config.dataset)
 
 
 def _with_baseline(settings: Settings, request: Request, manifest: Manifest) -> list[str]:
     """The methods asked for, with SFT on the same feedback beside DPO and KTO."""
     wanted = settings.training.sft_baseline if request.sft_baseline is None else request.sft_baseline
     methods = list(dict.fromkeys(request.methods))
-    if not wanted or "sft" in methods:
+    if not wanted or "sft" in methods or not {"dpo", "kto"} & set(methods):
         return methods
     if not manifest.counts.get("sft", {}).get("train"):
         log.warning("no SFT examples in dataset %s: nothing to report beside %s", manifest.dataset_id, methods)
@@ -171,14 +216,21 @@ def run_training(settings: Settings, request: Request, database: Engine) -> dict
         RayloopError: a run that was asked for failed; the others have been recorded.
     """
     jobs = Jobs(database, settings.tenant, settings.workspace)
-    planned, manifest = plan_again(jobs, request.resume) if request.resume else plan(settings, request)
+    planned, manifest = _planned(settings, request, jobs)
+    opening: Opening = "adopt" if request.adopt else "resume" if request.resume else "create"
     with ExitStack() as stack:
-        records = [Record(settings, jobs, run, manifest, resumed=request.resume is not None) for run in planned]
+        records = [Record(settings, jobs, run, manifest, opening) for run in planned]
         stack.callback(_abandon, records)
         for record in records:
             record.open()
         _run(settings, request, [run.config for run in planned], records)
     return report(records, manifest)
+
+
+def _planned(settings: Settings, request: Request, jobs: Jobs) -> tuple[list[Planned], Manifest]:
+    if request.adopt:
+        return _adopted(settings, request, jobs)
+    return plan_again(jobs, request.resume) if request.resume else plan(settings, request)
 
 
 def _run(settings: Settings, request: Request, configs: Sequence[TrainConfig], records: Sequence["Record"]) -> None:
@@ -217,8 +269,9 @@ def _run_once(
 class Record:
     """One run in the job table, in MLflow and on the terminal."""
 
-    def __init__(self, settings: Settings, jobs: Jobs, run: Planned, manifest: Manifest, *, resumed: bool) -> None:
-        self.settings, self.jobs, self.run, self.manifest, self.resumed = settings, jobs, run, manifest, resumed
+    def __init__(self, settings: Settings, jobs: Jobs, run: Planned, manifest: Manifest, opening: Opening) -> None:
+        self.settings, self.jobs, self.run, self.manifest, self.opening = settings, jobs, run, manifest, opening
+        self.latest: dict[str, Any] = {}
         self.stack = ExitStack()
         self.mlflow: tracking.Run | None = None
         self.bar: Progress | None = None
@@ -228,8 +281,15 @@ class Record:
     def open(self) -> None:
         """The row of the job and the MLflow run."""
         config = self.run.config
-        if self.resumed:
+        if self.opening == "resume":
             self.jobs.retry(self.run.job_id)
+        elif self.opening == "adopt":
+            self.jobs.adopt(
+                self.run.job_id,
+                agent=self.manifest.agent,
+                dataset_id=self.manifest.dataset_id,
+                config=config.model_dump(mode="json"),
+            )
         else:
             self.jobs.create(
                 config.method,
@@ -247,6 +307,8 @@ class Record:
             self._begin()
         elif event.kind == "progress":
             self._progress(event)
+        elif event.kind == "checkpoint":
+            self._note(f"Checkpoint written at step {event.step}", "checkpoint", {"step": event.step, **self.latest})
         elif event.kind == "end" and event.result is not None and self.open_still:
             self._end(dict(event.result))
         elif event.kind == "fail" and event.error is not None:
@@ -277,6 +339,7 @@ class Record:
 
     def _progress(self, event: Event) -> None:
         values = dict(event.values or {})
+        self.latest |= {**values, "step": event.step, "steps": event.steps}
         if self.bar is not None:
             self.bar.steps = event.steps
             self.bar.reached(
@@ -288,16 +351,26 @@ class Record:
         validation = any(name.startswith("eval_") for name in values)
         if self.mlflow is not None and (validation or event.step % every == 0 or event.step == event.steps):
             self.mlflow.log_metrics(_metric_names(values), event.step)
+            if "loss" in values or validation:
+                self._note(_step_line(event.step, event.steps, values), "metrics", {"step": event.step, **values})
+
+    def _note(self, message: str, kind: Kind, data: Mapping[str, Any]) -> None:
+        note(self.jobs.engine, self.run.job_id, message, kind=kind, data=data)
 
     def _end(self, result: dict[str, Any]) -> None:
         assert self.mlflow is not None
         self.result = {**result, "run_id": self.mlflow.run_id}
         self.mlflow.log_metrics(_metric_names({**result["metrics"], "seconds": result["seconds"]}), result["steps"])
-        self.mlflow.set_tags({"adapter_sha256": result["adapter_sha256"], "rayloop.warnings": result["warnings"]})
-        self.mlflow.log_artifact(Path(result["adapter_dir"]), f"adapter/{result['adapter_sha256'][:12]}")
-        origin = {**lineage(self.run, self.manifest), "run_id": self.mlflow.run_id}
+        made = {"adapter_sha256": result["adapter_sha256"], "template_digest": result["template_digest"]}
+        self.mlflow.set_tags({**made, "rayloop.warnings": result["warnings"]})
+        if result["weights"] != "full":  # a whole model stays where it is
+            self.mlflow.log_artifact(Path(result["adapter_dir"]), f"adapter/{result['adapter_sha256'][:12]}")
+        if self.run.config.report_dir.is_dir():
+            self.mlflow.log_artifact(self.run.config.report_dir, "report")
+        origin = {**lineage(self.run, self.manifest), **made, "run_id": self.mlflow.run_id}
         (Path(result["adapter_dir"]).parent / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
-        self.jobs.finish(self.run.job_id)
+        self.jobs.progress(self.run.job_id, {**WHERE, **self.latest, "steps": result["steps"]})
+        append_job_ended(self.jobs.engine, self.jobs.finish(self.run.job_id))
         self.stack.close()
 
     def fail(self, error: BaseException) -> None:
@@ -306,7 +379,7 @@ class Record:
         if self.mlflow is not None:
             self.mlflow.set_tags({"rayloop.error": str(self.error)})
         self.stack.__exit__(type(error), error, None)
-        self.jobs.fail(self.run.job_id, str(self.error))
+        append_job_ended(self.jobs.engine, self.jobs.fail(self.run.job_id, str(self.error)), error)
 
     @property
     def open_still(self) -> bool:
@@ -336,6 +409,8 @@ def lineage(run: Planned, manifest: Manifest) -> dict[str, str]:
         "base_model": run.config.base_model,
         "base_revision": run.base_revision,
         "init_adapter": run.config.init_adapter or "",
+        "rayloop.weights": run.config.weights,
+        "rayloop.grader": run.grader_version,
         "seed": str(run.config.seed),
         "libraries": json.dumps({name: version(name) for name in LIBRARIES}),
     }
@@ -373,13 +448,22 @@ def _is_gate(error: RayloopError | None) -> bool:
 
 def _shown_run(record: Record) -> dict[str, Any]:
     assert record.result is not None
-    kept = ("method", "run_id", "adapter_dir", "adapter_sha256", "metrics", "steps", "seconds", "warnings", "examples")
+    kept = (
+        "method", "run_id", "adapter_dir", "adapter_sha256", "weights", "metrics", "steps", "seconds", "warnings",
+        "examples",
+    )  # fmt: skip
     return {
         "job_id": record.run.job_id,
         **{name: record.result[name] for name in kept},
         "base_model": record.run.config.base_model,
         "asked": record.run.asked,
     }
+
+
+def _step_line(step: int, steps: int, values: Mapping[str, float]) -> str:
+    named = {"loss": "training loss", "eval_loss": "validation loss"}
+    shown = ", ".join(f"{named[name]}={values[name]:.4f}" for name in named if name in values)
+    return f"Step {step}/{steps}: {shown}"
 
 
 def _metric_names(values: Mapping[str, float]) -> dict[str, float]:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SPREAD_FLOOR = 1e-4  # keeps the advantages of a group without spread finite
+
 
 def sequence_logp(logits_BTV: Tensor, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Sum of log p(token | what came before) over the masked tokens; float [B].
@@ -38,6 +40,38 @@ def dpo_loss(policy_margin_B: Tensor, reference_margin_B: Tensor, beta: float) -
     if beta <= 0:
         raise ValueError(f"beta={beta} must be > 0")
     return -F.logsigmoid(beta * (policy_margin_B - reference_margin_B)).mean()
+
+
+def bradley_terry_loss(chosen_B: Tensor, rejected_B: Tensor, center_weight: float = 0.0) -> Tensor:
+    """Mean negative log-likelihood that the chosen answer beats the rejected one, from their scores.
+
+    `center_weight` adds the mean squared sum of the two scores, which holds them near 0.
+
+    Raises:
+        ValueError: the shapes differ.
+    Source: Bradley and Terry 1952, https://doi.org/10.2307/2334029; the second term: Eisenstein et al.
+    2023, https://arxiv.org/abs/2312.09244, section 2
+    """
+    if chosen_B.shape != rejected_B.shape:
+        raise ValueError(f"scores differ in shape: {chosen_B.shape} and {rejected_B.shape}")
+    centred = (chosen_B + rejected_B).square().mean()
+    return -F.logsigmoid(chosen_B - rejected_B).mean() + center_weight * centred
+
+
+def group_advantages(rewards_PG: Tensor, *, by_spread: bool = True) -> Tensor:
+    """How much better each of the G answers to each of the P prompts is than its group; float [P, G].
+
+    `nan` marks an answer the grader abstained on: it counts in no mean and its advantage is 0.
+
+    Source: Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2
+    """
+    mean_P1 = rewards_PG.nanmean(1, keepdim=True)
+    centred_PG = rewards_PG - mean_P1
+    if by_spread:
+        count_P1 = (~rewards_PG.isnan()).sum(1, keepdim=True)
+        variance_P1 = centred_PG.square().nansum(1, keepdim=True) / (count_P1 - 1).clamp(min=1)
+        centred_PG = centred_PG / (variance_P1.sqrt() + SPREAD_FLOOR)
+    return centred_PG.nan_to_num(0.0)
 
 
 def kto_kl(policy_mismatched_B: Tensor, reference_mismatched_B: Tensor) -> Tensor:

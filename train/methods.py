@@ -5,29 +5,44 @@ computes reference log-probabilities once where that is faster, and reads and wr
 instead of pickles.
 """
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from train import checkpoint
 from train.config import TrainConfig
 from train.device import Device
 from train.examples import Encoded, Encoder, Row, with_kl_completions
+from train.generate import Sampling, decode, end_tokens
+from train.rewards import reward_function
 
 
 @dataclass(frozen=True)
 class Best:
-    """The adapter with the lowest validation loss so far."""
+    """The weights with the lowest validation loss so far."""
 
     loss: float
+    """Validation loss, or minus the validation reward."""
     step: int
     tensors: dict[str, Tensor]
 
@@ -39,6 +54,7 @@ class Rayloop:
     checkpoints: Path
     config_digest: str
     best: Best | None = None
+    monitored: str = "eval_loss"
     saved: Callable[[Path, int], None] | None = None
     """Called on every rank after a checkpoint was written, with its folder and step."""
     reference_columns: tuple[str, ...] = ()
@@ -70,7 +86,7 @@ class Rayloop:
             self.saved(folder, self.state.global_step)
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
-        checkpoint.load_adapter_weights(self.model, Path(resume_from_checkpoint))
+        checkpoint.load_weights(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self: Any, folder: str | None) -> None:
         if folder is not None:
@@ -108,6 +124,31 @@ class KtoTrainer(Rayloop, KTOTrainer):  # type: ignore[misc]
     reference_columns = ("ref_logps", "ref_KL_logps")
 
 
+class BradleyTerryTrainer(Rayloop, RewardTrainer):  # type: ignore[misc]
+    """A reward model on `chosen_ids` and `rejected_ids`."""
+
+
+class GrpoTrainer(Rayloop, GRPOTrainer):  # type: ignore[misc]
+    """GRPO on `prompt` (ids as JSON text) and `item`; answers come from `train.generate`."""
+
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """The ids that `train.examples` made, instead of a rendering of TRL's own."""
+        return [json.loads(prompt) for prompt in prompts], None, {}
+
+    def _generate_single_turn(
+        self: Any, prompt_ids: list[list[int]], *_args: Any, **_kwargs: Any
+    ) -> tuple[list[list[int]], None]:
+        """Sampled answers; their seed comes from torch's state, which checkpoints keep."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        seed = int(torch.randint(2**31, ()))
+        sampling = Sampling(self.max_completion_length, self.temperature, seed, len(prompt_ids))
+        was_training = model.training
+        model.eval()
+        answers = decode(model, prompt_ids, end_tokens(model, self.processing_class), sampling)
+        model.train(was_training)
+        return answers, None
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the table."""
@@ -117,6 +158,12 @@ class Method:
     encode: Callable[[Encoder, Any], Encoded]
     arrange: Callable[[Sequence[Row], TrainConfig], list[Row]]
     """Puts rows in the order, and gives them the columns, that the trainer wants."""
+    monitored: str = "eval_loss"
+    """What decides which weights are the best; a reward is better when it is higher."""
+    task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
+    """A model that answers, or one that scores."""
+    more: Callable[[TrainConfig], dict[str, Any]] = lambda config: {}
+    """What else the trainer is made with."""
 
 
 def _sft_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]) -> SFTConfig:
@@ -148,6 +195,25 @@ def _kto_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], com
     )
 
 
+def _reward_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]) -> RewardConfig:
+    return RewardConfig(**common, max_length=config.max_length, center_rewards_coefficient=config.center_weight or None)
+
+
+def _grpo_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]) -> GRPOConfig:
+    named = {**common, "remove_unused_columns": False}  # `item` is the grader's
+    return GRPOConfig(
+        **named,
+        beta=config.beta,
+        num_generations=config.group_size,
+        num_generations_eval=1,
+        temperature=config.temperature,
+        max_completion_length=config.max_completion_tokens,
+        scale_rewards=config.reward_scale,
+        steps_per_generation=config.gradient_accumulation,
+        disable_dropout=True,
+    )
+
+
 def balanced_weight(rows: Sequence[Row], undesirable_weight: float) -> float:
     """Weight of liked answers under which they count at least as much as the disliked, never under 1.
 
@@ -173,6 +239,15 @@ METHODS: dict[str, Method] = {
     "sft": Method(SftTrainer, _sft_arguments, Encoder.sft, _as_they_are),
     "dpo": Method(DpoTrainer, _dpo_arguments, Encoder.preference, _as_they_are),
     "kto": Method(KtoTrainer, _kto_arguments, Encoder.unpaired, _kto_order),
+    "reward": Method(BradleyTerryTrainer, _reward_arguments, Encoder.scored, _as_they_are, task="SEQ_CLS"),
+    "grpo": Method(
+        GrpoTrainer,
+        _grpo_arguments,
+        Encoder.prompts,
+        _as_they_are,
+        monitored="eval_reward",
+        more=lambda config: {"reward_funcs": [reward_function(config.grader, config.reward_model)]},
+    ),
 }
 
 

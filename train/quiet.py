@@ -1,5 +1,6 @@
 """Keeps the training libraries from printing, phoning home and drawing bars of their own."""
 
+import logging
 import os
 
 
@@ -8,6 +9,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("trl.trainer.grpo_trainer").setLevel(logging.ERROR)  # its warnings quote whole prompts
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

@@ -9,8 +9,9 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import ConflictError, InputError, NotFoundError
 from cluster.jobs import Jobs
-from cluster.registry import Registry, Version
+from cluster.registry import Registry, Version, read_adapter_config
 from cluster.settings import Settings
+from data.erase_versions import erased_since
 from data.events import Event, parse_body
 from data.log import EventLog
 from train.jobs import ORIGIN
@@ -35,8 +36,12 @@ def register_adapter(
     """Register an adapter with the lineage of the run that made it.
 
     Raises:
-        InputError: nothing says on which base model the adapter stands.
+        InputError: nothing says on which base model the adapter stands, or it is a reward model.
     """
+    if read_adapter_config(adapter).get("task_type") == "SEQ_CLS":
+        raise InputError(
+            "adapter", str(adapter), "scores and does not answer", "ask it as a grader: rayloop train reward-server"
+        )
     registry = Registry(settings)
     origin = read_origin(registry, adapter, run_id)
     base_model = base or origin.get("base_model")
@@ -47,7 +52,15 @@ def register_adapter(
             f"is not known for adapter {str(adapter)!r}",
             "name it with --base-model or the run with --run",
         )
-    kept = ("rayloop.job_id", "rayloop.method", "init_adapter", "seed", "libraries")
+    kept = (
+        "rayloop.job_id",
+        "rayloop.method",
+        "rayloop.grader",
+        "init_adapter",
+        "seed",
+        "libraries",
+        "template_digest",
+    )
     version = registry.register_adapter(
         model,
         adapter,
@@ -55,11 +68,25 @@ def register_adapter(
         run_id=origin.get("run_id") or run_id,
         dataset_hash=origin.get("dataset_hash"),
         dataset_id=origin.get("dataset_id"),
-        lineage={name: origin[name] for name in kept if origin.get(name)},
+        lineage={name: origin[name] for name in kept if origin.get(name)}
+        | erased_since(settings, origin.get("dataset_id")),
     )
     append_update(settings, database, version, "registered")
     _tell_job(settings, database, origin.get("rayloop.job_id"), version)
     return version
+
+
+def register_runs(settings: Settings, database: Engine, model: str, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Register every run of a training; returns its report with a `version` on top and in each run."""
+    runs = []
+    for run in report["runs"]:
+        if run["weights"] == "full":
+            version = register_base(settings, database, model, run["adapter_dir"])
+        else:
+            version = register_adapter(settings, database, model, Path(run["adapter_dir"]), run_id=run["run_id"])
+        runs.append({**run, "version": version.id})
+    asked = next(run for run in runs if run["job_id"] == report["job_id"])
+    return {**report, "version": asked["version"], "runs": runs}
 
 
 def read_origin(registry: Registry, adapter: Path, run_id: str | None) -> dict[str, str]:

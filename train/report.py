@@ -6,18 +6,20 @@ did, and how far it has moved from its base.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 import torch
 
 from data.template import render
-from train.examples import Encoder
+from train.config import TrainConfig
+from train.examples import Encoder, Row
 from train.generate import Sampling, SequenceLogprob, decode, end_tokens, score
 from train.loss import dpo_loss
+from train.rewards import answer_grader, mean_reward
 
 Pair = tuple[list[int], list[int]]
 
@@ -37,6 +39,9 @@ class HeldOut:
     """Nats a token on the adapter's own sampled answers: an estimate of KL(adapter || base)."""
     shift_nats_per_token: float | None = None
     """Mean absolute change of the log-probability of held-out answers; 0 for a no-op."""
+    reward: float | None = None
+    """GRPO: mean reward of greedy answers to held-out prompts."""
+    base_reward: float | None = None
     examples: int = 0
 
     def as_metrics(self) -> dict[str, float]:
@@ -44,10 +49,22 @@ class HeldOut:
         return {f"heldout/{name}": value for name, value in asdict(self).items() if value is not None}
 
 
+Base = Callable[[], AbstractContextManager[Any]]
+"""Gives, for a block, the base that a trained model is compared with."""
+
+
 def held_out_report(
-    model: Any, encoder: Encoder, liked: pa.Table, pairs: pa.Table, *, limit: int, max_new_tokens: int, seed: int
+    model: Any,
+    base: Base,
+    encoder: Encoder,
+    liked: pa.Table,
+    pairs: pa.Table,
+    *,
+    limit: int,
+    max_new_tokens: int,
+    seed: int,
 ) -> HeldOut:
-    """Compare a PEFT model with its own base on up to `limit` validation examples of each kind."""
+    """Compare a trained model with its base on up to `limit` validation examples of each kind."""
     was_training = model.training
     model.eval()
     try:
@@ -59,10 +76,10 @@ def held_out_report(
         if not everything:
             return HeldOut()
         after = score(model, everything)
-        with without_adapter(model):
-            before = score(model, everything)
+        with base() as start:
+            before = score(start, everything)
         prompts = [prompt for prompt, _ in (liked_rows or chosen)]
-        kl = estimate_kl(model, encoder.tokenizer, prompts, max_new_tokens, seed)
+        kl = estimate_kl(model, base, encoder.tokenizer, prompts, max_new_tokens, seed)
         return _summary(before, after, len(liked_rows), len(pair_rows), kl)
     finally:
         model.train(was_training)
@@ -86,17 +103,17 @@ def _summary(
 
 
 def estimate_kl(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, seed: int
+    model: Any, base: Base, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, seed: int
 ) -> float | None:
-    """Mean over tokens of log p(adapter) - log p(base) on answers sampled from the adapter."""
+    """Mean over tokens of log p(model) - log p(base) on answers sampled from the model."""
     sampling = Sampling(max_new_tokens, temperature=1.0, seed=seed, batch_size=64)
     answers = decode(model, prompts, end_tokens(model, tokenizer), sampling)
     pairs = [(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True) if answer]
     if not pairs:
         return None
     after = score(model, pairs)
-    with without_adapter(model):
-        before = score(model, pairs)
+    with base() as start:
+        before = score(start, pairs)
     tokens = sum(row.tokens for row in after)
     return sum(a.total - b.total for a, b in zip(after, before, strict=True)) / tokens
 
@@ -122,10 +139,22 @@ def validation_prompts(encoder: Encoder, table: pa.Table, limit: int) -> list[li
     return prompts
 
 
-def without_adapter(model: Any) -> AbstractContextManager[Any]:
-    """The base model: adapters off for the block."""
-    context: AbstractContextManager[Any] = model.disable_adapter()
-    return context
+def graded_report(
+    report: HeldOut, model: Any, base: Base, tokenizer: Any, rows: Sequence[Row], config: TrainConfig
+) -> HeldOut:
+    """`report` with the mean reward of greedy answers to held-out prompts, before and after."""
+    grade = answer_grader(config.grader, config.reward_model)
+    items, prompts = [row["item"] for row in rows], [json.loads(row["prompt"]) for row in rows]
+
+    def reward(answering: Any) -> float | None:
+        answering.eval()
+        sampling = Sampling(config.max_completion_tokens, batch_size=64)
+        answers = decode(answering, prompts, end_tokens(answering, tokenizer), sampling)
+        return mean_reward(grade(items, tokenizer.batch_decode(answers, skip_special_tokens=True)))
+
+    after = reward(model)
+    with base() as start:
+        return replace(report, reward=after, base_reward=reward(start))
 
 
 def _liked_pairs(encoder: Encoder, table: pa.Table) -> list[Pair]:

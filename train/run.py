@@ -11,26 +11,32 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from cluster.errors import InputError
-from cluster.registry import adapter_digest
+from cluster.errors import DatasetError, InputError
+from data.template import template_digest
 from train import checkpoint
+from train.calibration import Calibration, calibrate
 from train.callbacks import BestKeeper, HealthCallback, ProgressCallback, Schedule
 from train.config import TrainConfig, check_model_dir
 from train.device import Device, resolve_device
 from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
 from train.files import own_folder, written_whole
 from train.health import HealthWatch, check_changed, check_swapped, check_truncation, warnings_for
+from train.models import check_weights, load_base, load_start, load_tokenizer, lora_config
 from train.quiet import quiet_libraries
-from train.report import HeldOut, held_out_report, validation_prompts
+from train.report import HeldOut, graded_report, held_out_report, validation_prompts
+from train.weights import put_tensors, result_digest, start_of, trained_tensors, write_result
 
 log = logging.getLogger(__name__)
 
 RESULT = "result.json"
+Report = HeldOut | Calibration
+"""What is measured on held-out feedback: of a model that answers, or of one that scores."""
 
 
 class Reporter(Protocol):
@@ -49,12 +55,19 @@ class TrainResult:
 
     method: str
     adapter_dir: Path
+    """Folder of the adapter; of the whole model, after full fine-tuning."""
     adapter_sha256: str
+    """Digest of what is in that folder."""
     metrics: dict[str, float]
     steps: int
     seconds: float
     warnings: list[str] = field(default_factory=list)
     examples: int = 0
+    weights: str = "lora"
+    """What was trained: `lora`, `qlora` or `full`."""
+    base_model: str = ""
+    template_digest: str = ""
+    """Of the tokenizer that made the ids (`data.template.template_digest`)."""
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -68,7 +81,7 @@ def train(
     reporter: Reporter | None = None,
     resume_from: Path | None = None,
 ) -> TrainResult:
-    """Fit a LoRA adapter and write it to `config.out/adapter`.
+    """Train, and write the result to `config.out/adapter`, or to `config.out/model` when all weights moved.
 
     `data` is read from the dataset's files when it is not given. `resume_from` is a checkpoint folder.
 
@@ -85,7 +98,7 @@ def train(
 
 def _train(prepared: "Prepared", reporter: Reporter | None, resume_from: Path | None, started: float) -> TrainResult:
     trainer = build_trainer(prepared, reporter)
-    start = checkpoint.adapter_tensors(trainer.model)
+    start = trained_tensors(trainer.model)
     if resume_from is not None:
         checkpoint.check_resumable(resume_from, prepared.digest)
         _restore_best(trainer, resume_from)
@@ -109,16 +122,22 @@ class Prepared:
     """Configuration and data together: what a checkpoint belongs to."""
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps of one pass on one worker; GRPO leaves out prompts that fill no step."""
+        answers, rows = self.config.batch_size * self.config.gradient_accumulation, len(self.rows.rows)
+        return rows * self.config.group_size // answers if self.config.method == "grpo" else math.ceil(rows / answers)
+
+    @property
     def steps(self) -> int:
         """Optimiser steps of the run on one worker."""
-        per_epoch = math.ceil(len(self.rows.rows) / (self.config.batch_size * self.config.gradient_accumulation))
-        return self.config.max_steps or math.ceil(per_epoch * self.config.epochs)
+        return self.config.max_steps or math.ceil(self.steps_per_epoch * self.config.epochs)
 
 
 def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     """Check what can be checked before anything is computed or written."""
     device = resolve_device(config.device, config.precision, config.threads)
     check_model_dir(config.base_model)
+    check_weights(config, device)
     data = data or read_data(config.dataset, config.kind)
     check_data(config.method, data, config.dataset)
     quiet_libraries()
@@ -129,13 +148,24 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     encode = METHODS[config.method].encode
     rows, validation = encode(encoder, data.train), encode(encoder, data.validation)
     check_truncation("training", rows, config.health, config.max_length)
-    if config.method == "dpo":
+    if config.kind == "preference":
         check_swapped(data.train, data.liked, config.health)
     warnings = warnings_for(config.method, config.sft_weight, data.train)
     for warning in warnings:
         log.warning("%s", warning)
     digest = checkpoint.digest_of(config.digest(), rows.rows, validation.rows)
     prepared = Prepared(config, device, data, tokenizer, encoder, rows, validation, warnings, digest)
+    _check_steps(prepared)
+    return prepared
+
+
+def _check_steps(prepared: Prepared) -> None:
+    config = prepared.config
+    if not prepared.steps_per_epoch:
+        needed = config.batch_size * config.gradient_accumulation // config.group_size
+        raise DatasetError(
+            f"{len(prepared.rows.rows)} prompts are too few: one step takes {needed}; lower `training.batch_size`"
+        )
     if prepared.steps > config.limits.max_steps:
         raise InputError(
             "train.epochs",
@@ -143,60 +173,11 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
             f"means {prepared.steps} steps, more than training.limits.max_steps={config.limits.max_steps}",
             "train less or raise the limit",
         )
-    return prepared
-
-
-def load_tokenizer(base_model: str) -> Any:
-    """The tokenizer of a base model, with a padding token.
-
-    Raises:
-        InputError: it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base_model)
-    except (OSError, ValueError) as error:
-        raise _unloadable(base_model, error) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _unloadable(base_model: str, error: Exception) -> InputError:
-    cause = str(error).strip().splitlines()[0]
-    return InputError(
-        "base_model", base_model, f"cannot be loaded ({cause})", "name a transformers directory or hub id"
-    )
-
-
-def load_base(config: TrainConfig, device: Device) -> Any:
-    """The base model in the arithmetic of the device; with `init_adapter`, a trainable PEFT model.
-
-    Raises:
-        InputError: it cannot be loaded.
-    """
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.float32 if device.type == "cpu" or device.precision == "fp32" else torch.bfloat16
-    if device.precision == "fp16":
-        dtype = torch.float16
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            config.base_model, dtype=dtype, attn_implementation=device.attention, trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise _unloadable(config.base_model, error) from None
-    if config.init_adapter:
-        return PeftModel.from_pretrained(model, config.init_adapter, is_trainable=True)
-    return model
 
 
 def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
     """The TRL trainer of the method, with our checkpoints, gates and reports."""
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import PrinterCallback, set_seed
 
     from train.methods import METHODS, common_arguments
@@ -205,14 +186,7 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
     if prepared.device.type == "cpu":
         torch.set_num_threads(prepared.device.threads)
     set_seed(config.seed)
-    model = load_base(config, prepared.device)
-    lora = LoraConfig(
-        r=config.lora.r,
-        lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
-        target_modules=list(config.lora.target_modules),
-        task_type="CAUSAL_LM",
-    )
+    model = load_start(config, prepared.device)
     rows = method.arrange(prepared.rows.rows, config)
     held_out = method.arrange(prepared.validation.rows, config)
     common = common_arguments(config, prepared.device, prepared.steps)
@@ -222,9 +196,10 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=prepared.tokenizer,
-        peft_config=None if config.init_adapter else lora,
+        peft_config=None if config.init_adapter or config.weights == "full" else lora_config(config, method.task),
+        **method.more(config),
     )
-    trainer.base_model = config.base_model
+    trainer.base_model, trainer.monitored = config.base_model, method.monitored
     trainer.checkpoints, trainer.config_digest = config.out / "checkpoints", prepared.digest
     trainer.remove_callback(PrinterCallback)
     _add_callbacks(trainer, prepared, reporter)
@@ -232,11 +207,15 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
 
 
 def _add_callbacks(trainer: Any, prepared: Prepared, reporter: Reporter | None) -> None:
+    from train.methods import METHODS
+
     config = prepared.config
     lengths = prepared.rows.lengths
     watch = HealthWatch(config.health, config.beta, sum(lengths) / max(len(lengths), 1))
-    prompts = validation_prompts(prepared.encoder, prepared.data.validation, config.health.length_samples)
-    trainer.add_callback(BestKeeper(trainer))
+    answers = METHODS[config.method].task == "CAUSAL_LM"
+    samples = config.health.length_samples if answers else 0
+    prompts = validation_prompts(prepared.encoder, prepared.data.validation, samples)
+    trainer.add_callback(BestKeeper(trainer, trainer.monitored))
     trainer.add_callback(HealthCallback(trainer, watch, prompts, prepared.tokenizer))
     trainer.add_callback(Schedule(config.eval_steps, config.save_steps, bool(prepared.validation.rows)))
     if reporter is not None:
@@ -250,79 +229,97 @@ def _restore_best(trainer: Any, folder: Path) -> None:
     from train.methods import Best
 
     state = json.loads((folder / checkpoint.STATE).read_text())
-    weights = folder / checkpoint.BEST / checkpoint.ADAPTER_WEIGHTS
+    weights = folder / checkpoint.BEST / checkpoint.BEST_WEIGHTS
     if state["best_loss"] is not None and weights.is_file():
         trainer.best = Best(state["best_loss"], state["best_step"], load_file(weights))
 
 
 def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started: float) -> TrainResult:
-    """Write the best adapter, measure it on held-out feedback, and tidy up."""
+    """Write the best weights, measure them on held-out feedback, and tidy up."""
     config = prepared.config
     if trainer.best is not None:
-        _use(trainer.model, trainer.best.tensors)
-    tensors = checkpoint.adapter_tensors(trainer.model)
+        put_tensors(trainer.model, trainer.best.tensors)
+    tensors = trained_tensors(trainer.model)
     unchanged = all(torch.equal(tensors[name], start[name]) for name in tensors)
-    report = measure(trainer.model, prepared) if trainer.is_world_process_zero() else HeldOut()
+    first = trainer.is_world_process_zero()
+    report = measure(trainer.model, prepared) if first else HeldOut()
     warnings = prepared.warnings + check_changed(report.shift_nats_per_token, unchanged, config.health)
-    folder = config.out / "adapter"
-    if trainer.is_world_process_zero():
+    folder = result_folder(config)
+    if first:
         with written_whole(folder) as scratch:
-            lora = checkpoint.adapter_config(trainer.model)
-            checkpoint.write_adapter(scratch, tensors, lora, config.base_model)
+            write_result(scratch, trainer.model, prepared.tokenizer, config.base_model)
+        write_report(config, report)
     trainer.accelerator.wait_for_everyone()
     result = TrainResult(
         method=config.method,
         adapter_dir=folder,
-        adapter_sha256=adapter_digest(folder),
+        adapter_sha256=result_digest(folder),
         metrics={**_final_metrics(trainer), **report.as_metrics()},
         steps=trainer.state.global_step,
         seconds=time.monotonic() - started,
         warnings=warnings,
         examples=len(prepared.rows.rows),
+        weights=config.weights,
+        base_model=config.base_model,
+        template_digest=template_digest(prepared.tokenizer),
     )
-    if trainer.is_world_process_zero():
+    if first:
         checkpoint.discard_all(trainer.checkpoints)
         shown = {**result.as_json(), "config": config.digest()}
         (config.out / RESULT).write_text(json.dumps(shown, indent=2) + "\n")
     return result
 
 
+def result_folder(config: TrainConfig) -> Path:
+    """Where a run leaves what it trained."""
+    return config.out / ("model" if config.weights == "full" else "adapter")
+
+
+def write_report(config: TrainConfig, report: Report) -> None:
+    """The calibration of a reward model, as numbers and as a plot, beside its adapter."""
+    if isinstance(report, Calibration):
+        with written_whole(config.report_dir) as scratch:
+            report.write(scratch)
+
+
 def finished_result(config: TrainConfig) -> dict[str, Any] | None:
     """The result of a run that has ended well in this folder, if its adapter is still what it was."""
     try:
         result: dict[str, Any] = json.loads((config.out / RESULT).read_text())
-        whole = adapter_digest(config.out / "adapter") == result["adapter_sha256"]
+        whole = result_digest(result_folder(config)) == result["adapter_sha256"]
     except (OSError, ValueError, KeyError, InputError):
         return None
     return result if whole and result.get("config") == config.digest() else None
 
 
-def measure(model: Any, prepared: Prepared) -> HeldOut:
+def measure(model: Any, prepared: Prepared) -> Report:
     """The held-out report, on validation rows of the same dataset."""
     config = prepared.config
     own = prepared.data.validation
+    if config.method == "reward":
+        return calibrate(model, prepared.encoder, own.slice(0, config.report_examples))
     liked = own if config.kind == "sft" else _validation(config, "sft")
     pairs = own if config.kind == "preference" else _validation(config, "preference")
     longest = max(prepared.rows.lengths, default=32)
-    return held_out_report(
+    base = partial(start_of, model, partial(load_base, config, prepared.device))
+    report = held_out_report(
         model,
+        base,
         prepared.encoder,
         liked,
         pairs,
         limit=config.report_examples,
-        max_new_tokens=2 * longest,
+        max_new_tokens=longest,
         seed=config.seed,
     )
+    if config.method != "grpo":
+        return report
+    held_out = prepared.validation.rows[: config.report_examples]
+    return graded_report(report, model, base, prepared.tokenizer, held_out, config)
 
 
 def _validation(config: TrainConfig, kind: str) -> Any:
     return read_split(config.dataset, kind, "validation")
-
-
-def _use(model: Any, tensors: Mapping[str, Any]) -> None:
-    from peft import set_peft_model_state_dict
-
-    set_peft_model_state_dict(model, dict(tensors), adapter_name="default")
 
 
 def _final_metrics(trainer: Any) -> dict[str, float]:
@@ -331,7 +328,7 @@ def _final_metrics(trainer: Any) -> dict[str, float]:
     for entry in trainer.state.log_history:
         metrics |= {k: float(v) for k, v in entry.items() if isinstance(v, int | float) and k not in SPEED}
     if trainer.best is not None:
-        metrics |= {"best_eval_loss": trainer.best.loss, "best_step": float(trainer.best.step)}
+        metrics |= {f"best_{trainer.monitored}": abs(trainer.best.loss), "best_step": float(trainer.best.step)}
     return {name.replace("eval_", "validation/"): value for name, value in metrics.items()}
 
 

@@ -173,7 +173,7 @@ def _shard(config: TrainConfig) -> Any:
 
     iterator = ray.train.get_dataset_shard(config.kind)
     blocks = list(iterator.iter_batches(batch_size=None, batch_format="pyarrow"))
-    liked = read_split(config.dataset, "sft", "train") if config.method == "dpo" else None
+    liked = read_split(config.dataset, "sft", "train") if config.kind == "preference" else None
     return TrainData(in_order(pa.concat_tables(blocks)), read_split(config.dataset, config.kind, "validation"), liked)
 
 

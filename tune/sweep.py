@@ -99,6 +99,8 @@ def new_sweep(
     """
     from train.config import TrainConfig, resolve_config
 
+    if method == "reward":
+        raise InputError("method", method, "gives no answers that a sweep could compare", "sweep another method")
     resolved = resolve_config(settings, method, base_model=base, dataset=Path(dataset), out=Path("unused"))
     asked = {name: parse_dimension(name, text) for name, text in (ranges or {}).items()}
     for name in asked:

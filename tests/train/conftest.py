@@ -10,7 +10,8 @@ from cluster.settings import load_settings
 from tests.toys import toy_feedback, write_dataset
 from train.config import TrainConfig, resolve_config
 
-RATES = {"sft": 5e-3, "dpo": 5e-3, "kto": 2e-3}
+RATES = {"sft": 5e-3, "dpo": 5e-3, "kto": 2e-3, "reward": 5e-3, "grpo": 5e-3}
+GRADER = {"type": "dataset_label", "name": "recorded_truth"}
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +37,8 @@ def config_of(toy_base: Path, toy_dataset: Path, tmp_path: Path) -> Callable[...
             "threads": 1,
             "max_length": 256,
         }
+        if method == "grpo":
+            short |= {"batch_size": 32, "group_size": 8, "max_completion_tokens": 32, "epochs": 1, "grader": GRADER}
         return resolve_config(settings, method, **(short | overrides))
 
     return make

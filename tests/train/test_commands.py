@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from cluster.database import connect
@@ -23,10 +24,12 @@ from cluster.jobs import Jobs
 from cluster.registry import Registry
 from cluster.settings import Settings, load_settings
 from data.log import EventLog
+from data.template import template_digest
 from tests.toys import toy_feedback, write_dataset
 from train.cli import app
 from train.config import TrainConfig
 from train.jobs import Request, run_training
+from train.models import load_tokenizer
 from train.worker import Event, run_here
 
 
@@ -82,6 +85,50 @@ def test_train_and_register_keep_the_whole_lineage(home: Path, toy_base: Path, t
     assert (job.state, job.output_version, job.agent) == ("completed", "triage/2", "triage")
     updates = [r.event.body["version"] for r in EventLog(database).read() if r.event.kind == "model.updated"]
     assert updates == ["triage/1", "triage/2"]
+
+
+def test_training_registers_all_its_runs_when_asked(home: Path, toy_base: Path, toy_dataset: Path) -> None:
+    request = ("--method", "dpo", "--dataset", toy_dataset, "--base", toy_base, "--register", "triage")
+    trained = call("run", *request, "--max-steps", 2, "--learning-rate", 5e-3, "--no-ray")
+    assert [run["version"] for run in trained["runs"]] == ["triage/1", "triage/2"]
+    assert trained["version"] == "triage/2"
+    version = Registry(load_settings()[0]).get("triage/2")
+    assert (version.adapter_sha256, version.run_id) == (trained["adapter_sha256"], trained["run_id"])
+    tokenizer = AutoTokenizer.from_pretrained(toy_base)
+    assert version.tags["template_digest"] == template_digest(tokenizer)
+
+
+def test_reward_model_reports_its_calibration_in_mlflow(home: Path, toy_base: Path, toy_dataset: Path) -> None:
+    common = ("--dataset", toy_dataset, "--base", toy_base, "--no-ray", "--max-steps", 3, "--learning-rate", 1e-2)
+    trained = call("run", "--method", "reward", "--name", "judge", *common)
+    assert [run["method"] for run in trained["runs"]] == ["reward"]  # nothing beside it to compare with
+    client = Registry(load_settings()[0]).client
+    names = {artifact.path for artifact in client.list_artifacts(trained["run_id"], "report")}
+    assert names == {"report/calibration.json", "report/calibration.png"}
+    metrics = client.get_run(trained["run_id"]).data.metrics
+    assert {"heldout/pair_accuracy", "heldout/calibration_error", "heldout/pair_accuracy_on_correction"} <= set(metrics)
+    assert "scores and does not answer" in refused(InputError, "register", "triage", trained["adapter_dir"])
+
+
+def test_grpo_keeps_its_grader_and_template_with_the_version(home: Path, toy_base: Path, toy_dataset: Path) -> None:
+    common = ("--dataset", toy_dataset, "--base", toy_base, "--no-ray", "--max-steps", 2, "--learning-rate", 1e-2)
+    trained = call("run", "--method", "grpo", "--name", "graded", "--batch-size", 32, *common)
+    registry = Registry(load_settings()[0])
+    tags = registry.get(call("register", "triage", trained["adapter_dir"])["version"]).tags
+    assert tags["rayloop.grader"].startswith("dataset_label-")
+    assert tags["template_digest"] == template_digest(load_tokenizer(str(toy_base)))
+    assert {"train/reward", "train/kl", "heldout/reward"} <= set(
+        registry.client.get_run(trained["run_id"]).data.metrics
+    )
+
+
+def test_fully_fine_tuned_model_is_registered_as_a_base(home: Path, toy_base: Path, toy_dataset: Path) -> None:
+    common = ("--dataset", toy_dataset, "--base", toy_base, "--no-ray", "--max-steps", 2)
+    trained = call("run", "--method", "sft", "--weights", "full", "--name", "whole", *common)
+    registry = Registry(load_settings()[0])
+    assert not registry.client.list_artifacts(trained["run_id"], "adapter")  # no weights travel
+    version = registry.get(call("register", "triage", "--base", trained["adapter_dir"])["version"])
+    assert version.tags["base_revision"] == f"sha256:{trained['adapter_sha256']}"
 
 
 def test_interrupted_training_is_resumed_by_name(home: Path, toy_base: Path, toy_dataset: Path) -> None:
@@ -159,10 +206,16 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 ) -> None:
     common = ("run", "--no-ray", "--no-baseline", "--dataset", toy_dataset)
     assert "does not exist" in refused(InputError, *common, "--base", tmp_path / "nowhere")
-    assert "must be one of sft, dpo, kto" in refused(InputError, *common, "--base", toy_base, "--method", "ppo")
+    assert "must be one of sft, dpo, kto, reward, grpo" in refused(
+        InputError, *common, "--base", toy_base, "--method", "ppo"
+    )
     assert "train.beta=-1.0" in refused(InputError, *common, "--base", toy_base, "--beta", -1)
     assert "names 0 datasets" in refused(NotFoundError, "run", "--dataset", "nothing", "--base", toy_base)
     assert "has no GPU here" in refused(InputError, *common, "--base", toy_base, "--device", "cuda")
+    assert "needs a GPU" in refused(InputError, *common, "--base", toy_base, "--weights", "qlora")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYLOOP_TRAINING__LORA__R", "512")
+        assert "is over engine.max_rank" in refused(InputError, *common, "--base", toy_base)
     empty = write_dataset(tmp_path / "empty", {"sft": [], "preference": [], "unpaired": []})
     assert "no sft examples" in refused(
         DatasetError, "run", "--method", "sft", "--dataset", empty, "--base", toy_base, "--no-ray"

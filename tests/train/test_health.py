@@ -71,3 +71,36 @@ def test_fragile_dpo_is_warned_about() -> None:
     assert warnings_for("dpo", 1.0, mixed) == []
     assert "without the SFT term" in warnings_for("dpo", 0.0, mixed)[0]
     assert "corrections alone" in warnings_for("dpo", 1.0, corrections)[0]
+
+
+def group(flat: float, reward: float = 0.5, abstained: float = 0.0) -> dict[str, float]:
+    return {"frac_reward_zero_std": flat, "reward": reward, "abstained": abstained}
+
+
+def test_reward_spread_that_is_gone_for_good_stops_the_run() -> None:
+    flat = watch()
+    for step in range(5):
+        flat.observe(step, group(1.0))
+    with pytest.raises(HealthGateError, match="no advantage left: in 100% of the groups of the last 6 steps"):
+        flat.observe(5, group(1.0))
+
+
+@pytest.mark.parametrize(("share", "reward"), [(0.54, 0.5), (0.85, 0.5), (1.0, 0.97)])
+def test_many_flat_groups_and_a_solved_task_are_healthy(share: float, reward: float) -> None:
+    healthy = watch()
+    for step in range(100):
+        healthy.observe(step, group(share, reward))
+
+
+def test_flat_batches_among_others_are_no_trend() -> None:
+    uneven = watch()
+    for step in range(100):
+        uneven.observe(step, group(1.0 if step % 3 else 0.4))
+
+
+def test_grader_that_keeps_abstaining_stops_the_run() -> None:
+    blind = watch()
+    for step in range(2):
+        blind.observe(step, {"frac_reward_zero_std": 0.0, "reward": None, "abstained": 0.8})
+    with pytest.raises(HealthGateError, match="abstained on 80% of the answers"):
+        blind.observe(2, group(0.0, abstained=0.8))

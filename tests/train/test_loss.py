@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from train.config import TrainConfig
-from train.loss import dpo_loss, kto_kl, kto_loss, sequence_logp, sft_loss
+from train.loss import bradley_terry_loss, dpo_loss, kto_kl, kto_loss, sequence_logp, sft_loss
 
 
 def test_sequence_logp_sums_the_masked_tokens_only() -> None:
@@ -29,6 +29,14 @@ def test_dpo_loss_of_the_reference_itself_is_ln_2() -> None:
     assert dpo_loss(margin_B, margin_B, 0.1).item() == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_bradley_terry_loss_by_hand() -> None:
+    # differences 2 and -0.5; sums 4 and 0.5, squared 16 and 0.25
+    plain = (math.log1p(math.exp(-2.0)) + math.log1p(math.exp(0.5))) / 2
+    chosen, rejected = torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.5])
+    assert bradley_terry_loss(chosen, rejected).item() == pytest.approx(plain, abs=1e-6)
+    assert bradley_terry_loss(chosen, rejected, 0.1).item() == pytest.approx(plain + 0.1 * 16.25 / 2, abs=1e-6)
+
+
 def test_kto_loss_by_hand() -> None:
     # liked: ratio 2, disliked: ratio -1; kl 0.5, beta 0.2, weights 1.5 and 1
     liked, disliked = 1 / (1 + math.exp(-0.2 * 1.5)), 1 / (1 + math.exp(-0.2 * 1.5))
@@ -42,13 +50,15 @@ def test_kto_kl_is_never_negative() -> None:
     assert kto_kl(torch.tensor([-1.0, -1.0]), torch.tensor([-1.5, -1.5])).item() == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("call", [lambda b: dpo_loss(b, b[:1], 0.1), lambda b: dpo_loss(b, b, 0.0)])
+@pytest.mark.parametrize(
+    "call", [lambda b: dpo_loss(b, b[:1], 0.1), lambda b: dpo_loss(b, b, 0.0), lambda b: bradley_terry_loss(b, b[:1])]
+)
 def test_wrong_shapes_and_beta_are_refused(call: Callable[[torch.Tensor], Any]) -> None:
     with pytest.raises(ValueError, match=r"differ|beta"):
         call(torch.zeros(2))
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "kto", "reward"])
 def test_losses_equal_those_of_trl_on_a_real_batch(method: str, config_of: Callable[..., TrainConfig]) -> None:
     """TRL's trainer computes the loss of one batch; ours is computed from the model's plain outputs."""
     from train.run import build_trainer, prepare
@@ -59,7 +69,7 @@ def test_losses_equal_those_of_trl_on_a_real_batch(method: str, config_of: Calla
     batch = next(iter(trainer.get_eval_dataloader()))
     with torch.no_grad():
         theirs = trainer.compute_loss(model, dict(batch)).item()
-        ours = {"sft": _sft, "dpo": _dpo, "kto": _kto}[method](model, batch, trainer)
+        ours = {"sft": _sft, "dpo": _dpo, "kto": _kto, "reward": _reward}[method](model, batch, trainer)
     assert ours == pytest.approx(theirs, abs=1e-6)
 
 
@@ -95,6 +105,12 @@ def _kto(model: Any, batch: Any, trainer: Any) -> float:
     kl = kto_kl(total("KL_", False), total("KL_", True))
     weights = (trainer.desirable_weight, trainer.undesirable_weight)
     return kto_loss(total("", False) - total("", True), batch["label"].bool(), kl, 0.3, weights).item()
+
+
+def _reward(model: Any, batch: Any, trainer: Any) -> float:
+    scores = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
+    chosen, rejected = scores.chunk(2)
+    return bradley_terry_loss(chosen, rejected, 0.01).item()
 
 
 def _logps(model: Any, ids: torch.Tensor, attention: torch.Tensor, *, base: bool = False) -> torch.Tensor:

@@ -1,23 +1,29 @@
+import errno
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from cluster.errors import ConflictError, DatasetError, HealthGateError, InputError
-from cluster.registry import adapter_digest
+from cluster.registry import adapter_digest, describe_base
+from cluster.settings import load_settings
 from data.template import render_pair
+from tests.serve.engines.models import build_adapter, build_base
 from tests.toys import toy_feedback, write_dataset
+from tests.train.killing import check_nothing_half_written, train_and_kill
+from train import checkpoint
 from train.checkpoint import last_checkpoint
-from train.config import TrainConfig
+from train.config import TrainConfig, resolve_config
 from train.examples import Encoder, read_data, with_kl_completions
-from train.run import load_tokenizer, train
+from train.files import own_folder
+from train.generate import LocalModel
+from train.models import load_tokenizer
+from train.run import build_trainer, prepare, train
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
@@ -37,7 +43,7 @@ def test_each_method_improves_its_own_objective_on_held_out_feedback(
     assert metrics["heldout/kl_to_base"] > 0
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "reward", "grpo"])
 def test_same_seed_same_adapter_another_seed_another(
     method: str, config_of: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -76,52 +82,54 @@ def test_kl_completions_come_from_the_same_batch() -> None:
     assert [row["KL_completion_ids"][0] for row in rows] == [2, 0, 1, 4, 3]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
-def test_training_killed_half_way_resumes_to_the_same_adapter(
-    method: str, config_of: Callable[..., TrainConfig], tmp_path: Path
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("sft", {}),
+        ("kto", {}),
+        ("reward", {}),
+        ("grpo", {"batch_size": 64}),
+        ("dpo", {"weights": "full", "learning_rate": 1e-4}),
+    ],
+)
+def test_interrupted_training_resumes_to_the_same_weights(
+    method: str, more: dict[str, object], config_of: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    """A process is ended with SIGKILL after a checkpoint in mid-epoch; another goes on."""
-    undisturbed = train(config_of(method, epochs=3, save_steps=4, eval_steps=2, out=tmp_path / "whole"))
-    config = config_of(method, epochs=3, save_steps=4, eval_steps=2, out=tmp_path / "killed")
-    _train_and_kill(config, tmp_path)
+    class Stop:
+        def progress(self, step: int, steps: int, values: object) -> None:
+            if step == 6:
+                raise KeyboardInterrupt
+
+        def checkpoint(self, folder: Path, step: int) -> None:
+            """Nothing."""
+
+    shape = {"max_steps": 9, "epochs": 3, "save_steps": 4, "eval_steps": 2, **more}
+    undisturbed = train(config_of(method, **shape, out=tmp_path / "whole"))
+    config = config_of(method, **shape, out=tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, reporter=Stop())
+    check_nothing_half_written(config)
     found = last_checkpoint(config.out / "checkpoints")
-    assert found is not None and not (config.out / "adapter").exists()
+    assert found is not None
     resumed = train(config, resume_from=found)
     assert resumed.adapter_sha256 == undisturbed.adapter_sha256
     assert resumed.metrics["best_step"] == undisturbed.metrics["best_step"]
 
 
-KILLED = """
-import sys, time
-from pathlib import Path
-from train.config import TrainConfig
-from train.run import train
-
-class Stall:
-    def progress(self, step, steps, values):
-        if step > 5:
-            time.sleep(600)
-    def checkpoint(self, folder, step):
-        print(step, flush=True)
-
-train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()), reporter=Stall())
-"""
-
-
-def _train_and_kill(config: TrainConfig, tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(config.model_dump_json())
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(file)], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "4"
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "step"), [("dpo", 9), ("grpo", 5)])
+def test_training_killed_at_a_step_resumes_to_the_same_adapter(
+    method: str, step: int, config_of: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """A process is ended with SIGKILL in mid-epoch; this one goes on."""
+    shape = {"max_steps": 11, "epochs": 3, "save_steps": 4, "eval_steps": 2}
+    undisturbed = train(config_of(method, **shape, out=tmp_path / "whole"))
+    config = config_of(method, **shape, out=tmp_path / "killed")
+    train_and_kill(config, step)
+    check_nothing_half_written(config)
+    found = last_checkpoint(config.out / "checkpoints")
+    assert found is not None and found.name == f"step-{step // 4 * 4:08d}"
+    assert train(config, resume_from=found).adapter_sha256 == undisturbed.adapter_sha256
 
 
 def test_resume_refuses_another_configuration(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
@@ -151,6 +159,49 @@ def test_a_candidate_can_start_from_the_champions_adapter(
     names = load_file(second.adapter_dir / "adapter_model.safetensors")
     assert set(names) == set(load_file(first.adapter_dir / "adapter_model.safetensors"))
     assert second.adapter_sha256 != first.adapter_sha256
+
+
+@pytest.mark.parametrize(("method", "rate"), [("sft", 2e-3), ("dpo", 5e-4)])
+def test_full_fine_tuning_moves_all_weights_and_leaves_a_whole_model(
+    method: str, rate: float, config_of: Callable[..., TrainConfig], toy_base: Path
+) -> None:
+    result = train(config_of(method, weights="full", learning_rate=rate, max_steps=10))
+    assert result.adapter_dir.name == "model" and not (result.adapter_dir.parent / "adapter").exists()
+    before, after = load_file(toy_base / "model.safetensors"), load_file(result.adapter_dir / "model.safetensors")
+    assert set(after) == set(before) and not any(torch.equal(after[name], before[name]) for name in before)
+    assert result.adapter_sha256 == describe_base(result.adapter_dir)[1].removeprefix("sha256:")
+    metrics = result.metrics
+    assert metrics["heldout/kl_to_base"] > 0
+    if method == "sft":
+        answers = LocalModel(result.adapter_dir).logprobs([[{"role": "user", "content": "a"}]], ["b"])
+        assert answers[0].total < 0
+        assert metrics["heldout/liked_nats_per_token"] < metrics["heldout/base_liked_nats_per_token"]
+    else:
+        assert metrics["heldout/pair_dpo_loss"] < math.log(2)
+
+
+def test_full_fine_tuning_takes_rates_of_its_own(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    settings, _ = load_settings(home=tmp_path)
+    common = {"base_model": "o/m", "dataset": tmp_path, "out": tmp_path}
+    assert resolve_config(settings, "dpo", weights="full", **common).learning_rate == 5e-7
+    assert resolve_config(settings, "dpo", **common).learning_rate == 5e-5
+    assert resolve_config(settings, "dpo", weights="full", learning_rate=1e-4, **common).learning_rate == 1e-4
+
+
+def test_qlora_without_a_gpu_is_refused(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"training\.weights='qlora' needs a GPU.*use lora"):
+        train(config_of("sft", weights="qlora", device="cpu"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapter_of_another_base_is_refused(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    other = build_base(tmp_path / "other", hidden=32)
+    adapter = build_adapter(other, tmp_path / "adapter", seed=0)
+    with pytest.raises(InputError, match="does not fit base model"):
+        train(config_of("sft", init_adapter=str(adapter)))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="cannot go on from an adapter"):
+        config_of("sft", init_adapter=str(adapter), weights="full")
 
 
 def test_missing_base_model_leaves_nothing_behind(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
@@ -184,6 +235,18 @@ def test_empty_and_one_sided_datasets_are_refused(
         train(config_of(method, dataset=folder))
 
 
+@pytest.mark.parametrize("cell", ["not json", "[]", '{"role": "user"}', "[1, 2]", "[null]"])
+def test_example_that_is_no_conversation_is_named(
+    cell: str, config_of: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    rows = toy_feedback(20)
+    rows["sft"][3]["messages"] = cell
+    folder = write_dataset(tmp_path / "data", rows)
+    with pytest.raises(DatasetError, match="example 'e00003' is not a conversation"):
+        train(config_of("sft", dataset=folder))
+    assert not (tmp_path / "out").exists()
+
+
 def test_out_that_cannot_be_written_is_refused(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
@@ -211,3 +274,69 @@ def test_swapped_pairs_stop_the_run(config_of: Callable[..., TrainConfig], tmp_p
 def test_truncated_examples_stop_the_run(config_of: Callable[..., TrainConfig]) -> None:
     with pytest.raises(HealthGateError, match="do not fit max_length=16"):
         train(config_of("sft", max_length=16))
+
+
+def test_collapse_of_both_answers_stops_the_run_and_the_sft_term_prevents_it(
+    config_of: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """Pairs of nearly the same text: plain DPO pushes both down to part them (Razin et al. 2024, 2410.08847)."""
+    rows = toy_feedback(160)
+    for row in rows["preference"]:
+        (answer,) = json.loads(row["chosen"])
+        chosen, rejected = ({**answer, "content": answer["content"] + end} for end in ("!", "!!"))
+        row |= {"chosen": json.dumps([chosen]), "rejected": json.dumps([rejected])}
+    folder = write_dataset(tmp_path / "alike", {**rows, "sft": []})
+    health = {"window_steps": 3, "collapse_nats_per_token": 0.2, "length_samples": 0}
+    shape = {"dataset": folder, "learning_rate": 2e-2, "epochs": 4, "health": health}
+    with pytest.raises(HealthGateError, match=r"lost .* nats a token by step .* while the margin grew"):
+        train(config_of("dpo", **shape, sft_weight=0.0))
+    train(config_of("dpo", **shape, sft_weight=1.0, out=tmp_path / "with-sft"))
+
+
+def test_answers_that_grow_long_stop_the_run(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """Training on rambling answers, judged beside short ones."""
+    rows = toy_feedback(160)
+    for row in rows["sft"][:120]:
+        prompt, answer = json.loads(row["messages"])
+        row["messages"] = json.dumps([prompt, {**answer, "content": answer["content"] + " and" * 12}])
+    folder = write_dataset(tmp_path / "rambling", rows)
+    config = config_of("sft", dataset=folder, epochs=8, learning_rate=1e-2)
+    prepared = prepare(config)
+    short = replace(prepared, rows=replace(prepared.rows, lengths=prepared.validation.lengths))
+    with own_folder(config.out), pytest.raises(HealthGateError, match="answers drifted to"):
+        build_trainer(short, None).train()
+
+
+def test_loss_that_is_no_number_stops_the_run(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    with pytest.raises(HealthGateError, match=r"is (nan|inf) at step"):
+        train(config_of("sft", learning_rate=1.0, max_grad_norm=1e30, weight_decay=1e30, precision="fp32", epochs=4))
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_run_that_changes_nothing_is_an_error(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    with pytest.raises(HealthGateError, match="training changed nothing"):
+        train(config_of("sft", learning_rate=1e-60, weight_decay=0.0, max_steps=2))
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_disk_full_during_a_checkpoint_keeps_the_one_before(
+    config_of: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of("sft", epochs=3, save_steps=2)
+    real, written = checkpoint.save_file, []
+
+    def fill_up(tensors: object, file: Path, *rest: object, **named: object) -> None:
+        if file.name == checkpoint.OPTIMIZER:
+            written.append(file)
+            if len(written) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        real(tensors, file, *rest, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "save_file", fill_up)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
+        train(config)
+    left = last_checkpoint(config.out / "checkpoints")
+    assert left is not None and left.name == "step-00000002"
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == [left.name]
+    monkeypatch.undo()
+    assert train(config, resume_from=left).steps == 18

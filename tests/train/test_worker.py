@@ -36,33 +36,23 @@ def test_runs_on_ray_equal_runs_here_and_survive_a_killed_worker(
     config_of: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     """SFT then DPO in one group of workers; the worker is killed in the middle of the second."""
-    shape: dict[str, Any] = {"epochs": 3, "save_steps": 4}
+    shape: dict[str, Any] = {"epochs": 5, "save_steps": 2}
     here = [train(config_of(m, **shape, out=tmp_path / f"here-{m}")).adapter_sha256 for m in ("sft", "dpo")]
-    heard = Heard()
+    heard, killed = Heard(), []
 
-    def kill_once(event: Event) -> None:
+    def kill_once(event: Event) -> None:  # events come in batches: a second checkpoint may be told of the dead
         heard(event)
-        begun = [e for e in heard.events if e.kind == "begin"]
-        if event.kind == "checkpoint" and event.run == 1 and len([e for e in begun if e.run == 1]) == 1:
-            assert begun[-1].values is not None
-            os.kill(int(begun[-1].values["pid"]), signal.SIGKILL)
+        if event.kind == "checkpoint" and event.run == 1 and not killed:
+            begun = next(e for e in heard.events if e.kind == "begin" and e.run == 1)
+            assert begun.values is not None
+            killed.append(int(begun.values["pid"]))
+            os.kill(killed[0], signal.SIGKILL)
 
     configs = [config_of(m, **shape, out=tmp_path / f"ray-{m}") for m in ("sft", "dpo")]
     run_on_ray(configs, workers=1, max_failures=2, on_event=kill_once)
     results = {result["method"]: result["adapter_sha256"] for result in heard.results()}
     assert [results["sft"], results["dpo"]] == here
     assert len([e for e in heard.events if e.kind == "begin" and e.run == 1]) == 2
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_session")
-def test_two_workers_share_each_batch(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    heard = Heard()
-    config = config_of("sft", epochs=2, batch_size=10, out=tmp_path / "two")
-    run_on_ray([config], workers=2, max_failures=0, on_event=heard)
-    (result,) = heard.results()
-    assert result["steps"] == 12  # 120 rows, 2 workers of 10, 2 epochs
-    assert result["metrics"]["heldout/liked_nats_per_token"] < result["metrics"]["heldout/base_liked_nats_per_token"]
 
 
 def test_a_closed_gate_ends_its_run_and_not_the_next(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ class Evidence:
     champion: Answers
     grader: Grader
     cases: dict[str, list[Case]] = field(default_factory=dict)
+    reward_model: Grader | None = None
+    """A reward model as a grader, for the drift alert."""
+    template: tuple[str, str] | None = None
+    """Digests of the template: recorded in training, and in force."""
 
     @property
     def users(self) -> list[str]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data.grading.text_similarity import similarity
+from train.evaluate.drift import grader_drift
 from train.evaluate.evidence import Evidence
 from train.evaluate.fields import valid_output
+from train.evaluate.parity import template_parity
 from train.evaluate.safety import safety
 from train.evaluate.scorers import passes
 from train.evaluate.statistics import bootstrap, count_pairs, mcnemar, newcombe_paired, wilson
@@ -193,6 +195,7 @@ OVERLAP = (("sacreBLEU", "bleu"), ("ROUGE-L", "rouge_l"))
 SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
+        Suite("template", template_parity),
         Suite("perplexity", perplexity),
         Suite("overlap", overlap, gated=False),
         Suite("valid_output", valid_output),
@@ -203,5 +206,6 @@ SUITES: dict[str, Suite] = {
         Suite("safety", safety),
         Suite("win_rate", win_rate),
         Suite("shuffled_control", shuffled_control),
+        Suite("grader_drift", grader_drift, gated=False),
     )
 }

@@ -19,16 +19,19 @@ from cluster.errors import InputError
 from cluster.registry import GATES_TAG, Registry, Version
 from cluster.settings import Settings
 from data.events import Event, parse_body
-from data.grading import make_grader
+from data.grading import Grader, make_grader
+from data.grading.reward_model import Scorer
 from data.log import EventLog
 from data.manifest import find_dataset, load_manifest
 from train.evaluate.cases import read_cases
 from train.evaluate.evidence import Evidence, ask
 from train.evaluate.gates import SUITES, run_suites
 from train.evaluate.models import open_version
+from train.evaluate.parity import template_digests
 from train.evaluate.report import write_report
 from train.evaluate.truth import read_truths
 from train.evaluate.types import Gate, verdict
+from train.rewards import open_scorer
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +110,8 @@ def resolve_opponent(registry: Registry, version: Version, against: str) -> Vers
 def gather(settings: Settings, registry: Registry, version: Version, champion: Version, dataset: Path) -> Evidence:
     """Ask both versions once, about the held-out truths and every case."""
     chosen = settings.evaluation
-    grader = make_grader(chosen.grader, field="evaluation.grader")
+    scorer = open_scorer(chosen.reward_model)
+    grader = make_grader(chosen.grader, field="evaluation.grader", scorer=scorer)
     wanted = [s.name for s in SUITES.values() if s.cases and s.name not in chosen.not_applicable]
     cases = {name: read_cases(name, chosen.suites) for name in wanted}
     truths = read_truths(dataset, limit=chosen.max_prompts)
@@ -117,7 +121,24 @@ def gather(settings: Settings, registry: Registry, version: Version, champion: V
         log.info("%s answers %d prompts", role.id, len(truths) + len(every))
         with open_version(settings, registry, role) as model:
             answers.append(ask(model, truths, every))
-    return Evidence(chosen, truths, answers[0], answers[1], grader, cases)
+    return Evidence(
+        settings=chosen,
+        truths=truths,
+        candidate=answers[0],
+        champion=answers[1],
+        grader=grader,
+        cases=cases,
+        reward_model=as_grader(scorer),
+        template=template_digests(version),
+    )
+
+
+def as_grader(scorer: Scorer | None) -> Grader | None:
+    """The reward model at hand as a grader of its raw scores' order."""
+    if scorer is None:
+        return None
+    config = {"type": "reward_model", "name": "reward_model", "adapter_sha256": scorer.adapter_sha256}
+    return make_grader(config, scorer=scorer)
 
 
 def record(

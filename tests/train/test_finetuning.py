@@ -1,0 +1,138 @@
+"""A job of the fine-tuning API in this process: what fails is recorded with its reason, and goes on later."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy.engine import Engine
+
+from cluster.database import connect
+from cluster.errors import ConflictError, DatasetError, InputError, NotFoundError
+from cluster.job_events import read_events
+from cluster.jobs import Job, Jobs
+from cluster.registry import Registry
+from cluster.runners import Runners
+from cluster.settings import Settings, load_settings
+from data.tuning_rows import check_file
+from data.uploads import Uploads
+from tests.toys import toy_examples
+from train.finetuning import run_job
+
+
+@pytest.fixture
+def short(mlflow_settings: Settings) -> Settings:
+    training = {"threads": 1, "max_length": 256, "batch_size": 20, "gradient_accumulation": 1}
+    return load_settings(home=mlflow_settings.home, training=training, finetuning={"use_ray": False})[0]
+
+
+@pytest.fixture
+def database(short: Settings) -> Any:
+    engine = connect(short)
+    yield engine
+    engine.dispose()
+
+
+def upload(settings: Settings, database: Engine, count: int) -> str:
+    uploads = Uploads(database, settings.files_root, "acme", "default")
+    with uploads.draft() as (path, file):
+        for messages in toy_examples(count):
+            file.write(json.dumps({"messages": messages}).encode() + b"\n")
+        file.flush()
+        checked = check_file(path)
+        return uploads.keep(path, "x.jsonl", "fine-tune", format=checked.format, rows=checked.rows).file_id
+
+
+def submit(settings: Settings, database: Engine, base: object, training_file: str, **change: Any) -> Job:
+    request = {
+        "model": "base", "base": str(base), "agent": "ft-acme", "served_as": "ft:base:acme::1", "seed": 1,
+        "training": "sft", "training_file": training_file, "validation_file": None, "suffix": None,
+        "overrides": {"epochs": 1.0, "learning_rate": 5e-3, "seed": 1},
+    }  # fmt: skip
+    return Jobs(database, "acme", "default").create("sft", agent="ft-acme", request=request | change)
+
+
+def run(settings: Settings, database: Engine, job: Job, *states: str) -> str:
+    token = Runners(database).claim(job.job_id, states or ("pending",))
+    assert token is not None
+    try:
+        return run_job(settings, database, job.job_id, token)
+    finally:
+        Runners(database).release(job.job_id, token)
+
+
+def failure(database: Engine, job: Job) -> str:
+    found = Jobs(database, "acme", "default").get(job.job_id)
+    assert found.state == "failed" and found.error is not None
+    said = read_events(database, job.job_id)[-1]
+    assert said.level == "error" and found.error in said.message
+    return found.error
+
+
+def test_job_of_another_tenant_trains_and_is_registered_after_a_lost_registration(
+    short: Settings, database: Engine, toy_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(short, database, toy_base, upload(short, database, 40))
+    with monkeypatch.context() as patch:
+        patch.setattr("train.finetuning.register_adapter", _lose_mlflow)
+        with pytest.raises(NotFoundError):
+            run(short, database, job)
+    jobs = Jobs(database, "acme", "default")
+    trained = jobs.get(job.job_id)
+    assert (trained.state, trained.output_version) == ("completed", None)
+    assert trained.dataset_id is not None and trained.dataset_id.startswith("upload-acme-")
+    assert run(short, database, job, "completed") == "ft-acme/1"
+    assert jobs.get(job.job_id).output_version == "ft-acme/1"
+    assert Registry(short).get("ft-acme/1").tags["rayloop.tenant"] == "acme"
+    assert any(event.kind == "metrics" for event in read_events(database, job.job_id))
+
+
+def _lose_mlflow(*_: object, **__: object) -> None:
+    raise NotFoundError("no MLflow run")
+
+
+def test_method_that_is_not_there_fails_the_job(short: Settings, database: Engine, tmp_path: Path) -> None:
+    job = submit(short, database, tmp_path, upload(short, database, 10), training="unheard")
+    with pytest.raises(InputError):
+        run(short, database, job)
+    assert "method='unheard' must be one of" in failure(database, job)
+
+
+def test_deleted_file_and_missing_base_fail_the_job_and_it_can_be_resumed(
+    short: Settings, database: Engine, toy_base: Path, tmp_path: Path
+) -> None:
+    file_id = upload(short, database, 40)
+    job = submit(short, database, tmp_path / "nowhere", file_id)
+    with pytest.raises(InputError):
+        run(short, database, job)
+    assert "does not exist" in failure(database, job)
+    Uploads(database, short.files_root, "acme", "default").delete(file_id)
+    gone = submit(short, database, toy_base, file_id)
+    with pytest.raises(NotFoundError):
+        run(short, database, gone)
+    assert f"training_file '{file_id}' was deleted" in failure(database, gone)
+    assert Jobs(database, "acme", "default").resume(gone.job_id).state == "pending"
+
+
+def test_paused_job_refuses_its_process_and_is_not_marked_failed(
+    short: Settings, database: Engine, toy_base: Path
+) -> None:
+    job = submit(short, database, toy_base, upload(short, database, 20))
+    jobs = Jobs(database, "acme", "default")
+    token = Runners(database).claim(job.job_id, ("pending",))
+    jobs.pause(job.job_id)
+    with pytest.raises(ConflictError, match="somebody paused it"):
+        run_job(short, database, job.job_id, str(token))
+    assert jobs.get(job.job_id).state == "paused"
+
+
+def test_file_without_a_method_of_its_own_makes_no_dataset(short: Settings, database: Engine, toy_base: Path) -> None:
+    uploads = Uploads(database, short.files_root, "acme", "default")
+    with uploads.draft() as (path, file):
+        file.write(b'{"messages": [{"role": "user", "content": "q"}], "answer": "a"}\n')
+        file.flush()
+        stored = uploads.keep(path, "items.jsonl", "fine-tune", format="item", rows=1)
+    job = submit(short, database, toy_base, stored.file_id)
+    with pytest.raises(DatasetError):
+        run(short, database, job)
+    assert "has the format `item`" in failure(database, job)

@@ -1,0 +1,25 @@
+"""Whether a version is still rendered with the template it was trained with."""
+
+from cluster.registry import Version
+from train.evaluate.evidence import Evidence
+from train.evaluate.types import Gate, outcome
+
+
+def template_digests(version: Version) -> tuple[str, str] | None:
+    """Digest recorded in training and that of the tokenizer that engines load now; `None`: none recorded."""
+    recorded = version.tags.get("template_digest")
+    if recorded is None:
+        return None
+    from data.template import template_digest
+    from train.models import load_tokenizer
+
+    return recorded, template_digest(load_tokenizer(version.base_model))
+
+
+def template_parity(evidence: Evidence) -> Gate:
+    """The trainer's template, special tokens and vocabulary are the engine's."""
+    if evidence.template is None:
+        return Gate("template", "not_applicable", detail="no digest was recorded in training")
+    trained, served = evidence.template
+    detail = f"trained with {trained[:12]}, rendered with {served[:12]}"
+    return Gate("template", outcome(trained == served), detail=detail)

@@ -1,0 +1,1 @@
+"""A version as files that other tools load: adapter, merged weights, GGUF, Ollama."""

@@ -1,0 +1,99 @@
+"""Proof of an export: it is loaded, and its greedy answers are those of base and adapter, token by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.errors import ConflictError, NotFoundError
+from cluster.registry import Version
+from cluster.settings import Settings
+from data.events import Message
+from data.manifest import find_dataset
+from data.template import render, template_digest
+from train.evaluate.truth import read_truths
+from train.export.merge import with_adapter
+from train.generate import Sampling, decode, end_tokens
+from train.models import load_tokenizer
+from train.quiet import quiet_libraries
+
+PROBES: list[list[Message]] = [
+    [{"role": "user", "content": text}]
+    for text in ("Hello.", "naïve ✓ 😀", '{"a": [1, 2]}', "List three colours.", "What is 12 times 12?", "two\nlines")
+]
+"""What is asked where the version's dataset is not at hand."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """On how many prompts the exported weights answer with the same tokens."""
+
+    identical: int
+    prompts: int
+
+    @property
+    def share(self) -> float:
+        """1 where nothing was asked."""
+        return self.identical / self.prompts if self.prompts else 1.0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Prompts and what base and adapter answer to them, as ids."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    max_new_tokens: int
+
+    def compare(self, model: Any, ends: Sequence[int]) -> Agreement:
+        """Ask an exported model the same."""
+        answers = decode(model, self.prompts, ends, Sampling(self.max_new_tokens, batch_size=64))
+        same = sum(ours == theirs for ours, theirs in zip(answers, self.answers, strict=True))
+        return Agreement(same, len(self.prompts))
+
+
+def expect(settings: Settings, version: Version, adapter: Path | None) -> Expected:
+    """Greedy answers of the base under its adapter, not merged: what an engine computes."""
+    chosen, tokenizer = settings.export, load_tokenizer(version.base_model)
+    prompts = [render(tokenizer, p, add_generation_prompt=True) for p in _prompts(settings, version)]
+    model, _ = with_adapter(version.base_model, adapter)
+    answers = decode(model, prompts, end_tokens(model, tokenizer), Sampling(chosen.check_tokens, batch_size=64))
+    return Expected(prompts, answers, chosen.check_tokens)
+
+
+def check_template(folder: Path, version: Version) -> None:
+    """Refuse an export that would render messages differently than training did.
+
+    Raises:
+        ConflictError: it would.
+    """
+    recorded = version.tags.get("template_digest")
+    found = template_digest(load_tokenizer(str(folder)))
+    if recorded is not None and found != recorded:
+        raise ConflictError(
+            f"{version.id} was trained with the chat template {recorded[:12]}, its base model has {found[:12]} now; "
+            "bring the base's tokenizer back"
+        )
+
+
+def load_exported(folder: Path, gguf_file: str | None = None) -> Any:
+    """A model directory, or a GGUF file read back into 32 bits by transformers."""
+    quiet_libraries()
+    from transformers import AutoModelForCausalLM
+
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+def _prompts(settings: Settings, version: Version) -> list[Sequence[Message]]:
+    limit = settings.export.check_prompts
+    if version.dataset_id is not None:
+        try:
+            truths = read_truths(find_dataset(settings, version.dataset_id), limit=limit)
+            if truths:
+                return [truth.prompt.messages for truth in truths if truth.prompt.tools is None]
+        except NotFoundError:
+            pass
+    return [list(probe) for probe in PROBES[:limit]]

@@ -1,0 +1,139 @@
+"""`rayloop export`: a version as files, whole or not at all, and checked before they appear."""
+
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ConflictError, InputError, UnavailableError
+from cluster.registry import ADAPTER_FILES, Registry, Version
+from cluster.settings import Settings
+from train.export.check import Agreement, check_template, expect, load_exported
+from train.export.gguf import chat_template_of, converter, write_gguf
+from train.export.merge import write_merged
+from train.export.modelfile import modelfile, role_template
+from train.files import written_whole
+from train.generate import end_tokens
+from train.models import load_tokenizer
+
+FORMATS = ("huggingface", "merged", "gguf", "ollama")
+GGUF_FILE, MODELFILE = "model.gguf", "Modelfile"
+MERGED = "merged"  # scratch folder beside the GGUF file
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    version: str
+    format: str
+    path: str
+    identical: int
+    """Prompts of the check with the same greedy tokens…"""
+    prompts: int
+    """…of so many."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def export(settings: Settings, ref: str, kind: str, out: Path) -> Exported:
+    """Write a version to the folder `out`.
+
+    Raises:
+        NotFoundError: no such version.
+        InputError: an unknown format, no adapter to write, no converter, a place that cannot be written, a
+            template that Ollama cannot express.
+        ConflictError: the exported weights answer differently, or the template is not the one of training.
+    """
+    if kind not in FORMATS:
+        raise InputError("format", kind, f"must be one of {', '.join(FORMATS)}", "choose one of them")
+    if kind in ("gguf", "ollama"):
+        converter()
+    registry = Registry(settings)
+    version = registry.get(ref)
+    adapter = registry.adapter_dir(version) if version.adapter_sha256 else None
+    with written_whole(out) as scratch:
+        agreement = _write(settings, version, adapter, kind, scratch)
+    return Exported(version.id, kind, str(out.resolve()), agreement.identical, agreement.prompts)
+
+
+def _write(settings: Settings, version: Version, adapter: Path | None, kind: str, folder: Path) -> Agreement:
+    if kind == "huggingface":
+        _write_adapter(version, adapter, folder)
+        return Agreement(0, 0)
+    merged = folder if kind == "merged" else folder / MERGED
+    write_merged(merged, version.base_model, adapter)
+    check_template(merged, version)
+    agreement = _check(settings, version, adapter, merged)
+    if kind == "merged":
+        return agreement
+    write_gguf(folder / GGUF_FILE, merged, settings.export.quantisation)
+    if kind == "ollama":
+        _write_modelfile(settings, version, merged, folder)
+    agreement = _check(settings, version, adapter, merged, folder / GGUF_FILE)
+    shutil.rmtree(merged)
+    return agreement
+
+
+def _write_adapter(version: Version, adapter: Path | None, folder: Path) -> None:
+    """The adapter as PEFT loads it, with the tokenizer it was trained with."""
+    if adapter is None:
+        raise InputError("version", version.id, "has no adapter", "export it as merged")
+    for name in ADAPTER_FILES:
+        shutil.copyfile(adapter / name, folder / name)
+    load_tokenizer(version.base_model).save_pretrained(folder)
+    check_template(folder, version)
+
+
+def _write_modelfile(settings: Settings, version: Version, merged: Path, folder: Path) -> None:
+    tokenizer, chosen = load_tokenizer(str(merged)), settings.export
+    stops = [tokenizer.decode([end]) for end in end_tokens(load_exported(merged), tokenizer)]
+    text = modelfile(
+        f"./{GGUF_FILE}",
+        role_template(tokenizer),
+        stops,
+        temperature=chosen.temperature,
+        top_p=chosen.top_p,
+        name=f"{version.id} ({version.name})",
+    )
+    (folder / MODELFILE).write_text(text, encoding="utf-8")
+
+
+def _check(
+    settings: Settings, version: Version, adapter: Path | None, merged: Path, gguf: Path | None = None
+) -> Agreement:
+    """Load what was written and compare its answers with those of base and adapter."""
+    tokenizer = load_tokenizer(str(merged))
+    if gguf is not None and chat_template_of(gguf) != tokenizer.get_chat_template():
+        raise ConflictError(f"the GGUF file of {version.id} has another chat template than its tokenizer")
+    if not settings.export.check_prompts:
+        return Agreement(0, 0)
+    model = load_exported(merged) if gguf is None else load_exported(gguf.parent, gguf.name)
+    ends = end_tokens(load_exported(merged), tokenizer)
+    found = expect(settings, version, adapter).compare(model, ends)
+    exact = gguf is None or settings.export.quantisation != "q8_0"
+    if exact and found.share < settings.export.min_identical:
+        raise ConflictError(
+            f"the exported weights of {version.id} give the same greedy tokens on only {found.identical} of "
+            f"{found.prompts} prompts; export with more precision (`export.quantisation`)"
+        )
+    return found
+
+
+def create_in_ollama(folder: Path, name: str, *, push: bool = False) -> None:
+    """Hand an exported folder to the `ollama` on this machine, and push it where asked.
+
+    Raises:
+        InputError: there is no `ollama` here.
+        UnavailableError: it refused.
+    """
+    if shutil.which("ollama") is None:
+        raise InputError("create", name, "needs `ollama` on this machine", "install it, or copy the folder there")
+    commands = [["ollama", "create", name, "-f", MODELFILE]] + ([["ollama", "push", name]] if push else [])
+    for command in commands:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UnavailableError(f"`{' '.join(command)}` failed: {done.stderr.strip()[-200:]}")

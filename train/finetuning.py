@@ -1,0 +1,139 @@
+"""One job of the fine-tuning API, from its files to a registered version, in a process of its own.
+
+Which job, for whom and with what stands in the job table; so does how far it is. A process that was paused or
+killed is started again and goes on: with the dataset it had made, from the last checkpoint, or with the
+registration that was missing.
+"""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from sqlalchemy.engine import Engine
+
+from cluster.errors import ConflictError, NotFoundError, RayloopError
+from cluster.job_events import note
+from cluster.jobs import Job, Jobs
+from cluster.registry import Registry
+from cluster.runners import Runners
+from cluster.settings import Settings
+from data.log import EventLog
+from data.manifest import datasets_root, load_manifest
+from data.tuning_dataset import Part, package, ready_event
+from data.uploads import Uploads
+from train.config import TrainConfig, resolve_config
+from train.jobs import Request, run_training
+from train.register import register_adapter
+
+log = logging.getLogger(__name__)
+
+SERVED_AS_TAG = "rayloop.fine_tuned_model"
+TERMINATED = 143
+
+
+def run_job(settings: Settings, database: Engine, job_id: str, token: str) -> str:
+    """Do the job this process was given; the version its result was registered as.
+
+    Raises:
+        ConflictError: the job is another process's, or was paused or cancelled.
+        RayloopError: the job failed; its row says why.
+    """
+    Runners(database).report(job_id, token)
+    job = Runners(database).find(job_id)
+    settings = settings.model_copy(update={"tenant": job.tenant, "workspace": job.workspace})
+    jobs = Jobs(database, job.tenant, job.workspace)
+    try:
+        with _ended_by_signal():
+            if job.state != "completed":
+                _train(settings, jobs, job)
+            return _register(settings, database, jobs.get(job_id))
+    except BaseException as error:
+        _settle(jobs, job_id, error)
+        raise
+
+
+def _train(settings: Settings, jobs: Jobs, job: Job) -> None:
+    asked = _asked(job)
+    resolve_config(settings, asked["training"], base_model="", dataset=Path(), out=Path(), **asked["overrides"])
+    if job.dataset_id is None:
+        note(jobs.engine, job.job_id, "Validating files")
+        job = _package(settings, jobs, job)
+    place = datasets_root(settings) / str(job.dataset_id)
+    note(jobs.engine, job.job_id, f"Training on dataset {job.dataset_id}, {load_manifest(place).dataset_hash[:12]}")
+    request = Request(
+        methods=(asked["training"],),
+        dataset=str(place),
+        agent=asked["agent"],
+        base=asked["base"],
+        name=job.job_id,
+        adopt=True,
+        ray=settings.finetuning.use_ray,
+        sft_baseline=False,
+        overrides=asked["overrides"],
+    )
+    run_training(settings, request, jobs.engine)
+
+
+def _package(settings: Settings, jobs: Jobs, job: Job) -> Job:
+    """The dataset of the job's files."""
+    asked = _asked(job)
+    uploads = Uploads(jobs.engine, settings.files_root, job.tenant, job.workspace)
+    parts = []
+    for split, name in (("train", "training_file"), ("validation", "validation_file")):
+        if asked[name] is not None:
+            try:
+                stored = uploads.get(asked[name])
+            except NotFoundError:
+                raise NotFoundError(f"{name} {asked[name]!r} was deleted before the job could read it") from None
+            parts.append(Part(split, stored, uploads.path(stored)))
+    made = package(settings, parts, agent=asked["agent"])
+    EventLog(jobs.engine).append([ready_event(made)])
+    for stage in made.stages:
+        for reason, number in stage.dropped.items():
+            note(jobs.engine, job.job_id, f"{number} lines were dropped: {reason}", level="warn")
+    return jobs.adopt(job.job_id, agent=asked["agent"], dataset_id=made.dataset_id, config={})
+
+
+def _register(settings: Settings, database: Engine, job: Job) -> str:
+    asked = _asked(job)
+    adapter = TrainConfig.model_validate(job.config).out / "adapter"
+    version = register_adapter(settings, database, asked["agent"], adapter)
+    Registry(settings).tag(version, SERVED_AS_TAG, asked["served_as"])
+    note(database, job.job_id, f"Registered as {version.id} ({version.name})", data={"version": version.id})
+    return version.id
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    if job.request is None:
+        raise ConflictError(f"job {job.job_id!r} is no job of the fine-tuning API; go on with --resume")
+    return job.request
+
+
+def _settle(jobs: Jobs, job_id: str, error: BaseException) -> None:
+    """Record the end, unless a pause, a cancellation or the training has done so."""
+    text = str(error) if isinstance(error, RayloopError) else f"{type(error).__name__}: {error}"
+    try:
+        if jobs.get(job_id).state in ("pending", "running"):
+            jobs.fail(job_id, text)
+    except RayloopError as other:
+        log.debug("the end of %s is recorded already: %s", job_id, other)
+    if jobs.get(job_id).state == "failed":
+        note(jobs.engine, job_id, f"The job failed: {text}", level="error")
+
+
+@contextmanager
+def _ended_by_signal() -> Iterator[None]:
+    """SIGTERM unwinds the stack, so that MLflow and the job table learn of the end."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

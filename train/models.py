@@ -1,0 +1,131 @@
+"""The model a training starts from: base, tokenizer, and the shape of what is trained on top."""
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from cluster.errors import InputError
+from train.config import TrainConfig
+from train.device import Device
+
+
+def load_tokenizer(base_model: str) -> Any:
+    """The tokenizer of a base model, with a padding token.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_model)
+    except (OSError, ValueError) as error:
+        raise _unloadable(base_model, error) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _unloadable(base_model: str, error: Exception) -> InputError:
+    cause = str(error).strip().splitlines()[0]
+    return InputError(
+        "base_model", base_model, f"cannot be loaded ({cause})", "name a transformers directory or hub id"
+    )
+
+
+def check_weights(config: TrainConfig, device: Device) -> None:
+    """Refuse QLoRA where its arithmetic does not exist.
+
+    Raises:
+        InputError: no GPU here, or no bitsandbytes.
+    """
+    if config.weights != "qlora":
+        return
+    if device.type != "cuda":
+        raise InputError("training.weights", "qlora", "needs a GPU, there is none here", "use lora, or a GPU node")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("training.weights", "qlora", "needs bitsandbytes", 'install it: pip install -e ".[qlora]"')
+
+
+def load_base(config: TrainConfig, device: Device) -> Any:
+    """The base model in the arithmetic of the device, with a score head for a reward model.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"dtype": _dtype(config, device), "attn_implementation": device.attention}
+    if config.weights == "qlora":
+        options["quantization_config"] = _four_bits(options["dtype"])
+    loader = AutoModelForCausalLM
+    if config.method == "reward":
+        loader, options = AutoModelForSequenceClassification, {**options, "num_labels": 1}
+    try:
+        return loader.from_pretrained(config.base_model, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise _unloadable(config.base_model, error) from None
+
+
+def load_start(config: TrainConfig, device: Device) -> Any:
+    """What the run starts from: the base, or with `init_adapter` a trainable PEFT model.
+
+    Raises:
+        InputError: the base cannot be loaded, or the adapter is not one of this base.
+    """
+    model = load_base(config, device)
+    if not config.init_adapter:
+        return model
+    return load_adapter(model, config.init_adapter, config.base_model, trainable=True)
+
+
+def load_adapter(model: Any, adapter: str, base_model: str, *, trainable: bool = False) -> Any:
+    """A PEFT model.
+
+    Raises:
+        InputError: the adapter is not one of this base.
+    """
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        cause = str(error).strip().splitlines()[0]
+        raise InputError(
+            "adapter",
+            adapter,
+            f"does not fit base model {base_model!r} ({cause})",
+            "name an adapter that was trained on it",
+        ) from None
+
+
+def _dtype(config: TrainConfig, device: Device) -> torch.dtype:
+    if device.type == "cpu" or device.precision == "fp32" or config.weights == "full":
+        return torch.float32  # weights that are trained keep the precision of their updates
+    return torch.float16 if device.precision == "fp16" else torch.bfloat16
+
+
+def _four_bits(dtype: torch.dtype) -> Any:
+    """Source: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, sections 2 and 3"""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def lora_config(config: TrainConfig, task: str) -> Any:
+    """The adapter's shape; a reward model's score head is part of its adapter."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=list(config.lora.target_modules),
+        task_type=task,
+    )

@@ -1,0 +1,82 @@
+"""A trained reward model that scores conversations: in this process, or for others over HTTP."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import DatasetError, InputError
+from cluster.registry import adapter_digest, read_adapter_config
+from data.grading.reward_model import Conversation
+from data.template import render
+from train.device import resolve_device
+from train.quiet import quiet_libraries
+
+MAX_BODY_BYTES = 32 << 20
+
+
+class LocalScorer:
+    """A reward model loaded from the folder that its training left."""
+
+    def __init__(self, adapter: Path, base_model: str | None = None, *, device: str = "auto") -> None:
+        """`base_model` is read from beside the adapter where it is not given.
+
+        Raises:
+            InputError: no reward model there, or its base is not known.
+        """
+        import torch
+
+        from train.models import load_tokenizer
+
+        if read_adapter_config(adapter).get("task_type") != "SEQ_CLS":
+            raise InputError("reward_model", str(adapter), "answers and does not score", "train one: --method reward")
+        base = base_model or _base_beside(adapter)
+        quiet_libraries()
+        from peft import PeftModel
+        from transformers import AutoModelForSequenceClassification
+
+        self.adapter_sha256 = adapter_digest(adapter)
+        self.tokenizer = load_tokenizer(base)
+        dtype = torch.float32
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+        model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        kind = resolve_device(device, "fp32").type
+        self.model: Any = PeftModel.from_pretrained(model, str(adapter)).to(kind).eval()
+
+    def scores(self, conversations: Sequence[Conversation]) -> list[float]:
+        """Raw scores, in order."""
+        from train.calibration import score_ids
+
+        return score_ids(self.model, [render(self.tokenizer, [dict(m) for m in c]) for c in conversations])
+
+
+def _base_beside(adapter: Path) -> str:
+    try:
+        return str(json.loads((adapter.resolve().parent / "result.json").read_text())["base_model"])
+    except (OSError, ValueError, KeyError):
+        raise InputError(
+            "reward_model", str(adapter), "does not say on which base it stands", "name the folder its training left"
+        ) from None
+
+
+def scoring_app(scorer: LocalScorer) -> Any:
+    """An aiohttp application: `GET /v1/scores` says which model, `POST` scores conversations."""
+    import asyncio
+
+    from aiohttp import web
+
+    async def which(request: web.Request) -> web.Response:
+        return web.json_response({"adapter_sha256": scorer.adapter_sha256})
+
+    async def score(request: web.Request) -> web.Response:
+        try:
+            conversations = (await request.json())["conversations"]
+            scores = await asyncio.to_thread(scorer.scores, conversations)
+        except (ValueError, TypeError, KeyError, DatasetError) as error:
+            detail = {"message": f"conversations: {error}", "type": "invalid_request_error", "param": "conversations"}
+            return web.json_response({"error": {**detail, "code": "invalid_value"}}, status=400)
+        return web.json_response({"adapter_sha256": scorer.adapter_sha256, "scores": scores})
+
+    app = web.Application(client_max_size=MAX_BODY_BYTES)
+    app.add_routes([web.get("/v1/scores", which), web.post("/v1/scores", score)])
+    return app
