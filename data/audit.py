@@ -1,4 +1,4 @@
-"""Describes files before they are imported: columns, empties, relations, labels and how hard they are.
+"""Describes sources before they are imported: columns, empties, relations, labels and how hard they are.
 
 The report is a plain dict, for `--json`; `to_markdown` writes it for people. Nested objects count as
 columns of their own (`answer.is_correct`), lists do not.
@@ -6,15 +6,15 @@ columns of their own (`answer.is_correct`), lists do not.
 
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cluster.settings import Settings
 from cluster.settings.capture import AuditSettings
 from data.baselines import baseline_scores
-from data.rows import Row, read_rows
+from data.rows import Row
+from data.sources import ForeignKey, Source
 
 Report = dict[str, Any]
 
@@ -57,8 +57,8 @@ class Column:
 
 
 @dataclass(slots=True)
-class Source:
-    """One file, read once."""
+class Table:
+    """One source, read once."""
 
     name: str
     rows: int = 0
@@ -68,17 +68,26 @@ class Source:
     """The first rows, flattened, for the baselines."""
 
 
-def audit_files(paths: list[Path], settings: Settings) -> Report:
-    """Everything worth knowing about some files before they are imported.
+def audit_sources(sources: Sequence[Source], settings: Settings) -> Report:
+    """Everything worth knowing about some files or tables before they are imported.
 
     Raises:
-        InputError: a file is missing, empty or damaged beyond its rows.
+        InputError: a source is missing, or damaged beyond its rows.
+        UnavailableError: its server does not answer.
     """
-    sources = [_read(path, settings.audit) for path in paths]
+    tables = [_read(source, settings.audit) for source in sources]
+    declared = [_declared(source.name, key) for source in sources for key in source.foreign_keys]
+    known = {(relation["from"], relation["to"]) for relation in declared}
+    found = _relations(tables, settings.audit)
     return {
-        "sources": [_describe(source, settings.audit) for source in sources],
-        "relations": list(_relations(sources, settings.audit)),
+        "sources": [_describe(table, settings.audit) for table in tables],
+        "empty": [table.name for table in tables if not table.rows],
+        "relations": [*declared, *(r for r in found if not {(r["from"], r["to"]), (r["to"], r["from"])} & known)],
     }
+
+
+def _declared(name: str, key: ForeignKey) -> Report:
+    return {"from": f"{name}:{key.column}", "to": f"{key.table}:{key.other}", "declared": True}
 
 
 def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -90,15 +99,15 @@ def flatten(value: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{name}", inner
 
 
-def _read(path: Path, settings: AuditSettings) -> Source:
-    source = Source(path.name)
-    for row in read_rows(path):
-        source.rows += 1
-        _add(source, row, settings)
-    return source
+def _read(source: Source, settings: AuditSettings) -> Table:
+    table = Table(source.name)
+    for row in source.rows():
+        table.rows += 1
+        _add(table, row, settings)
+    return table
 
 
-def _add(source: Source, row: Row, settings: AuditSettings) -> None:
+def _add(source: Table, row: Row, settings: AuditSettings) -> None:
     if row.error is not None or not isinstance(row.value, dict):
         source.bad_rows += 1
         return
@@ -109,7 +118,7 @@ def _add(source: Source, row: Row, settings: AuditSettings) -> None:
         source.sample.append(flat)
 
 
-def _describe(source: Source, settings: AuditSettings) -> Report:
+def _describe(source: Table, settings: AuditSettings) -> Report:
     labels = [name for name, column in source.columns.items() if _is_label(column, settings)]
     return {
         "name": source.name,
@@ -143,7 +152,7 @@ def _is_label(column: Column, settings: AuditSettings) -> bool:
     )
 
 
-def _describe_label(name: str, source: Source, settings: AuditSettings) -> Report:
+def _describe_label(name: str, source: Table, settings: AuditSettings) -> Report:
     column = source.columns[name]
     total = sum(column.values.values())
     balance = {str(v): round(n / total, 4) for v, n in column.values.most_common()}
@@ -157,7 +166,7 @@ def _describe_label(name: str, source: Source, settings: AuditSettings) -> Repor
     }
 
 
-def _text_beside(label: str, source: Source) -> str | None:
+def _text_beside(label: str, source: Table) -> str | None:
     """The longest text column that shares the label's object, or else the longest of all."""
     texts = {
         name: statistics.median(column.lengths)
@@ -170,7 +179,7 @@ def _text_beside(label: str, source: Source) -> str | None:
     return max(candidates, key=lambda name: candidates[name], default=None)
 
 
-def _relations(sources: list[Source], settings: AuditSettings) -> Iterator[Report]:
+def _relations(sources: list[Table], settings: AuditSettings) -> Iterator[Report]:
     """Pairs of columns of two files where most values of one occur in the other."""
     for place, first in enumerate(sources):
         for second in sources[place + 1 :]:
@@ -190,7 +199,14 @@ def _relations(sources: list[Source], settings: AuditSettings) -> Iterator[Repor
 
 def to_markdown(report: Report) -> str:
     """The report for people."""
-    lines = ["# Audit"]
+    lines = ["# Audit", "", "| source | rows | unreadable | columns | labels |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {s['name']} | {s['rows']} | {s['bad_rows']} | {len(s['columns'])} | "
+        f"{', '.join(label['name'] for label in s['labels']) or 'none'} |"
+        for s in report["sources"]
+    ]
+    if report["empty"]:
+        lines += ["", f"Empty: {', '.join(report['empty'])}."]
     for source in report["sources"]:
         lines += ["", f"## {source['name']}", "", f"{source['rows']} rows, {source['bad_rows']} unreadable."]
         lines += [
@@ -206,7 +222,9 @@ def to_markdown(report: Report) -> str:
             lines += ["", *_label_lines(label)]
     lines += ["", "## Relations", ""]
     lines += [
-        f"- `{r['from']}` and `{r['to']}` share {r['shared_values']} values ({r['share']:.0%})"
+        f"- `{r['from']}` refers to `{r['to']}` (declared)"
+        if r.get("declared")
+        else f"- `{r['from']}` and `{r['to']}` share {r['shared_values']} values ({r['share']:.0%})"
         for r in report["relations"]
     ] or ["None found."]
     return "\n".join(lines) + "\n"

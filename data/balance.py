@@ -3,39 +3,61 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.settings.curation import BalanceSettings
 from data.dedup import question_text
-from data.minhash import word_arrays
+from data.detectors.topics import TopicModel, fit_topics
 from data.stages import Dropped, with_column
 from data.template import content_text
 
 LONG_ANSWER_WORDS = 400  # an answer of this length counts as long
+ANSWERED = ("chosen", "completion", "response", "trajectory", "messages")
+"""Columns of which the last message is the answer, first to last choice."""
 MANY_TURNS = 8  # a conversation of this many turns counts as multi-step
 
 
-def topics(table: pa.Table, settings: BalanceSettings) -> list[int]:
-    """A topic for each example: the least used-word hash that the question holds, in `topics` groups.
-
-    Coarse on purpose: it needs no fitted model and gives the same topic to the same question everywhere.
-    """
-    if settings.topics == 0 or len(table) == 0:
-        return [0] * len(table)
-    texts = [question_text(messages) for messages in _prompts(table)]
-    words, offsets = word_arrays(pa.array(texts, pa.string()))
-    least = np.minimum.reduceat(words, offsets[:-1])
-    return [int(value) % settings.topics for value in least]
+def sample_questions(table: pa.Table, most: int) -> pa.Table:
+    """Rows (node, question) of up to `most` questions, those of the least hash: a sample that blocks agree on."""
+    prompts = [question_text(messages) for messages in _prompts(table)]
+    rows = pa.table({"node": table["node"], "question": pa.array(prompts, pa.string())})
+    return least_nodes(rows, most)
 
 
-def topic_weights(table: pa.Table, settings: BalanceSettings) -> dict[int, float]:
-    """Weight of each topic in one block."""
+def least_nodes(rows: pa.Table, most: int) -> pa.Table:
+    """The `most` rows of the least nodes, each node once, in order."""
+    once = rows.group_by("node").aggregate([("question", "min")]).rename_columns(["node", "question"])
+    return once.take(pc.sort_indices(once, [("node", "ascending")])[:most])
+
+
+def fit(samples: Iterable[pa.Table], settings: BalanceSettings) -> TopicModel:
+    """The topics of all blocks, from each one's sample."""
+    empty = pa.table({"node": pa.array([], pa.uint64()), "question": pa.array([], pa.string())})
+    rows = least_nodes(pa.concat_tables([empty, *samples]), settings.topic_sample)
+    return fit_topics(rows["question"].to_pylist(), settings.topics)
+
+
+def add_topics(table: pa.Table, model: TopicModel) -> pa.Table:
+    """Adds `topic`, a number, to each example."""
+    questions = [question_text(messages) for messages in _prompts(table)]
+    return with_column(table, "topic", model.assign(questions), pa.int32())
+
+
+def topic_weights(table: pa.Table) -> dict[int, float]:
+    """Weight of each topic in one block with topics."""
+    sums = table.group_by("topic").aggregate([("weight", "sum")])
+    return dict(zip(sums["topic"].to_pylist(), sums["weight_sum"].to_pylist(), strict=True))
+
+
+def topic_shares(blocks: Iterable[Mapping[int, float]], names: tuple[str, ...]) -> dict[str, float]:
+    """Share of the weight that each topic has, by the topic's name."""
     totals: Counter[int] = Counter()
-    for topic, weight in zip(topics(table, settings), table["weight"].to_pylist(), strict=True):
-        totals[topic] += weight
-    return dict(totals)
+    for block in blocks:
+        totals.update(block)
+    everything = sum(totals.values()) or 1.0
+    return {f"{topic}: {names[topic]}": round(totals[topic] / everything, 6) for topic in sorted(totals)}
 
 
 def topic_factors(blocks: Iterable[Mapping[int, float]], settings: BalanceSettings) -> dict[int, float]:
@@ -54,13 +76,13 @@ def topic_factors(blocks: Iterable[Mapping[int, float]], settings: BalanceSettin
     }
 
 
-def balance(table: pa.Table, settings: BalanceSettings, factors: Mapping[int, float]) -> tuple[pa.Table, Dropped]:
+def balance(table: pa.Table, factors: Mapping[int, float]) -> tuple[pa.Table, Dropped]:
     """Scales the weights of over-full topics down."""
     if not factors:
         return table, Counter()
     scaled = [
         weight * factors.get(topic, 1.0)
-        for topic, weight in zip(topics(table, settings), table["weight"].to_pylist(), strict=True)
+        for topic, weight in zip(table["topic"].to_pylist(), table["weight"].to_pylist(), strict=True)
     ]
     return with_column(table, "weight", scaled, pa.float64()), Counter()
 
@@ -68,13 +90,15 @@ def balance(table: pa.Table, settings: BalanceSettings, factors: Mapping[int, fl
 def curriculum(table: pa.Table) -> tuple[pa.Table, Dropped]:
     """Fills `order` in [0, 1]: from clear, short, single-step examples to doubtful, long, multi-step ones."""
     prompts = _prompts(table)
-    columns = (table[name].to_pylist() for name in ("kind", "score", "margin", "chosen", "completion", "messages"))
+    columns = (table[name].to_pylist() for name in ("score", "reward", "margin", *ANSWERED))
     orders = []
-    for prompt, kind, score, margin, *answers in zip(prompts, *columns, strict=True):
-        confidence = margin if kind == "preference" else abs(2 * score - 1) if score is not None else 0.5
+    for prompt, score, reward, margin, *answers in zip(prompts, *columns, strict=True):
+        judged = score if score is not None else reward
+        confidence = margin if margin is not None else abs(2 * judged - 1) if judged is not None else 0.5
         text = next(answer for answer in answers if answer is not None)
         words = len(content_text(orjson.loads(text)[-1]).split())
-        steps = min(1.0, (len(prompt) - 1) / MANY_TURNS)
+        turns = len(prompt) + (len(orjson.loads(text)) if answers[-1] is None else 1)
+        steps = min(1.0, (turns - 2) / MANY_TURNS)
         length = min(1.0, words / LONG_ANSWER_WORDS)
         orders.append(round(0.5 * (1 - min(1.0, confidence)) + 0.3 * steps + 0.2 * length, 6))
     return with_column(table, "order", orders, pa.float64()), Counter()

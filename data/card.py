@@ -1,38 +1,103 @@
-"""The dataset card: what a person should know about a dataset, as Markdown beside its manifest."""
+"""The dataset card: what a person should know about a dataset, as Markdown and plots beside its manifest."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import pyarrow as pa
 
 from data.manifest import Manifest
 from data.split import SPLITS
+from data.template import content_text
+
+ANSWERS = ("chosen", "completion", "response", "trajectory", "messages")
+BINS = 20
+WORD_EDGES = (0, 10, 25, 50, 100, 200, 400, 800, 1600)
+Numbers = dict[str, Counter[int]]
 
 
-def dataset_card(manifest: Manifest) -> str:
-    """The card of a dataset."""
-    return "\n".join(_lines(manifest)) + "\n"
+def dataset_card(manifest: Manifest, plots: Sequence[str] = ()) -> str:
+    """The card of a dataset; `plots` are files beside it."""
+    return "\n".join(_lines(manifest, plots)) + "\n"
 
 
-def _lines(manifest: Manifest) -> Iterator[str]:
+def _lines(manifest: Manifest, plots: Sequence[str]) -> Iterator[str]:
     yield f"# Dataset {manifest.dataset_id}"
     yield ""
     yield f"- hash `{manifest.dataset_hash}`, schema {manifest.schema_version}"
     yield f"- tenant `{manifest.tenant}`, workspace `{manifest.workspace}`, agent `{manifest.agent or 'all'}`"
     yield f"- interactions from {manifest.time_range[0]} to {manifest.time_range[1]}"
     yield f"- made {manifest.created_at} by code {manifest.git_commit or 'outside a repository'}"
-    yield ""
-    yield "## Examples"
-    yield ""
-    yield f"| kind | {' | '.join(SPLITS)} |"
-    yield f"|---|{'---|' * len(SPLITS)}"
+    yield from ("", "## Examples", "", f"| kind | {' | '.join(SPLITS)} |", f"|---|{'---|' * len(SPLITS)}")
     for kind, counts in manifest.counts.items():
         yield f"| {kind} | {' | '.join(str(counts[split]) for split in SPLITS)} |"
-    yield ""
-    yield "## Stages"
-    yield ""
-    yield "| stage | rows in | rows out | dropped |"
-    yield "|---|---|---|---|"
+    if manifest.topics:
+        yield from ("", "## Topics", "", "Share of the weight before balancing.", "", "| topic | share |", "|---|---|")
+        yield from (f"| {name} | {share:.1%} |" for name, share in manifest.topics.items())
+    for plot in plots:
+        yield from ("", f"![{Path(plot).stem}]({plot})")
+    yield from ("", "## Stages", "", "| stage | rows in | rows out | dropped |", "|---|---|---|---|")
     for stage in manifest.stages:
         reasons = ", ".join(f"{reason} {number}" for reason, number in stage.dropped.items()) or "-"
         yield f"| {stage.name} | {stage.rows_in} | {stage.rows_out} | {reasons} |"
     yield ""
-    yield "Structured personal data was replaced by placeholders; names and places were not looked for."
+    yield "Structured personal data was replaced by placeholders."
     yield "Users are split by a keyed hash; no user and no near-duplicate question is in two splits."
+
+
+def draw_plots(manifest: Manifest, blocks: Iterable[pa.Table], folder: Path) -> list[str]:
+    """Writes the plots of a dataset into a folder, reading its examples block by block; returns their names."""
+    scores: Numbers = {}
+    words: Numbers = {}
+    for table in blocks:
+        _count_scores(table, scores)
+        _count_words(table, words)
+    lost = {stage.name: stage.rows_out for stage in manifest.stages}
+    edges = [f"{edge}+" for edge in WORD_EDGES]
+    tenths = [f"{bin / BINS:.2f}" for bin in range(BINS)]
+    _bars(folder / "stages.png", "rows left after each stage", list(lost), {"rows": list(lost.values())})
+    _bars(folder / "scores.png", "score or reward of examples", tenths, _series(scores, BINS))
+    _bars(folder / "lengths.png", "words in an answer", edges, _series(words, len(edges)))
+    return ["stages.png", "scores.png", "lengths.png"]
+
+
+def _count_scores(table: pa.Table, into: Numbers) -> None:
+    columns = (table[name].to_pylist() for name in ("kind", "score", "reward"))
+    for kind, score, reward in zip(*columns, strict=True):
+        value = score if score is not None else reward
+        if value is not None:
+            into.setdefault(kind, Counter())[min(BINS - 1, int(value * BINS))] += 1
+
+
+def _count_words(table: pa.Table, into: Numbers) -> None:
+    columns = (table[name].to_pylist() for name in ("kind", *ANSWERS))
+    for kind, *answers in zip(*columns, strict=True):
+        text = next((answer for answer in answers if answer is not None), None)
+        length = 0 if text is None else len(content_text(orjson.loads(text)[-1]).split())
+        into.setdefault(kind, Counter())[int(np.searchsorted(WORD_EDGES, length, side="right")) - 1] += 1
+
+
+def _series(counted: Numbers, bins: int) -> dict[str, list[int]]:
+    return {kind: [counted[kind][bin] for bin in range(bins)] for kind in sorted(counted)}
+
+
+def _bars(file: Path, title: str, names: Sequence[str], series: dict[str, list[int]]) -> None:
+    """One stacked bar chart as PNG, without a display and without a time stamp."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.add_subplot()
+    base = np.zeros(len(names))
+    for name, values in series.items():
+        axes.bar(range(len(names)), values, bottom=base, label=name)
+        base += np.array(values, dtype=float)
+    axes.set_title(title)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    if len(series) > 1:
+        axes.legend()
+    figure.savefig(file, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""Commands about data: `import`, `audit`, `curate`, `lineage`, `verify`; `data list`, `show`, `validate`."""
+"""Commands about data: `import`, `audit`, `curate`, `lineage`, `erase`; under `data`: datasets, detectors, agents."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ import typer
 from cluster.database import connect
 from cluster.errors import InputError
 from cluster.logs import configure_logging
+from cluster.progress import progress_bar
 from cluster.settings import Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -22,39 +23,48 @@ FormatOption = Annotated[
     str,
     typer.Option("--format", help="auto, events, openai, or the name of a mapping in data/mappings."),
 ]
+SOURCES = "A file of JSON lines or Parquet, a database's URL, bigquery://PROJECT, or mlflow:EXPERIMENT."
+TableOption = Annotated[str | None, typer.Option("--table", help="Table of the database.")]
+QueryOption = Annotated[str | None, typer.Option("--query", help="Query whose rows are read.")]
 MappingOption = Annotated[Path | None, typer.Option("--mapping", help="A mapping file of your own.")]
 
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="JSON lines or Parquet.")],
+    source: Annotated[str, typer.Argument(help=SOURCES)],
     format: FormatOption = "auto",
     mapping: MappingOption = None,
     agent: Annotated[str | None, typer.Option("--agent", help="For rows that name no agent.")] = None,
     rejects: Annotated[Path | None, typer.Option("--rejects", help="Write every rejected row here.")] = None,
+    table: TableOption = None,
+    query: QueryOption = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Bring events in from a file; importing it again adds nothing. Exit code 1 if a row was rejected."""
-    from data.importers import ImportOptions, ImportReport, Problem, import_file
+    """Bring events in from a file, table or traces; importing again adds nothing.
+
+    Exit code 1 if a row was rejected.
+    """
+    from data.importers import ImportOptions, ImportReport, Problem, import_source
     from data.log import EventLog
-    from data.rows import size
+    from data.sources import open_source
 
     settings = _settings(config)
-    total = size(file)
+    opened = open_source(source, settings, table=table, query=query)
+    total = opened.total()
     engine = connect(settings)
-    with _progress(f"importing {file.name}", total) as on_progress, _rejects(rejects) as write_reject:
+    with progress_bar(f"importing {opened.name}", total) as on_progress, _rejects(rejects) as write_reject:
 
         def on_problem(problem: Problem) -> None:
             write_reject(problem.as_dict())
 
         options = ImportOptions(format, mapping, agent, on_problem, on_progress)
-        report: ImportReport = import_file(file, EventLog(engine), settings, options)
+        report: ImportReport = import_source(opened, EventLog(engine), settings, options)
     if json_output:
         problems = [{k: v for k, v in p.as_dict().items() if k != "row"} for p in report.problems]
         _print_json(
             {
-                "file": str(file),
+                "source": opened.name,
                 "format": report.format,
                 "rows": report.rows,
                 "imported": report.imported,
@@ -87,23 +97,27 @@ def _print_import(report: Any, rejects: Path | None) -> None:
 
 @app.command()
 def audit(
-    files: Annotated[list[Path], typer.Argument(help="JSON lines or Parquet, one or more.")],
+    sources: Annotated[list[str], typer.Argument(help=f"One or more. {SOURCES} All its tables without --table.")],
     out: Annotated[Path | None, typer.Option("--out", help="Write the description here, as Markdown.")] = None,
+    table: TableOption = None,
+    query: QueryOption = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Describe files before they are imported: columns, empties, relations, labels, baselines."""
-    from data.audit import audit_files, to_markdown
+    """Describe sources before they are imported: tables, columns, empties, relations, labels, baselines."""
+    from data.audit import audit_sources, to_markdown
+    from data.sources import open_sources
 
     settings = _settings(config)
-    report = audit_files(files, settings)
+    opened = [each for text in sources for each in open_sources(text, settings, table=table, query=query)]
+    report = audit_sources(opened, settings)
     text = to_markdown(report)
     if out is not None:
         out.write_text(text, encoding="utf-8")
     if json_output:
         _print_json(report)
     elif out is not None:
-        print(f"wrote {out}\nnext: rayloop import {files[0]}")
+        print(f"wrote {out}\nnext: rayloop import {sources[0]}")
     else:
         print(text)
 
@@ -125,22 +139,48 @@ def lineage(
 
 
 @app.command()
-def verify(config: ConfigOption = None, json_output: JsonOption = False) -> None:
-    """Check the event log: nothing dropped, nothing altered. Exit code 1 if something was."""
-    from data.verify import verify_log
+def seal(config: ConfigOption = None, json_output: JsonOption = False) -> None:
+    """Write finished days of the event log to Parquet; let old bodies and event ids leave the database."""
+    from cluster.clock import now_us
+    from data.seal import seal as run
 
     settings = _settings(config)
-    engine = connect(settings)
-    with _progress("verifying", 0) as on_progress:
-        report = verify_log(engine, settings, on_progress)
+    with progress_bar("sealing", 0) as on_progress:
+        report = run(connect(settings), settings, now_us(), on_progress)
     if json_output:
         _print_json(report.as_dict())
+        return
+    for partition in report.partitions:
+        print(f"{partition.name}  {partition.num_events} events  root {partition.root}")
+    print(
+        f"{report.events} events sealed at {settings.events_root}, {report.waiting} wait for the end of their day; "
+        f"{report.bodies_left} bodies and {report.ids_forgotten} event ids left the database"
+    )
+
+
+@app.command()
+def erase(
+    user: Annotated[str, typer.Argument(help="The user, as the client names them.")],
+    pseudonym: Annotated[
+        bool, typer.Option("--pseudonym", help="USER is the name in the log, not the client's.")
+    ] = False,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Remove a person from log, sealed days, datasets and caches; mark versions trained on them."""
+    from data.erase import Person
+    from data.erase import erase as run
+    from data.erase_files import describe
+    from data.feedback import pseudonym as pseudonym_of
+    from data.feedback import pseudonym_secret
+
+    settings = _settings(config)
+    name = user if pseudonym else pseudonym_of(pseudonym_secret(settings), settings.tenant, user)
+    report = run(connect(settings), settings, Person(settings.tenant, name))
+    if json_output:
+        _print_json(report)
     else:
-        for fault in report.faults:
-            place = "" if fault.seq is None else f"seq {fault.seq}: "
-            print(f"{place}{fault.what}", file=sys.stderr)
-        print(f"{report.events} events, {report.erased} erased, {report.fault_count} faults")
-    raise typer.Exit(1 if report.fault_count else 0)
+        print(describe(report))
 
 
 @app.command()
@@ -162,6 +202,114 @@ def curate(
         return
     print(to_text(made))
     print(f"next: rayloop data validate {made.dataset_id if out is None else made.path}")
+
+
+@app.command()
+def detectors(
+    marked: Annotated[
+        Path | None, typer.Option("--marked", help="Sentences with marked personal data, to measure scrubbing on.")
+    ] = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Precision and recall of every detector on its held-out cases. Exit code 1 if a bar is missed."""
+    from data.detectors.marked import measure_marked
+    from data.detectors.measure import measure_all
+    from data.scrub import Looks
+
+    if marked is not None:
+        settings = _settings(config)
+        looks = Looks(settings.curation.scrub.domains, settings.curation.scrub.names)
+        print(*measure_marked(marked, looks=looks).lines(), sep="\n")
+        return
+    measures = measure_all(_settings(config))
+    if json_output:
+        _print_json({"detectors": [measure.as_dict() for measure in measures]})
+    else:
+        for measure in measures:
+            print(measure)
+    raise typer.Exit(0 if all(measure.met for measure in measures) else 1)
+
+
+@app.command()
+def eligible(
+    dataset: Annotated[str, typer.Argument(help="Id, path, prefix of the hash, or latest.")] = "latest",
+    method: Annotated[str, typer.Option("--method", help="sft, dpo, kto, ...")] = "sft",
+    rules: Annotated[Path | None, typer.Option("--rules", help="Mapping rules that hold the archetype.")] = None,
+    archetype: Annotated[str | None, typer.Option("--archetype", help="Judge its agents together.")] = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """May a training start, and if not, what is missing? Exit code 1 if a rule failed."""
+    from data.eligibility import eligibility
+    from data.manifest import find_dataset, load_manifest
+
+    settings = _settings(config)
+    manifest = load_manifest(find_dataset(settings, dataset))
+    engine = connect(settings)
+    found = eligibility(settings, engine, manifest, method=method, agents=_agents_of(archetype, rules))
+    engine.dispose()
+    if json_output:
+        shown = [{"name": r.name, "needed": r.needed, "found": min(r.found, 1e9), "passed": r.passed} for r in found]
+        _print_json({"dataset_id": manifest.dataset_id, "eligible": all(r.passed for r in found), "rules": shown})
+    else:
+        for rule in found:
+            print(f"{'ok  ' if rule.passed else 'FAIL'} {rule}")
+    raise typer.Exit(0 if all(rule.passed for rule in found) else 1)
+
+
+def _agents_of(archetype: str | None, rules: Path | None) -> tuple[str, ...]:
+    """The agents of an archetype in a file of rules; none where no archetype is asked for."""
+    if archetype is None:
+        return ()
+    if rules is None:
+        raise InputError("--rules", None, "is missing", "name the file that `rayloop data archetypes` wrote")
+    from data.archetypes import load_rules
+
+    known = {rule.name: rule.agents for rule in load_rules(rules)}
+    if archetype not in known:
+        raise InputError("--archetype", archetype, f"must be one of {', '.join(known)}", "name one of the file")
+    return known[archetype]
+
+
+@app.command()
+def archetypes(
+    rules: Annotated[Path, typer.Option("--rules", help="The mapping rules; written when absent.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Write the report here, as Markdown.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Which agents are alike, and what one could learn from another."""
+    from data.archetypes import cluster_agents, load_rules, profiles, report, save_rules
+    from data.log import EventLog
+
+    settings = _settings(config)
+    engine = connect(settings)
+    found = profiles(EventLog(engine), settings)
+    engine.dispose()
+    if not rules.exists():
+        save_rules(cluster_agents(found, settings.curation.archetypes), rules)
+        print(f"wrote {rules}", file=sys.stderr)
+    text = report(found, load_rules(rules))
+    if out is None:
+        print(text)
+    else:
+        out.write_text(text, encoding="utf-8")
+        print(f"wrote {out}")
+
+
+@app.command()
+def calibration(config: ConfigOption = None, json_output: JsonOption = False) -> None:
+    """Hold the weights of implicit signals against what the same people said."""
+    from data.calibration import calibrate, to_text
+    from data.log import EventLog
+
+    settings = _settings(config)
+    engine = connect(settings)
+    found = calibrate(EventLog(engine), settings)
+    if json_output:
+        _print_json(found.as_dict() | {"rewards": found.as_settings()})
+    else:
+        print(to_text(found))
 
 
 @app.command("list")
@@ -254,17 +402,3 @@ def _rejects(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
         return
     with path.open("w", encoding="utf-8") as file:
         yield lambda reject: print(json.dumps(reject, ensure_ascii=False, default=str), file=file)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, where a person watches; total 0 means unknown."""
-    if not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=total or None)
-        yield lambda done: progress.update(task, completed=done)

@@ -10,7 +10,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,26 +22,27 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
+from cluster import tracking
 from cluster.clock import now_us, to_iso
 from cluster.database import connect
-from cluster.errors import DatasetError
+from cluster.errors import DatasetError, UnavailableError
 from cluster.runtime import ray_session
 from cluster.settings import Settings
+from data import augment, dedup, keep, manifest, weigh
 from data import balance as balancing
-from data import dedup, manifest, weigh
 from data.behaviour import add_implicit_signals
-from data.card import dataset_card
+from data.card import dataset_card, draw_plots
 from data.events import Event
 from data.filter import filter_rows
-from data.join import join_events
+from data.join import join_events, name_trajectories
 from data.log import EventLog
 from data.manifest import Manifest, Shard
 from data.pairs import make_examples
 from data.score import score
 from data.scrub import scrub
-from data.source import SeqRange, plan_ranges, read_range
+from data.source import Block, plan_blocks, read_block
 from data.split import resolve_clusters
-from data.stages import COUNTS, Stage, split_counts, sum_counts, with_column
+from data.stages import COUNTS, Stage, join_counts, split_counts, sum_counts, with_column
 
 log = logging.getLogger(__name__)
 
@@ -53,14 +54,15 @@ STAGES = (
     "filter",
     "scrub",
     "fingerprint",
+    "keep",
     "cluster",
     "deduplicate",
     "examples",
     "balance",
+    "augment",
     "curriculum",
     "split",
 )
-SKETCH_FOLDER = "test_sketches"
 
 
 def curate(
@@ -82,10 +84,12 @@ def curate(
         last_seq = event_log.last_seq()
         if last_seq == 0:
             raise DatasetError("the event log is empty; send traffic and feedback first, or `rayloop import` some")
-        ranges = plan_ranges(last_seq, settings.curation.events_per_block, parallelism)
+        blocks = plan_blocks(engine, last_seq, settings.curation.events_per_block, parallelism)
         root = manifest.datasets_root(settings, out)
         with ray_session(settings), _quiet_ray_data():
-            written = _Curation(settings, agent, ranges, root).run()
+            written = _Curation(settings, agent, blocks, root).run()
+        if settings.curation.log_to_mlflow:
+            log_to_mlflow(settings, written)
         event_log.append([_ready_event(written)])
         return written
     finally:
@@ -98,8 +102,10 @@ class _Curation:
 
     settings: Settings
     agent: str | None
-    ranges: list[SeqRange]
+    blocks: list[Block]
     root: Path
+    topics: tuple[str, ...] = ()
+    topic_shares: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> Manifest:
         """The stages of the page, in its order."""
@@ -118,10 +124,12 @@ class _Curation:
             joined,
             Stage("weigh", partial(weigh.weigh, settings=config.weigh, factors=factors)),
             Stage("score", partial(score, settings=config.score)),
-            Stage("filter", partial(filter_rows, settings=config.filter)),
+            Stage("filter", partial(filter_rows, settings=config)),
             Stage("scrub", partial(scrub, settings=config.scrub)),
             Stage("fingerprint", partial(dedup.fingerprint, settings=config)),
         ).materialize()
+        if self.agent is None and config.whole_kept:
+            rows = self._best(rows)
         sketches, clusters = self._clusters(rows)
         rows = self._map(rows, Stage("cluster", partial(_assign, clusters=clusters)))
         examples = self._map(
@@ -129,13 +137,15 @@ class _Curation:
             Stage("deduplicate", partial(dedup.deduplicate, settings=config)),
             Stage("examples", partial(make_examples, settings=config)),
         )
-        topic_factors = {}
+        topic_factors: dict[int, float] = {}
         if config.balance.topics:
-            examples = examples.materialize()
+            examples = self._with_topics(examples.materialize()).materialize()
             topic_factors = self._topic_factors(examples)
+        reword = augment.reworder(config.augment, self.agent)
         final = self._map(
             examples,
-            Stage("balance", partial(balancing.balance, settings=config.balance, factors=topic_factors)),
+            Stage("balance", partial(balancing.balance, factors=topic_factors)),
+            Stage("augment", partial(augment.augment, settings=config.augment, reword=reword)),
             Stage("curriculum", balancing.curriculum),
             Stage("split", resolve_clusters),
         ).materialize()
@@ -143,9 +153,9 @@ class _Curation:
 
     def _read(self) -> Any:
         """Blocks of events, read in parallel."""
-        ranges = [{"after": r.after, "last": r.last} for r in self.ranges]
-        spans = ray.data.from_items(ranges, override_num_blocks=len(ranges))
-        return self._map(spans, partial(_read_block, settings=self.settings))
+        blocks = [{"block": block.to_json()} for block in self.blocks]
+        spans = ray.data.from_items(blocks, override_num_blocks=len(blocks))
+        return self._map(spans, partial(_read_block, settings=self.settings), name_trajectories)
 
     def _map(self, dataset: Any, *functions: Callable[[pa.Table], pa.Table]) -> Any:
         """Functions applied one after the other to each whole block, in one task."""
@@ -159,7 +169,7 @@ class _Curation:
 
     def _together(self, dataset: Any, key: str) -> Any:
         """The same rows, with all rows of a key in one block."""
-        blocks = len(self.ranges)
+        blocks = len(self.blocks)
         return dataset.repartition(blocks, keys=[key]) if blocks > 1 else dataset.repartition(1)
 
     def _vote_factors(self, joined: Any) -> dict[str, dict[str, float]]:
@@ -172,11 +182,17 @@ class _Curation:
         everything = sum(pc.sum(table["total"]).as_py() or 0.0 for table in _blocks(totals))
         return weigh.exceptions(_blocks(totals), everything, config.dataset_share)
 
+    def _best(self, rows: Any) -> Any:
+        """The best interactions of all agents, as many as are kept."""
+        ranks = list(_blocks(self._map(rows, _without_counts, keep.ranks).materialize()))
+        least = keep.least_kept(ranks, self.settings.curation.whole_kept)
+        return self._map(rows, Stage("keep", partial(keep.keep_best, least=least))).materialize()
+
     def _clusters(self, rows: Any) -> tuple[Any, Any]:
         """Sketches of this dataset's texts, and a reference to the near-duplicate `Clusters`."""
         config = self.settings.curation.dedup
         sketches = self._map(rows, _without_counts, partial(dedup.sketches_of, settings=config)).materialize()
-        kept = sorted((self.root / SKETCH_FOLDER / self._scope()).glob("*.parquet"))
+        kept = sorted(self._sketch_folder().glob("*.parquet"))
         tested = [_read_sketches(str(file)) for file in kept]
         texts = sketches.union(ray.data.from_arrow(tested)) if tested else sketches
         buckets = self._map(texts, partial(dedup.buckets_of, settings=config))
@@ -185,10 +201,18 @@ class _Curation:
         find = ray.remote(_find_clusters).options(num_cpus=self.settings.curation.stage_cpus)
         return sketches, find.remote(nodes, *edges.materialize().to_arrow_refs())
 
-    def _topic_factors(self, examples: Any) -> dict[int, float]:
+    def _with_topics(self, examples: Any) -> Any:
+        """Examples with their topic, from one model fitted on a sample of all blocks."""
         config = self.settings.curation.balance
-        blocks = (balancing.topic_weights(split_counts(table)[0], config) for table in _blocks(examples))
-        return balancing.topic_factors(blocks, config)
+        sample = partial(balancing.sample_questions, most=config.topic_sample)
+        model = balancing.fit(_blocks(self._map(examples, _without_counts, sample).materialize()), config)
+        self.topics = model.names
+        return self._map(examples, partial(_add_topics, model=ray.put(model)))
+
+    def _topic_factors(self, examples: Any) -> dict[int, float]:
+        blocks = [balancing.topic_weights(split_counts(table)[0]) for table in _blocks(examples)]
+        self.topic_shares = balancing.topic_shares(blocks, self.topics)
+        return balancing.topic_factors(blocks, self.settings.curation.balance)
 
     def _write(self, final: Any, sketches: Any) -> Manifest:
         """Shards, card and manifest in a folder beside, then renamed into place."""
@@ -202,7 +226,8 @@ class _Curation:
         try:
             shards = self._write_shards(final, building, sizes)
             made = self._manifest(final, stages, counts, shards)
-            (building / "card.md").write_text(dataset_card(made))
+            plots = draw_plots(made, (split_counts(table)[0] for table in _blocks(final)), building)
+            (building / "card.md").write_text(dataset_card(made, plots))
             self._keep_test_sketches(final, sketches, made.dataset_id)
             return manifest.publish(building, self.root, made)
         finally:
@@ -231,27 +256,28 @@ class _Curation:
             agent=self.agent,
             config=_public_config(self.settings),
             git_commit=manifest.git_commit(),
-            sources={"first_seq": 1, "last_seq": self.ranges[-1].last},
+            sources={"first_seq": 1, "last_seq": self.blocks[-1].last},
             time_range=[to_iso(min(known)), to_iso(max(known))],
             stages=list(stages),
             counts=counts,
             shards=shards,
+            topics=self.topic_shares,
         )
 
     def _keep_test_sketches(self, final: Any, sketches: Any, dataset_id: str) -> None:
         """Remember what was in test, so that it never enters a later training set."""
         nodes = [t.filter(pc.equal(t["split"], "test"))["node"].to_numpy() for t in _blocks(final)]
         tested = np.unique(np.concatenate([np.zeros(0, np.uint64), *nodes]))
-        tables = [t.filter(pa.array(np.isin(t["node"].to_numpy(), tested))) for t in _blocks(sketches)]
+        tables = [dedup.sketches_of_nodes(table, tested) for table in _blocks(sketches)]
         table = pa.concat_tables([dedup.SKETCHES.empty_table(), *tables]).sort_by("text")
-        file = self.root / SKETCH_FOLDER / self._scope() / f"{dataset_id}.parquet"
+        file = self._sketch_folder() / f"{dataset_id}.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{uuid.uuid4().hex}.part")
         pq.write_table(table, part, compression="zstd")
         part.replace(file)
 
-    def _scope(self) -> str:
-        return f"{self.settings.tenant}/{self.settings.workspace}"
+    def _sketch_folder(self) -> Path:
+        return manifest.sketch_folder(self.root, self.settings.tenant, self.settings.workspace)
 
 
 def check_usable(
@@ -305,11 +331,17 @@ def _without_counts(table: pa.Table) -> pa.Table:
 
 
 def _read_block(table: pa.Table, settings: Settings) -> pa.Table:
-    return pa.concat_tables([read_range(settings, SeqRange(**row)) for row in table.to_pylist()])
+    return pa.concat_tables([read_block(settings, Block.from_json(row["block"])) for row in table.to_pylist()])
 
 
 def _assign(table: pa.Table, clusters: Any) -> tuple[pa.Table, Any]:
     return dedup.assign_clusters(table, ray.get(clusters))
+
+
+def _add_topics(table: pa.Table, model: Any) -> pa.Table:
+    """Adds topics to a block; its counting rows keep to themselves."""
+    rows, counts = split_counts(table)
+    return join_counts(balancing.add_topics(rows, ray.get(model)), counts)
 
 
 def _find_clusters(tested: Any, *edges: pa.Table) -> dedup.Clusters:
@@ -356,7 +388,28 @@ def _public_config(settings: Settings) -> dict[str, Any]:
     """The configuration of the pipeline, without the key of the split."""
     config = settings.curation.model_dump(mode="json")
     config["split"]["salt"] = "(not shown)"
+    config["augment"]["api_key"] = None
     return config
+
+
+def log_to_mlflow(settings: Settings, written: Manifest) -> None:
+    """Log a dataset as an MLflow run with its card, plots and numbers, once for each dataset.
+
+    Without MLflow the dataset is whole all the same, so that is a warning.
+    """
+    tags = {"rayloop.kind": "dataset", "rayloop.dataset_id": written.dataset_id}
+    try:
+        client, experiment = tracking.client(settings), tracking.experiment_id(settings)
+        wanted = f"tags.`rayloop.dataset_id` = '{written.dataset_id}'"
+        if client.search_runs([experiment], wanted, max_results=1):
+            return
+        with tracking.run(settings, f"dataset {written.dataset_id}", tags=tags) as run:
+            run.log_dataset(name=written.dataset_id, digest=written.dataset_hash, uri=written.path, context="curation")
+            run.log_metrics({f"{k}.{s}": n for k, splits in written.counts.items() for s, n in splits.items()})
+            for file in ("manifest.json", "card.md", *sorted(p.name for p in Path(written.path).glob("*.png"))):
+                run.log_artifact(Path(written.path) / file)
+    except UnavailableError as error:
+        log.warning("dataset %s is not in MLflow: %s", written.dataset_id, error)
 
 
 def _ready_event(written: Manifest) -> Event:

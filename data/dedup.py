@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cluster.settings.curation import CurationSettings, DeduplicationSettings
 from data.events import Message
 from data.join import to_json
-from data.minhash import U64, Shingles, band_keys, mix, shingle, similarity, sketch, text_hashes
-from data.split import split_of
+from data.minhash import U64, Shingles, band_keys, mix, shingle, similarity, sketch_column, text_hashes
+from data.split import SPLITS, split_of
 from data.stages import Dropped, with_column
 from data.template import content_text
 
@@ -45,7 +46,8 @@ FIELD_PATTERNS = (
 
 def normalise_text(text: str) -> str:
     """Case, spacing and Unicode variants made equal."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    plain = text.lower() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(plain.split())
 
 
 def question_text(messages: list[Message]) -> str:
@@ -56,6 +58,8 @@ def question_text(messages: list[Message]) -> str:
 def record_fields(text: str, least: int) -> str:
     """Canonical text of the `field: value` pairs in a text; empty when it has fewer than `least`."""
     pairs: set[tuple[str, str]] = set()
+    if text.count(":") + text.count("=") < least:
+        return ""
     for pattern in FIELD_PATTERNS:
         pairs |= {(normalise_text(name), normalise_text(value).rstrip(",")) for name, value in pattern.findall(text)}
     return to_json(sorted(pairs)) if len({name for name, _ in pairs}) >= least else ""
@@ -81,9 +85,13 @@ def sketches_of(table: pa.Table, settings: DeduplicationSettings) -> pa.Table:
     examples = mix(node * np.uint64(3) + table["answer_key"].to_numpy())
     texts = [*questions, *(f"{q}\n{a}" for q, a in zip(questions, answers, strict=True))]
     ids = np.concatenate([node, examples]).astype(np.uint64)
-    view = np.repeat(np.array([1, 2], dtype=np.uint64), len(node))
-    salts = mix(np.concatenate([fields, fields]).astype(np.uint64) + view)
+    salts = np.concatenate([question_salts(fields), mix(fields.astype(np.uint64) + np.uint64(2))])
     return sketch_texts(texts, ids, np.concatenate([node, node]).astype(np.uint64), salts, settings)
+
+
+def question_salts(fields: U64) -> U64:
+    """What keeps questions apart that hold different records, and from whole examples."""
+    return mix(fields.astype(np.uint64) + np.uint64(1))
 
 
 def sketch_texts(texts: list[str], ids: U64, nodes: U64, salts: U64, settings: DeduplicationSettings) -> pa.Table:
@@ -91,12 +99,15 @@ def sketch_texts(texts: list[str], ids: U64, nodes: U64, salts: U64, settings: D
     ids, first = np.unique(ids, return_index=True)
     if not len(ids):
         return SKETCHES.empty_table()
-    sketches = sketch(
-        shingle(pa.array([texts[i] for i in first]), settings.shingle_words),
-        settings.bands * settings.rows_per_band,
-        settings.seed,
-    )
+    column = pa.array([texts[i] for i in first], pa.string())
+    bins = settings.bands * settings.rows_per_band
+    sketches = sketch_column(column, settings.shingle_words, bins, settings.seed)
     return pa.table([ids, nodes[first], salts[first], _rows_as_binary(sketches)], schema=SKETCHES)
+
+
+def sketches_of_nodes(sketches: pa.Table, nodes: U64) -> pa.Table:
+    """The sketches of some questions, and of these with their answers."""
+    return sketches.filter(pa.array(np.isin(sketches["node"].to_numpy(), nodes)))
 
 
 def buckets_of(sketches: pa.Table, settings: DeduplicationSettings) -> pa.Table:
@@ -119,21 +130,38 @@ def bucket_edges(buckets: pa.Table, settings: DeduplicationSettings) -> pa.Table
     Needs all rows of a key. A bucket of more than `bucket_pairs` texts is compared along a chain and with
     its first text, so that a popular text costs no square.
     """
-    band, text = buckets["band"].to_numpy(), buckets["text"].to_numpy()
-    order = np.lexsort((text, band))
+    band, text, node = (buckets[name].to_numpy() for name in ("band", "text", "node"))
+    order = _shared(band)
+    order = order[np.lexsort((text[order], band[order]))]
     fresh = np.ones(len(order), dtype=bool)
     fresh[1:] = (np.diff(band[order]) != 0) | (np.diff(text[order]) != 0)
     order = order[fresh]
     left, right = _candidates(band[order], settings.bucket_pairs)
-    left, right = order[left], order[right]
-    node = buckets["node"].to_numpy()
-    different = node[left] != node[right]
-    left, right = left[different], right[different]
+    left, right = _once(text, node, order[left], order[right])
     matrix = _matrix(buckets["sketch"], np.dtype(np.uint8), settings.bands * settings.rows_per_band)
     alike = similarity(matrix[left], matrix[right]) >= settings.threshold
     pairs = np.sort(np.stack([node[left[alike]], node[right[alike]]], axis=1), axis=1)
     pairs = np.unique(pairs, axis=0)
     return pa.table([pairs[:, 0], pairs[:, 1]], schema=EDGES)
+
+
+def _shared(keys: U64) -> NDArray[np.int64]:
+    """Indexes of the keys that occur more than once."""
+    order = np.argsort(keys)
+    same = np.diff(keys[order]) == 0
+    shared: NDArray[np.int64] = order[np.concatenate([same, [False]]) | np.concatenate([[False], same])]
+    return shared
+
+
+def _once(
+    text: U64, node: U64, left: NDArray[np.int64], right: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Each pair of texts of different nodes once, however many bands they share."""
+    different = node[left] != node[right]
+    left, right = left[different], right[different]
+    low, high = np.minimum(text[left], text[right]), np.maximum(text[left], text[right])
+    _, first = np.unique(mix(low) + np.uint64(3) * high, return_index=True)
+    return left[first], right[first]
 
 
 def _candidates(keys: U64, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -204,9 +232,11 @@ def deduplicate(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table, 
     interaction ids joined. Of near-equal answers with about the same score, those with the most weight
     stay; near-equal answers of which one is good and one bad are what a preference pair is made of.
     """
+    ids = pa.ListArray.from_arrays(np.arange(len(table) + 1, dtype=np.int32), table["interaction_id"].combine_chunks())
+    table = with_column(table, "interaction_ids", ids)
+    alone = ~_in_company(table)
     groups: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in table.to_pylist():
-        row["interaction_ids"] = [row["interaction_id"]]
+    for row in table.filter(pa.array(~alone)).to_pylist():
         groups[row["cluster"], row["split"]].append(row)
     dropped: Dropped = Counter()
     kept: list[dict[str, Any]] = []
@@ -216,8 +246,15 @@ def deduplicate(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table, 
         distinct = _drop_near(merged, settings)
         dropped["near duplicate"] += len(merged) - len(distinct)
         kept += distinct
-    schema = table.schema.append(pa.field("interaction_ids", pa.list_(pa.string())))
-    return pa.Table.from_pylist(kept, schema), +dropped
+    return pa.concat_tables([table.filter(pa.array(alone)), pa.Table.from_pylist(kept, table.schema)]), +dropped
+
+
+def _in_company(table: pa.Table) -> NDArray[np.bool_]:
+    """Whether a row's question has another row in its cluster and split; most have none."""
+    strictness = pc.index_in(table["split"], value_set=pa.array(SPLITS)).to_numpy()
+    keys = mix(table["cluster"].to_numpy()) + strictness.astype(np.uint64)
+    _, place, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    return np.asarray(sizes[place] > 1)
 
 
 def _merge_equal(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -280,11 +317,17 @@ def jaccard(left: set[int], right: set[int]) -> float:
 
 def _rows_as_binary(matrix: NDArray[Any]) -> pa.Array:
     width = matrix.shape[1] * matrix.itemsize
-    data = pa.py_buffer(np.ascontiguousarray(matrix).tobytes())
+    data = pa.py_buffer(np.ascontiguousarray(matrix).view(np.uint8).ravel())
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(matrix), [None, data]).cast(pa.binary())
 
 
 def _matrix(column: pa.ChunkedArray, dtype: np.dtype[Any], columns: int) -> NDArray[Any]:
-    """Binary rows of equal length as a matrix."""
-    joined = b"".join(column.to_pylist())
-    return np.frombuffer(joined, dtype=dtype).reshape(len(column), columns)
+    """Binary rows of equal length as a matrix, without a copy where they lie in one piece."""
+    width = columns * dtype.itemsize
+    parts = []
+    for chunk in column.chunks:
+        if len(chunk):
+            begin = int(np.frombuffer(chunk.buffers()[1], np.int32, len(chunk) + chunk.offset)[chunk.offset])
+            parts.append(np.frombuffer(chunk.buffers()[2], np.uint8, len(chunk) * width, begin))
+    joined = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint8), *parts])
+    return joined.view(dtype).reshape(len(column), columns)

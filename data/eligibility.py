@@ -1,6 +1,6 @@
 """May a training start? Each rule says what it needs, what there is, and so by how much it fails."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -12,7 +12,7 @@ from cluster.tables import events, training_jobs
 from data.log import EventLog
 from data.manifest import Manifest
 
-FINISHED = "succeeded"  # state of a training job that counts
+FINISHED = "completed"  # state of a training job that counts
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,32 @@ class Rule:
 
 
 def eligibility(
-    settings: Settings, engine: Engine, dataset: Manifest, *, method: str, now: int | None = None
+    settings: Settings,
+    engine: Engine,
+    dataset: Manifest,
+    *,
+    method: str,
+    agents: Sequence[str] = (),
+    now: int | None = None,
 ) -> list[Rule]:
-    """The rules for training `dataset.agent` on `dataset` with `method`; eligible when all passed."""
+    """The rules for training on `dataset` with `method`; eligible when all passed.
+
+    They are about the dataset's agent, or about the `agents` of an archetype together; a dataset of all
+    agents is for the whole model and needs a number of interactions besides.
+    """
     limits, now = settings.curation.eligibility, now_us() if now is None else now
     since = now - round(limits.window_days * DAY_US)
-    positive = count_positive(EventLog(engine), settings.tenant, dataset.agent, since, settings)
-    rest = days_since_training(engine, settings.tenant, dataset.agent, now)
+    about: list[str | None] = [*agents] or [dataset.agent]
+    positive = sum(count_positive(EventLog(engine), settings.tenant, agent, since, settings) for agent in about)
+    rest = min(days_since_training(engine, settings.tenant, agent, now) for agent in about)
     rules = [
         Rule("positive feedback", limits.positive_feedbacks, positive, f"in {limits.window_days:g} days"),
         Rule("good interactions", limits.good_interactions, dataset.total("sft"), "examples to imitate"),
         Rule("rest", limits.rest_days, rest, "days since the last training"),
     ]
+    if dataset.agent is None and not agents:
+        usable = next((stage.rows_out for stage in dataset.stages if stage.name == "filter"), 0)
+        rules.append(Rule("interactions", limits.whole_interactions, usable, "usable interactions"))
     if method == "dpo":
         rules.append(Rule("pairs", limits.pairs_for_dpo, dataset.total("preference"), "preference pairs"))
     return rules

@@ -1,8 +1,12 @@
 """How an event's body is kept: canonical JSON, compressed where that pays, with token arrays packed.
 
-A stored body that starts with `{` is plain JSON; otherwise it is zlib. `digest` ties a body to its
-envelope: change either, or the place in the log, and the digest no longer fits. It is salted, so nothing
-can be guessed back from it once body and salt are erased.
+A stored body that starts with `{` is plain JSON; otherwise it is zlib. Digests are taken of the text, so how
+it is compressed is free.
+
+Two digests make an event provable. `body_digest` is salted and covers what an erasure takes away: body and
+personal ids. `event_digest` covers the envelope and the body's digest. Without an erasure the first is
+computed from the body; an erased event keeps it in place of the body, so its envelope can still be checked
+and nothing can be guessed back.
 """
 
 import hashlib
@@ -25,27 +29,43 @@ SALT_BYTES = 16
 
 
 def encode_body(body: dict[str, Any]) -> tuple[bytes, bytes | None]:
-    """The stored text and the packed arrays (`None` where the body has none)."""
+    """The body's text and the packed arrays (`None` where the body has none)."""
     arrays = None
     if "prompt_token_ids" in body or "completion_token_ids" in body or "completion_logprobs" in body:
         packed = [np.asarray(body.get(name, ()), dtype=dtype) for name, dtype in ARRAYS]
         if any(map(len, packed)):
             arrays = struct.pack("<3I", *map(len, packed)) + b"".join(a.tobytes() for a in packed)
             body = {k: v for k, v in body.items() if k not in _ARRAY_NAMES}
-    text = orjson.dumps(body, option=orjson.OPT_SORT_KEYS)
-    return (zlib.compress(text, 1) if len(text) >= COMPRESS_FROM_BYTES else text), arrays
+    return orjson.dumps(body, option=orjson.OPT_SORT_KEYS), arrays
 
 
-def decode_body(stored: bytes, arrays: bytes | None) -> dict[str, Any]:
-    """The body as it was given to `encode_body`.
+def compress(text: bytes) -> bytes:
+    """A body's text as the database keeps it."""
+    return zlib.compress(text, 1) if len(text) >= COMPRESS_FROM_BYTES else text
+
+
+def decompress(stored: bytes) -> bytes:
+    """The inverse of `compress`.
 
     Raises:
         ValueError: the bytes are damaged.
     """
     try:
-        body: dict[str, Any] = orjson.loads(stored if stored[:1] == b"{" else zlib.decompress(stored))
+        return stored if stored[:1] == b"{" else zlib.decompress(stored)
+    except zlib.error as error:
+        raise ValueError(f"damaged body: {error}") from None
+
+
+def decode_body(stored: bytes, arrays: bytes | None) -> dict[str, Any]:
+    """The body as it was given to `encode_body`, from its text, compressed or not.
+
+    Raises:
+        ValueError: the bytes are damaged.
+    """
+    body: dict[str, Any] = orjson.loads(decompress(stored))
+    try:
         return body if arrays is None else body | _unpack(arrays)
-    except (zlib.error, struct.error) as error:
+    except struct.error as error:
         raise ValueError(f"damaged body: {error}") from None
 
 
@@ -58,8 +78,14 @@ def _unpack(arrays: bytes) -> dict[str, Any]:
     return unpacked
 
 
-def digest(seq: int, recorded_at_us: int, event: Event, salt: bytes, stored: bytes, arrays: bytes | None) -> bytes:
-    """SHA-256 over salt, envelope and body as stored."""
+def body_digest(salt: bytes, event: Event, text: bytes, arrays: bytes | None) -> bytes:
+    """SHA-256 over salt, personal ids, and the body's text and arrays (`encode_body`)."""
+    personal = orjson.dumps((event.user_id, event.session_id))
+    return hashlib.sha256(b"\0".join((salt, personal, text, arrays or b""))).digest()
+
+
+def event_digest(seq: int, recorded_at_us: int, event: Event, of_body: bytes) -> bytes:
+    """SHA-256 over the place in the log, the envelope without personal ids, and `body_digest`."""
     envelope = orjson.dumps(
         (
             seq,
@@ -69,13 +95,11 @@ def digest(seq: int, recorded_at_us: int, event: Event, salt: bytes, stored: byt
             event.tenant,
             event.workspace,
             event.occurred_at_us,
-            event.user_id,
-            event.session_id,
             event.agent,
             event.interaction_id,
         )
     )
-    return hashlib.sha256(b"\0".join((salt, envelope, stored, arrays or b""))).digest()
+    return hashlib.sha256(envelope + b"\0" + of_body).digest()
 
 
 _ARRAY_NAMES = frozenset(name for name, _ in ARRAYS)

@@ -4,6 +4,7 @@ Bodies are validated once, where they enter (`parse_body`); inside the program t
 they are stored. Adding a kind means adding a model to `BODIES`.
 """
 
+import hashlib
 import os
 import time
 from dataclasses import dataclass, field
@@ -22,12 +23,35 @@ Message = dict[str, Any]
 Short = Annotated[str, Field(max_length=512)]
 Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Short | int | float | bool], Field(max_length=16)]
 """What a client may attach to an item: at most 16 short values."""
+Modality = Annotated[str, Field(min_length=1, max_length=16)]
+"""`text`, `voice`, `sms`, or a word of your own; routes are keyed by it."""
+Tier = Annotated[str, Field(min_length=1, max_length=64)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Body(BaseModel):
     """Base of all bodies: unknown fields and NaN are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class ToolCall(Body):
+    """One call of a tool by an agent, and what came of it."""
+
+    name: str = Field(min_length=1, max_length=256)
+    call_id: str | None = Field(None, max_length=256)
+    """As in the assistant's message: `tool_calls[].id`."""
+    arguments: dict[str, Any] | str | None = None
+    """The object; text where the model wrote something that is no object."""
+    result: Any = None
+    """Whatever the tool answered, as JSON."""
+    error: str | None = Field(None, max_length=2_000)
+    """What went wrong, where something did."""
+    latency_s: float | None = Field(None, ge=0)
+    trace_id: str | None = Field(None, max_length=64)
+    modality: Modality | None = None
+    user_tier: Tier | None = None
+    metadata: Metadata | None = None
 
 
 class InteractionFlags(Body):
@@ -40,22 +64,39 @@ class InteractionFlags(Body):
     disconnected: bool = False
     """The client went away before the end."""
     safety: bool = False
+    """The model refused, or a filter stopped the answer."""
+    quality: bool = False
+    """The answer is empty, or was cut off at its limit of tokens."""
     timeout: bool = False
     error: str | None = None
     """OpenAI error code, when the request failed."""
 
 
+ASSIGNMENT_FIELDS = (
+    "assigned_version",
+    "arm",
+    "experiment_id",
+    "propensity",
+    "bucket",
+    "assignment_unit",
+    "route_revision",
+)
+"""Fields of an interaction that only the router may fill in: experiments are counted by them."""
+
+
 class Interaction(Body):
-    """One request and its response through the router."""
+    """One request and its response, through the router or as an agent elsewhere reports it."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] = []
+    """Calls made for this answer, where the reporter knows them; others come as events of their own."""
     context: list[str] = []
     """Passages the answer may rest on."""
     response: Message | None = None
     finish_reason: str | None = None
-    prompt_token_ids: list[int] = []
-    completion_token_ids: list[int] = []
+    prompt_token_ids: list[TokenId] = []
+    completion_token_ids: list[TokenId] = []
     completion_logprobs: list[float] = []
     """Natural-log probabilities as the engine produced them, one a completion token."""
     parameters: dict[str, Any] = {}
@@ -76,10 +117,10 @@ class Interaction(Body):
     latency_s: float = Field(0.0, ge=0)
     ttft_s: float | None = Field(None, ge=0)
     """Time to first token."""
-    modality: str = "text"
-    user_tier: str | None = None
-    metadata: dict[str, str | int | float | bool] = {}
-    trace_id: str | None = None
+    modality: Modality = "text"
+    user_tier: Tier | None = None
+    metadata: Metadata = {}
+    trace_id: str | None = Field(None, max_length=64)
     flags: InteractionFlags = InteractionFlags()
 
 
@@ -116,8 +157,8 @@ class Feedback(Body):
     reward: float = Field(0.0, ge=-1, le=1)
     """Filled in by the server from the configured table, never by the client."""
     reason: str | None = Field(None, max_length=2_000)
-    modality: str | None = Field(None, max_length=16)
-    user_tier: str | None = Field(None, max_length=64)
+    modality: Modality | None = None
+    user_tier: Tier | None = None
     metadata: Metadata | None = None
 
 
@@ -128,8 +169,8 @@ class Behaviour(Body):
     duration_s: float | None = Field(None, ge=0)
     """For `read`: how long; for the others: time since the answer."""
     text: str | None = Field(None, max_length=100_000)
-    modality: str | None = Field(None, max_length=16)
-    user_tier: str | None = Field(None, max_length=64)
+    modality: Modality | None = None
+    user_tier: Tier | None = None
     metadata: Metadata | None = None
 
 
@@ -138,8 +179,8 @@ class Outcome(Body):
 
     name: str = Field(min_length=1, max_length=64)
     value: float
-    modality: str | None = Field(None, max_length=16)
-    user_tier: str | None = Field(None, max_length=64)
+    modality: Modality | None = None
+    user_tier: Tier | None = None
     metadata: Metadata | None = None
 
 
@@ -148,9 +189,15 @@ class Trajectory(Body):
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] = []
+    """Arguments, results, latency and errors of the calls, in order, where the reporter knows them."""
     reward: float | None = Field(None, ge=0, le=1)
-    outcome: str | None = None
-    metadata: dict[str, str | int | float | bool] = {}
+    outcome: str | None = Field(None, max_length=512)
+    latency_s: float | None = Field(None, ge=0)
+    trace_id: str | None = Field(None, max_length=64)
+    modality: Modality | None = None
+    user_tier: Tier | None = None
+    metadata: Metadata = {}
 
 
 class Grade(Body):
@@ -234,11 +281,42 @@ class ModelUpdated(Body):
     details: dict[str, Any] = {}
 
 
+class JobEnded(Body):
+    """A training job came to its end."""
+
+    job_id: str
+    job: str
+    """`sft`, `dpo`, `kto`, …"""
+    state: Literal["completed", "failed"]
+    dataset_id: str | None = None
+    reason: str | None = None
+    """Why it failed."""
+    cause: str | None = None
+    """Name of the error: `HealthGateError` where a health gate stopped it."""
+
+
+class PartitionSealed(Body):
+    """Events of a finished day were written to Parquet."""
+
+    day: str
+    after_seq: int
+    upto_seq: int
+    """The partition holds the events of the day with `after_seq < seq <= upto_seq`."""
+    num_events: int
+    root: str
+    """RFC 6962 Merkle root over their digests, in order of `seq`, hexadecimal."""
+    sha256: str
+    """Of the file as first written; an erasure writes another."""
+
+
 class Erasure(Body):
     """A person's data was removed; the tombstone refuses its return."""
 
     user_id: str
+    events: list[list[int]] = []
+    """`[first, last]` ranges of the `seq` that were erased."""
     affected: dict[str, Any] = {}
+    """Counts, and the names of the datasets, versions and exports that contained the person."""
 
 
 BODIES: dict[str, type[Body]] = {
@@ -246,6 +324,7 @@ BODIES: dict[str, type[Body]] = {
     "feedback": Feedback,
     "behaviour": Behaviour,
     "outcome": Outcome,
+    "tool_call": ToolCall,
     "trajectory": Trajectory,
     "grade": Grade,
     "label": Label,
@@ -254,6 +333,8 @@ BODIES: dict[str, type[Body]] = {
     "rollout.decision": RolloutDecision,
     "dataset.ready": DatasetReady,
     "model.updated": ModelUpdated,
+    "job.ended": JobEnded,
+    "partition.sealed": PartitionSealed,
     "erasure": Erasure,
 }
 
@@ -285,7 +366,7 @@ class RecordedEvent:
     event: Event
     recorded_at_us: int
     digest: bytes
-    """SHA-256 over salt, envelope and body; survives erasure."""
+    """SHA-256 over envelope and salted body (`data.encoding.event_digest`); survives erasure."""
     erased: bool = False
     """True when the body is gone; `event.body` is then empty."""
 
@@ -307,6 +388,8 @@ def parse_body(kind: str, body: dict[str, Any], *, strict: bool = False) -> dict
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list) and value and isinstance(value[0], BaseModel):
+        return [_plain(item) for item in value]
     return value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
 
 
@@ -321,6 +404,16 @@ def input_error(error: ValidationError, remedy: str) -> InputError:
     name = ".".join(map(str, place))
     rule = problem["msg"].replace("Input should be", "must be").replace("Extra inputs are", "unknown field is")
     return InputError(name or "item", problem["input"], rule[0].lower() + rule[1:], remedy)
+
+
+def interaction_event_id(interaction_id: str) -> str:
+    """The event id of an interaction whose sender gave none.
+
+    The router and an instrumented agent may both report one answer; under one id it is one event.
+    """
+    if len(interaction_id) <= 100:
+        return f"interaction:{interaction_id}"
+    return f"interaction:{hashlib.sha256(interaction_id.encode()).hexdigest()}"
 
 
 def uuid7() -> str:

@@ -1,41 +1,65 @@
-"""Stage 4, filter: what may not become an example, with the reason for each row left out."""
+"""Stage 4, filter: what may not become an example, with the reason for each row left out.
+
+The cheap rules look at every row; only what passes them is shown to the detectors, all rows of a block at once.
+"""
 
 from typing import Any
 
 import orjson
 import pyarrow as pa
 
-from cluster.settings.curation import FilterSettings
-from data.detectors import Detector, no_toxicity, ungrounded_share
+from cluster.settings.curation import CurationSettings, FilterSettings
+from data.detectors.interface import YES, Detectors, Item, detectors
 from data.events import Message
 from data.stages import Dropped, keep
 from data.template import content_text
 
-TOXIC = 0.5  # a detector's probability above which it means yes
+Row = dict[str, Any]
 
 
 def filter_rows(
-    table: pa.Table, settings: FilterSettings, toxicity: Detector = no_toxicity
+    table: pa.Table, settings: CurationSettings, asked: Detectors | None = None
 ) -> tuple[pa.Table, Dropped]:
-    """The rows that may become examples."""
+    """The rows that may become examples; `asked` are other detectors than those the settings name."""
+    asked = asked or detectors(settings.detectors)
     columns = ("messages", "response", "flags", "answer_tokens", "finish_reason", "arm", "context")
-    reasons = []
-    for values in zip(*(table[name].to_pylist() for name in columns), strict=True):
+    reasons: list[str | None] = []
+    items: list[tuple[int, Item]] = []
+    for index, values in enumerate(zip(*(table[name].to_pylist() for name in columns), strict=True)):
         row = dict(zip(columns, values, strict=True))
         for name in ("messages", "response", "flags", "context"):
             row[name] = orjson.loads(row[name]) if row[name] else None
-        reasons.append(reason_against(row, settings, toxicity))
+        reasons.append(reason_against(row, settings.filter))
+        if reasons[-1] is None:
+            items.append((index, Item(content_text(row["response"]), row["context"] or [])))
+    found = content_reasons([item for _, item in items], settings.filter, asked)
+    for (index, _), reason in zip(items, found, strict=True):
+        reasons[index] = reason
     return keep(table, reasons)
 
 
-def reason_against(row: dict[str, Any], settings: FilterSettings, toxicity: Detector = no_toxicity) -> str | None:
-    """Why a row may not become an example, or `None`."""
+def reason_against(row: Row, settings: FilterSettings) -> str | None:
+    """Why a row may not become an example, whatever its answer says; `None` when it may."""
     return (
         _flag_reason(row["flags"] or {}, row["arm"], settings)
         or _conversation_reason(row["messages"], row["response"])
         or _length_reason(row["response"], row["answer_tokens"], settings)
-        or _content_reason(content_text(row["response"]), row["context"] or [], settings, toxicity)
     )
+
+
+def content_reasons(items: list[Item], settings: FilterSettings, detectors: Detectors) -> list[str | None]:
+    """Why each answer may not become an example because of what it says, or `None`."""
+    asked = [
+        ("toxic", settings.toxicity, detectors.toxicity, YES),
+        ("refusal", settings.refusal, detectors.refusal, YES),
+        ("ungrounded", settings.ungrounded, detectors.ungrounded, settings.ungrounded_share),
+    ]
+    reasons: list[str | None] = [None] * len(items)
+    for name, wanted, detector, least in asked:
+        for index, badness in enumerate(detector(items) if wanted and items else []):
+            if reasons[index] is None and badness is not None and badness > least:
+                reasons[index] = name
+    return reasons
 
 
 def _flag_reason(flags: dict[str, Any], arm: str | None, settings: FilterSettings) -> str | None:
@@ -88,13 +112,3 @@ def _length_reason(response: Message, answer_tokens: int, settings: FilterSettin
     if tokens < settings.min_answer_tokens:
         return "answer too short"
     return "answer too long" if tokens > settings.max_answer_tokens else None
-
-
-def _content_reason(answer: str, context: list[str], settings: FilterSettings, toxicity: Detector) -> str | None:
-    if settings.toxicity and (toxicity(answer, context) or 0.0) > TOXIC:
-        return "toxic"
-    if settings.ungrounded:
-        share = ungrounded_share(answer, context, settings.support_overlap)
-        if share is not None and share > settings.ungrounded_share:
-            return "ungrounded"
-    return None

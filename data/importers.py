@@ -1,4 +1,4 @@
-"""Files into the event log: every row is imported, a duplicate, or rejected with line, field and rule.
+"""Files, tables and traces into the event log: a row is imported, a duplicate, or rejected with line, field and rule.
 
 A row that gives several events is taken whole or not at all. Event ids come from the row's content, so
 importing a file twice, or a longer version of it, adds only what is new.
@@ -15,19 +15,31 @@ from typing import Any
 import orjson
 
 from cluster.clock import now_us
-from cluster.errors import InputError
+from cluster.errors import ErasedError, InputError
 from cluster.settings import Settings
 from data.events import Event
 from data.feedback import pseudonym_secret
 from data.items import Identity, Parser
 from data.log import EventLog
 from data.mapping import Mapping, load_mapping, shipped_mappings
-from data.rows import Row, read_rows
+from data.rows import Row
+from data.sources import Source
 
 EVENTS = "events"
 """The format of rows that are items already, each with its `kind`."""
 
-JSON_FIELDS = ("messages", "tools", "response", "metadata", "context", "parameters", "flags")
+JSON_FIELDS = (
+    "messages",
+    "tools",
+    "tool_calls",
+    "arguments",
+    "result",
+    "response",
+    "metadata",
+    "context",
+    "parameters",
+    "flags",
+)
 """Fields that may come as JSON text, as Parquet files often hold them."""
 
 
@@ -69,7 +81,7 @@ class ImportReport:
 
 @dataclass(frozen=True, slots=True)
 class ImportOptions:
-    """How a file is read."""
+    """How rows are read."""
 
     format: str = "auto"
     """`auto`, `events`, `openai`, or the name of a mapping."""
@@ -80,17 +92,20 @@ class ImportOptions:
     on_problem: Callable[[Problem], None] | None = None
     """Called for every rejected row."""
     on_progress: Callable[[int], None] | None = None
-    """Called with how far the file has been read (`data.rows.size`)."""
+    """Called with how far the source has been read (`Row.end`)."""
 
 
-def import_file(path: Path, log: EventLog, settings: Settings, options: ImportOptions) -> ImportReport:
-    """Import a file of JSON lines or Parquet, in transactions of many rows.
+def import_source(source: Source, log: EventLog, settings: Settings, options: ImportOptions) -> ImportReport:
+    """Import the rows of a source, in transactions of many rows.
 
     Raises:
-        InputError: the file cannot be read, or its format cannot be told.
+        InputError: the source cannot be read, holds nothing, or its format cannot be told.
+        UnavailableError: its server does not answer.
     """
-    rows = read_rows(path)
+    rows = source.rows()
     head = list(_up_to_a_whole_row(rows))
+    if not head:
+        raise InputError("source", source.name, "holds no rows", "name another table, query or file")
     name, mapping = choose_format(head[-1], options)
     report = ImportReport(name)
     reader = _Reader(mapping, settings, options)
@@ -105,9 +120,9 @@ def import_file(path: Path, log: EventLog, settings: Settings, options: ImportOp
             continue
         waiting += len(batch[-1][1])
         if waiting >= settings.intake.import_batch_events:
-            _append(batch, log, report, options)
+            _append(batch, log, report, settings, options)
             batch, waiting = [], 0
-    _append(batch, log, report, options)
+    _append(batch, log, report, settings, options)
     return report
 
 
@@ -184,10 +199,21 @@ def _unpacked(name: str, value: Any) -> Any:
         return value
 
 
-def _append(batch: list[tuple[Row, list[Event]]], log: EventLog, report: ImportReport, options: ImportOptions) -> None:
+def _append(
+    batch: list[tuple[Row, list[Event]]],
+    log: EventLog,
+    report: ImportReport,
+    settings: Settings,
+    options: ImportOptions,
+) -> None:
     verdicts = iter(log.append([event for _, events in batch for event in events]))
-    for _, events in batch:
-        fresh = [event.kind for event in events if next(verdicts).status == "accepted"]
+    for row, events in batch:
+        mine = [(event.kind, next(verdicts)) for event in events]
+        refused = [verdict.event_id for _, verdict in mine if verdict.status == "refused"]
+        if refused:
+            _reject(report, row, ErasedError(refused[0]), settings, options)
+            continue
+        fresh = [kind for kind, verdict in mine if verdict.status == "accepted"]
         report.events.update(fresh)
         report.imported += bool(fresh)
         report.duplicates += not fresh

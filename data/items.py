@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cluster.clock import SECOND_US, from_iso
 from cluster.errors import InputError
 from cluster.settings import Settings
-from data.events import Event, input_error, parse_body, uuid7
+from data.events import Event, input_error, interaction_event_id, parse_body, uuid7
 from data.feedback import complete_feedback, pseudonym, refuse_server_fields
+from data.metadata import scrubbed
+from data.plain import check_plain
 
 Id = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x20\x7f]+$")]
 """An identifier: printable, without blanks, as long as its column."""
@@ -38,6 +40,9 @@ class Envelope(BaseModel):
 ENVELOPE_FIELDS = frozenset(Envelope.model_fields)
 
 NEEDS_INTERACTION = frozenset({"interaction", "feedback", "outcome"})
+
+FROM_PEOPLE = frozenset({"interaction", "tool_call", "trajectory", "feedback", "behaviour", "outcome"})
+"""Kinds that carry the tier of the user they come from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class Parser:
             tenant=identity.tenant,
             workspace=identity.workspace,
             body=self._body(kind, body, identity),
-            event_id=envelope.event_id or uuid7(),
+            event_id=envelope.event_id or _event_id(kind, envelope),
             occurred_at_us=self._occurred_at(envelope.occurred_at, now_us),
             user_id=None if envelope.user is None else pseudonym(self.secret, identity.tenant, envelope.user),
             session_id=envelope.session,
@@ -84,19 +89,15 @@ class Parser:
         if kind == "feedback":
             refuse_server_fields(body)
         parsed = parse_body(kind, body, strict=True)
-        self._check_texts(parsed)
-        if identity.user_tier is not None and kind in ("feedback", "behaviour", "outcome"):
+        for name, value in parsed.items():
+            check_plain(value, name, self.settings.intake.max_text_chars)
+        if parsed.get("messages") is not None:
+            _check_messages(parsed["messages"])
+        if identity.user_tier is not None and kind in FROM_PEOPLE:
             parsed.setdefault("user_tier", identity.user_tier)
+        if parsed.get("metadata"):
+            parsed["metadata"] = scrubbed(parsed["metadata"])
         return complete_feedback(parsed, self.settings.rewards) if kind == "feedback" else parsed
-
-    def _check_texts(self, body: dict[str, Any]) -> None:
-        limit = self.settings.intake.max_text_chars
-        text = body.get("text")
-        if text is not None and len(text) > limit:
-            raise _too_long("text", text, limit)
-        messages = body.get("messages")
-        if messages is not None:
-            _check_messages(messages, limit)
 
     def _occurred_at(self, value: str | float | None, now_us: int) -> int:
         if value is None:
@@ -125,16 +126,16 @@ def _envelope(item: dict[str, Any], kind: str) -> Envelope:
     return envelope
 
 
-def _check_messages(messages: list[dict[str, Any]], limit: int) -> None:
+def _event_id(kind: str, envelope: Envelope) -> str:
+    if kind == "interaction" and envelope.interaction_id is not None:
+        return interaction_event_id(envelope.interaction_id)
+    return uuid7()
+
+
+def _check_messages(messages: list[dict[str, Any]]) -> None:
     if not messages:
         raise InputError("messages", messages, "must not be empty", "send the conversation")
     for place, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
+        role = message.get("role")
         if not isinstance(role, str):
             raise InputError(f"messages.{place}.role", role, "must be a string", "send OpenAI chat messages")
-        if isinstance(content, str) and len(content) > limit:
-            raise _too_long(f"messages.{place}.content", content, limit)
-
-
-def _too_long(name: str, text: str, limit: int) -> InputError:
-    return InputError(name, text, f"has {len(text)} characters, more than {limit}", "shorten it")

@@ -2,6 +2,8 @@
 
 Feedback may come before its interaction, or days later; a join by id does not care. Log order decides
 nothing here: ties are broken by time and event id, so the same events give the same rows.
+
+A trajectory is a row as well: its last spoken turn is the answer, all before it the prompt, its reward a grade.
 """
 
 from collections import Counter, defaultdict
@@ -9,8 +11,10 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from data.stages import Dropped
+from data.stages import Dropped, with_column
+from data.template import content_text
 
 Event = dict[str, Any]
 """One row of `data.source.EVENTS` with its body parsed."""
@@ -37,6 +41,7 @@ ROWS = pa.schema(
         ("signals", pa.string()),  # JSON list of signals, see `_signal`
         ("labels", pa.string()),  # JSON list: newest label of each reviewer
         ("grades", pa.string()),  # JSON list: newest grade of each grader
+        ("tail", pa.string()),  # JSON list: what follows the answer in a trajectory; null for an interaction
     ]
 )
 """One interaction a row, with everything said about it."""
@@ -61,14 +66,14 @@ def join_events(table: pa.Table, agent: str | None = None) -> tuple[pa.Table, Dr
             dropped["no interaction id"] += 1
     for events in by_interaction.values():
         kinds = _by_kind(events)
-        found = kinds["interaction"]
+        found = kinds["interaction"] or kinds["trajectory"]
         if not found:
             dropped["interaction unknown"] += len(events)
         elif agent is not None and found[0]["agent"] != agent:
             dropped["other agent"] += len(events)
         else:
-            dropped["interaction repeated"] += len(found) - 1
-            rows.append(_row(found[0], kinds))
+            dropped["interaction repeated"] += len(kinds["interaction"]) + len(kinds["trajectory"]) - 1
+            rows.append(_row(_as_interaction(found[0]), kinds))
     rows.sort(key=lambda row: (row["interaction_id"] or "", row["behaviours"]))
     return pa.Table.from_pylist(rows, ROWS), +dropped
 
@@ -87,6 +92,31 @@ def _parsed(table: pa.Table, dropped: Dropped) -> list[Event]:
             seen.add(event["event_id"])
             parsed.append({**event, "body": orjson.loads(event["body"])})
     return parsed
+
+
+def name_trajectories(table: pa.Table) -> pa.Table:
+    """Gives trajectories without an interaction id their event's: they are joined under it."""
+    nameless = pc.and_(pc.equal(table["kind"], "trajectory"), pc.is_null(table["interaction_id"]))
+    return with_column(table, "interaction_id", pc.if_else(nameless, table["event_id"], table["interaction_id"]))
+
+
+def _as_interaction(event: Event) -> Event:
+    """A trajectory in the form of an interaction, with what follows the answer as `tail`."""
+    if event["kind"] != "trajectory":
+        return event
+    body = dict(event["body"])
+    messages = body["messages"]
+    spoken = [i for i, m in enumerate(messages) if m["role"] == "assistant" and content_text(m).strip()]
+    at = spoken[-1] if spoken else len(messages)
+    body |= {"messages": messages[:at], "response": messages[at] if spoken else None, "tail": messages[at + 1 :]}
+    return event | {"body": body}
+
+
+def _outcome(event: Event) -> list[dict[str, Any]]:
+    """The reward of a trajectory as the grade of a grader."""
+    if event["kind"] != "trajectory" or event["body"].get("reward") is None:
+        return []
+    return [{"grader": "outcome", "grader_version": "1", "reward": event["body"]["reward"]}]
 
 
 def _by_kind(events: list[Event]) -> dict[str, list[Event]]:
@@ -119,7 +149,8 @@ def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
         "behaviours": to_json([_behaviour(event) for event in kinds["behaviour"]]),
         "signals": to_json([_signal(event, interaction) for event in kinds["feedback"]]),
         "labels": to_json(_newest(kinds["label"], "reviewer")),
-        "grades": to_json(_newest(kinds["grade"], "grader")),
+        "grades": to_json(_outcome(interaction) + _newest(kinds["grade"], "grader")),
+        "tail": to_json(body["tail"]) if "tail" in body else None,
     }
 
 

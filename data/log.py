@@ -2,13 +2,17 @@
 
 `EventLog.append` writes a batch in one transaction and returns when it is on disk. Sequence numbers are
 given out under the write lock (SQLite's own, an advisory lock on PostgreSQL), so they have no holes and
-become visible in order: a reader that remembers the last `seq` it saw misses nothing.
+become visible in order: a reader that remembers the last `seq` it saw misses nothing. Bodies that have left
+the database with their sealed day are read from its Parquet, so readers need not know.
+
+Whoever was erased stays out: an event of theirs is refused, in the same transaction that would have written it.
 
 Many small appends belong behind `data.group_commit.GroupCommit`.
 """
 
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,13 +22,15 @@ from sqlalchemy.engine import Connection, Engine
 
 from cluster.bulk import driver_errors, insert_rows
 from cluster.clock import now_us
-from cluster.database import is_postgres, write
-from cluster.tables import cursors, event_bodies, event_ids, events
-from data.encoding import SALT_BYTES, decode_body, digest, encode_body
+from cluster.database import write
+from cluster.tables import cursors, event_bodies, event_ids, events, tombstones
+from data.encoding import SALT_BYTES, body_digest, compress, decode_body, encode_body, event_digest
 from data.events import Event, RecordedEvent
 
 APPEND_LOCK = 7_213_002  # pg_advisory_xact_lock key: one writer numbers events at a time
 LOOKUP_CHUNK = 500  # bound on the variables of one statement
+IDS_CURSOR = "event_ids.forgotten_before_us"
+"""A cursor whose value is a time: ids of events recorded earlier are not remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +38,10 @@ class Verdict:
     """What became of one appended event."""
 
     event_id: str
-    status: Literal["accepted", "duplicate"]
+    status: Literal["accepted", "duplicate", "refused"]
+    """`refused`: its user, session or interaction was erased."""
     seq: int | None = None
-    """Its place in the log; `None` for a duplicate."""
+    """Its place in the log; `None` unless accepted."""
 
 
 class EventLog:
@@ -48,7 +55,7 @@ class EventLog:
         """Write a batch; durable when this returns. One verdict an event, in order.
 
         An event whose `(tenant, event_id)` is already known, in the log or earlier in the batch, is a
-        duplicate and changes nothing.
+        duplicate and changes nothing; one about somebody who was erased is refused.
         """
         if not batch:
             return []
@@ -57,14 +64,17 @@ class EventLog:
 
     def append_in(self, connection: Connection, batch: Sequence[Event]) -> list[Verdict]:
         """`append` as part of the caller's transaction (which must come from `database.write`)."""
-        if is_postgres(self.engine):
-            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": APPEND_LOCK})
+        take_append_lock(connection)
+        refused = refused_subjects(connection, batch)
         known = _known_ids(connection, batch)
         last = connection.execute(sa.select(sa.func.max(events.c.seq))).scalar() or 0
         verdicts: list[Verdict] = []
         fresh: list[Event] = []
         for event in batch:
             key = (event.tenant, event.event_id)
+            if refused and is_refused(event, refused):
+                verdicts.append(Verdict(event.event_id, "refused"))
+                continue
             if key in known:
                 verdicts.append(Verdict(event.event_id, "duplicate"))
                 continue
@@ -85,7 +95,8 @@ class EventLog:
         if tenant is not None:
             query = query.where(events.c.tenant == tenant)
         with self.engine.connect() as connection:
-            return [recorded_event(row) for row in connection.execute(query).mappings()]
+            rows = connection.execute(query).mappings().all()
+        return self._recorded(rows)
 
     def scan(
         self, after: int = 0, *, kinds: Sequence[str] = (), tenant: str | None = None, page: int = 1000
@@ -123,7 +134,34 @@ class EventLog:
                 query = query.where(events.c.seq <= upto)
             with self.engine.connect() as connection:
                 rows = connection.execute(query.order_by(events.c.seq)).mappings().all()
-            yield from map(recorded_event, rows)
+            yield from self._recorded(rows)
+
+    def _recorded(self, rows: Sequence[Any]) -> list[RecordedEvent]:
+        gone = [row["seq"] for row in rows if row["body"] is None and not row["erased"]]
+        if not gone:
+            return [recorded_event(row) for row in rows]
+        from data.partitions import sealed_bodies
+
+        sealed = sealed_bodies(self.engine, gone)
+        return [recorded_event(row, sealed.get(row["seq"])) for row in rows]
+
+
+def take_append_lock(connection: Connection) -> None:
+    """Keep every other writer of the log out until the transaction (of `database.write`) ends."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": APPEND_LOCK})
+
+
+def subjects_of(event: Event) -> list[str]:
+    """The names under which an erasure may have forbidden this event."""
+    session_id = event.session_id if event.user_id is None else None
+    named = (("user", event.user_id), ("interaction", event.interaction_id), ("session", session_id))
+    return [subject(kind, name) for kind, name in named if name is not None]
+
+
+def subject(kind: str, name: str) -> str:
+    """What a tombstone says of a user, an interaction or a session: clients choose names, so only a hash."""
+    return f"{kind}:{hashlib.sha256(name.encode()).hexdigest()}"
 
 
 def save_cursor(connection: Connection, name: str, seq: int) -> None:
@@ -137,6 +175,27 @@ def save_cursor(connection: Connection, name: str, seq: int) -> None:
 def _with_bodies() -> sa.Select[Any]:
     joined = events.outerjoin(event_bodies, events.c.seq == event_bodies.c.seq)
     return sa.select(events, event_bodies.c.body, event_bodies.c.arrays).select_from(joined)
+
+
+def is_refused(event: Event, refused: Set[tuple[str, str]]) -> bool:
+    """Whether the event is about somebody among `refused_subjects`."""
+    return not refused.isdisjoint((event.tenant, name) for name in subjects_of(event))
+
+
+def refused_subjects(connection: Connection, batch: Sequence[Event]) -> set[tuple[str, str]]:
+    """Tenant and subject of what was erased, among the subjects of the batch."""
+    found: set[tuple[str, str]] = set()
+    if connection.execute(sa.select(tombstones.c.tenant).limit(1)).first() is None:
+        return found
+    for tenant in {event.tenant for event in batch}:
+        subjects = sorted({name for event in batch if event.tenant == tenant for name in subjects_of(event)})
+        for start in range(0, len(subjects), LOOKUP_CHUNK):
+            chunk = subjects[start : start + LOOKUP_CHUNK]
+            query = sa.select(tombstones.c.subject).where(
+                tombstones.c.tenant == tenant, tombstones.c.subject.in_(chunk)
+            )
+            found |= {(tenant, name) for name in connection.execute(query).scalars()}
+    return found
 
 
 def _known_ids(connection: Connection, batch: Sequence[Event]) -> set[tuple[str, str]]:
@@ -173,16 +232,17 @@ def _insert(connection: Connection, fresh: Sequence[Event], first_seq: int) -> N
     ids, envelopes, bodies = [], [], []
     for number, event in enumerate(fresh):
         seq, salt = first_seq + number, salts[number * SALT_BYTES : (number + 1) * SALT_BYTES]
-        body, arrays = encode_body(event.body)
+        text, arrays = encode_body(event.body)
+        of_body = body_digest(salt, event, text, arrays)
         ids.append((event.tenant, event.event_id, recorded_at_us))
-        envelopes.append(_envelope(seq, event, recorded_at_us, digest(seq, recorded_at_us, event, salt, body, arrays)))
-        bodies.append((seq, salt, body, arrays))
+        envelopes.append(_envelope(seq, event, recorded_at_us, event_digest(seq, recorded_at_us, event, of_body)))
+        bodies.append((seq, salt, compress(text), arrays))
     insert_rows(connection, event_ids, ids)
     insert_rows(connection, events, envelopes)
     insert_rows(connection, event_bodies, bodies)
 
 
-def _envelope(seq: int, event: Event, recorded_at_us: int, event_digest: bytes) -> tuple[Any, ...]:
+def _envelope(seq: int, event: Event, recorded_at_us: int, digest: bytes) -> tuple[Any, ...]:
     """A row of `events`, in the order of its columns."""
     return (
         seq,
@@ -196,13 +256,14 @@ def _envelope(seq: int, event: Event, recorded_at_us: int, event_digest: bytes) 
         event.session_id,
         event.agent,
         event.interaction_id,
-        event_digest,
+        digest,
         False,
+        None,
     )
 
 
 def recorded_event(row: Any, body: dict[str, Any] | None = None) -> RecordedEvent:
-    """An event from a row of `events` joined with `event_bodies`; `body` spares decoding it."""
+    """An event from a row of `events` joined with `event_bodies`; `body` stands in for the row's own."""
     if body is None:
         body = {} if row["body"] is None else decode_body(row["body"], row["arrays"])
     event = Event(

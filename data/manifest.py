@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,14 @@ from data.pairs import EXAMPLES, KINDS
 from data.split import SPLITS
 from data.stages import StageCount
 
-SCHEMA_VERSION = 1
-COMMON = ("example_id", "user_id", "interaction_ids", "cluster_id", "agent", "order", "origin")
+SCHEMA_VERSION = 2
+COMMON = ("example_id", "user_id", "interaction_ids", "cluster_id", "agent", "order", "origin", "synthetic")
 COLUMNS = {
     "sft": (*COMMON, "messages", "tools", "weight", "score"),
     "preference": (*COMMON, "prompt", "chosen", "rejected", "tools", "margin", "weight"),
     "unpaired": (*COMMON, "prompt", "completion", "label", "weight", "tools"),
+    "reward": (*COMMON, "prompt", "response", "reward", "score_card", "weight", "tools"),
+    "trajectory": (*COMMON, "prompt", "trajectory", "reward", "weight", "tools"),
 }
 """Columns of each kind, in order."""
 SHARDS = pa.schema(
@@ -75,6 +77,10 @@ class Manifest:
     counts: dict[str, dict[str, int]]
     """kind -> split -> examples."""
     shards: list[Shard]
+    topics: dict[str, float] = field(default_factory=dict)
+    """Topic -> share of the weight before balancing; empty where topics are off."""
+    erased_rows: int = 0
+    """Examples that erasures have taken out since; the hash is still that of the dataset as it was made."""
     path: str = ""
     """Folder it was read from or written to; not part of the file."""
 
@@ -115,9 +121,7 @@ def dataset_hash(shards: Iterable[Shard]) -> str:
 
 def publish(building: Path, root: Path, manifest: Manifest) -> Manifest:
     """Puts a finished folder in its place; the same dataset already there is kept as it is."""
-    (building / "manifest.json").write_bytes(
-        orjson.dumps({k: v for k, v in asdict(manifest).items() if k != "path"}, option=orjson.OPT_INDENT_2)
-    )
+    write_manifest(building, manifest)
     place = root / manifest.dataset_id
     try:
         os.rename(building, place)
@@ -126,6 +130,14 @@ def publish(building: Path, root: Path, manifest: Manifest) -> Manifest:
             raise DatasetError(f"{place} exists and holds another dataset; move it away") from None
         shutil.rmtree(building)
     return load_manifest(place)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes `manifest.json`, whole or not at all."""
+    document = {k: v for k, v in asdict(manifest).items() if k != "path"}
+    draft = folder / f".manifest.{uuid.uuid4().hex}"
+    draft.write_bytes(orjson.dumps(document, option=orjson.OPT_INDENT_2))
+    os.replace(draft, folder / "manifest.json")
 
 
 def load_manifest(path: Path | str) -> Manifest:
@@ -206,6 +218,11 @@ def datasets_root(settings: Settings, out: Path | None = None) -> Path:
     if "://" in location and not location.startswith("file://"):
         raise InputError("storage.datasets", location, "must be a folder", "mount the location and name its folder")
     return Path(location.removeprefix("file://")).resolve()
+
+
+def sketch_folder(root: Path, tenant: str, workspace: str) -> Path:
+    """Folder with the sketches of all that was ever in test."""
+    return root / "test_sketches" / tenant / workspace
 
 
 def git_commit() -> str | None:

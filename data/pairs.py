@@ -1,4 +1,5 @@
-"""Stage 7, examples: rows that may be imitated (SFT), preference pairs, and judged answers (unpaired).
+"""Stage 7, examples: rows that may be imitated (SFT), preference pairs, judged answers (unpaired), answers
+with a reward, and trajectories.
 
 All examples of a cluster of questions are made together, within one split, so that no pair joins users of
 two splits. The same answers in another order give the same examples.
@@ -7,7 +8,8 @@ two splits. The same answers in another order give the same examples.
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import orjson
@@ -20,8 +22,8 @@ from data.join import to_json
 from data.stages import Dropped
 from data.template import content_text
 
-ANSWERS = ("chosen", "rejected", "completion")
-KINDS = ("sft", "preference", "unpaired")
+ANSWERS = ("chosen", "rejected", "completion", "response", "trajectory")
+KINDS = ("sft", "preference", "unpaired", "reward", "trajectory")
 EXAMPLES = pa.schema(
     [
         ("kind", pa.string()),
@@ -37,6 +39,11 @@ EXAMPLES = pa.schema(
         ("chosen", pa.string()),
         ("rejected", pa.string()),
         ("completion", pa.string()),
+        ("response", pa.string()),
+        ("reward", pa.float64()),
+        ("score_card", pa.string()),
+        ("trajectory", pa.string()),
+        ("synthetic", pa.bool_()),
         ("tools", pa.string()),
         ("weight", pa.float64()),
         ("score", pa.float64()),
@@ -61,10 +68,10 @@ class Answer:
     message: Message
     score: float
     origin: str
-    """`answer`, `correction` or `label`."""
+    """`answer`, `correction`, or `preferred` by a reviewer."""
     truncated: bool = False
 
-    @property
+    @cached_property
     def text(self) -> str:
         """What is compared: the text without regard to case and spacing."""
         return normalise_text(content_text(self.message))
@@ -81,10 +88,12 @@ def make_examples(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table
         rows = sorted(groups[key], key=lambda r: (r["at_us"], r["interaction_id"]))
         answers = [answer for row in rows for answer in answers_of(row, settings)]
         made = [*sft_examples(answers, settings.examples), *unpaired_examples(answers, settings.examples)]
-        made += preference_examples(answers, settings.examples, dropped)
+        made += [*reward_examples(answers), *trajectory_examples(rows)]
+        made += preference_examples(answers, settings, dropped)
         used = {i for example in made for i in example["interaction_ids"]}
-        made, repeated = _without_repeats(made)
-        dropped["repeated example"] += repeated
+        if len(answers) > 1:
+            made, repeated = _without_repeats(made)
+            dropped["repeated example"] += repeated
         dropped["no example"] += sum(not used.intersection(row["interaction_ids"]) for row in rows)
         examples += made
     examples.sort(key=lambda example: (example["kind"], example["example_id"]))
@@ -140,16 +149,74 @@ def unpaired_examples(answers: list[Answer], settings: ExampleSettings) -> Itera
         yield _example("unpaired", [answer], prompt=answer.row["messages"], completion=completion, label=label)
 
 
-def preference_examples(answers: list[Answer], settings: ExampleSettings, dropped: Dropped) -> list[Row]:
-    """Corrections against what they correct, then different answers to one question by score."""
+def reward_examples(answers: list[Answer]) -> Iterator[Row]:
+    """Answers with what reviewers, graders or users gave them, the first of these that there is."""
+    for answer in answers:
+        parts = orjson.loads(answer.row["parts"])
+        source = next((name for name in ("label", "grade", "explicit") if parts[name] is not None), None)
+        if answer.origin != "answer" or source is None or not answer.text:
+            continue
+        yield _example(
+            "reward",
+            [answer],
+            prompt=answer.row["messages"],
+            response=to_json([answer.message]),
+            reward=parts[source],
+            score_card=to_json(score_card(answer.row, parts)),
+            origin=source,
+        )
+
+
+def score_card(row: Row, parts: dict[str, float | None]) -> dict[str, float]:
+    """Every number there is about an answer, in [0, 1]: the score's components, and each grader's own card."""
+    card = {name: value for name, value in parts.items() if value is not None}
+    for grade in orjson.loads(row["grades"]):
+        card |= {f"{grade['grader']}.{name}": value for name, value in (grade.get("score_card") or {}).items()}
+    return card
+
+
+def trajectory_examples(rows: list[Row]) -> Iterator[Row]:
+    """Whole trajectories with their reward; those of one task share the prompt, so GRPO can group them."""
+    for row in rows:
+        reward = orjson.loads(row["parts"])["grade"]
+        if row["tail"] is None or reward is None:
+            continue
+        steps = [*orjson.loads(row["messages"]), orjson.loads(row["response"]), *orjson.loads(row["tail"])]
+        begin = next((i for i, step in enumerate(steps) if step["role"] == "assistant"), len(steps))
+        answer = Answer(row, orjson.loads(row["response"]), row["score"], "trajectory")
+        prompt, rest = to_json(steps[:begin]), to_json(steps[begin:])
+        yield _example("trajectory", [answer], prompt=prompt, trajectory=rest, reward=reward)
+
+
+def preference_examples(answers: list[Answer], settings: CurationSettings, dropped: Dropped) -> list[Row]:
+    """Corrections against what they correct, answers a reviewer preferred, then answers to one question by score."""
     pairs = [
         (chosen, rejected, "correction")
         for chosen in answers
         for rejected in answers
         if chosen.origin == "correction" and rejected.origin == "answer" and chosen.row is rejected.row
     ]
-    examples = [e for pair in pairs if (e := _pair(*pair, settings, dropped)) is not None]
-    return examples + _question_pairs(answers, settings, dropped)
+    pairs += preferred_pairs(answers, settings.score.preferred_score, dropped)
+    examples = [e for pair in pairs if (e := _pair(*pair, settings.examples, dropped)) is not None]
+    return examples + _question_pairs(answers, settings.examples, dropped)
+
+
+def preferred_pairs(
+    answers: list[Answer], preferred_score: float, dropped: Dropped
+) -> list[tuple[Answer, Answer, str]]:
+    """What reviewers preferred to an answer, by their word and not by the score."""
+    by_id = {i: answer for answer in answers if answer.origin == "answer" for i in answer.row["interaction_ids"]}
+    pairs = []
+    for answer in (a for a in answers if a.origin == "answer"):
+        for wanted in sorted({w for label in orjson.loads(answer.row["labels"]) if (w := label.get("preferred"))}):
+            better = by_id.get(wanted)
+            if better is None:
+                dropped["pair: preferred answer is not among those to this question"] += 1
+            elif better is not answer:
+                chosen = replace(better, score=max(better.score, preferred_score), origin="preferred")
+                rejected = replace(answer, score=min(answer.score, 1 - preferred_score))
+                pairs.append((chosen, rejected, "preferred"))
+    return pairs
 
 
 def _question_pairs(answers: list[Answer], settings: ExampleSettings, dropped: Dropped) -> list[Row]:
@@ -171,14 +238,26 @@ def _question_pairs(answers: list[Answer], settings: ExampleSettings, dropped: D
     for chosen, rejected in wide:
         if len(made) >= settings.pairs_per_question:
             break
-        origin = "same_query" if chosen.row["node"] == rejected.row["node"] else "similar_query"
         if (chosen.text, rejected.text) in seen:
             continue
         seen.add((chosen.text, rejected.text))
-        example = _pair(chosen, rejected, origin, settings, dropped)
+        example = _pair(chosen, rejected, pair_origin(chosen.row, rejected.row), settings, dropped)
         if example is not None:
             made.append(example)
     return made
+
+
+def pair_origin(chosen: Row, rejected: Row) -> str:
+    """Where the difference comes from: `shadow`, `ab` (two arms), `grader`, `same_query` or `similar_query`."""
+    arms = {chosen["arm"], rejected["arm"]}
+    if "shadow" in arms or any(orjson.loads(row["flags"]).get("shadow") for row in (chosen, rejected)):
+        return "shadow"
+    if arms == {"stable", "candidate"}:
+        return "ab"
+    parts = [orjson.loads(row["parts"]) for row in (chosen, rejected)]
+    if all(p["grade"] is not None and all(p[n] is None for n in ("explicit", "implicit", "label")) for p in parts):
+        return "grader"
+    return "same_query" if chosen["node"] == rejected["node"] else "similar_query"
 
 
 def _by_score(answer: Answer) -> tuple[float, str]:
@@ -237,5 +316,6 @@ def _example(kind: str, answers: list[Answer], **columns: Any) -> Row:
         "cluster": row["cluster"],
         "node": row["node"],
         "seen_in_test": row["seen_in_test"],
+        "synthetic": False,
         **columns,
     }

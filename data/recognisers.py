@@ -1,7 +1,7 @@
 """Recognisers of structured personal data and secrets: a pattern, and a check that confirms it.
 
 In order of precedence: where two matches overlap, the earlier recogniser has it. Each has a hint, a
-cheap test of the whole text, so that clean text costs one pass.
+cheap pattern; one pass looks for all hints, so clean text costs little (`data.prefilter`).
 """
 
 import ipaddress
@@ -10,6 +10,9 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+
+from data.prefilter import Prefilter
 
 Check = Callable[[re.Match[str]], bool]
 
@@ -31,15 +34,27 @@ class Recogniser:
     kind: str
     pattern: re.Pattern[str]
     hint: str
-    """RE2 pattern; a text without it cannot match."""
+    """A pattern over bytes, in the syntax Hyperscan and `re` share; a text without it cannot match."""
     check: Check | None = None
 
 
 def find(text: str, *, domains: bool = True) -> list[Span]:
     """All spans of personal data and secrets, by position, none overlapping."""
+    (mask,) = prefilter().masks([text.encode("utf-8", "surrogatepass")])
+    return find_among(text, mask, domains=domains)
+
+
+@cache
+def prefilter() -> Prefilter:
+    """The hints of all recognisers, compiled once a process."""
+    return Prefilter([recogniser.hint for recogniser in RECOGNISERS])
+
+
+def find_among(text: str, mask: int, *, domains: bool = True) -> list[Span]:
+    """`find` with the recognisers of a mask only: bit `i` stands for `RECOGNISERS[i]`."""
     spans: list[Span] = []
-    for recogniser in RECOGNISERS:
-        if recogniser.kind == "DOMAIN" and not domains:
+    for number, recogniser in enumerate(RECOGNISERS):
+        if not mask >> number & 1 or (recogniser.kind == "DOMAIN" and not domains):
             continue
         for match in recogniser.pattern.finditer(text):
             if recogniser.check is not None and not recogniser.check(match):
@@ -103,12 +118,11 @@ def _is_ssn(match: re.Match[str]) -> bool:
 
 PHONE_CONTEXT = re.compile(
     r"\b(?:phone|mobile|cell|tel|fax|desk|call|dial|reach|contact|sms|whatsapp|answering|messages?)\w*\b"
-    r"[^.?!]{0,32}$",
+    r"\.?[^.?!]{0,32}$",
     re.IGNORECASE,
 )
 PHONE_SHAPE = re.compile(
-    r"\+\d[\d ().\-]{6,}"  # international
-    r"|00[1-9][\d ().\-]{7,}"
+    r"(?:\+\d[\d ().\-]{6,}|00[1-9][\d ().\-]{7,})(?:\s?(?:x|ext\.?)\s?\d{1,6})?"  # international
     r"|\(?[2-9]\d\d\)?[ .\-]?[2-9]\d\d[.\- ]\d{4}(?:\s?(?:x|ext\.?)\s?\d{1,6})?"  # North America
     r"|0\d{1,4}[ .\-]\d{2,4}(?:[ .\-]\d{2,4}){1,3}"  # national, with its leading zero
     r"|0\d{2,4}[ \-]\d{6,8}"
@@ -132,31 +146,70 @@ def _is_assigned_secret(match: re.Match[str]) -> bool:
     return not value.startswith(("<", "*", "$", "{")) and not value.isalpha()
 
 
-KEYS = "|".join(
-    [
-        r"sk-(?:ant-|proj-|or-v1-|svcacct-|live-)?[A-Za-z0-9_-]{16,}",  # OpenAI, Anthropic, OpenRouter
-        r"(?:AKIA|ASIA|AGPA|AIDA|AROA)[0-9A-Z]{16}",  # AWS
-        r"AIza[0-9A-Za-z_-]{35}",  # Google
-        r"ya29\.[0-9A-Za-z_-]{20,}",
-        r"gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{22,}",
-        r"glpat-[A-Za-z0-9_-]{20,}",  # GitLab
-        r"xox[abeprs]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{20,}",  # Slack
-        r"(?:sk|pk|rk|whsec)_(?:live_|test_)?[A-Za-z0-9]{16,}",  # Stripe
-        r"hf_[A-Za-z0-9]{30,}",  # Hugging Face
-        r"npm_[A-Za-z0-9]{36}",
-        r"pypi-[A-Za-z0-9_-]{50,}",
-        r"SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}",  # SendGrid
-        r"(?:AC|SK)[0-9a-f]{32}",  # Twilio
-        r"key-[0-9a-f]{32}",  # Mailgun
-        r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}",  # Shopify
-        r"do[op]_v1_[0-9a-f]{64}",  # DigitalOcean
-        r"nvapi-[A-Za-z0-9_-]{40,}",
-        r"gsk_[A-Za-z0-9]{40,}",
-        r"lin_api_[A-Za-z0-9]{32,}",
-        r"AccountKey=[A-Za-z0-9+/=]{40,}",  # Azure storage
-        r"rl-[A-Za-z0-9_-]{24,}",  # Rayloop
-    ]
-)
+IBAN_LENGTHS = {
+    15: "NO", 16: "BE", 18: "DK FI FO GL NL", 19: "MK SI", 20: "AT BA EE KZ LT LU XK", 21: "CH HR LI LV",
+    22: "BG BH CR DE GB GE IE ME RS VA", 23: "AE GI IL IQ TL", 24: "AD CZ ES MD PK RO SA SE SK TN VG",
+    25: "PT ST", 26: "IS TR", 27: "FR GR IT MC MR SM", 28: "AL AZ BY CY DO GT HU LB PL SV", 29: "BR EG PS QA UA",
+    30: "JO KW MU", 31: "MT SC", 32: "LC",
+}  # fmt: skip
+"""Characters of an IBAN by country (the SWIFT registry)."""
+
+
+def _iban_shapes() -> str:
+    """Each country's code, two digits, and as many more characters as its IBANs have, single blanks allowed."""
+    shapes = (
+        rf"(?:{'|'.join(countries.split())})\d\d(?: ?[A-Z0-9]){{{length - 4}}}"
+        for length, countries in IBAN_LENGTHS.items()
+    )
+    return "|".join(shapes)
+
+
+PROVIDERS: dict[str, tuple[str, str]] = {
+    "OpenAI, Anthropic, OpenRouter": (r"sk-", r"sk-(?:ant-|proj-|or-v1-|svcacct-|live-)?[A-Za-z0-9_-]{16,}"),
+    "AWS": (r"A[KSGIRBC][IPDOC]A", r"(?:AKIA|ASIA|AGPA|AIDA|AROA|AIPA|ABIA|ACCA)[0-9A-Z]{16}"),
+    "Google": (r"AIza", r"AIza[0-9A-Za-z_-]{35}"),
+    "Google OAuth": (r"ya29|GOCSPX", r"ya29\.[0-9A-Za-z_-]{20,}|GOCSPX-[A-Za-z0-9_-]{28}"),
+    "GitHub": (r"gh[pousr]_|github_pat", r"gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{22,}"),
+    "GitLab": (r"gl[a-z]{2,5}-", r"gl(?:pat|ptt|dt|rt|cbt|agent|oas|soat|ft)-[A-Za-z0-9_-]{20,}"),
+    "Slack": (r"xox|xapp", r"xox[abeoprs]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{20,}"),
+    "Slack webhook": (r"hooks\.slack", r"hooks\.slack\.com/services/T[A-Z0-9]+/B[A-Z0-9]+/[A-Za-z0-9]{16,}"),
+    "Stripe": (r"[sprk]k_|whsec", r"(?:sk|pk|rk|whsec)_(?:live_|test_)?[A-Za-z0-9]{16,}"),
+    "Hugging Face": (r"hf_", r"hf_[A-Za-z0-9]{30,}"),
+    "npm": (r"npm_", r"npm_[A-Za-z0-9]{36}"),
+    "PyPI": (r"pypi-", r"pypi-[A-Za-z0-9_-]{50,}"),
+    "RubyGems": (r"rubygems_", r"rubygems_[0-9a-f]{48}"),
+    "Docker": (r"dckr_pat", r"dckr_pat_[A-Za-z0-9_-]{20,}"),
+    "SendGrid": (r"SG\.", r"SG\.[A-Za-z0-9_-]{16,}\.[A-Za-z0-9_-]{16,}"),
+    "Twilio": (r"AC[0-9a-f]{8}|SK[0-9a-f]{8}", r"(?:AC|SK)[0-9a-f]{32}"),
+    "Mailgun": (r"key-[0-9a-f]", r"key-[0-9a-f]{32}"),
+    "Mailchimp": (r"-us[0-9]", r"[0-9a-f]{32}-us[0-9]{1,2}"),
+    "Shopify": (r"shp[acps]", r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}"),
+    "Square": (r"sq0", r"sq0(?:atp|csp|idp)-[A-Za-z0-9_-]{22,}"),
+    "DigitalOcean": (r"do[opr]_v1", r"do[opr]_v1_[0-9a-f]{64}"),
+    "Databricks": (r"dapi[0-9a-f]", r"dapi[0-9a-f]{32}(?:-[0-9])?"),
+    "Nvidia": (r"nvapi", r"nvapi-[A-Za-z0-9_-]{40,}"),
+    "Groq": (r"gsk_", r"gsk_[A-Za-z0-9]{40,}"),
+    "xAI, Perplexity": (r"xai-|pplx-", r"(?:xai|pplx)-[A-Za-z0-9]{32,}"),
+    "Replicate": (r"r8_", r"r8_[A-Za-z0-9]{37}"),
+    "Linear": (r"lin_api", r"lin_api_[A-Za-z0-9]{32,}"),
+    "Notion": (r"ntn_|secret_", r"ntn_[A-Za-z0-9]{40,}|secret_[A-Za-z0-9]{43}"),
+    "Figma": (r"figd_", r"figd_[A-Za-z0-9_-]{30,}"),
+    "Airtable": (r"pat[A-Za-z0-9]{14}\.", r"pat[A-Za-z0-9]{14}\.[0-9a-f]{64}"),
+    "Atlassian": (r"ATATT", r"ATATT3[A-Za-z0-9_=-]{60,}"),
+    "Grafana": (r"glsa_|glc_", r"glsa_[A-Za-z0-9]{32}_[0-9a-f]{8}|glc_[A-Za-z0-9+/=]{32,}"),
+    "New Relic": (r"NRAK-", r"NRAK-[A-Z0-9]{27}"),
+    "Sentry": (r"sntry", r"sntry[su]_[A-Za-z0-9+/=_-]{40,}"),
+    "HashiCorp": (r"hv[sb]\.|atlasv1", r"hv[sb]\.[A-Za-z0-9_-]{24,}|[A-Za-z0-9]{14}\.atlasv1\.[A-Za-z0-9_-]{60,}"),
+    "Doppler": (r"dp\.[a-z]{2}", r"dp\.(?:pt|st|ct|sa|scim|audit)\.[A-Za-z0-9._-]{40,}"),
+    "Telegram": (r"[0-9]{8}:A", r"[0-9]{8,10}:A[A-Za-z0-9_-]{34}"),
+    "Discord": (r"[MNO][A-Za-z0-9_-]{23,27}\.", r"[MNO][A-Za-z0-9_-]{23,27}\.[A-Za-z0-9_-]{6}\.[A-Za-z0-9_-]{27,38}"),
+    "Postman": (r"PMAK-", r"PMAK-[0-9a-f]{24}-[0-9a-f]{34}"),
+    "age": (r"AGE-SECRET", r"AGE-SECRET-KEY-1[0-9A-Z]{58}"),
+    "Azure storage": (r"AccountKey", r"AccountKey=[A-Za-z0-9+/=]{40,}"),
+    "Rayloop": (r"rl-", r"rl-[A-Za-z0-9_-]{24,}"),
+}  # fmt: skip
+"""Provider -> (hint, pattern) of its keys and tokens."""
+KEYS = "|".join(pattern for _, pattern in PROVIDERS.values())
 BARE_DOMAINS = (
     "com|net|org|edu|gov|mil|int|info|biz|io|co|dev|app|ai|cloud|xyz|online|site|shop|eu|uk|us|ca|de|fr|it|"
     "es|pt|nl|be|ch|at|dk|se|no|fi|ie|cz|sk|hu|ro|bg|gr|lt|lv|ee|lu|hr|si|ru|ua|tr|il|in|cn|jp|kr|tw|hk|sg|"
@@ -187,8 +240,7 @@ RECOGNISERS: tuple[Recogniser, ...] = (
     Recogniser(
         "API_KEY",
         re.compile(rf"(?<![A-Za-z0-9_-])(?:{KEYS})(?![A-Za-z0-9])"),
-        r"sk-|A[KSGIR][IPDO]A|AIza|ya29|gh[pousr]_|github_pat|glpat|xox|xapp|[sprk]k_|whsec|hf_|npm_|pypi-|SG\."
-        r"|AC[0-9a-f]|SK[0-9a-f]|key-|shp|do[op]_v1|nvapi|gsk_|lin_api|AccountKey|rl-",
+        "|".join(hint for hint, _ in PROVIDERS.values()),
     ),
     Recogniser(
         "SECRET",
@@ -198,7 +250,7 @@ RECOGNISERS: tuple[Recogniser, ...] = (
             r"(?P<value>[^\s\"',;<>]{6,})",
             re.I,
         ),
-        r"(?i)api[_-]?key|secret|token|passw|pwd|authorization|bearer",
+        r"(?i:api[_-]?key|secret|token|passw|pwd|authorization|bearer)",
         _is_assigned_secret,
     ),
     Recogniser(
@@ -208,8 +260,8 @@ RECOGNISERS: tuple[Recogniser, ...] = (
     ),
     Recogniser(
         "IBAN",
-        re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b", re.I),
-        r"[A-Za-z]{2}\d{2} ?[A-Za-z0-9]{4}",
+        re.compile(rf"(?<![A-Z0-9])(?:{_iban_shapes()})(?![A-Z0-9])", re.I),
+        rf"(?i:{'|'.join(' '.join(IBAN_LENGTHS.values()).split())})[0-9][0-9](?: ?[A-Za-z0-9]){{11}}",
         _is_iban,
     ),
     Recogniser(
@@ -246,10 +298,11 @@ RECOGNISERS: tuple[Recogniser, ...] = (
     Recogniser(
         "DOMAIN",
         re.compile(
-            r"(?:(?<=://)|(?<![\w@./-])(?=www\.))(?P<value>(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,24})(?![\w-])",
+            r"(?:(?<=://)|(?<![\w@./-])(?=www\.))"
+            r"(?P<value>(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]{2,24})(?![\w-])",
             re.I,
         ),
-        r"://|www\.",
+        r"://|(?i:www\.)",
     ),
     Recogniser(
         "DOMAIN",

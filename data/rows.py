@@ -1,6 +1,7 @@
 """Rows of a file of JSON lines or Parquet, one at a time, each with its place; bad lines are told apart."""
 
-from collections.abc import Iterator
+import codecs
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import orjson
 
 from cluster.errors import InputError
+from data.plain import to_plain
 
 PARQUET_MAGIC = b"PAR1"
 PARQUET_BATCH = 1024
+GZIP_MAGIC = b"\x1f\x8b"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +63,25 @@ def _is_parquet(path: Path) -> bool:
 def _json_rows(path: Path) -> Iterator[Row]:
     end = 0
     with path.open("rb") as file:
+        _refuse_other_encodings(path, file.read(4))
+        file.seek(0)
         for number, line in enumerate(file, 1):
             end += len(line)
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
             try:
                 yield Row(number, orjson.loads(line), end)
             except orjson.JSONDecodeError as error:
                 yield Row(number, line.decode(errors="replace").rstrip("\n"), end, _bad_line(line, error))
+
+
+def _refuse_other_encodings(path: Path, head: bytes) -> None:
+    """A file that no line of can be read gets one error, not one a line."""
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError("file", str(path), "is UTF-16 text", "convert it to UTF-8: iconv -f UTF-16 -t UTF-8")
+    if head.startswith(GZIP_MAGIC):
+        raise InputError("file", str(path), "is compressed", "unpack it: gunzip")
 
 
 def _bad_line(line: bytes, error: Exception) -> InputError:
@@ -77,13 +91,48 @@ def _bad_line(line: bytes, error: Exception) -> InputError:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    """Row group by row group: a damaged one is told and the others are read."""
     import pyarrow.parquet as pq
 
-    number = 0
-    for batch in _open_parquet(path, pq).iter_batches(PARQUET_BATCH):
-        for value in batch.to_pylist():
-            number += 1
-            yield Row(number, {k: v for k, v in value.items() if v is not None}, number)
+    file, first = _open_parquet(path, pq), 1
+    for group in range(file.num_row_groups):
+        rows, number = file.metadata.row_group(group).num_rows, first
+        try:
+            for batch in file.iter_batches(PARQUET_BATCH, row_groups=[group]):
+                for value in _values(batch):
+                    yield _plain_row(number, value)
+                    number += 1
+        except (OSError, ValueError) as error:
+            rule = f"of row group {group} are damaged ({str(error).splitlines()[0]})"
+            span = f"{number} to {first + rows - 1}"
+            yield Row(number, None, first + rows - 1, InputError("rows", span, rule, "write the file again"))
+        first += rows
+
+
+def _values(batch: Any) -> Iterator[Any]:
+    """The rows of a batch as dicts; a row that cannot be decoded comes as its error."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(len(batch)):
+            try:
+                yield batch.slice(index, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                shown = error.object[:40] if isinstance(error.object, bytes) else b""
+                yield InputError("row", shown, "holds text that is not UTF-8", "convert it to UTF-8")
+
+
+def _plain_row(number: int, value: Any) -> Row:
+    return Row(number, None, number, value) if isinstance(value, InputError) else plain_row(number, value)
+
+
+def plain_row(number: int, value: Mapping[str, Any]) -> Row:
+    """A row of a table, its values as JSON and absent ones left out."""
+    try:
+        plain = {str(k): to_plain(v, str(k)) for k, v in value.items() if v is not None}
+    except InputError as error:
+        return Row(number, None, number, error)
+    return Row(number, plain, number)
 
 
 def _open_parquet(path: Path, pq: Any) -> Any:

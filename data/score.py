@@ -21,16 +21,19 @@ SHORT_WORD = 3  # words up to this length carry little meaning and are left out 
 
 
 def score(table: pa.Table, settings: ScoreSettings) -> tuple[pa.Table, Dropped]:
-    """Adds `score`, `parts` (JSON, the components) and `explicit` (mean reward or null)."""
+    """Adds `score`, `parts` (JSON, the components), `explicit` (mean reward or null); judged rows weigh 1."""
     columns = ("votes", "labels", "grades", "response", "context")
-    scores, parts, explicit = [], [], []
-    for values in zip(*(table[name].to_pylist() for name in columns), strict=True):
+    scores, parts, explicit, weights = [], [], [], []
+    rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
+    for weight, values in zip(table["weight"].to_pylist(), rows, strict=True):
         votes, labels, grades, response, context = (orjson.loads(v) if v else {} for v in values)
         found = components(votes, labels, grades, content_text(response), context, settings)
         scores.append(combine(found, settings))
+        weights.append(max(weight, 1.0) if rests_on_judges(found) else weight)
         parts.append(to_json(found))
         explicit.append(None if found["explicit"] is None else 2 * found["explicit"] - 1)
     table = with_column(table, "score", scores, pa.float64())
+    table = with_column(table, "weight", weights, pa.float64())
     table = with_column(table, "parts", parts, pa.string())
     table = with_column(table, "explicit", explicit, pa.float64())
     return keep(table, [None if s is not None else "no signal" for s in scores])
@@ -56,6 +59,11 @@ def components(
         "complete": completeness(answer, settings),
         "context": context_used(answer, context),
     }
+
+
+def rests_on_judges(parts: dict[str, float | None]) -> bool:
+    """True when the score comes from a reviewer or a grader, not from votes."""
+    return parts["label"] is not None or (parts["grade"] is not None and parts["explicit"] is None)
 
 
 def mean_reward(votes: list[dict[str, Any]], source: str) -> float | None:

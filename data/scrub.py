@@ -1,32 +1,35 @@
 """Stage 5, scrub: personal data and secrets become typed placeholders.
 
 The same value gets the same placeholder throughout a conversation (`<EMAIL_1>` … `<EMAIL_2>`), numbered
-by first appearance, so an answer still refers to what the question named. One RE2 pass over the whole
-column finds the rows that could hold anything; only those are looked at closely.
+by first appearance, so an answer still refers to what the question named. One pass over the bytes of each
+column says which recognisers a row could need; only those look at it closely.
 """
 
 import re
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import orjson
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cluster.settings.curation import ScrubSettings
 from data.join import to_json
-from data.recognisers import RECOGNISERS, entropy_bits, find
+from data.prefilter import Prefilter
+from data.recognisers import RECOGNISERS, Span, entropy_bits, find, find_among
 from data.stages import Dropped, keep, with_column
 
-SCRUBBED = ("messages", "context", "response", "signals", "labels", "tools")
+SCRUBBED = ("messages", "context", "response", "tail", "signals", "labels", "tools")
 """Columns of JSON text, in the order in which placeholders are numbered."""
-PREFILTER = "|".join(dict.fromkeys(f"(?:{r.hint})" for r in RECOGNISERS))
 LONG_WORD = re.compile(r"[A-Za-z0-9+/=_-]+")
 SEGMENT = re.compile(r"[/_-]")
 RANDOM_SEGMENT = 20  # letters and digits in a row, without a separator, from which a word may be a key
 BROKEN_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY")
 SPELLED_EMAIL = re.compile(r"\b\w+ ?[\[(] ?at ?[\])] ?\w+ ?(?:[\[(] ?dot ?[\])]|\.) ?\w+", re.I)
+SUSPICIOUS = 1 << len(RECOGNISERS)
+"""Bit of rows in which `suspicion` could find something."""
+PLACEHOLDER = re.compile(r"<[A-Z_]+_\d+>?|[A-Z_]+_\d+>")
 NAMES = frozenset({"role", "type", "id", "tool_call_id", "source", "category", "user", "reviewer"})
 """Keys whose values are ours, not text."""
 
@@ -47,24 +50,59 @@ class Placeholders:
         return self.known[key]
 
 
-def scrub_text(text: str, placeholders: Placeholders | None = None, *, domains: bool = True) -> str:
-    """The text with every recognised value replaced. Scrubbing twice changes nothing more."""
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """What is looked for besides secrets and structured data."""
+
+    domains: bool = True
+    names: Literal["off", "builtin", "presidio"] = "off"
+
+
+EVERYTHING_STRUCTURED = Looks()
+
+
+def scrub_text(
+    text: str,
+    placeholders: Placeholders | None = None,
+    *,
+    looks: Looks = EVERYTHING_STRUCTURED,
+    mask: int | None = None,
+) -> str:
+    """The text with every recognised value replaced. Scrubbing twice changes nothing more.
+
+    `mask` names the recognisers that could match (`data.recognisers.find_among`), where that is known.
+    """
     known = placeholders or Placeholders()
     parts, position = [], 0
-    for span in find(text, domains=domains):
+    for span in spans_of(text, looks, mask):
         parts += [text[position : span.start], known.of(span.kind, span.value)]
         position = span.end
     return "".join(parts) + text[position:]
 
 
-def scrub_value(value: Any, placeholders: Placeholders, *, domains: bool = True) -> Any:
+def spans_of(text: str, looks: Looks, mask: int | None = None) -> list[Span]:
+    """Structured data and secrets first; names where nothing else is."""
+    spans = find(text, domains=looks.domains) if mask is None else find_among(text, mask, domains=looks.domains)
+    if looks.names == "off":
+        return spans
+    from data.names import find_names, find_with_presidio
+
+    named = find_names(text) if looks.names == "builtin" else find_with_presidio(text)
+    free = [name for name in named if all(name.end <= s.start or name.start >= s.end for s in spans)]
+    free = [name for name in free if not PLACEHOLDER.search(text[max(0, name.start - 1) : name.end + 4])]
+    return sorted([*spans, *free], key=lambda span: span.start)
+
+
+def scrub_value(
+    value: Any, placeholders: Placeholders, *, looks: Looks = EVERYTHING_STRUCTURED, mask: int | None = None
+) -> Any:
     """A JSON value with every text in it scrubbed."""
     if isinstance(value, str):
-        return scrub_text(value, placeholders, domains=domains)
+        return scrub_text(value, placeholders, looks=looks, mask=mask)
     if isinstance(value, list):
-        return [scrub_value(item, placeholders, domains=domains) for item in value]
+        return [scrub_value(item, placeholders, looks=looks, mask=mask) for item in value]
     if isinstance(value, dict):
-        return {k: v if k in NAMES else scrub_value(v, placeholders, domains=domains) for k, v in value.items()}
+        return {k: v if k in NAMES else scrub_value(v, placeholders, looks=looks, mask=mask) for k, v in value.items()}
     return value
 
 
@@ -92,17 +130,23 @@ def scrub(table: pa.Table, settings: ScrubSettings) -> tuple[pa.Table, Dropped]:
     """Scrubs the text columns, adds `scrubbed` (JSON `{kind: values}`), quarantines unsafe rows."""
     if not settings.enabled:
         return with_column(table, "scrubbed", ["{}"] * len(table), pa.string()), Counter()
-    suspects = possibly_unsafe(table, settings).to_pylist()
+    masks = possibly_unsafe(table, settings.entropy_characters)
+    looks = Looks(settings.domains, settings.names)
+    if looks.names != "off":
+        masks = {index: masks.get(index, 0) for index in range(len(table))}
     columns = {name: table[name].to_pylist() for name in SCRUBBED}
     found = ["{}"] * len(table)
     reasons: list[str | None] = [None] * len(table)
-    for index in (i for i, suspect in enumerate(suspects) if suspect):
+    for index, mask in masks.items():
         placeholders = Placeholders()
         for name in SCRUBBED:
             if columns[name][index]:
-                clean = scrub_value(orjson.loads(columns[name][index]), placeholders, domains=settings.domains)
-                columns[name][index] = to_json(clean)
+                before = orjson.loads(columns[name][index])
+                after = scrub_value(before, placeholders, looks=looks, mask=mask)
+                columns[name][index] = to_json(after)
         found[index] = to_json(placeholders.counts)
+        if not mask & SUSPICIOUS:
+            continue
         texts = "\n".join(columns[name][index] or "" for name in SCRUBBED)
         reason = suspicion(texts, settings)
         reasons[index] = f"quarantine: {reason}" if reason else None
@@ -111,11 +155,20 @@ def scrub(table: pa.Table, settings: ScrubSettings) -> tuple[pa.Table, Dropped]:
     return keep(with_column(table, "scrubbed", found, pa.string()), reasons)
 
 
-def possibly_unsafe(table: pa.Table, settings: ScrubSettings) -> pa.Array:
-    """Which rows must be looked at: one RE2 pass over each column of text."""
-    pattern = rf"{PREFILTER}|[A-Za-z0-9+/=_-]{{{settings.entropy_characters}}}|[\[(] ?at ?[\])]"
-    unsafe = pa.array([False] * len(table), pa.bool_())
+@cache
+def _prefilter(entropy_characters: int) -> Prefilter:
+    """The hints of the recognisers, and of what `suspicion` looks for."""
+    suspicious = rf"[A-Za-z0-9+/=_-]{{{entropy_characters}}}|[\[(] ?(?i:at) ?[\])]|PRIVATE KEY"
+    return Prefilter([*(recogniser.hint for recogniser in RECOGNISERS), suspicious])
+
+
+def possibly_unsafe(table: pa.Table, entropy_characters: int) -> dict[int, int]:
+    """The rows that must be looked at: row -> mask of the recognisers (and `SUSPICIOUS`) it could need."""
+    found: dict[int, int] = {}
+    scan = _prefilter(entropy_characters)
     for name in SCRUBBED:
-        hit = pc.fill_null(pc.match_substring_regex(table[name].combine_chunks(), pattern), False)
-        unsafe = pc.or_(unsafe, hit)
-    return unsafe
+        texts = enumerate(table[name].to_pylist())
+        present = [(index, text.encode()) for index, text in texts if text is not None and len(text) > 2]
+        for (index, _), mask in zip(present, scan.masks(text for _, text in present), strict=True):
+            found[index] = found.get(index, 0) | mask
+    return {index: mask for index, mask in sorted(found.items()) if mask}

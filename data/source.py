@@ -1,20 +1,26 @@
-"""The event log as blocks of a Ray dataset: each task reads a range of `seq`, in short pages.
+"""The event log as blocks of a Ray dataset: sealed days from their Parquet, the tail from the database.
 
-A range never changes once the log has passed it, so a task that is run again reads the same rows.
+A block names partitions, a range of `seq` beyond them, or both. Neither changes once it is written, but for
+erasures, so a task that is run again reads the same rows.
 """
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
+from sqlalchemy.engine import Engine
 
 from cluster.database import connect
+from cluster.errors import UnavailableError
 from cluster.settings import Settings
+from data.encoding import decode_body
 from data.log import EventLog
+from data.partitions import Partition, read_batches, read_partitions, sealed_upto
 
-KINDS = ("interaction", "feedback", "behaviour", "label", "grade")
+KINDS = ("interaction", "trajectory", "feedback", "behaviour", "label", "grade")
 """What curation reads."""
 EVENTS = pa.schema(
     [
@@ -29,56 +35,113 @@ EVENTS = pa.schema(
     ]
 )
 """One event a row; `body` is JSON, null when erased."""
+READ = ("kind", "event_id", "interaction_id", "user_id", "session_id", "agent", "occurred_at_us", "body", "arrays")
+MOVED = 3  # times that a file is looked up anew: an erasure may move it while it is read
 
 
 @dataclass(frozen=True, slots=True)
-class SeqRange:
-    """Events with `after < seq <= last`."""
+class Block:
+    """Some sealed partitions, and events with `after < seq <= last` that are in none."""
 
+    partitions: tuple[tuple[int, str], ...]
+    """`after_seq` and day of each."""
     after: int
     last: int
 
+    def to_json(self) -> str:
+        """As a row of a Ray dataset holds it."""
+        return orjson.dumps((self.partitions, self.after, self.last)).decode()
 
-def plan_ranges(last_seq: int, events_per_block: int, parallelism: int | None) -> list[SeqRange]:
-    """Equal ranges that cover the log: as many as asked for, else one for each `events_per_block`."""
+    @staticmethod
+    def from_json(text: str) -> "Block":
+        """The inverse of `to_json`."""
+        places, after, last = orjson.loads(text)
+        return Block(tuple((after_seq, day) for after_seq, day in places), after, last)
+
+
+def plan_blocks(engine: Engine, last_seq: int, events_per_block: int, parallelism: int | None) -> list[Block]:
+    """Blocks that cover the log up to `last_seq`: as many as asked for, else one for each `events_per_block`."""
+    with engine.connect() as connection:
+        known = read_partitions(connection, state=None)
+    whole = min(sealed_upto(known), last_seq)
+    sealed = [p for p in known if p.upto_seq <= whole]
+    start = max((p.upto_seq for p in sealed), default=0)
     blocks = parallelism or -(-last_seq // events_per_block)
     blocks = max(1, min(blocks, last_seq))
-    edges = [last_seq * i // blocks for i in range(blocks + 1)]
-    return [SeqRange(a, b) for a, b in itertools.pairwise(edges)]
+    tail = last_seq - start
+    edges = [start + tail * i // blocks for i in range(blocks + 1)]
+    shared = _shared_out(sealed, blocks)
+    return [Block(tuple((p.after_seq, p.day) for p in shared[i]), edges[i], edges[i + 1]) for i in range(blocks)]
 
 
-def read_range(settings: Settings, span: SeqRange) -> pa.Table:
-    """The events of a range that curation needs, of the configured tenant and workspace."""
-    return pa.Table.from_batches(_pages(settings, span), EVENTS)
+def _shared_out(sealed: Sequence[Partition], blocks: int) -> list[list[Partition]]:
+    """Each partition to the block with the fewest events, the largest first."""
+    shares: list[list[Partition]] = [[] for _ in range(blocks)]
+    loads = [0] * blocks
+    for partition in sorted(sealed, key=lambda p: (-p.num_events, p.after_seq, p.day)):
+        least = loads.index(min(loads))
+        shares[least].append(partition)
+        loads[least] += partition.num_events
+    return shares
 
 
-def _pages(settings: Settings, span: SeqRange) -> Iterator[pa.RecordBatch]:
+def read_block(settings: Settings, block: Block) -> pa.Table:
+    """The events of a block that curation needs, of the configured tenant and workspace."""
     engine = connect(settings, migrate=False)
     try:
-        log, after = EventLog(engine), span.after
-        while page := log.read(after, settings.curation.page_events, kinds=KINDS, tenant=settings.tenant):
-            after = page[-1].seq
-            rows = [r for r in page if r.seq <= span.last and r.event.workspace == settings.workspace]
-            yield pa.RecordBatch.from_pylist(
-                [
-                    {
-                        "kind": r.event.kind,
-                        "event_id": r.event.event_id,
-                        "interaction_id": r.event.interaction_id,
-                        "user_id": r.event.user_id,
-                        "session_id": r.event.session_id,
-                        "agent": r.event.agent,
-                        "at_us": r.event.occurred_at_us,
-                        "body": None if r.erased else _body(r.event.kind, r.event.body),
-                    }
-                    for r in rows
-                ],
-                EVENTS,
-            )
-            if after >= span.last:
-                return
+        sealed = [table for place in block.partitions for table in _sealed(engine, settings, place)]
+        tail = pa.Table.from_batches(_pages(engine, settings, block), EVENTS)
     finally:
         engine.dispose()
+    return pa.concat_tables([*sealed, tail])
+
+
+def _sealed(engine: Engine, settings: Settings, place: tuple[int, str]) -> list[pa.Table]:
+    """A partition's events; read again from the start when an erasure moved the file meanwhile."""
+    for _ in range(MOVED):
+        with engine.connect() as connection:
+            partition = next(p for p in read_partitions(connection) if (p.after_seq, p.day) == place)
+        try:
+            return [_wanted(batch, settings) for batch in read_batches(partition)]
+        except FileNotFoundError:
+            continue
+    raise UnavailableError(f"{partition.location}/{partition.path} is missing; restore it from a copy")
+
+
+def _wanted(batch: pa.Table, settings: Settings) -> pa.Table:
+    mine = pc.and_(pc.equal(batch["tenant"], settings.tenant), pc.equal(batch["workspace"], settings.workspace))
+    rows = batch.filter(pc.and_(mine, pc.is_in(batch["kind"], pa.array(KINDS)))).select(list(READ))
+    bodies = [
+        None if text is None else _body(kind, decode_body(text.encode(), arrays))
+        for kind, text, arrays in zip(*(rows[n].to_pylist() for n in ("kind", "body", "arrays")), strict=True)
+    ]
+    columns = [rows[name] for name in READ[:-2]]
+    return pa.table([*columns, pa.array(bodies, pa.string())], schema=EVENTS)
+
+
+def _pages(engine: Engine, settings: Settings, block: Block) -> Iterator[pa.RecordBatch]:
+    log, after = EventLog(engine), block.after
+    while after < block.last:
+        page = log.read(after, settings.curation.page_events, kinds=KINDS, tenant=settings.tenant)
+        if not page:
+            return
+        after = page[-1].seq
+        rows = [r for r in page if r.seq <= block.last and r.event.workspace == settings.workspace]
+        yield pa.RecordBatch.from_pylist([_row(r) for r in rows], EVENTS)
+
+
+def _row(recorded: Any) -> dict[str, Any]:
+    event = recorded.event
+    return {
+        "kind": event.kind,
+        "event_id": event.event_id,
+        "interaction_id": event.interaction_id,
+        "user_id": event.user_id,
+        "session_id": event.session_id,
+        "agent": event.agent,
+        "at_us": event.occurred_at_us,
+        "body": None if recorded.erased else _body(event.kind, event.body),
+    }
 
 
 def _body(kind: str, body: dict[str, object]) -> str:

@@ -12,12 +12,23 @@ from typing import Any, Literal
 
 import numpy as np
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import DatasetError
 from cluster.settings.curation import CurationSettings
-from data.dedup import bucket_edges, buckets_of, normalise_text, question_text, record_fields, sketch_texts
-from data.manifest import Manifest, dataset_hash, example_schema
+from data.dedup import (
+    SKETCHES,
+    bucket_edges,
+    buckets_of,
+    normalise_text,
+    question_salts,
+    question_text,
+    record_fields,
+    sketch_texts,
+)
+from data.join import to_json
+from data.manifest import Manifest, dataset_hash, example_schema, sketch_folder
 from data.minhash import text_hashes
 from data.recognisers import find
 from data.scrub import suspicion
@@ -26,7 +37,8 @@ from data.template import content_text, render
 SHOWN = 5  # examples named in a finding
 BINS = (0, 50, 200, 500, 1000, 2000, 5000, 10_000)
 """Edges of the histogram of lengths, in characters."""
-TEXT_COLUMNS = ("messages", "prompt", "chosen", "rejected", "completion")
+ANSWER_COLUMNS = ("chosen", "completion", "response", "trajectory")
+TEXT_COLUMNS = ("messages", "prompt", "rejected", *ANSWER_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,7 @@ class Row:
     label: bool | None
     messages: list[dict[str, Any]]
     """The whole conversation: prompt and the (chosen) answer."""
+    tools: list[dict[str, Any]] | None = None
 
 
 def validate(
@@ -69,6 +82,7 @@ def validate(
         check_apart(rows, "user", lambda row: row.user),
         check_apart(rows, "cluster", lambda row: row.cluster),
         check_near_duplicates(rows, settings),
+        check_earlier_tests(rows, manifest, settings),
         check_repeats(rows),
         check_balance(rows),
         check_personal_data(rows, settings),
@@ -92,6 +106,8 @@ def check_files(manifest: Manifest) -> Check:
             return Check("files", "failed", f"{shard.path} has columns {schema.names}")
         if pq.read_metadata(file).num_rows != shard.rows:
             return Check("files", "failed", f"{shard.path} has another number of rows than the manifest says")
+    if manifest.erased_rows:
+        return Check("files", "warning", f"{manifest.erased_rows} examples were erased since; curate anew to train")
     if dataset_hash(manifest.shards) != manifest.dataset_hash:
         return Check("files", "failed", "the shards do not have the dataset's hash")
     return Check("files", "passed", f"{len(manifest.shards)} shards as the manifest says")
@@ -103,20 +119,29 @@ def read_rows(manifest: Manifest) -> Iterator[Row]:
         kind, split, _ = shard.path.split("/")
         for row in pq.read_table(Path(manifest.path) / shard.path).to_pylist():
             parts = {name: orjson.loads(row[name]) for name in TEXT_COLUMNS if row.get(name)}
-            answer = parts.get("chosen") or parts.get("completion") or []
+            named = (parts[name] for name in ANSWER_COLUMNS if name in parts)
+            answer: list[dict[str, Any]] = next(named, [])
             prompt = parts.get("prompt") or parts["messages"][:-1]
-            texts = tuple(content_text(m) for messages in parts.values() for m in messages)
+            texts = tuple(_whole_text(m) for messages in parts.values() for m in messages)
+            asked = [*prompt, *parts["trajectory"][:-1]] if "trajectory" in parts else prompt
             yield Row(
                 kind=kind,
                 split=split,
                 id=row["example_id"],
                 user=row["user_id"],
                 cluster=row["cluster_id"],
-                question=question_text(prompt),
+                question=question_text(asked),
                 texts=texts,
                 label=row.get("label"),
                 messages=parts.get("messages") or [*prompt, *answer],
+                tools=orjson.loads(row["tools"]) if row.get("tools") else None,
             )
+
+
+def _whole_text(message: dict[str, Any]) -> str:
+    """What a message says, and with what arguments it calls tools."""
+    calls = (call.get("function", {}).get("arguments") for call in message.get("tool_calls") or [])
+    return "\n".join([content_text(message), *(c if isinstance(c, str) else to_json(c) for c in calls)])
 
 
 def check_apart(rows: Iterable[Row], what: str, of: Callable[[Row], str]) -> Check:
@@ -152,6 +177,31 @@ def check_near_duplicates(rows: Sequence[Row], settings: CurationSettings) -> Ch
         return Check("near duplicates", "failed", f"{len(leaks)} questions are nearly in two splits", shown)
     detail = f"{len(questions)} questions, {len(pairs)} near-duplicate pairs, none across splits"
     return Check("near duplicates", "passed", detail)
+
+
+def check_earlier_tests(rows: Iterable[Row], manifest: Manifest, settings: CurationSettings) -> Check:
+    """Nothing to train on is, nearly, a test question of another dataset beside this one."""
+    name = "earlier tests"
+    folder = sketch_folder(Path(manifest.path).parent, manifest.tenant, manifest.workspace)
+    files = sorted(file for file in folder.glob("*.parquet") if file.stem != manifest.dataset_id)
+    kept = [pq.read_table(file, schema=SKETCHES) for file in files]
+    questions = {normalise_text(row.question): row.question for row in rows if row.split != "test"}
+    if not kept or not questions:
+        return Check(name, "passed", f"{len(kept)} other datasets left test items here")
+    tested = pa.concat_tables(kept)
+    nodes = text_hashes(list(questions))
+    fields = text_hashes([record_fields(question, settings.dedup.field_lines) for question in questions.values()])
+    own = sketch_texts(list(questions.values()), nodes, nodes, question_salts(fields), settings.dedup)
+    edges = bucket_edges(buckets_of(pa.concat_tables([own, tested]), settings.dedup), settings.dedup)
+    was_tested = set(tested["node"].to_pylist())
+    pairs = zip(edges["left"].to_pylist(), edges["right"].to_pylist(), strict=True)
+    by_node = dict(zip(nodes.tolist(), questions.values(), strict=True))
+    leaks = {a if a in by_node else b for a, b in pairs if {a, b} & was_tested and {a, b} & by_node.keys()}
+    leaks = {node for node in leaks if node in by_node} | (was_tested & by_node.keys())
+    if leaks:
+        shown = [by_node[node][:80] for node in sorted(leaks)[:SHOWN]]
+        return Check(name, "failed", f"{len(leaks)} questions to train on were in an earlier test set", shown)
+    return Check(name, "passed", f"{len(questions)} questions, none of them in the tests of {len(kept)} other datasets")
 
 
 def check_repeats(rows: Iterable[Row]) -> Check:
@@ -202,7 +252,7 @@ def check_tokens(rows: Iterable[Row], tokenizer: Any, max_tokens: int | None) ->
     longest, too_long, refused = 0, [], []
     for row in rows:
         try:
-            tokens = len(render(tokenizer, row.messages))
+            tokens = len(render(tokenizer, row.messages, row.tools))
         except DatasetError:
             refused.append(row.id)
             continue

@@ -1,10 +1,13 @@
 """Stage 2, attribute and weigh: nobody outvotes the rest.
 
 All that one user says about one answer is one vote. A user has a number of full votes a day, beyond which
-the day's votes share that weight, and at most a share of all votes of the dataset. A vote's weight counts
-when the votes of an answer are averaged, and in the weight of the example it becomes.
+the day's votes share that weight, and at most a share of all votes of the dataset, counted after the
+cut. A vote's weight counts when the votes of an answer are averaged, and in the weight of the example it
+becomes.
 """
 
+import heapq
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -49,11 +52,30 @@ def user_totals(table: pa.Table, votes_per_day: int) -> pa.Table:
     return pa.table({"user": pa.array(users, pa.string()), "total": pa.array(totals, pa.float64()), "days": capped})
 
 
+def most_votes(totals: Iterable[float], all_votes: float, dataset_share: float) -> float:
+    """The weight no user may exceed, so that nobody has more than a share of what is left when all obey.
+
+    With k users over it, the limit L solves L = share * (the rest's votes + k * L). With fewer than
+    1 / share users no limit can do that; each then keeps at most that share of all votes cast.
+    """
+    largest = heapq.nlargest(math.ceil(1 / dataset_share) + 1, totals)
+    rest = all_votes
+    for over, total in enumerate([*largest, 0.0]):
+        if over * dataset_share >= 1 or rest <= 0:
+            break
+        limit = dataset_share * rest / (1 - dataset_share * over)
+        if total <= limit:
+            return limit
+        rest -= total
+    return dataset_share * all_votes
+
+
 def exceptions(totals: Iterable[pa.Table], all_votes: float, dataset_share: float) -> dict[str, dict[str, float]]:
     """Factors of the users over a cap: `{user: {day or "*": factor}}`. Small: most users are under."""
+    tables = list(totals)
+    limit = most_votes((t for table in tables for t in table["total"].to_pylist()), all_votes, dataset_share)
     found: dict[str, dict[str, float]] = {}
-    limit = all_votes * dataset_share
-    for table in totals:
+    for table in tables:
         for row in table.to_pylist():
             factors: dict[str, float] = orjson.loads(row["days"])
             if row["total"] > limit:

@@ -1,7 +1,7 @@
 """Graders: functions that turn an answer into a reward in [0, 1], or abstain.
 
 `make_grader(config)` builds one from a configuration in OpenAI's grader schema (`string_check`,
-`text_similarity`, `multi`) or of a kind of our own (`rubric`, `dataset_label`). They are pure: the same
+`text_similarity`, `multi`) or of a kind of our own (`rubric`, `dataset_label`, `reward_model`). They are pure: the same
 item, answer and version give the same reward. No torch is imported; reward models and judges are
 inference behind an engine.
 """

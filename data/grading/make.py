@@ -10,28 +10,32 @@ from pydantic import ValidationError
 from cluster.errors import InputError
 from data.grading.dataset_label import DatasetLabel, DatasetLabelConfig
 from data.grading.multi import Multi, MultiConfig
+from data.grading.reward_model import RewardModelConfig, Scorer, reward_model
 from data.grading.rubric import Rubric, RubricConfig
 from data.grading.string_check import StringCheck, StringCheckConfig
 from data.grading.text_similarity import TextSimilarity, TextSimilarityConfig
 from data.grading.types import BaseGrader, Grader, GraderConfig
 
-KINDS: dict[str, tuple[type[GraderConfig], type[BaseGrader[Any]]]] = {
+KINDS: dict[str, tuple[type[GraderConfig], type[BaseGrader[Any]] | None]] = {
     "string_check": (StringCheckConfig, StringCheck),
     "text_similarity": (TextSimilarityConfig, TextSimilarity),
     "rubric": (RubricConfig, Rubric),
     "dataset_label": (DatasetLabelConfig, DatasetLabel),
-    "multi": (MultiConfig, Multi),
+    "multi": (MultiConfig, None),
+    "reward_model": (RewardModelConfig, None),
 }
+"""Configuration and class of each type; those without a class need more than their configuration."""
 MAX_DEPTH = 4  # of `multi` inside `multi`
 
 
-def make_grader(config: Mapping[str, Any], *, field: str = "grader") -> Grader:
-    """The grader a configuration describes; `field` names it in errors.
+def make_grader(config: Mapping[str, Any], *, field: str = "grader", scorer: Scorer | None = None) -> Grader:
+    """The grader a configuration describes; `field` names it in errors, `scorer` is the reward model at hand.
 
     Raises:
-        InputError: an unknown type, a missing or unknown field, a template that names what there is not.
+        InputError: an unknown type, a missing or unknown field, a template that names what there is not, a
+            reward model that is not at hand.
     """
-    return _make(config, field, 0)
+    return _make(config, field, 0, scorer)
 
 
 def load_grader(path: Path) -> Grader:
@@ -48,7 +52,7 @@ def load_grader(path: Path) -> Grader:
     return make_grader(config, field=path.name)
 
 
-def _make(config: Any, field: str, depth: int) -> Grader:
+def _make(config: Any, field: str, depth: int, scorer: Scorer | None) -> Grader:
     if not isinstance(config, Mapping):
         raise InputError(field, config, "must be a mapping", "write `type:` and its fields")
     kind = config.get("type")
@@ -59,12 +63,15 @@ def _make(config: Any, field: str, depth: int) -> Grader:
         parsed = model.model_validate(dict(config))
     except ValidationError as error:
         raise _input_error(error, field) from None
+    if isinstance(parsed, RewardModelConfig):
+        return reward_model(parsed, scorer, field)
     if not isinstance(parsed, MultiConfig):
+        assert grader is not None
         return grader(parsed)
     if depth >= MAX_DEPTH:
         raise InputError(field, kind, f"is nested more than {MAX_DEPTH} deep", "flatten it")
     parts = parsed.graders.items()
-    return Multi(parsed, {name: _make(part, f"{field}.graders.{name}", depth + 1) for name, part in parts})
+    return Multi(parsed, {name: _make(part, f"{field}.graders.{name}", depth + 1, scorer) for name, part in parts})
 
 
 def _input_error(error: ValidationError, field: str) -> InputError:

@@ -5,8 +5,9 @@ import pytest
 
 from cluster.errors import InputError
 from cluster.settings import Settings
-from data.audit import audit_files, flatten, to_markdown
+from data.audit import audit_sources, flatten, to_markdown
 from data.baselines import baseline_scores, macro_scores
+from data.sources import file_source
 
 
 def write(path: Path, rows: list[object]) -> Path:
@@ -26,7 +27,7 @@ def test_audit_describes_columns_labels_and_relations(settings: Settings, tmp_pa
     ]
     votes = [{"vote": f"v{n}", "answer_id": f"a{n}"} for n in range(10)]
     files = [write(tmp_path / "answers.jsonl", [*answers, [1]]), write(tmp_path / "votes.jsonl", votes)]
-    report = audit_files(files, settings)
+    report = audit_sources([file_source(f) for f in files], settings)
     source = report["sources"][0]
     assert (source["rows"], source["bad_rows"]) == (41, 1)
     columns = {c["name"]: c for c in source["columns"]}
@@ -68,4 +69,4 @@ def test_flatten_names_nested_fields_and_keeps_lists() -> None:
 
 def test_missing_file_is_one_clear_error(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        audit_files([tmp_path / "none"], settings)
+        audit_sources([file_source(tmp_path / "none")], settings)

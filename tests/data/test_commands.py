@@ -15,7 +15,7 @@ from tests.data.test_importers import THUMB, jsonl
 
 def rayloop(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "data", *arguments],
+        [sys.executable, "-m", "cluster", *arguments],
         env={**os.environ, "RAYLOOP_HOME": str(home), **environment},
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -67,3 +67,27 @@ def test_audit_reads_no_database(tmp_path: Path, settings: Settings) -> None:
     file = jsonl(tmp_path / "f.jsonl", THUMB)
     assert rayloop(tmp_path / "home2", "audit", str(file), "--json").returncode == 0
     assert not (load_settings(home=tmp_path / "home2")[0].home / "rayloop.db").exists()
+
+
+def test_seal_verify_and_erase_from_the_command_line(tmp_path: Path) -> None:
+    old = {**THUMB, "event_id": "old", "occurred_at": "2026-01-31T12:00:00Z", "user": "jane"}
+    rayloop(tmp_path, "import", str(jsonl(tmp_path / "f.jsonl", old)))
+    sealed = json.loads(rayloop(tmp_path, "data", "seal", "--json").stdout)
+    assert [(p["name"], p["num_events"]) for p in sealed["partitions"]] == [("2026-01-31/1-1", 1)]
+    assert "0 events sealed" in rayloop(tmp_path, "data", "seal").stdout
+    first = rayloop(tmp_path, "erase", "jane", "--json")
+    assert json.loads(first.stdout)["partitions"] == ["2026-01-31/1-1"]
+    assert rayloop(tmp_path, "erase", "jane", "--json").stdout == first.stdout
+    verified = rayloop(tmp_path, "verify")
+    assert (verified.returncode, "1 erased, 1 sealed partitions, 0 faults" in verified.stdout) == (0, True)
+    again = rayloop(tmp_path, "import", str(jsonl(tmp_path / "g.jsonl", {**THUMB, "user": "jane"})))
+    assert (again.returncode, "line 1: user=" in again.stderr, "erased" in again.stderr) == (1, True, True)
+
+
+def test_wrong_location_and_unknown_user_are_one_line(tmp_path: Path) -> None:
+    wrong = rayloop(tmp_path, "data", "seal", RAYLOOP_STORAGE__EVENTS="s4://bucket/x")
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert wrong.stderr.startswith("error: storage.events='s4://bucket/x' is no location")
+    unknown = rayloop(tmp_path, "erase", "nobody")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1)
+    assert unknown.stderr.startswith("error: no event of this user in tenant 'default'; nothing to erase")

@@ -13,7 +13,7 @@ from cluster.database import connect
 from cluster.errors import DatasetError, InputError, NotFoundError
 from cluster.settings import Settings, load_settings
 from data.card import dataset_card
-from data.curate import check_usable, curate
+from data.curate import check_usable, curate, log_to_mlflow
 from data.events import Event
 from data.log import EventLog
 from data.manifest import COLUMNS, Manifest, find_dataset, load_manifest, read_examples
@@ -34,6 +34,7 @@ def with_log(tmp_path: Path) -> MakeLog:
 
     def make(events: list[Event], home: str = "home", **curation: Any) -> Settings:
         options = {"filter": {"min_answer_tokens": 2}, "split": {"train": 0.6, "validation": 0.2}} | curation
+        options |= {"log_to_mlflow": False}
         settings = load_settings(home=tmp_path / home, curation=options)[0]
         engine = connect(settings)
         if events:
@@ -54,7 +55,8 @@ def dataset(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tupl
         kind, reward = ("thumbs_up", 1.0) if n % 3 else ("thumbs_down", -1.0)
         events.append(feedback(1000 + n, kind, reward, user=f"user{n}"))
     home = tmp_path_factory.mktemp("curate")
-    curation = {"filter": {"min_answer_tokens": 2}, "split": {"train": 0.6, "validation": 0.2}}
+    curation: dict[str, Any] = {"filter": {"min_answer_tokens": 2}, "split": {"train": 0.6, "validation": 0.2}}
+    curation |= {"log_to_mlflow": False, "balance": {"topics": 4}}
     settings = load_settings(home=home, curation=curation)[0]
     engine = connect(settings)
     EventLog(engine).append(events)
@@ -114,7 +116,7 @@ def test_stages_count_rows_in_and_out(dataset: tuple[Settings, Manifest]) -> Non
     stages = {stage.name: stage for stage in made.stages}
     assert list(stages) == [
         "join", "behaviour", "weigh", "score", "filter", "scrub", "fingerprint", "cluster", "deduplicate",
-        "examples", "balance", "curriculum", "split",
+        "examples", "balance", "augment", "curriculum", "split",
     ]  # fmt: skip
     assert stages["join"].rows_out == 440
     for name in ("score", "filter", "scrub", "deduplicate", "split"):
@@ -130,7 +132,7 @@ def test_examples_have_the_columns_of_their_kind_in_order_of_the_curriculum(
     for kind, columns in COLUMNS.items():
         table = read_examples(made.path, kind, "train")
         assert tuple(table.column_names) == columns
-        assert len(table) == made.counts[kind]["train"] > 0
+        assert len(table) == made.counts[kind]["train"] and (len(table) > 0 or kind == "trajectory")
         assert table["order"].to_pylist() == sorted(table["order"].to_pylist())
     pair = read_examples(made.path, "preference", "train").to_pylist()[0]
     assert [m["role"] for m in json.loads(pair["chosen"])] == ["assistant"]
@@ -147,6 +149,33 @@ def test_a_dataset_is_found_by_id_hash_path_and_latest(dataset: tuple[Settings, 
         find_dataset(settings, "nothing")
     with pytest.raises(InputError, match="must be one of sft"):
         read_examples(made.path, "dpo", "train")
+
+
+@pytest.mark.ray
+def test_plots_lie_beside_the_card_and_topics_are_named(dataset: tuple[Settings, Manifest]) -> None:
+    _, made = dataset
+    card = (Path(made.path) / "card.md").read_text()
+    for name in ("stages.png", "scores.png", "lengths.png"):
+        assert f"({name})" in card
+        assert (Path(made.path) / name).read_bytes().startswith(b"\x89PNG")
+    assert sum(made.topics.values()) == pytest.approx(1, abs=1e-3) and len(made.topics) > 1
+    assert next(iter(made.topics)) in card
+
+
+@pytest.mark.ray
+def test_a_dataset_is_logged_to_mlflow_once(dataset: tuple[Settings, Manifest], mlflow_settings: Settings) -> None:
+    from cluster import tracking
+
+    _, made = dataset
+    for _ in range(2):
+        log_to_mlflow(mlflow_settings, made)
+    client = tracking.client(mlflow_settings)
+    (run,) = client.search_runs([tracking.experiment_id(mlflow_settings)])
+    (logged,) = run.inputs.dataset_inputs
+    assert (logged.dataset.name, logged.dataset.digest) == (made.dataset_id, made.dataset_hash[:36])
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"manifest.json", "card.md", "stages.png"} <= files
+    assert run.data.metrics["sft.train"] == made.counts["sft"]["train"]
 
 
 @pytest.mark.ray

@@ -8,6 +8,7 @@ from cluster.tables import training_jobs
 from data.eligibility import eligibility
 from data.log import EventLog
 from data.manifest import Manifest
+from data.stages import StageCount
 from tests.data.traffic import START_US, feedback, interaction
 
 NOW = START_US + DAY_US
@@ -31,6 +32,17 @@ def test_each_rule_says_by_how_much_it_fails(database: Engine) -> None:
     assert "pairs" not in {r.name for r in eligibility(SETTINGS, database, DATASET, method="sft", now=NOW)}
 
 
+def test_an_archetype_is_judged_together_and_the_whole_model_needs_traffic(database: Engine) -> None:
+    log = EventLog(database)
+    log.append([interaction(n, "q", "a", user="ada", agent=f"agent{n % 3}") for n in range(9)])
+    log.append([feedback(n, "thumbs_up", 1.0, user="ada") for n in range(9)])
+    everything = replace(DATASET, agent=None, stages=[StageCount("filter", 2000, 400, {})])
+    two = eligibility(SETTINGS, database, everything, method="sft", agents=["agent0", "agent1"], now=NOW)
+    assert two[0].found == 6 and "interactions" not in {rule.name for rule in two}
+    whole = {rule.name: rule for rule in eligibility(SETTINGS, database, everything, method="sft", now=NOW)}
+    assert str(whole["interactions"]) == "interactions: 400 usable interactions, needs 1000: 600 short"
+
+
 def test_old_feedback_does_not_count_and_any_agent_does_without_one(database: Engine) -> None:
     EventLog(database).append([feedback(n, "thumbs_up", 1.0, user="ada") for n in range(4)])
     everything = replace(DATASET, agent=None)
@@ -44,7 +56,7 @@ def test_a_training_three_days_ago_needs_four_more(database: Engine) -> None:
         connection.execute(
             training_jobs.insert().values(
                 job_id="j", tenant="default", workspace="default", agent="triage", kind="sft", config={},
-                state="succeeded", retries=0, created_at_us=0, finished_at_us=NOW - 3 * DAY_US,
+                state="completed", retries=0, created_at_us=0, finished_at_us=NOW - 3 * DAY_US,
             )
         )  # fmt: skip
     rest = {r.name: r for r in eligibility(SETTINGS, database, DATASET, method="sft", now=NOW)}["rest"]

@@ -1,8 +1,10 @@
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from cluster.settings.curation import FilterSettings
+from cluster.settings.curation import CurationSettings, FilterSettings
+from data.detectors.interface import Detectors, Item
 from data.filter import filter_rows, is_tool_error
 from tests.data.rows import rows
 
@@ -36,7 +38,7 @@ FAILED = {"role": "tool", "tool_call_id": "c1", "content": '{"error": "no such t
     ],
 )
 def test_filter_names_the_reason(change: dict[str, Any], reason: str | None) -> None:
-    kept, dropped = filter_rows(rows(change), FilterSettings())
+    kept, dropped = filter_rows(rows(change), CurationSettings())
     assert len(kept) == (reason is None)
     assert list(dropped) == ([reason] if reason else [])
 
@@ -46,14 +48,30 @@ def test_a_grounded_answer_passes_and_a_wrong_number_does_not() -> None:
     right = {"role": "assistant", "content": "The tower is 330 metres high."}
     wrong = {"role": "assistant", "content": "The tower is 350 metres high."}
     table = rows({"context": context, "response": right}, {"context": context, "response": wrong})
-    kept, dropped = filter_rows(table, FilterSettings())
+    kept, dropped = filter_rows(table, CurationSettings())
     assert len(kept) == 1 and dropped == {"ungrounded": 1}
-    assert len(filter_rows(table, FilterSettings(ungrounded=False))[0]) == 2
+    assert len(filter_rows(table, CurationSettings(filter=FilterSettings(ungrounded=False)))[0]) == 2
 
 
-def test_a_toxicity_detector_is_asked_when_there_is_one() -> None:
-    kept, dropped = filter_rows(rows({}), FilterSettings(), toxicity=lambda answer, passages: 0.9)
-    assert len(kept) == 0 and dropped == {"toxic": 1}
+def test_toxic_answers_go_and_refusals_only_when_asked() -> None:
+    def says(text: str) -> dict[str, Any]:
+        return {"response": {"role": "assistant", "content": text}}
+
+    insult = says("Shut up, you worthless idiot, and never write here again.")
+    refusal = says("I'm sorry, but I cannot help you with this request.")
+    kept, dropped = filter_rows(rows(insult, refusal), CurationSettings())
+    assert len(kept) == 1 and dropped == {"toxic": 1}
+    settings = CurationSettings(filter=FilterSettings(refusal=True, toxicity=False))
+    kept, dropped = filter_rows(rows(insult, refusal), settings)
+    assert len(kept) == 1 and dropped == {"refusal": 1}
+
+
+def test_a_detector_that_cannot_tell_drops_nothing() -> None:
+    def abstains(items: Sequence[Item]) -> list[float | None]:
+        return [None] * len(items)
+
+    kept, dropped = filter_rows(rows({}), CurationSettings(), Detectors(abstains, abstains, abstains))
+    assert len(kept) == 1 and not dropped
 
 
 def test_tool_error_is_an_error_field_or_a_text_that_begins_so() -> None:

@@ -12,9 +12,10 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import InputError
 from cluster.settings import Settings
-from data.importers import ImportOptions, ImportReport, Problem, import_file
+from data.importers import ImportOptions, ImportReport, Problem, import_source
 from data.log import EventLog
 from data.mapping import EventRule, Mapping, load_mapping, look_up, shipped_mappings
+from data.sources import file_source
 
 
 def jsonl(path: Path, *rows: Any) -> Path:
@@ -23,7 +24,7 @@ def jsonl(path: Path, *rows: Any) -> Path:
 
 
 def run(path: Path, engine: Engine, settings: Settings, **options: Any) -> ImportReport:
-    return import_file(path, EventLog(engine), settings, ImportOptions(**options))
+    return import_source(file_source(path), EventLog(engine), settings, ImportOptions(**options))
 
 
 THUMB = {"kind": "feedback", "interaction_id": "i1", "type": "thumbs_up"}

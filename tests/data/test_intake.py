@@ -24,9 +24,10 @@ NOW_US = 1_800_000_000_000_000
 ALL_ON = {
     "learning": {"enabled": True},
     "feedback": {"explicit": True, "implicit": True},
-    "capture": {"pseudonym_secret": SECRET},
+    "capture": {"enabled": True, "pseudonym_secret": SECRET},
 }
 THUMB = {"interaction_id": "i1", "type": "thumbs_up"}
+ASKED = {"interaction_id": "i1", "messages": [{"role": "user", "content": "hi"}]}
 PARSER = Parser(load_settings(**ALL_ON)[0], SECRET.encode())
 
 
@@ -34,6 +35,13 @@ PARSER = Parser(load_settings(**ALL_ON)[0], SECRET.encode())
 def intake(database: Engine) -> Iterator[Intake]:
     with GroupCommit(EventLog(database), PARSER.settings.log) as commit:
         yield Intake(commit, PARSER.settings)
+
+
+def nested(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
 
 
 def refusal(kind: str, item: Any) -> InputError:
@@ -86,6 +94,15 @@ def test_feedback_becomes_an_event_with_reward_and_pseudonym() -> None:
         ("outcome", {"interaction_id": "i1", "name": "sale", "value": math.inf}, "value"),
         ("outcome", {"interaction_id": "i1", "name": "", "value": 1}, "name"),
         ("trajectory", {"messages": []}, "messages"),
+        ("interaction", {"messages": [{"role": "user"}]}, "interaction_id"),
+        ("interaction", {**ASKED, "prompt_token_ids": [2**31]}, "prompt_token_ids.0"),
+        ("interaction", {**ASKED, "completion_logprobs": [math.nan]}, "completion_logprobs.0"),
+        ("interaction", {**ASKED, "parameters": {"top_p": math.nan}}, "parameters.top_p"),
+        ("interaction", {**ASKED, "parameters": {"seed": 2**70}}, "parameters.seed"),
+        ("interaction", {**ASKED, "modality": "x" * 17}, "modality"),
+        ("interaction", {**ASKED, "tool_calls": [{"call_id": "c1"}]}, "tool_calls.0.name"),
+        ("tool_call", {"name": "f", "latency_s": -1}, "latency_s"),
+        ("tool_call", {"name": "f", "result": nested(200)}, "result" + ".0" * 100),
         ("trajectory", {"messages": [{"content": "hi"}]}, "messages.0.role"),
         ("trajectory", {"messages": [{"role": "user", "content": "x" * 100_001}]}, "messages.0.content"),
     ],
@@ -94,6 +111,31 @@ def test_bad_item_is_refused_with_its_field(kind: str, item: Any, field: str) ->
     error = refusal(kind, item)
     assert error.field == field
     assert len(str(error)) < 400
+
+
+def test_deeply_nested_item_is_refused_whatever_the_field() -> None:
+    for name in ("metadata", "text", "unheard_of", "type", "event_id"):
+        assert str(refusal("feedback", {**THUMB, name: nested(1000)}))
+
+
+def test_metadata_is_scrubbed() -> None:
+    metadata = {"mail": "ada@example.com wrote", "seats": 4, "host": "db1.example.com"}
+    event = PARSER.parse({**THUMB, "metadata": metadata}, "feedback", ACME, NOW_US)
+    assert event.body["metadata"] == {"mail": "<EMAIL> wrote", "seats": 4, "host": "db1.example.com"}
+
+
+def test_item_of_a_trace_names_its_kind_and_never_its_arm(intake: Intake) -> None:
+    items = [
+        {**ASKED, "event_id": "a"},
+        {"kind": "tool_call", "name": "search", "event_id": "b"},
+        {"kind": "feedback", **THUMB, "event_id": "c"},
+        {**ASKED, "experiment_id": "exp-1", "event_id": "d"},
+        {**ASKED, "arm": "candidate", "event_id": "e"},
+    ]
+    results = intake.take_in_and_wait(items, None, ACME)
+    assert [r.status for r in results] == ["accepted", "accepted", "rejected", "rejected", "rejected"]
+    assert [r.error.field for r in results if r.error] == ["kind", "experiment_id", "arm"]
+    assert [r.event.kind for r in intake.commit.log.scan()] == ["interaction", "tool_call"]
 
 
 def test_clock_a_little_ahead_is_tolerated() -> None:
@@ -139,7 +181,23 @@ def test_every_kind_reads_back_as_it_was_parsed(intake: Intake) -> None:
             "value": 3,
             "metadata": {"plan": "pro", "seats": 4},
         },
-        "trajectory": {"messages": [{"role": "user", "content": "hi"}], "reward": 0.5},
+        "trajectory": {
+            "messages": [{"role": "user", "content": "hi"}],
+            "reward": 0.5,
+            "tool_calls": [{"name": "search", "arguments": {"q": "x"}, "result": [1], "latency_s": 0.2}],
+        },
+        "interaction": {
+            "interaction_id": "i1",
+            "messages": [{"role": "user", "content": "hi"}],
+            "prompt_token_ids": [1, 2**31 - 1],
+            "completion_token_ids": [3],
+            "completion_logprobs": [-0.5],
+            "tool_calls": [{"name": "search", "call_id": "c1", "error": "timeout"}],
+            "context": ["a passage"],
+            "modality": "voice",
+            "user_tier": "gold",
+        },
+        "tool_call": {"interaction_id": "i1", "name": "search", "call_id": "c1", "result": {"hits": 3}},
     }
     assert set(items) == set(KINDS)
     for kind, item in items.items():

@@ -5,7 +5,7 @@ import pyarrow as pa
 
 from data.events import Event
 from data.join import join_events
-from data.source import EVENTS, SeqRange, plan_ranges
+from data.source import EVENTS
 from tests.data.traffic import feedback, interaction
 
 
@@ -65,9 +65,3 @@ def test_later_label_of_a_reviewer_supersedes() -> None:
     ]  # fmt: skip
     table, _ = join_events(block(interaction(1, "q", "a", user="ada"), *labels))
     assert orjson.loads(table["labels"][0].as_py()) == [{"reviewer": "rita", "scores": {"success": 1.0}}]
-
-
-def test_ranges_cover_the_log_without_overlap() -> None:
-    assert plan_ranges(10, 4, None) == [SeqRange(0, 3), SeqRange(3, 6), SeqRange(6, 10)]
-    assert plan_ranges(10, 100, 2) == [SeqRange(0, 5), SeqRange(5, 10)]
-    assert plan_ranges(1, 100, 8) == [SeqRange(0, 1)]

@@ -109,7 +109,13 @@ def fill(settings: Settings) -> None:
     common |= {"state": "running", "created_at_us": now_us()}
     with engine.begin() as connection:
         for number, candidate in ((1, "triage/2"), (2, "triage/9")):
-            versions = {"stable": "triage/1", "candidate": candidate, "salt": "s", "workspace": "default"}
+            versions = {
+                "stable": "triage/1",
+                "candidate": candidate,
+                "salt": "s",
+                "workspace": "default",
+                "layer": "default",
+            }
             connection.execute(experiments.insert().values(experiment_id=f"x{number}", **common, **versions))
             stage = {"stage": 1, "stage_started_us": 0, "revision": 1, "updated_at_us": 0, "progress": {}}
             ids = {"rollout_id": f"r{number}", "experiment_id": f"x{number}"}

@@ -17,6 +17,7 @@ EXTRA = {
     "score": (pa.float64(), 0.9),
     "explicit": (pa.float64(), None),
     "weight": (pa.float64(), 1.0),
+    "parts": (pa.string(), '{"explicit":null,"implicit":null,"grade":null,"label":null}'),
     "node": (pa.uint64(), 7),
     "cluster": (pa.uint64(), 7),
     "split": (pa.string(), "train"),
@@ -159,4 +160,4 @@ def test_an_overfull_topic_is_scaled_to_its_share() -> None:
     assert factors == {0: pytest.approx(20 / 90)}
     assert topic_factors([{0: 60.0}], BalanceSettings(topics=2)) == {}
     table, _ = make_examples(judged(say("good")), SETTINGS)
-    assert balance(table, BalanceSettings(), {})[0].equals(table)
+    assert balance(table, {})[0].equals(table)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cluster.settings.capture import ImplicitSettings
 from data.similarity import TfidfSimilarity, ngram_similarity, value_agreement
 
-CASES = Path(__file__).parent / "cases" / "reformulation.jsonl"
+CASES = Path(__file__).parents[2] / "data/detectors/cases/reformulation.jsonl"
 
 
 def test_precision_and_recall_on_held_out_cases() -> None:

@@ -4,7 +4,7 @@ import pytest
 from cluster.clock import DAY_US, SECOND_US
 from cluster.settings.curation import ScoreSettings, WeighSettings
 from data.score import combine, completeness, components, context_used, score
-from data.weigh import count_votes, exceptions, user_totals, votes_of, weigh
+from data.weigh import count_votes, exceptions, most_votes, user_totals, votes_of, weigh
 from tests.data.rows import rows, signal
 
 SCORE = ScoreSettings(complete_min_words=10, complete_max_words=20)
@@ -43,7 +43,14 @@ def test_a_user_has_at_most_a_share_of_all_votes() -> None:
     loud = [{"signals": [signal("thumbs_up", 1.0, at_us=n * DAY_US)]} for n in range(90)]
     quiet = [{"signals": [signal("thumbs_up", 1.0, user=f"u{n}")]} for n in range(10)]
     totals = user_totals(count_votes(rows(*loud, *quiet)), votes_per_day=20)
-    assert exceptions([totals], 100.0, 0.05) == {"ada": {"*": pytest.approx(5 / 90)}}
+    assert exceptions([totals], 100.0, 0.05) == {"ada": {"*": pytest.approx(5 / 90)}}  # eleven users: no cap can hold
+
+
+def test_the_share_is_of_what_is_left_after_the_cut() -> None:
+    limit = most_votes([1000.0, *[10.0] * 30], 1300.0, 0.05)
+    assert limit == pytest.approx(0.05 * 300 / 0.95)
+    assert limit / (300 + limit) == pytest.approx(0.05)
+    assert most_votes([10.0] * 30, 300.0, 0.05) == pytest.approx(15.0)
 
 
 def test_a_coordinated_burst_is_left_out() -> None:
