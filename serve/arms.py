@@ -56,7 +56,7 @@ def plan(
     target = snapshot.targets.get(model)
     if target is None or not snapshot.visible(tenant, model):
         raise unknown_model(model, snapshot.known_models(tenant))
-    return Plan(model, model.rpartition("/")[0], model, target, "none")
+    return Plan(model, target.version.rpartition("/")[0], target.version, target, "none")
 
 
 def _routed(snapshot: Snapshot, route: Route, model: str, user: str | None, session: str | None, request: str) -> Plan:

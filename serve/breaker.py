@@ -4,16 +4,31 @@ Both are plain state of one router replica, with the time handed in.
 """
 
 from collections import deque
+from typing import TYPE_CHECKING, Protocol
 
-from cluster.settings.serving import BreakerSettings, FallbackSettings
+if TYPE_CHECKING:  # the client uses the breaker too, and loads no settings
+    from cluster.settings.serving import FallbackSettings
 
 ENOUGH_ANSWERS = 20  # below it a 95th percentile says nothing
+
+
+class BreakerLimits(Protocol):
+    """The numbers of a breaker; `cluster.settings.serving.BreakerSettings` says what they mean."""
+
+    @property
+    def consecutive(self) -> int: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def window_share(self) -> float: ...
+    @property
+    def half_open_s(self) -> float: ...
 
 
 class Breaker:
     """Closed, open, half-open: opens on failures in a row or on their share of a full window."""
 
-    def __init__(self, settings: BreakerSettings) -> None:
+    def __init__(self, settings: BreakerLimits) -> None:
         self._settings = settings
         self._latest: deque[bool] = deque(maxlen=settings.window)
         self._in_a_row = 0
@@ -67,7 +82,7 @@ class Breaker:
 class StableLatency:
     """Times to the first byte of stable's latest answers, from which the candidate's budget follows."""
 
-    def __init__(self, settings: FallbackSettings) -> None:
+    def __init__(self, settings: "FallbackSettings") -> None:
         self._settings = settings
         self._latest: deque[float] = deque(maxlen=settings.p95_window)
         self._p95: float | None = None

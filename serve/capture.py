@@ -7,6 +7,7 @@ it answers again. Nothing here can change or delay an answer; what is lost is co
 
 import logging
 import os
+import shutil
 import threading
 import time
 from collections import deque
@@ -22,8 +23,9 @@ from cluster.clock import now_us
 from cluster.errors import RayloopError
 from cluster.settings.capture import LogSettings
 from cluster.settings.serving import CaptureQueueSettings
-from data.events import Event, uuid7
+from data.events import Event, interaction_event_id, uuid7
 from data.group_commit import GroupCommit, Transient
+from data.metadata import bounded, scrubbed
 from serve.arms import Plan
 from serve.keys import Key
 from serve.rewrite import Answer
@@ -34,7 +36,6 @@ PARAMETERS = (
     "temperature", "top_p", "max_tokens", "max_completion_tokens", "n", "stop", "seed", "presence_penalty",
     "frequency_penalty", "response_format", "tool_choice", "stream",
 )  # fmt: skip
-METADATA_PAIRS, METADATA_CHARACTERS = 16, 512  # OpenAI's own bounds
 REPLAY_EVENTS = 500
 GONE = "client_disconnected"
 
@@ -52,6 +53,8 @@ class Record:
     """Pseudonym."""
     session: str | None
     trace_id: str | None
+    user_tier: str | None = None
+    """As the request says; else the key's."""
     answer: Answer = field(default_factory=Answer)
     served_version: str | None = None
     adapter_digest: str | None = None
@@ -69,23 +72,24 @@ class Record:
         body = {name: value for name, value in self._body().items() if value is not None}
         return Event(
             "interaction", self.key.tenant, self.key.workspace, body,
-            event_id=uuid7(), occurred_at_us=self.at_us, user_id=self.user, session_id=self.session,
-            agent=self.plan.agent, interaction_id=self.interaction_id,
+            event_id=interaction_event_id(self.interaction_id), occurred_at_us=self.at_us,
+            user_id=self.user, session_id=self.session, agent=self.plan.agent, interaction_id=self.interaction_id,
         )  # fmt: skip
 
     def _body(self) -> dict[str, Any]:
         plan, answer, request = self.plan, self.answer, self.request
-        metadata = _bounded(request.get("metadata"))
+        metadata = scrubbed(bounded(request.get("metadata")))
         if self.fallback is not None:
             metadata["fallback_cause"] = self.fallback
         flags = {
             "fallback": self.fallback is not None, "shadow": False, "disconnected": self.disconnected,
-            "safety": False, "timeout": self.timeout,
+            "safety": answer.refused, "quality": self._poor(), "timeout": self.timeout,
         }  # fmt: skip
         return {
             "messages": request["messages"],
             "tools": request.get("tools") or None,
-            "context": [],
+            "tool_calls": [],
+            "context": passages(request.get("documents")),
             "response": {"role": "assistant"} | answer.message if answer.message else None,
             "finish_reason": answer.finish_reason,
             "prompt_token_ids": answer.prompt_token_ids,
@@ -105,18 +109,26 @@ class Record:
             "latency_s": self.latency_s,
             "ttft_s": self.ttft_s,
             "modality": self.modality,
-            "user_tier": self.key.user_tier,
+            "user_tier": self.user_tier or self.key.user_tier,
             "metadata": metadata,
             "trace_id": self.trace_id,
             "flags": flags if self.error is None else flags | {"error": self.error},
         }
 
+    def _poor(self) -> bool:
+        """An answer that was promised and is empty, or was cut off."""
+        if self.served_version is None or self.disconnected:
+            return False
+        message = self.answer.message
+        return self.answer.finish_reason == "length" or not (message.get("content") or message.get("tool_calls"))
 
-def _bounded(metadata: Any) -> dict[str, str | int | float | bool]:
-    if not isinstance(metadata, dict):
-        return {}
-    plain = [(str(k)[:64], v) for k, v in metadata.items() if isinstance(v, str | int | float | bool)]
-    return {k: v[:METADATA_CHARACTERS] if isinstance(v, str) else v for k, v in plain[:METADATA_PAIRS]}
+
+def passages(documents: Any) -> list[str]:
+    """The texts of a request's `documents`, the field in which vLLM takes passages for its template."""
+    if not isinstance(documents, list):
+        return []
+    texts = (d.get("text", d.get("content")) if isinstance(d, dict) else d for d in documents)
+    return [text for text in texts if isinstance(text, str)]
 
 
 class Capture:
@@ -188,16 +200,21 @@ class Capture:
         if self.commit is None or not self._up:
             return False
         try:
-            self.commit.append(events)
+            verdicts = self.commit.append(events)
         except (RayloopError, *Transient) as error:
             log.warning("the event log takes no interactions (%s); they go to %s", error, self._spool.path)
             self._retry_at = time.monotonic() + self._settings.retry_s
             return False
         except Exception:
-            log.exception("%d interactions were refused by the event log and are lost", len(events))
-            metrics.CAPTURED.labels("lost").inc(len(events))
+            if len(events) > 1:  # one bad event must not take the others with it
+                taken = [self._append([event]) for event in events]
+                return all(taken)
+            log.exception("an interaction was refused by the event log and is lost")
+            metrics.CAPTURED.labels("lost").inc()
             return True
-        metrics.CAPTURED.labels("logged").inc(len(events))
+        refused = sum(verdict.status == "refused" for verdict in verdicts)
+        metrics.CAPTURED.labels("logged").inc(len(events) - refused)
+        metrics.CAPTURED.labels("refused").inc(refused)
         return True
 
     def _spool_out(self, events: list[Event]) -> None:
@@ -215,6 +232,14 @@ def _event_of(record: Record) -> Event | None:
         return None
 
 
+def _line_of(event: Event) -> bytes | None:
+    try:
+        return orjson.dumps(asdict(event)) + b"\n"
+    except TypeError as error:  # nested deeper than JSON can be written
+        log.error("interaction %s cannot be written (%s)", event.interaction_id, error)
+        return None
+
+
 class Spool:
     """Events on disk that wait for the log: JSON lines, and how many bytes of them are home already."""
 
@@ -225,23 +250,37 @@ class Spool:
         self._done = 0
 
     def adopt(self) -> None:
-        """Take over what earlier routers left in the same folder, this one's file first."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for left in sorted(self.path.parent.glob("*.jsonl")):
+        """Take over what dead routers left in the same folder, this one's file first.
+
+        A file is claimed by a rename that carries this process, then copied, then removed: whoever dies in
+        between leaves a claim that the next router takes over. Its events may then come twice, which their
+        ids make harmless.
+        """
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in sorted((*folder.glob("*.jsonl"), *folder.glob("*.claimed"))):
             if left != self.path and not _alive(left):
-                try:
-                    left.rename(claimed := left.with_suffix(f".{os.getpid()}.claimed"))
-                except FileNotFoundError:  # another router was quicker
-                    continue
-                with self.path.open("ab") as file:
-                    file.write(claimed.read_bytes())
-                claimed.unlink()
+                self._take_over(left)
         self.size = self.path.stat().st_size if self.path.exists() else 0
         metrics.SPOOL_BYTES.set(self.size)
 
+    def _take_over(self, left: Path) -> None:
+        claimed = left.with_name(f"{left.name.partition('.')[0]}.{uuid7()}.router-{os.getpid()}.claimed")
+        try:
+            left.rename(claimed)
+        except FileNotFoundError:  # another router was quicker
+            return
+        with claimed.open("rb") as source, self.path.open("ab") as file:
+            shutil.copyfileobj(source, file)
+            if file.tell() and not _ends_in_newline(claimed):
+                file.write(b"\n")  # half a line must not spoil the next one
+            file.flush()
+            os.fsync(file.fileno())
+        claimed.unlink()
+
     def add(self, events: list[Event]) -> int:
         """Write events down, durably; returns how many found room."""
-        lines = [orjson.dumps(asdict(event)) + b"\n" for event in events]
+        lines = [line for event in events if (line := _line_of(event)) is not None]
         kept, total = 0, self.size
         while kept < len(lines) and total + len(lines[kept]) <= self._limit:
             total += len(lines[kept])
@@ -285,6 +324,21 @@ def spool_path(home: Path) -> Path:
     return home / "spool" / f"router-{os.getpid()}.jsonl"
 
 
+def _ends_in_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell() == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
+
+
 def _alive(path: Path) -> bool:
+    """Whether the process in the name of a spool or of a claim still runs.
+
+    A claim in this process's own name is an earlier process's that had the same number, as in a container.
+    """
     pid = path.stem.rpartition("-")[2]
+    if path.suffix == ".claimed" and pid == str(os.getpid()):
+        return False
     return pid.isdigit() and Path(f"/proc/{pid}").exists()

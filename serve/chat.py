@@ -49,7 +49,7 @@ EVENT_STREAM: Headers = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-MODALITY_CHARACTERS = 16
+MODALITY_CHARACTERS, TIER_CHARACTERS = 16, 64
 PSEUDONYMS_KEPT = 50_000
 """A keyed hash lets go of the interpreter's lock and then waits for other threads to give it back: 90 us."""
 
@@ -126,7 +126,10 @@ class Exchange:
         sent = self.request | {"model": target.model_name}
         if self.capture and self.endpoints[target.engine].token_ids:
             sent |= {"return_token_ids": True, "logprobs": True}
-        return orjson.dumps(sent)
+        try:
+            return orjson.dumps(sent)
+        except TypeError:
+            raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
 
     def rewriter(self, target: Target) -> Rewriter:
         """Turns that engine's answer into ours."""
@@ -210,7 +213,8 @@ class ChatHandler:
             session=session,
             request=interaction_id,
         )
-        record = Record(interaction_id, key, planned, request, modality, user, session, _trace_id(scope))
+        tier = text_header(scope, b"x-rayloop-user-tier", TIER_CHARACTERS)
+        record = Record(interaction_id, key, planned, request, modality, user, session, _trace_id(scope), tier)
         stream = bool(request.get("stream"))
         return Exchange(request, record, stream, began, request_id, view.endpoints, self._capture is not None)
 

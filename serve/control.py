@@ -1,8 +1,8 @@
 """The application `control` (at `/control`): one replica that counts the log and drives every rollout.
 
-The work runs in a thread, so the replica always answers `GET /healthz`. A second replica, or a second
-cluster on the same database, finds the lease taken and waits. `GET /rollouts` shows the rollouts of the
-key's tenant.
+It also runs the outlets (`data.outlet_loop`). The work is done in threads, so the replica always answers
+`GET /healthz`. A second replica, or a second cluster on the same database, finds the leases taken and waits.
+`GET /rollouts` shows the rollouts of the key's tenant.
 """
 
 import asyncio
@@ -20,6 +20,8 @@ from cluster.database import connect
 from cluster.errors import RayloopError
 from cluster.logs import configure_logging
 from cluster.settings import Settings
+from data.outlet_loop import OutletLoop
+from serve.finetuning.dispatcher import DispatchLoop
 from serve.graders import KnownKeys
 from serve.openai import JSON, ApiError, Receive, Scope, Send, header, send_error, send_response
 from serve.rollout.controller import Controller
@@ -156,18 +158,24 @@ class ControlReplica:
         self._settings = settings
         self._loop = ControlLoop(settings)
         self._loop.start()
+        self._jobs = DispatchLoop(settings)
+        self._jobs.start()
+        self._outlets = OutletLoop(settings)
+        self._outlets.start()
 
     async def __serve_build_asgi_app__(self) -> ControlApi:
         """The application of this replica."""
         return ControlApi(self._loop, KnownKeys(self._settings, KEYS_REFRESH_S))
 
     def check_health(self) -> None:
-        """Serve restarts the replica when the loop has ended."""
-        if not self._loop.is_alive():
+        """Serve restarts the replica when a loop has ended."""
+        if not (self._loop.is_alive() and self._jobs.is_alive()):
             raise RuntimeError("the control loop has ended")
 
     def __del__(self) -> None:
         """Let another controller take over at once."""
+        self._jobs.stop()
+        self._outlets.stop()
         self._loop.stop()
 
 

@@ -15,6 +15,7 @@ import orjson
 
 from cluster.errors import InputError
 from data.grading.make import make_grader
+from data.grading.reward_model import HttpScorer
 from data.grading.types import Grader
 
 MAX_GRADERS = 64  # graders kept ready, by configuration
@@ -23,7 +24,8 @@ MAX_GRADERS = 64  # graders kept ready, by configuration
 class Graders:
     """Graders by their configuration, least recently used go first."""
 
-    def __init__(self) -> None:
+    def __init__(self, reward_model_url: str = "") -> None:
+        self._scorer = HttpScorer(reward_model_url) if reward_model_url else None
         self._ready: OrderedDict[bytes, Grader] = OrderedDict()
 
     def get(self, config: Any) -> Grader:
@@ -35,7 +37,7 @@ class Graders:
         key = orjson.dumps(config, option=orjson.OPT_SORT_KEYS)
         grader = self._ready.get(key)
         if grader is None:
-            grader = self._ready[key] = make_grader(config)
+            grader = self._ready[key] = make_grader(config, scorer=self._scorer)
             if len(self._ready) > MAX_GRADERS:
                 self._ready.popitem(last=False)
         self._ready.move_to_end(key)
@@ -60,9 +62,9 @@ def answer(graders: Graders, task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def serve_lines(source: BinaryIO, target: BinaryIO) -> None:
+def serve_lines(source: BinaryIO, target: BinaryIO, reward_model_url: str = "") -> None:
     """Answer line by line until the parent closes its end."""
-    graders = Graders()
+    graders = Graders(reward_model_url)
     for line in source:
         try:
             reply = answer(graders, orjson.loads(line))
@@ -73,14 +75,14 @@ def serve_lines(source: BinaryIO, target: BinaryIO) -> None:
 
 
 def main() -> None:
-    """Run as `python -m serve.grading_worker MEMORY_MB`."""
+    """Run as `python -m serve.grading_worker MEMORY_MB REWARD_MODEL_URL`; the address may be empty."""
     limit = int(sys.argv[1]) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the replies
     replies.write(json.dumps({"ready": True}).encode() + b"\n")
     replies.flush()
-    serve_lines(sys.stdin.buffer, replies)
+    serve_lines(sys.stdin.buffer, replies, sys.argv[2])
 
 
 if __name__ == "__main__":

@@ -1,45 +1,55 @@
-"""Feedback, behaviour, outcomes and trajectories over HTTP: acknowledged only after the commit."""
+"""What clients report over HTTP: feedback, behaviour, outcomes, trajectories and traces.
+
+A batch is acknowledged only after its commit, and each item has its own answer. `/v1/traces` takes our own
+JSON, and OTLP (`serve.otlp_http`).
+"""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 
 from cluster import metrics
 from cluster.errors import ConflictError, InputError, OverloadedError, UnavailableError
 from cluster.settings import Settings
-from data.intake import Intake, ItemResult, read_items
+from data.intake import Intake, ItemResult, items_in, read_document
 from data.items import Identity
+from serve import otlp_http
 from serve.keys import Key
-from serve.openai import ApiError, Headers, Receive, Scope, Send, read_body, send_response
+from serve.openai import JSON, ApiError, Headers, Receive, Scope, Send, read_body, send_response, unpack
 
-PATHS = {
+KINDS: dict[str, str | None] = {
     "/v1/feedback": "feedback",
     "/v1/behaviour": "behaviour",
     "/v1/outcomes": "outcome",
     "/v1/trajectories": "trajectory",
+    otlp_http.PATH: None,
 }
+"""Path -> the kind of its items; `None` where each item names its own."""
 SCOPE = "feedback"
 
 
 @dataclass(slots=True)
 class IntakeHandler:
-    """The four intake routes. `intake` appears once the database has answered for the first time."""
+    """The intake routes. `intake` appears once the database has answered for the first time."""
 
     settings: Settings
     intake: Intake | None = None
 
-    async def handle(self, kind: str, scope: Scope, receive: Receive, send: Send, key: Key, headers: Headers) -> int:
+    async def handle(self, path: str, scope: Scope, receive: Receive, send: Send, key: Key, headers: Headers) -> int:
         """Take one body in; returns the status sent.
 
         Raises:
             ApiError: the whole body is refused; otherwise each item has its own answer.
         """
         serve = self.settings.serve
-        body = await read_body(scope, receive, serve.max_body_bytes, serve.body_timeout_s)
+        body = await read_body(scope, receive, serve.max_batch_bytes, serve.body_timeout_s)
+        body = unpack(scope, body, serve.max_batch_bytes)
+        identity = Identity(key.tenant, key.workspace, key.user_tier)
         try:
-            items = read_items(body, self.settings)
-            results = await self._take_in(items, kind, Identity(key.tenant, key.workspace, key.user_tier))
+            answer, kind = await self._answer(path, scope, body, identity)
         except InputError as error:
             raise ApiError(400, str(error), code="invalid_value", param=error.field) from None
         except ConflictError as error:
@@ -49,12 +59,33 @@ class IntakeHandler:
         except (UnavailableError, TimeoutError) as error:
             message = str(error) or f"the event log did not answer within {serve.feedback_timeout_s:g} s; send it again"
             raise ApiError(503, message, code="log_unavailable", retry_after_s=serve.retry_after_s) from None
-        for result in results:
-            metrics.INTAKE.labels(kind, result.status).inc()
-        await send_response(send, 200, _listed(results), [(b"content-type", b"application/json"), *headers])
+        await send_response(send, 200, answer, [kind, *headers])
         return 200
 
-    async def _take_in(self, items: list[object], kind: str, identity: Identity) -> list[ItemResult]:
+    async def _answer(
+        self, path: str, scope: Scope, body: bytes, identity: Identity
+    ) -> tuple[bytes, tuple[bytes, bytes]]:
+        """The body of the response and its content type."""
+        if path == otlp_http.PATH and otlp_http.is_protobuf(scope):
+            return await self._spans(await asyncio.to_thread(otlp_http.read_protobuf, body), identity, protobuf=True)
+        document = read_document(body)
+        if path == otlp_http.PATH and otlp_http.is_export(document):
+            return await self._spans(await asyncio.to_thread(otlp_http.read_json, document), identity, protobuf=False)
+        kind = KINDS[path]
+        results = await self._take_in(items_in(document, self.settings), kind, identity)
+        _count(kind or "trace", results)
+        return orjson.dumps({"object": "list", "data": [result.as_dict() for result in results]}), JSON
+
+    async def _spans(
+        self, read: otlp_http.Read, identity: Identity, *, protobuf: bool
+    ) -> tuple[bytes, tuple[bytes, bytes]]:
+        results = await self._take_in(read.items, None, identity)
+        _count("span", results)
+        metrics.INTAKE.labels("span", "rejected").inc(len(read.problems))
+        metrics.INTAKE.labels("span", "ignored").inc(read.ignored)
+        return otlp_http.response(read, results, protobuf=protobuf)
+
+    async def _take_in(self, items: Sequence[Any], kind: str | None, identity: Identity) -> list[ItemResult]:
         if self.intake is None:
             raise UnavailableError("the event log has not been reached yet; send it again")
         return await asyncio.wait_for(
@@ -62,5 +93,6 @@ class IntakeHandler:
         )
 
 
-def _listed(results: list[ItemResult]) -> bytes:
-    return orjson.dumps({"object": "list", "data": [result.as_dict() for result in results]})
+def _count(kind: str, results: Sequence[ItemResult]) -> None:
+    for result in results:
+        metrics.INTAKE.labels(kind, result.status).inc()

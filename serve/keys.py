@@ -20,7 +20,7 @@ from cluster.errors import InputError, NotFoundError
 from cluster.tables import api_keys
 
 PREFIX = "rl-"
-SCOPES = ("chat", "feedback", "label", "owner", "admin", "tools", "grade")
+SCOPES = ("chat", "feedback", "label", "owner", "admin", "tools", "grade", "train", "erase")
 EVERYDAY = ("chat", "feedback")
 """Scopes of a key when none are named."""
 

@@ -24,7 +24,7 @@ DAY_S = 86_400
 def create(
     name: Annotated[str, typer.Argument(help="Who or what will use it.")],
     scopes: Annotated[
-        str, typer.Option(help="Comma-separated: chat, feedback, label, owner, admin, tools, grade.")
+        str, typer.Option(help="Comma-separated: chat, feedback, label, owner, admin, tools, grade, train, erase.")
     ] = ",".join(EVERYDAY),
     tier: Annotated[str | None, typer.Option(help="User tier that its requests carry.")] = None,
     days: Annotated[float | None, typer.Option(help="Days until it expires.")] = None,

@@ -5,6 +5,7 @@ framework in front of it costs more than the work itself.
 """
 
 import asyncio
+import zlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
@@ -112,12 +113,39 @@ def from_engine(status: int, body: bytes) -> ApiError:
 
 def shown(value: Any) -> str:
     """A value from outside as it may stand in a message: quoted, and not too long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
+def unpack(scope: Scope, body: bytes, limit: int) -> bytes:
+    """The body without its `content-encoding`: gzip or none; never more than `limit` bytes.
+
+    Raises:
+        ApiError: 415 for another encoding, 400 for broken gzip, 413 when it unfolds to too much.
+    """
+    encoding = (header(scope, b"content-encoding") or b"identity").strip().lower()
+    if encoding == b"identity":
+        return body
+    if encoding != b"gzip":
+        message = f"The content-encoding {shown(encoding.decode('latin-1'))} is not understood; use gzip or none."
+        raise ApiError(415, message, code="unsupported_encoding")
+    reader = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        plain = reader.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise ApiError(400, f"The body is not valid gzip: {error}.", code="invalid_gzip") from None
+    if len(plain) > limit:
+        raise _too_long(limit)
+    if not reader.eof:
+        raise ApiError(400, "The body is not valid gzip: it breaks off.", code="invalid_gzip")
+    return plain
+
+
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:
-    """The request body, up to `limit` bytes.
+    """The request body as it was sent, up to `limit` bytes.
 
     Raises:
         ApiError: 413 when it is or becomes longer, 408 when it does not come in time.

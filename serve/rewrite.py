@@ -42,6 +42,11 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
+    @property
+    def refused(self) -> bool:
+        """The model refused, or a filter stopped it."""
+        return self.finish_reason == "content_filter" or bool(self.message.get("refusal"))
+
     def add_message(self, choice: dict[str, Any]) -> None:
         """A whole choice."""
         message = choice.get("message")

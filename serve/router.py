@@ -22,10 +22,11 @@ from data.feedback import pseudonym_secret
 from data.group_commit import GroupCommit
 from data.intake import Intake
 from data.log import EventLog
-from serve import chat, intake_http
+from serve import chat, intake_http, openapi, otlp_http, users_http
 from serve.capture import Capture, spool_path
 from serve.chat import ChatHandler, Engines, View
 from serve.engines.token import engine_token
+from serve.finetuning.http import FinetuningHandler, is_ours
 from serve.intake_http import IntakeHandler
 from serve.keys import Key
 from serve.openai import (
@@ -52,7 +53,9 @@ METHODS = {
     "/v1/agents/status": "GET",
     "/healthz": "GET",
     "/metrics": "GET",
-} | dict.fromkeys(intake_http.PATHS, "POST")
+    openapi.PATH: "GET",
+    users_http.PATH: "DELETE",
+} | dict.fromkeys(intake_http.KINDS, "POST")
 
 
 class RouterApp:
@@ -70,6 +73,8 @@ class RouterApp:
         on = settings.learning.enabled and settings.capture.enabled
         self._capture = Capture(settings.serve.capture, settings.log, spool_path(settings.home)) if on else None
         self._intake = IntakeHandler(settings)
+        self._finetuning = FinetuningHandler(settings)
+        self._users = users_http.UsersHandler(settings)
         self.watcher = Watcher(settings, self._database_found)
         url = default_engine_url or f"http://{settings.serve.host}:{settings.serve.port}/engine"
         self._chat = ChatHandler(
@@ -99,6 +104,8 @@ class RouterApp:
     def _database_found(self, engine: Engine) -> None:
         self._commit = GroupCommit(EventLog(engine), self.settings.log)
         self._intake.intake = Intake(self._commit, self.settings)
+        self._finetuning.database = engine
+        self._users.engine = engine
         if self._capture is not None:
             self._capture.commit = self._commit
 
@@ -124,7 +131,7 @@ class RouterApp:
                 return
 
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
+        path = users_http.PATH if scope["path"].startswith(users_http.PREFIX) else scope["path"]
         request_id = text_header(scope, b"x-request-id") or f"{random.getrandbits(128):032x}"
         headers: Headers = [(b"x-request-id", request_id.encode())] if self._standalone else []
         started = False
@@ -139,7 +146,7 @@ class RouterApp:
         except ApiError as error:
             status = error.status
             if not started:
-                await send_error(send, error, headers)
+                await _refuse(scope, send, error, headers)
         except ClientGoneError:
             status = 499
         except Exception:
@@ -157,6 +164,11 @@ class RouterApp:
     async def _answer(
         self, path: str, scope: Scope, receive: Receive, send: Send, request_id: str, headers: Headers
     ) -> int:
+        if is_ours(path):
+            snapshot = self._snapshot()
+            return await self._finetuning.handle(
+                scope, receive, send, lambda needed: self._key(scope, needed), snapshot, headers
+            )
         wanted = METHODS.get(path)
         if wanted is None:
             raise ApiError(404, f"There is nothing at {path}.", code="unknown_url")
@@ -165,9 +177,11 @@ class RouterApp:
             raise ApiError(405, f"{path} takes {wanted}, not {scope['method']}.", code="method_not_allowed")
         if path == chat.PATH:
             return await self._bounded_chat(scope, receive, send, request_id, headers)
-        if path in intake_http.PATHS:
+        if path in intake_http.KINDS:
             key = self._key(scope, intake_http.SCOPE)
-            return await self._intake.handle(intake_http.PATHS[path], scope, receive, send, key, headers)
+            return await self._intake.handle(path, scope, receive, send, key, headers)
+        if path == users_http.PATH:
+            return await self._users.handle(scope, send, self._key(scope, users_http.SCOPE), headers)
         status, body, kind = self._page(path, scope)
         await send_response(send, status, body, [kind, *headers])
         return status
@@ -240,6 +254,8 @@ class RouterApp:
     def _page(self, path: str, scope: Scope) -> tuple[int, bytes, tuple[bytes, bytes]]:
         if path == "/metrics":
             return 200, metrics.exposition(), (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+        if path == openapi.PATH:
+            return 200, openapi.document(), JSON
         if path == "/healthz":
             status, document = self._health()
             return status, orjson.dumps(document), JSON
@@ -286,6 +302,13 @@ class RouterApp:
             if route_key.tenant == key.tenant
         ]
         return {"object": "list", "data": agents, "config_rejected": self.watcher.rejection}
+
+
+async def _refuse(scope: Scope, send: Send, error: ApiError, headers: Headers) -> None:
+    if scope["path"] == otlp_http.PATH and otlp_http.is_protobuf(scope):
+        await otlp_http.send_status(send, error, headers)
+    else:
+        await send_error(send, error, headers)
 
 
 def _versions(route: Any) -> list[str]:

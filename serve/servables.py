@@ -39,6 +39,9 @@ class Servable:
     adapter_sha256: str | None
     base_revision: str | None
     template_digest: str | None
+    alias: str | None
+    """A second name, `ft:…`, that only `tenant` may use."""
+    tenant: str | None
     wanted: bool
     updated_at_us: int
 
@@ -55,8 +58,17 @@ class Report:
     heartbeat_us: int
 
 
-def want(database: Engine, version: Version, engine_name: str, *, adapter_dir: Path | None = None) -> Servable:
-    """Ask an engine to hold a version; asking again retries one that failed.
+def want(
+    database: Engine,
+    version: Version,
+    engine_name: str,
+    *,
+    adapter_dir: Path | None = None,
+    alias: tuple[str, str] | None = None,
+) -> Servable:
+    """Ask an engine to hold a version; asking again retries one that failed, and keeps its alias.
+
+    `alias` is a second name and the tenant that may use it.
 
     `adapter_dir` is the verified local copy (`Registry.adapter_dir`) where `version` names none.
 
@@ -80,10 +92,14 @@ def want(database: Engine, version: Version, engine_name: str, *, adapter_dir: P
         adapter_sha256=version.adapter_sha256,
         base_revision=version.tags.get("base_revision"),
         template_digest=version.tags.get("template_digest"),
+        alias=alias[0] if alias else None,
+        tenant=alias[1] if alias else None,
         wanted=True,
         updated_at_us=now_us(),
     )
     values = {name: getattr(servable, name) for name in servable.__slots__}
+    if alias is None:
+        del values["alias"], values["tenant"]
     with write(database).begin() as connection:
         this = (servables.c.version == version.id) & (servables.c.engine == engine_name)
         if connection.execute(sa.update(servables).where(this).values(**values)).rowcount == 0:
@@ -123,6 +139,15 @@ def reports(database: Engine, version_id: str | None = None) -> list[Report]:
         query = query.where(servable_replicas.c.version == version_id)
     with database.connect() as connection:
         return [Report(**row) for row in connection.execute(query).mappings()]
+
+
+def engine_lives(database: Engine, engine_name: str, *, live_after_s: float = DEFAULTS.live_after_s) -> bool:
+    """True when a replica of the engine has said so lately."""
+    r = servable_replicas.c
+    since_us = now_us() - round(live_after_s * SECOND_US)
+    query = sa.select(r.replica_id).where(r.engine == engine_name, r.version == PRESENCE, r.heartbeat_us >= since_us)
+    with database.connect() as connection:
+        return connection.execute(query.limit(1)).first() is not None
 
 
 def ready(database: Engine, version_id: str, *, live_after_s: float = DEFAULTS.live_after_s) -> bool:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -55,6 +55,8 @@ class Snapshot:
     """Version -> number of engine replicas in each state."""
     read_at: float = 0.0
     """Monotonic time; 0 when nothing has been read yet."""
+    owners: Mapping[str, str] = field(default_factory=dict)
+    """Fine-tuned model, as `ft:…` and as version -> the tenant it belongs to; `targets` has both too."""
 
     def known_models(self, tenant: str) -> list[str]:
         """Agents with a route, then the versions of those agents that are served."""
@@ -62,7 +64,9 @@ class Snapshot:
         return agents + sorted(v for v in self.targets if self.visible(tenant, v))
 
     def visible(self, tenant: str, version: str) -> bool:
-        """A tenant sees the versions of agents it has a route for, and those its routes name."""
+        """A tenant sees the versions of agents it has a route for, those its routes name, and its own models."""
+        if self.owners.get(version) == tenant:
+            return True
         agent = version.rpartition("/")[0]
         mine = [route for key, route in self.routes.items() if key.tenant == tenant]
         return any(agent == r.agent or version in (r.stable, r.candidate, r.shadow) for r in mine)
@@ -75,11 +79,15 @@ def read_snapshot(engine: Engine, endpoints: Mapping[str, EngineEndpoint]) -> Sn
         for name, endpoint in endpoints.items()
         for version, model in endpoint.models.items()
     }
+    owners: dict[str, str] = {}
     with engine.connect() as connection:
         for row in connection.execute(sa.select(servables).where(servables.c.wanted)).mappings():
             if row["engine"] in endpoints:
                 target = Target(row["version"], row["engine"], row["model_name"], row["adapter_sha256"])
                 targets[target.version] = target
+                if row["alias"] is not None:
+                    targets[row["alias"]] = target
+                    owners |= dict.fromkeys((row["alias"], target.version), row["tenant"])
         health: dict[str, dict[str, int]] = {}
         counts = sa.select(servable_replicas.c.version, servable_replicas.c.state, sa.func.count()).group_by(
             servable_replicas.c.version, servable_replicas.c.state
@@ -87,7 +95,7 @@ def read_snapshot(engine: Engine, endpoints: Mapping[str, EngineEndpoint]) -> Sn
         for version, state, number in connection.execute(counts):
             health.setdefault(version, {})[state] = number
     routes = {route.key: route for route in read_routes(engine)}
-    return Snapshot(routes, targets, KeyRing.read(engine), health, time.monotonic())
+    return Snapshot(routes, targets, KeyRing.read(engine), health, time.monotonic(), owners)
 
 
 class Watcher(threading.Thread):
@@ -206,7 +214,7 @@ class Watcher(threading.Thread):
             key: Route(**{**_fields(route), "max_share": min(route.max_share, self._ceilings.get(key, 1.0))})
             for key, route in snapshot.routes.items()
         }
-        return Snapshot(lowered, snapshot.targets, snapshot.keys, snapshot.health, snapshot.read_at)
+        return replace(snapshot, routes=lowered)
 
     def _ceilings_alone(self) -> None:
         """Without the database, the ceilings of a config that waits still hold."""

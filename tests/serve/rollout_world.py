@@ -77,6 +77,8 @@ class Population:
     accuracy: dict[str, float] = field(default_factory=lambda: {"stable": 0.65, "candidate": 0.65})
     error_rate: dict[str, float] = field(default_factory=lambda: {"stable": 0.0, "candidate": 0.0})
     reacts: float = 0.6
+    silences: dict[str, float] = field(default_factory=dict)
+    """Arm -> share of its unhappy users who say nothing."""
     wrong_thumb: float = 0.05
     spread: float = 0.15
     """Standard deviation of the difficulty between users."""
@@ -113,6 +115,8 @@ class Population:
             return [asked]
         right = self.random.random() < self.accuracy[made.arm] + self.skill[number]
         liked = right != (self.random.random() < self.wrong_thumb)
+        if not liked and self.silences and self.random.random() < self.silences.get(made.arm, 0.0):
+            return [asked]
         kind, reward = ("thumbs_up", 1.0) if liked else ("thumbs_down", -1.0)
         return [asked, feedback(interaction_id, kind, reward, at_us=at_us)]
 
@@ -149,7 +153,8 @@ class FakeRegistry:
     def get(self, ref: str) -> FakeVersion:
         if ref not in self.gates:
             raise NotFoundError(f"no version {ref!r}; there are {', '.join(self.gates)}")
-        return FakeVersion(ref, {"rayloop.gates": self.gates[ref]})
+        own = {key: value for (version, key), value in self.tags.items() if version == ref}
+        return FakeVersion(ref, {"rayloop.gates": self.gates[ref]} | own)
 
     def set_alias(self, model: str, alias: str, version: str, *, actor: str, reason: str) -> None:
         if self.is_down:

@@ -5,7 +5,7 @@ import pytest
 
 from cluster.settings import load_settings
 from serve.experiments.comparisons import Moments, proportion, user_mean, welch
-from serve.experiments.evidence import Reading, read_metric
+from serve.experiments.evidence import Reading, UserValues, read_metric
 from serve.experiments.metrics import find_metric
 
 ALPHA = 0.05
@@ -110,3 +110,26 @@ def test_errors_from_one_to_five_per_cent_are_found_and_equal_ones_are_not() -> 
 
     assert np.mean([breached(0.05) for _ in range(40)]) > 0.8
     assert np.mean([breached(0.01) for _ in range(100)]) <= 0.01
+
+
+def test_betting_bounds_of_few_users_keep_alpha_though_their_means_still_change() -> None:
+    """Each user's mean moves as more is said; a guardrail read at every look must still seldom alarm."""
+    random, metric = np.random.default_rng(10), find_metric("satisfaction", SETTINGS)
+
+    def means(arm: Arm) -> tuple[float, ...]:
+        gave = arm.counts > 0
+        return tuple(2 * arm.liked[gave] / arm.counts[gave] - 1)
+
+    def alarms(candidate: float) -> bool:
+        arms = [Arm(random, 60, liking) for liking in (candidate, 0.7)]
+        for look in range(1, 11):
+            for arm in arms:
+                arm.grow(6 * look)
+            values = UserValues(means(arms[0]), means(arms[1]))
+            found = read_metric(metric, arms[0].satisfaction, arms[1].satisfaction, SETTINGS, ALPHA, values)
+            if found.is_breached:
+                return True
+        return False
+
+    assert np.mean([alarms(0.7) for _ in range(80)]) <= ALPHA
+    assert np.mean([alarms(0.1) for _ in range(10)]) > 0.9

@@ -1,5 +1,6 @@
 """Interactions when the log is away: nobody notices, the spool keeps them, and they come home."""
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,67 @@ def test_spool_of_a_dead_router_is_taken_over(settings: Settings, spool: Path) -
         second.close()
     assert list(spool.parent.iterdir()) == []
     database.dispose()
+
+
+@pytest.mark.parametrize("claimant", [999999999, os.getpid()])
+def test_claim_of_a_router_that_died_while_taking_over_is_taken_over(
+    sqlite_database: Database, spool: Path, claimant: int
+) -> None:
+    first = Capture(CaptureQueueSettings(retry_s=0.1), LOG, spool.with_name("router-999999998.jsonl"))
+    first.offer(record(1))
+    first.offer(record(2))
+    first.close()
+    left = spool.with_name("router-999999998.jsonl")
+    left.rename(spool.with_name(f"router-999999998.x.router-{claimant}.claimed"))
+    spool.with_name("router-1.jsonl").write_bytes(b"")  # process 1 lives: its file is left alone
+    second = Capture(CaptureQueueSettings(retry_s=0.1), LOG, spool)
+    with GroupCommit(EventLog(sqlite_database), LOG) as commit:
+        second.commit = commit
+        wait(lambda: logged(sqlite_database) == ["i1", "i2"])
+        second.close()
+    assert [p.name for p in spool.parent.iterdir()] == ["router-1.jsonl"]
+
+
+def test_claim_copied_but_not_removed_counts_once(sqlite_database: Database, spool: Path) -> None:
+    first = Capture(CaptureQueueSettings(retry_s=0.1), LOG, spool)
+    first.offer(record(1))
+    first.close()
+    spool.with_name("router-999999998.x.router-999999999.claimed").write_bytes(spool.read_bytes())
+    second = Capture(CaptureQueueSettings(retry_s=0.1), LOG, spool)
+    with GroupCommit(EventLog(sqlite_database), LOG) as commit:
+        second.commit = commit
+        wait(lambda: list(spool.parent.iterdir()) == [])
+        second.close()
+    assert logged(sqlite_database) == ["i1"]
+
+
+def test_claim_that_ends_in_half_a_line_spoils_no_other(sqlite_database: Database, spool: Path) -> None:
+    for number in (1, 2):
+        made = Capture(CaptureQueueSettings(retry_s=0.1), LOG, spool.parent / str(number) / "router-0.jsonl")
+        made.offer(record(number))
+        made.close()
+    for number, tail in ((1, b'{"kind": "inter'), (2, b"")):
+        lines = (spool.parent / str(number) / "router-0.jsonl").read_bytes()
+        spool.with_name(f"router-99999999{number}.jsonl").write_bytes(lines + tail)
+    second = Capture(CaptureQueueSettings(retry_s=0.1), LOG, spool)
+    with GroupCommit(EventLog(sqlite_database), LOG) as commit:
+        second.commit = commit
+        wait(lambda: sorted(filter(None, logged(sqlite_database))) == ["i1", "i2"])
+        second.close()
+
+
+def test_interaction_the_log_cannot_hold_takes_no_other_with_it(capture: Capture, sqlite_database: Database) -> None:
+    deep: object = "x"
+    for _ in range(400):
+        deep = [deep]
+    with GroupCommit(EventLog(sqlite_database), LOG) as commit:
+        for number in range(3):
+            made = record(number)
+            if number == 1:
+                made.request = {"messages": [{"role": "user", "content": deep}]}
+            capture.offer(made)
+        capture.commit = commit
+        wait(lambda: logged(sqlite_database) == ["i0", "i2"])
 
 
 def test_half_a_line_in_the_spool_does_not_stop_the_rest(settings: Settings, spool: Path) -> None:

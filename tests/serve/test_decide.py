@@ -9,7 +9,8 @@ import pytest
 
 from cluster.settings import load_settings
 from serve.experiments.evidence import ArmReading, Evidence, Reading, SplitReading
-from serve.rollout.decide import decide, replay
+from serve.rollout.decide import decide
+from serve.rollout.replay import replay
 from serve.rollout.state import Decision, Look, RolloutConfig, RolloutState
 
 NOBODY = ArmReading(0, 0, None)
@@ -249,3 +250,33 @@ def test_a_record_replays_to_the_same_decision() -> None:
         }
         assert replay(json.loads(json.dumps(record))) == decided
         assert Decision.from_json(json.loads(json.dumps(decided.as_json()))) == decided
+
+
+def test_an_improvement_of_any_primary_suffices_at_its_share_of_alpha() -> None:
+    flat = reading(harm=-0.001, z=0.1, harm_low=-0.02, harm_high=0.02)
+    second = reading("rating", z=2.3)
+    settings = load_settings(automation={"auto_rollout": True}, experiment={"further_primaries": ["rating"]})[0]
+    two = RolloutConfig.of(settings)
+    seen = evidence(primary=flat, further_primaries=(second,), optional_guardrails=())
+    first = decide(state(2), seen, two, NOW_US)
+    assert outcome(first) == ("hold", "not_significant") and first.look is not None and first.look.metric == ""
+    then = decide(state(2, looks=(first.look,)), seen, two, NOW_US)
+    assert then.outcome == "advance" and then.look is not None and then.look.metric == "rating"
+    assert then.look.boundary == pytest.approx(1.95996, abs=1e-4)  # alpha .05 over two primaries, one look
+    worse = replace(seen, further_primaries=(reading("rating", 0.06, harm_low=-0.01),))
+    assert outcome(decide(state(2), worse, two, NOW_US)) == ("hold", "regression")
+
+
+def test_unequal_response_rates_are_said_with_every_step_forward() -> None:
+    fewer = replace(
+        reading("feedback_response_rate", 0.06, harm_low=-0.01, harm_high=0.13, e_value=1.0),
+        candidate=ArmReading(2000, 1e4, 0.12),
+        control=ArmReading(2000, 1e4, 0.18),
+    )
+    decided = decide(state(0), evidence(response=fewer), config(), NOW_US)
+    assert decided.outcome == "advance"
+    assert "react less often as it looks (0.12 against 0.18 of answers)" in decided.reason
+    same = replace(fewer, harm=0.001, candidate=ArmReading(2000, 1e4, 0.179))
+    assert "react" not in decide(state(0), evidence(response=same), config(), NOW_US).reason
+    certain = replace(same, e_value=21.0)
+    assert "less often for certain" in decide(state(0), evidence(response=certain), config(), NOW_US).reason

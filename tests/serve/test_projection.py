@@ -1,4 +1,5 @@
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,12 +7,15 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.settings import Settings, load_settings
+from cluster.settings.experiments import METRIC_NAMES
 from cluster.tables import arm_statistics, experiment_users
 from data.events import Event, parse_body
 from data.log import EventLog
 from serve.assignment import Assignment, in_control_slice
+from serve.experiments.metrics import METRICS
 from serve.experiments.projection import Projection
-from serve.experiments.readings import read_evidence
+from serve.experiments.readings import read_as_served, read_evidence, read_latency, read_moments, segments_of
+from serve.experiments.timeline import draw, read_timeline
 from tests.serve.rollout_world import TENANT, Population, feedback, fixed_split, interaction
 
 Key = tuple[str, str, str, str]
@@ -206,3 +210,128 @@ def test_evidence_survives_json(sqlite_database: Engine) -> None:
     evidence = read_evidence(sqlite_database, "exp", settings_with().experiment, period="ramp")
     assert Evidence.from_json(evidence.as_json()) == evidence
     assert evidence.primary.problem is None and evidence.split.p_value > 0.01
+
+
+def test_sums_over_users_follow_the_users_exactly(database: Engine) -> None:
+    """Moments kept page by page equal those taken over all per-user rows at once, people moved by hand left out."""
+    log, population = EventLog(database), Population(users=60, seed=4)
+    for round_, share in enumerate((0.1, 0.25, 0.5, 0.25)):  # the last sends some users back: they leave
+        population.ask(log, fixed_split(share, "salt"), range(60), (round_ + 1) * 1_000_000)
+    Projection(database, settings_with(projection_page=13)).catch_up()
+    left = {user for user, row in users(database).items() if row["excluded"]}
+    assert left
+    expected: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for (metric, period, arm, user), sums in statistics(database).items():
+        if period == "ramp" and user and user not in left:
+            expected.setdefault((metric, arm), []).append(sums)
+    found = read_moments(database, "exp", period="ramp")
+    assert {(m, a) for m, arms in found.items() for a in arms} == set(expected)
+    for (metric, arm), rows in expected.items():
+        moments = found[metric][arm]
+        assert moments.users == len(rows)
+        by_hand = [sum(n for n, _ in rows), sum(y for _, y in rows), sum(n * y for n, y in rows)]
+        assert [moments.sum_n, moments.sum_y, moments.sum_ny] == pytest.approx(by_hand, rel=1e-12)
+        assert moments.sum_mm == pytest.approx(sum((y / n) ** 2 for n, y in rows), rel=1e-12)
+
+
+def test_segments_are_those_of_the_first_exposure(database: Engine) -> None:
+    EventLog(database).append(
+        [
+            interaction("a", CANDIDATE, user="ann", user_tier="pro"),
+            interaction("b", CANDIDATE, user="ann", user_tier="free"),
+            interaction("c", CONTROL, user="bob", user_tier="free"),
+        ]
+    )
+    Projection(database, settings_with()).catch_up()
+    assert segments_of(database, "exp") == ["agent=triage", "modality=text", "tier=free", "tier=pro"]
+    pro = read_moments(database, "exp", period="ramp", segment="tier=pro")["error_rate"]
+    assert pro["candidate"].sum_n == 2 and "control" not in pro
+
+
+def test_what_users_said_before_is_a_covariate_and_what_they_say_after_is_not(database: Engine) -> None:
+    """The page's size must not matter; the feedback after the exposure is about an answer from before."""
+    events = [
+        interaction("old", None, user="ann"),
+        interaction("older", None, user="ann"),
+        feedback("old", "thumbs_up", 1.0),
+        feedback("older", "rating", 0.5, value=4),
+        interaction("a", CANDIDATE, user="ann"),
+        feedback("old", "thumbs_down", -1.0),
+        feedback("a", "thumbs_up", 1.0),
+        interaction("b", CONTROL, user="bob"),
+    ]
+    EventLog(database).append(events)
+    for page in (3, 1000):
+        Projection(database, settings_with(projection_page=page)).rebuild()
+        found = users(database)
+        assert found["ann"]["covariates"] == {"satisfaction": 0.75} and found["bob"]["covariates"] == {}
+        moments = read_moments(database, "exp", period="ramp")["satisfaction"]["candidate"]
+        assert (moments.known, moments.sum_x, moments.sum_xm, moments.sum_m_known) == (1, 0.75, 0.75, 1)
+
+
+def test_latency_is_counted_in_bins_and_read_as_a_quantile(database: Engine) -> None:
+    made = [interaction(f"c{n}", CANDIDATE, user=f"u{n}", latency_s=2.0 + n / 50) for n in range(100)]
+    made += [interaction(f"s{n}", CONTROL, user=f"v{n}", latency_s=0.5 + n / 1000) for n in range(100)]
+    EventLog(database).append(made)
+    Projection(database, settings_with()).catch_up()
+    arms, p_value = read_latency(database, "exp", settings_with().experiment, period="ramp")
+    assert arms["candidate"].low <= 3.9 <= arms["candidate"].high and abs(arms["candidate"].value / 3.9 - 1) < 0.06
+    assert p_value is not None and p_value > 0.1  # five of a hundred lie beyond: they prove nothing
+    _, p_value = read_latency(database, "exp", settings_with().experiment, period="ramp", quantile=0.5)
+    assert p_value is not None and p_value < 1e-6
+
+
+def test_a_fallback_is_shown_beside_by_served_version(database: Engine) -> None:
+    EventLog(database).append(
+        [
+            interaction("a", CANDIDATE, user="ann", flags={"fallback": True}),
+            interaction("b", CANDIDATE, user="bea"),
+            interaction("c", CONTROL, user="cy"),
+            feedback("a", "thumbs_down", -1.0),
+            feedback("b", "thumbs_up", 1.0),
+        ]
+    )
+    Projection(database, settings_with()).catch_up()
+    assigned = read_moments(database, "exp", period="ramp")["error_rate"]["candidate"]
+    assert assigned.sum_y / assigned.sum_n == 0.5
+    served = read_as_served(database, "exp", period="ramp")
+    assert served["error_rate"] == 0.0 and served["satisfaction"] == 1.0
+
+
+def test_tools_and_score_cards_become_metrics(database: Engine) -> None:
+    messages = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "tool", "content": '{"error": "timeout"}'},
+        {"role": "tool", "content": "fine"},
+    ]
+    card = {"ungrounded": 0.8, "win": 0.5}
+    graded = parse_body("grade", {"grader": "pair", "grader_version": "1", "score_card": card})
+    EventLog(database).append(
+        [
+            interaction("a", CANDIDATE, user="ann", messages=messages),
+            Event("grade", TENANT, "main", graded, interaction_id="a"),
+        ]
+    )
+    Projection(database, settings_with()).catch_up()
+    found = statistics(database)
+    assert found["tool_error_rate", "ramp", "candidate", "ann"] == (2, 1)
+    assert found["hallucination_rate", "ramp", "candidate", "ann"] == (1, 1)
+    assert found["win_rate", "ramp", "candidate", "ann"] == (1, 0.5)
+
+
+def test_the_sums_over_time_are_kept_and_drawn(database: Engine, tmp_path: Path) -> None:
+    settings = settings_with(history_interval_s=10.0)
+    log, population = EventLog(database), Population(users=80, seed=6)
+    for round_ in range(5):
+        population.ask(log, fixed_split(0.5, "salt"), range(80), (1 + 8 * round_) * 1_000_000)
+        Projection(database, settings).catch_up()
+    points = read_timeline(database, "exp", "satisfaction", settings)
+    assert [p.at_us for p in points] == [1_000_000, 17_000_000, 33_000_000, None]
+    assert all(p.low <= p.effect <= p.high for p in points) and points[0].users < points[-1].users
+    draw(points, "satisfaction", tmp_path / "plots" / "effect.png")
+    assert (tmp_path / "plots" / "effect.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_metric_has_a_name_the_settings_know() -> None:
+    assert set(METRIC_NAMES) == set(METRICS)

@@ -9,13 +9,15 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.errors import ConflictError, InputError, NotFoundError, UnavailableError
+from cluster.registry import NEEDS_RETRAINING_TAG
 from cluster.tables import experiments, rollouts
 from serve.experiments.evidence import Evidence
 from serve.experiments.projection import Projection
+from serve.experiments.report import describe, to_text
 from serve.experiments.store import check_shares, get_experiment
 from serve.rollout import controller
 from serve.rollout.controller import approve, freeze, roll_back, unfreeze
-from serve.rollout.decide import replay
+from serve.rollout.replay import replay
 from serve.rollout.state import Decision
 from serve.rollout.store import Rollout, get_rollout
 from serve.routes import update_route
@@ -108,6 +110,34 @@ def test_a_rebuild_of_the_statistics_changes_no_evidence(sqlite_database: Engine
     assert controller._evidence(sqlite_database, rollout) == before
 
 
+def test_a_candidate_that_silences_its_critics_is_not_promoted_without_that_being_said(
+    sqlite_database: Engine,
+) -> None:
+    """No better at all, but its unhappy users say nothing: thumbs rise, reactions fall."""
+    silencing = population(candidate=0.65, silences={"candidate": 0.8})
+    world = World(sqlite_database, demo_settings(), silencing)
+    rollout = world.run(world.start().rollout_id)
+    onwards = [d for d in world.decisions() if d["outcome"] in ("advance", "promote")]
+    assert rollout.state == "promoted" and len(onwards) == 4
+    for decision in onwards[1:]:
+        assert "the candidate's users react less often" in decision["reason"]
+        assert decision["evidence"]["decision"]["details"]["caveats"]
+    shown = describe(sqlite_database, rollout.experiment.experiment_id, world.settings)
+    assert "react less often" in to_text(shown)
+
+
+def test_with_its_guardrail_a_fall_of_the_response_rate_is_no_promotion(sqlite_database: Engine) -> None:
+    settings = demo_settings()
+    guarded = settings.experiment.model_copy(
+        update={"guardrails": (*settings.experiment.guardrails, "feedback_response_rate")}
+    )
+    silencing = population(candidate=0.65, silences={"candidate": 0.8})
+    world = World(sqlite_database, settings.model_copy(update={"experiment": guarded}), silencing)
+    rollout = world.run(world.start().rollout_id)
+    assert rollout.state != "promoted"
+    assert any("feedback_response_rate" in d["reason"] for d in world.decisions())
+
+
 # Starting
 
 
@@ -119,6 +149,26 @@ def test_gates_must_be_passed_or_overridden_with_a_reason(sqlite_database: Engin
     world.run(rollout.rollout_id, seconds=2)
     assert "overridden: damaged on purpose" in world.decisions()[0]["reason"]
     assert world.decisions()[0]["evidence"]["config"]["gates_override"] == "damaged on purpose"
+
+
+def test_a_version_that_needs_retraining_is_not_started_whatever_the_reason(sqlite_database: Engine) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    world.registry.tag("triage/2", NEEDS_RETRAINING_TAG, "{}")
+    with pytest.raises(ConflictError, match="triage/2 needs retraining"):
+        world.start("triage/2", override_reason="we want it")
+
+
+def test_a_candidate_that_comes_to_need_retraining_is_taken_back_before_it_grows(sqlite_database: Engine) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    rollout = world.start()
+    world.run(rollout.rollout_id, seconds=3)
+    assert world.route.share == 0.1
+    world.registry.tag("triage/2", NEEDS_RETRAINING_TAG, "{}")
+    ended = world.run(rollout.rollout_id)
+    assert (ended.state, world.route.candidate) == ("rolled_back", None)
+    assert "training data was erased" in world.decisions()[-1]["reason"]
+    assert max(d["share_after"] for d in world.decisions()) == 0.1
+    assert world.registry.aliases["champion"] == "triage/1"
 
 
 def test_a_start_is_refused_before_anything_is_written(sqlite_database: Engine) -> None:

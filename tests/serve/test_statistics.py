@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.stats
 
-from serve.experiments import comparisons, group_sequential, planner, sequences, srm
+from serve.experiments import comparisons, group_sequential, planner, proportions, quantiles, sequences, srm
 
 
 def close(found: float, published: float, digits: int) -> bool:
@@ -28,7 +29,10 @@ def test_chi_squared_srm_matches_growthbook(counts: list[int], weights: list[flo
 
 
 def test_sequential_srm_matches_optimizely() -> None:
-    """Optimizely ssrm tests: outcomes 1,2,1,2,3, null .4/.4/.2, prior Dirichlet(1,1,1)."""
+    """Optimizely ssrm tests: outcomes 1,2,1,2,3, null .4/.4/.2, prior Dirichlet(1,1,1).
+
+    By hand the null is 4 ln .4 + ln .2 = -5.274601 and the mixture ln(2! 2! 1! 2! / 7!) = -6.445720.
+    """
     assert close(srm.mixture_log_probability([2, 2, 1], [1, 1, 1]), -6.445720, 6)
     assert close(srm.null_log_probability([2, 2, 1], [0.4, 0.4, 0.2]), -5.274601, 6)
 
@@ -112,14 +116,39 @@ def test_bernoulli_interval_is_proper_at_the_edges(successes: int, trials: int) 
     assert 0 <= low <= mean <= high <= 1
 
 
+FIVE = (0.2, 0.4, 0.6, 0.8, 1.0)
+
+
 def test_lan_demets_boundaries_match_five_looks() -> None:
-    """R package ldbounds, two-sided alpha = .05. Its grid is coarser: the second is 3.35701 by quadrature."""
-    fractions = (0.2, 0.4, 0.6, 0.8, 1.0)
-    found = group_sequential.boundaries(fractions, 0.05, sides=2)
-    published = (4.8769, 3.3569, 2.6803, 2.2898, 2.0310)
-    assert all(close(f, p, 3) for f, p in zip(found, published, strict=True))
-    pocock = group_sequential.boundaries(fractions, 0.05, spending="pocock", sides=2)
-    assert close(pocock[0], 2.4380, 4) and close(pocock[-1], 2.3859, 3)
+    """R package ldbounds, two-sided alpha = .05; the second look of O'Brien-Fleming is checked by itself below."""
+    found = group_sequential.boundaries(FIVE, 0.05, sides=2)
+    published = (4.8769, 3.3570, 2.6803, 2.2898, 2.0310)
+    assert [round(bound, 4) for bound in found] == list(published)
+    pocock = group_sequential.boundaries(FIVE, 0.05, spending="pocock", sides=2)
+    assert [round(bound, 4) for bound in pocock] == [2.4380, 2.4268, 2.4102, 2.3966, 2.3860]
+    assert close(pocock[-1], 2.3859, 3)
+
+
+def test_the_second_boundary_by_adaptive_quadrature() -> None:
+    """ldbounds prints 3.3569: its grid is coarse. The first look is exact, so one integral decides."""
+    first, second = group_sequential.boundaries(FIVE[:2], 0.05, sides=2)
+    spent = [group_sequential.obrien_fleming_spent(t, 0.05, 2) for t in FIVE[:2]]
+    norm = scipy.stats.norm
+
+    def density(z: float) -> float:  # increments of equal information: z2 √2 = z1 + z'
+        return float(norm.pdf(z) * (norm.sf(second * math.sqrt(2) - z) + norm.cdf(-second * math.sqrt(2) - z)))
+
+    crossing = scipy.integrate.quad(density, -first, first, epsabs=1e-13)[0]
+    assert math.isclose(crossing, spent[1] - spent[0], rel_tol=1e-9)
+    assert close(second, 3.35701, 5)
+
+
+@pytest.mark.parametrize(("looks", "error"), [(2, 0.083), (5, 0.142), (10, 0.193), (20, 0.248), (50, 0.320)])
+def test_peeking_inflates_a_fixed_test_as_published(looks: int, error: float) -> None:
+    """Armitage, McPherson & Rowe 1969, table 2: two-sided .05 at equally spaced looks."""
+    random = np.random.default_rng(4)
+    paths = np.cumsum(random.normal(size=(100_000, looks)), axis=1) / np.sqrt(np.arange(1, looks + 1))
+    assert abs(np.mean(np.any(np.abs(paths) > 1.95996, axis=1)) - error) < 0.0045  # three standard errors
 
 
 def test_group_sequential_one_sided_keeps_alpha() -> None:
@@ -149,10 +178,55 @@ def test_looks_fall_due_once_each_at_the_fraction_reached() -> None:
     assert group_sequential.next_look(9.0, planned, (0.3, 1.0)) is None
 
 
-def test_newcombe_interval_matches_the_paper() -> None:
-    """Newcombe 1998, table II: 56/70 against 48/80."""
-    low, high = comparisons.newcombe((56, 70), (48, 80))
-    assert close(low, 0.0524, 4) and close(high, 0.3339, 4)
+def test_intervals_for_two_proportions_match_the_paper() -> None:
+    """Newcombe 1998, table II: 56/70 against 48/80; and 7/34 against 1/34 by the uncorrected score."""
+    one, other = (56, 70), (48, 80)
+    found = [f(one, other) for f in (proportions.newcombe, proportions.mee, proportions.miettinen_nurminen)]
+    published = [(0.0524, 0.3339), (0.0533, 0.3377), (0.0528, 0.3382)]
+    assert all(close(f, p, 4) for pair in zip(found, published, strict=True) for f, p in zip(*pair, strict=True))
+    low, high = proportions.mee((7, 34), (1, 34))
+    assert close(low, 0.0284, 4) and close(high, 0.3439, 4)
+
+
+@pytest.mark.parametrize(("one", "other"), [((0, 20), (0, 20)), ((20, 20), (0, 20)), ((1, 1), (1, 1))])
+def test_score_intervals_are_proper_at_the_edges(one: tuple[int, int], other: tuple[int, int]) -> None:
+    for interval in (proportions.mee, proportions.miettinen_nurminen):
+        low, high = interval(one, other)
+        assert -1 <= low <= one[0] / one[1] - other[0] / other[1] <= high <= 1
+
+
+@pytest.mark.parametrize(
+    ("quantile", "offset", "p_value"),
+    [(0.5, 70, 0.814704), (0.5, 85, 0.0838055), (0.5, 100, 0.0054947), (0.9, 55, 0.0340463)],
+)
+def test_equal_quantiles_matches_confseq(quantile: float, offset: int, p_value: float) -> None:
+    """confseq tests, QuantileABTest: 1..1000 against the same shifted, tuned for 100 values."""
+    support = np.arange(1, 1001 + offset)
+    arms = [((support > first) & (support <= first + 1000)).astype(float) for first in (0, offset)]
+    assert abs(quantiles.equal_quantiles_p_value(*arms, quantile, 100) - p_value) < 5e-7
+
+
+def test_a_bins_edges_hold_its_durations() -> None:
+    for seconds in (0.0, 0.0009, 0.001, 0.0134, 1.0, 9.99, 250.0, 5000.0):
+        low, high = quantiles.edges_of(quantiles.bin_of(seconds))
+        assert low <= seconds <= high * (1 + 1e-12)
+
+
+def test_quantile_sequence_covers_at_every_look_and_tightens() -> None:
+    random = np.random.default_rng(12)
+    truth = math.exp(1.6449 * 0.5)  # 95th percentile of a log-normal with sigma .5
+
+    def covers() -> bool:
+        bins = np.array([quantiles.bin_of(v) for v in random.lognormal(0, 0.5, 3000)])
+        for look in range(200, 3001, 200):
+            reading = quantiles.read_quantile(np.bincount(bins[:look], minlength=quantiles.BINS), 0.95, 0.05, 1000)
+            assert reading is not None
+            if not reading.low <= truth <= reading.high:
+                return False
+        assert reading.high / reading.low < 1.35 and reading.low <= reading.value <= reading.high
+        return True
+
+    assert sum(covers() for _ in range(60)) >= 57
 
 
 @pytest.mark.parametrize(
@@ -181,7 +255,7 @@ def test_ratio_variance_follows_the_spread_over_users() -> None:
 
     pairs = [(arm(), arm()) for _ in range(1000)]
     by_users = [comparisons.welch(comparisons.ratio(a), comparisons.ratio(b)).p_value for a, b in pairs]
-    naive = [comparisons.two_proportion_z((round(a.sum_y), 3000), (round(b.sum_y), 3000)).p_value for a, b in pairs]
+    naive = [proportions.two_proportion_z((round(a.sum_y), 3000), (round(b.sum_y), 3000)).p_value for a, b in pairs]
     assert 0.03 < np.mean(np.array(by_users) < 0.05) < 0.08
     assert np.mean(np.array(naive) < 0.05) > 0.15
     assert 2.2 < np.mean([comparisons.design_effect(a) for a, _ in pairs]) < 3.4  # 1 + 9 · .2 = 2.8

@@ -1,0 +1,97 @@
+"""`/v1/files`: upload, list, get, content, delete."""
+
+import asyncio
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from cluster.settings import Settings
+from data.tuning_rows import check_file
+from data.uploads import StoredFile, Uploads
+from serve.finetuning.multipart import body_to_file, boundary_of, copy_value, read_fields, text_value
+from serve.finetuning.objects import Json, file_object, page
+from serve.finetuning.query import Query
+from serve.openai import JSON, ApiError, Headers, Receive, Scope, Send, header, send_response
+
+PURPOSE = "fine-tune"
+FORM_FIELDS = {"file", "purpose"}
+SPARE_BYTES = 1 << 16  # of a form around its file
+MAX_PAGE = 10_000
+PIECE = 1 << 18
+
+
+@dataclass(slots=True)
+class FileRoutes:
+    """The routes of one router; `uploads` is the store of the tenant that asks."""
+
+    settings: Settings
+    _uploading: int = field(default=0)
+
+    async def upload(self, uploads: Uploads, scope: Scope, receive: Receive) -> Json:
+        """Take in one file; every line of it is checked before it gets an id."""
+        boundary, limits = boundary_of(scope), self.settings.finetuning
+        limit = round(limits.max_file_mb * 2**20) + SPARE_BYTES
+        declared = header(scope, b"content-length")
+        if declared is not None and declared.isdigit() and int(declared) > limit:
+            raise ApiError(413, f"The request is longer than {limit} bytes.", code="file_too_large")
+        if self._uploading >= limits.max_uploads_at_once:
+            raise ApiError(429, "Too many files are being sent; try again later.", code="overloaded", retry_after_s=5.0)
+        self._uploading += 1
+        try:
+            with uploads.draft() as (path, body):
+                await body_to_file(receive, body, limit, limits.upload_timeout_s)
+                stored = await asyncio.to_thread(self._take_in, uploads, path, boundary)
+        finally:
+            self._uploading -= 1
+        return file_object(stored)
+
+    def _take_in(self, uploads: Uploads, body: Path, boundary: bytes) -> StoredFile:
+        fields = read_fields(body, boundary)
+        unknown = sorted(fields.keys() - FORM_FIELDS)
+        if unknown:
+            raise ApiError(400, f"The field {unknown[0]} is not supported.", code="invalid_value", param=unknown[0])
+        for name in ("file", "purpose"):
+            if name not in fields:
+                raise ApiError(400, f"The field {name} is missing.", code="missing_field", param=name)
+        purpose = text_value(body, fields["purpose"])
+        if purpose != PURPOSE:
+            message = f"purpose must be {PURPOSE}, not {purpose!r}."
+            raise ApiError(400, message, code="invalid_value", param="purpose")
+        limits, filename = self.settings.finetuning, fields["file"].filename or "upload.jsonl"
+        with uploads.draft() as (path, file):
+            copy_value(body, fields["file"], file)
+            checked = check_file(path, min_rows=limits.min_examples, max_rows=limits.max_examples)
+            return uploads.keep(
+                path, filename, purpose, format=checked.format, rows=checked.rows, max_files=limits.max_files
+            )
+
+    async def list(self, uploads: Uploads, query: Query) -> Json:
+        """One page."""
+        limit, order = query.number("limit", MAX_PAGE, MAX_PAGE), query.choice("order", ("desc", "asc"))
+        purpose, after = query.text("purpose"), query.text("after")
+        found = await asyncio.to_thread(
+            lambda: uploads.list(purpose=purpose, after=after, limit=limit + 1, newest_first=order == "desc")
+        )
+        return page([file_object(stored) for stored in found[:limit]], has_more=len(found) > limit)
+
+    async def content(self, uploads: Uploads, file_id: str, send: Send, headers: Headers) -> None:
+        """The bytes as they were sent."""
+        stored = await asyncio.to_thread(uploads.get, file_id)
+        with uploads.path(stored).open("rb") as file:
+            head = [(b"content-type", b"application/octet-stream"), (b"content-length", b"%d" % stored.bytes)]
+            await send({"type": "http.response.start", "status": 200, "headers": [*head, *headers]})
+            while piece := await asyncio.to_thread(file.read, PIECE):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def delete(self, uploads: Uploads, file_id: str) -> Json:
+        """Forget it; a dataset that was made of it stays."""
+        await asyncio.to_thread(uploads.delete, file_id)
+        return {"id": file_id, "object": "file", "deleted": True}
+
+
+async def send_json(send: Send, document: Any, headers: Headers) -> None:
+    """A good answer."""
+    await send_response(send, 200, orjson.dumps(document), [JSON, *headers])

@@ -1,0 +1,157 @@
+"""The OpenAPI document of the intake routes, made from the models that check the items."""
+
+from functools import cache
+from typing import Any
+
+import orjson
+
+from data.events import ASSIGNMENT_FIELDS, BODIES
+from data.feedback import SERVER_FIELDS
+from data.intake import TRACE_KINDS
+from data.items import NEEDS_INTERACTION, Envelope
+from serve.intake_http import KINDS
+
+PATH = "/openapi.json"
+Schema = dict[str, Any]
+
+SUMMARIES = {
+    "/v1/feedback": "Say what people thought of answers.",
+    "/v1/behaviour": "Say what people did after answers.",
+    "/v1/outcomes": "Report what a product measures itself.",
+    "/v1/trajectories": "Report conversations of an agent with tools, whole.",
+    "/v1/traces": "Report interactions, tool calls and trajectories of agents elsewhere; also OTLP/HTTP.",
+}
+REFUSALS = {
+    "400": "The body is no batch of items.",
+    "401": "No key, or a wrong one.",
+    "403": "The key lacks the scope, or the feature is switched off.",
+    "408": "The body did not arrive in time.",
+    "413": "The body is too long.",
+    "415": "The content-encoding is not understood.",
+    "429": "Too much waits already; come again after `retry-after`.",
+    "503": "The log takes nothing now; come again after `retry-after`.",
+}
+
+
+@cache
+def document() -> bytes:
+    """The document as JSON."""
+    return orjson.dumps(build())
+
+
+def build() -> Schema:
+    """The document: each route takes one item or `{"items": [...]}` and answers each item on its own."""
+    schemas: Schema = {"Error": _error(), "Results": _results(), "ExportResponse": _export_response()}
+    for kind in filter(None, KINDS.values()):
+        schemas[kind] = item_schema(kind, schemas)
+    for kind in TRACE_KINDS:
+        schemas[f"traced_{kind}"] = item_schema(kind, schemas, named=True)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Rayloop intake", "version": "1"},
+        "paths": {path: {"post": _operation(path, kind)} for path, kind in KINDS.items()},
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{"key": []}],
+    }
+
+
+def item_schema(kind: str, shared: Schema, *, named: bool = False) -> Schema:
+    """The JSON schema of one item; schemas that it refers to are added to `shared`.
+
+    `named`: the item says its kind, as part of a trace.
+    """
+    schema = BODIES[kind].model_json_schema(ref_template="#/components/schemas/{model}")
+    shared |= schema.pop("$defs", {})
+    closed = {"feedback": SERVER_FIELDS, "interaction": ASSIGNMENT_FIELDS}.get(kind, ())
+    properties = {name: field for name, field in schema["properties"].items() if name not in closed}
+    envelope = Envelope.model_json_schema()["properties"]
+    required = [*schema.get("required", ()), *(["interaction_id"] if kind in NEEDS_INTERACTION else ())]
+    if named:
+        envelope = envelope | {"kind": {"const": kind}}
+        required += [] if kind == TRACE_KINDS[0] else ["kind"]
+    return {
+        "type": "object",
+        "description": schema.get("description", ""),
+        "properties": envelope | properties,
+        "required": required,
+        "additionalProperties": False,
+    }
+
+
+def _operation(path: str, kind: str | None) -> Schema:
+    one = {"anyOf": [_ref(f"traced_{name}") for name in TRACE_KINDS]} if kind is None else _ref(kind)
+    many = {
+        "type": "object",
+        "properties": {"items": {"type": "array", "items": one}},
+        "required": ["items"],
+        "additionalProperties": False,
+    }
+    taken: Schema = {"application/json": {"schema": {"anyOf": [one, many]}}}
+    answer: Schema = _ref("Results")
+    if kind is None:
+        taken["application/x-protobuf"] = {"schema": {"type": "string", "format": "binary"}}
+        answer = {"anyOf": [answer, _ref("ExportResponse")]}
+    responses: Schema = {"200": {"description": "Each item's own answer.", "content": _json(answer)}}
+    refused = _json(_ref("Error"))
+    if kind is None:
+        responses["200"]["content"]["application/x-protobuf"] = {}
+        refused = refused | {"application/x-protobuf": {}}
+    responses |= {status: {"description": text, "content": refused} for status, text in REFUSALS.items()}
+    return {
+        "operationId": path.removeprefix("/v1/"),
+        "summary": SUMMARIES[path],
+        "requestBody": {"required": True, "content": taken},
+        "responses": responses,
+    }
+
+
+def _json(schema: Schema) -> Schema:
+    return {"application/json": {"schema": schema}}
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _error() -> Schema:
+    return {"type": "object", "properties": {"error": _error_object()}, "required": ["error"]}
+
+
+def _error_object() -> Schema:
+    text_or_null = {"type": ["string", "null"]}
+    return {
+        "type": "object",
+        "properties": {
+            "message": {"type": "string"},
+            "type": {"type": "string"},
+            "param": text_or_null,
+            "code": text_or_null,
+        },
+        "required": ["message", "type", "param", "code"],
+    }
+
+
+def _results() -> Schema:
+    result = {
+        "type": "object",
+        "properties": {
+            "event_id": {"type": ["string", "null"]},
+            "status": {"enum": ["accepted", "duplicate", "rejected"]},
+            "error": _error_object(),
+        },
+        "required": ["event_id", "status"],
+    }
+    return {
+        "type": "object",
+        "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": result}},
+        "required": ["object", "data"],
+    }
+
+
+def _export_response() -> Schema:
+    fields = {name: {"type": "string"} for name in ("rejectedSpans", "errorMessage")}
+    partial = {"type": "object", "properties": fields}
+    return {"type": "object", "properties": {"partialSuccess": partial}, "additionalProperties": False}
