@@ -46,13 +46,17 @@ COMMANDS: dict[str, Mount] = {
     "register": Mount("train.cli", "Put a trained adapter or a base model into the registry.", "register"),
     "evaluate": Mount("train.evaluate.cli", "Run the suites and gates on a version.", "evaluate"),
     "compare": Mount("train.evaluate.cli", "Two versions side by side.", "compare"),
+    "export": Mount("train.export.cli", "Write a version as files that other tools load.", "export"),
     "tune": Mount("tune.cli", "Sweep hyper-parameters."),
     "experiment": Mount("serve.experiments.cli", "Plan, list and read experiments."),
     "rollout": Mount("serve.rollout.cli", "Start, approve, freeze or roll back a rollout."),
     "jobs": Mount("cluster.commands", "Training jobs and their state.", "jobs"),
     "lineage": Mount("data.cli", "From a version to the feedback that made it.", "lineage"),
-    "verify": Mount("data.cli", "Check the event log.", "verify"),
+    "erase": Mount("data.cli", "Remove a person from everything that was kept of them.", "erase"),
+    "verify": Mount("serve.verify_cli", "Check the event log and rebuild every decision.", "verify"),
     "loop": Mount("cluster.commands", "Run the jobs of one turn of the loop.", "loop"),
+    "notify": Mount("cluster.notify_cli", "Channels to people, and a test of them."),
+    "outlets": Mount("data.outlets_cli", "Events that leave: webhooks, brokers, notifications."),
     "submit": Mount("cluster.commands", "Send any of these commands to a Ray cluster as a job.", "submit"),
 }
 

@@ -1,20 +1,27 @@
 """One database, SQLite or PostgreSQL, chosen by its URL; the same SQLAlchemy code and migrations for both."""
 
+import fcntl
 import logging
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from sqlalchemy.engine import Connection, Engine
 
-from cluster.errors import ConfigError, UnavailableError
+from cluster.errors import ConfigError, ConflictError, UnavailableError
 from cluster.settings import Settings
 
 log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_LOCK = 7_213_001  # pg_advisory_lock key: one process migrates at a time
+POLL_S = 0.05  # between two tries for a lock
 
 
 def connect(settings: Settings, *, migrate: bool = True) -> Engine:
@@ -125,3 +132,89 @@ def upgrade(engine: Engine) -> None:
         config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+@contextmanager
+def exclusive(engine: Engine, name: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold a lock of this database by name; it goes with the process, however that ends.
+
+    Raises:
+        ConflictError: another process holds it for longer than `wait_s`.
+    """
+    with (_advisory_lock if is_postgres(engine) else _file_lock)(engine, name) as take:
+        deadline = time.monotonic() + wait_s
+        while not take():
+            if time.monotonic() >= deadline:
+                raise ConflictError(f"another process holds the lock `{name}` of this database; try again later")
+            time.sleep(POLL_S)
+        yield
+
+
+@contextmanager
+def _advisory_lock(engine: Engine, name: str) -> Iterator[Any]:
+    key = {"key": zlib.crc32(name.encode())}
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        taken = False
+
+        def take() -> bool:
+            nonlocal taken
+            taken = bool(connection.execute(sa.text("SELECT pg_try_advisory_lock(:key)"), key).scalar())
+            return taken
+
+        try:
+            yield take
+        finally:
+            if taken:
+                connection.execute(sa.text("SELECT pg_advisory_unlock(:key)"), key)
+
+
+@contextmanager
+def _file_lock(engine: Engine, name: str) -> Iterator[Any]:
+    with open(f"{engine.url.database}.{name}.lock", "w") as file:
+
+        def take() -> bool:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            return True
+
+        yield take
+
+
+def remove_traces(engine: Engine, tables: Sequence[str], wait_s: float) -> None:
+    """Take deleted bytes off the disk: no page and no write-ahead log of SQLite keeps them.
+
+    SQLite overwrites what is deleted (`secure_delete`), so its log is emptied into the file. PostgreSQL
+    leaves deleted rows in their pages: `tables` are rewritten, which locks each for as long as that takes.
+    Its own write-ahead log and backups age by the server's settings.
+
+    Raises:
+        UnavailableError: readers of SQLite do not let go of its log within `wait_s`.
+    """
+    if is_postgres(engine):
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for table in tables:
+                connection.execute(sa.text(f"VACUUM (FULL, ANALYZE) {table}"))
+            if tables:  # the planner's statistics quote common values; a role that may not do this gets a warning
+                connection.execute(sa.text("VACUUM FULL pg_catalog.pg_statistic"))
+        return
+    deadline = time.monotonic() + wait_s
+    while not _empty_write_ahead_log(engine):
+        if time.monotonic() >= deadline:
+            raise UnavailableError(
+                f"the write-ahead log of {engine.url.database} is held by a reader and keeps deleted bytes; try again"
+            )
+        time.sleep(POLL_S)
+
+
+def _empty_write_ahead_log(engine: Engine) -> bool:
+    connection = engine.raw_connection()
+    try:
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        (busy, *_) = cursor.fetchall()[0]
+        cursor.close()
+        return not busy
+    finally:
+        connection.close()

@@ -2,7 +2,8 @@
 
 RayloopError
 ├── InputError (ValueError)        a value from outside breaks a rule: field, value, rule, remedy
-│   └── ConfigError                the same, in rayloop.yaml, the environment or a Serve config
+│   ├── ConfigError                the same, in rayloop.yaml, the environment or a Serve config
+│   └── ErasedError                it belongs to somebody who was erased
 ├── NotFoundError (LookupError)    a named thing does not exist
 ├── ConflictError                  somebody else changed it first, or the state forbids the act
 ├── UnavailableError (ConnectionError)  a database, server or cluster does not answer
@@ -37,7 +38,10 @@ class InputError(RayloopError, ValueError):
         self.field, self.value, self.rule, self.remedy = field, value, rule, remedy
 
     def __str__(self) -> str:
-        shown = repr(self.value)
+        try:
+            shown = repr(self.value)
+        except RecursionError:
+            shown = f"a deeply nested {type(self.value).__name__}"
         if len(shown) > 120:
             shown = shown[:117] + "..."
         return f"{self.field}={shown} {self.rule}; {self.remedy}"
@@ -45,6 +49,16 @@ class InputError(RayloopError, ValueError):
 
 class ConfigError(InputError):
     """A configuration value breaks a rule."""
+
+
+class ErasedError(InputError):
+    """An item belongs to somebody who was erased; it is refused for ever."""
+
+    def __init__(self, event_id: str) -> None:
+        InputError.__init__(self, "user", event_id, "belongs to a person who was erased", "send nothing more of them")
+
+    def __reduce__(self) -> tuple[type["ErasedError"], tuple[str]]:
+        return ErasedError, (self.value,)
 
 
 class NotFoundError(RayloopError, LookupError):

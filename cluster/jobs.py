@@ -1,26 +1,33 @@
 """The table of training jobs: what was asked for, how far it is, how it ended.
 
-A job is pending, then running, then completed or failed; a failed one may be tried again. Every change is
-one conditional update, so two processes never both start the same job. A running job says regularly that
-it lives; one that has been silent for long has lost its process and counts as failed.
+A job is pending, then running, then completed or failed; it may be paused or cancelled before its end, and a
+failed or paused one goes on when somebody asks for it. Every change is one conditional update, so two
+processes never both start the same job. A running job says regularly that it lives; one that has been silent
+for long has lost its process and counts as failed.
 """
 
+import hashlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Engine
+from sqlalchemy.engine import Connection, Engine
 
 from cluster.clock import SECOND_US, now_us
-from cluster.database import write
-from cluster.errors import ConflictError, NotFoundError
+from cluster.database import is_postgres, write
+from cluster.errors import ConflictError, NotFoundError, OverloadedError
 from cluster.tables import training_jobs
 
-UNCOUNTED = ("loop",)
+REMOTE = "remote"
+"""Kind of a training that another endpoint does."""
+UNCOUNTED = ("loop", REMOTE)
 """Kinds that only wait for others; they take no place among the concurrent jobs."""
-STATES = ("pending", "running", "completed", "failed")
+STATES = ("pending", "running", "paused", "completed", "failed", "cancelled")
+ACTIVE = ("pending", "running", "paused")
+TENANT_LOCK = 7_213_002
+"""First key of the PostgreSQL advisory lock under which a tenant's jobs are counted and one is added."""
 LOST = "its process has gone without a word"
 
 
@@ -43,7 +50,18 @@ class Job:
     error: str | None
     created_at_us: int
     started_at_us: int | None
+    """When it last began to run."""
     finished_at_us: int | None
+    used_s: float
+    """How long it ran in all its earlier lives."""
+    request: dict[str, Any] | None
+    """What a client of the fine-tuning API asked for; `None` for jobs of the command line."""
+    runner: dict[str, Any] | None
+    """The process started for it: `token`, then `host`, `pid` and `created` once it has reported."""
+    stopping: bool
+    """Its process is to end."""
+    fine_tuned_model: str | None
+    """Name under which the result is served."""
 
 
 class Jobs:
@@ -60,13 +78,16 @@ class Jobs:
         dataset_id: str | None = None,
         config: Mapping[str, Any] | None = None,
         job_id: str | None = None,
+        request: Mapping[str, Any] | None = None,
         max_concurrent: int | None = None,
+        max_active: int | None = None,
         silent_s: float = 300.0,
     ) -> Job:
-        """A new pending job.
+        """A new pending job. `max_active` bounds the API's jobs of this tenant that have not ended.
 
         Raises:
             ConflictError: the id is taken, or the tenant runs as many jobs as it may.
+            OverloadedError: the tenant has as many active jobs as it may.
         """
         if max_concurrent is not None:
             self.fail_lost(silent_s)
@@ -87,13 +108,56 @@ class Jobs:
             "state": "pending",
             "retries": 0,
             "created_at_us": now_us(),
+            "request": None if request is None else dict(request),
         }
         try:
             with write(self.engine).begin() as connection:
+                if max_active is not None:
+                    self._check_active(connection, max_active)
                 connection.execute(training_jobs.insert().values(row))
         except sa.exc.IntegrityError:
             raise ConflictError(f"job {row['job_id']!r} exists already; choose another name or resume it") from None
         return self.get(str(row["job_id"]))
+
+    def _check_active(self, connection: Connection, max_active: int) -> None:
+        """Counted in the transaction that adds the job, alone with this tenant: two requests never share a place."""
+        if is_postgres(self.engine):
+            tenant = int.from_bytes(hashlib.sha256(self.tenant.encode()).digest()[:4], "big", signed=True)
+            lock = {"first": TENANT_LOCK, "second": tenant}
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:first, :second)"), lock)
+        asked = training_jobs.c.request.is_not(None) & training_jobs.c.state.in_(ACTIVE)
+        query = sa.select(sa.func.count()).select_from(training_jobs)
+        active = connection.execute(query.where(training_jobs.c.tenant == self.tenant, asked)).scalar_one()
+        if active >= max_active:
+            raise OverloadedError(
+                f"tenant {self.tenant!r} has {active} unfinished jobs and finetuning.max_active_jobs is {max_active}; "
+                "cancel one or wait for it",
+                retry_after_s=60.0,
+            )
+
+    def adopt(self, job_id: str, *, agent: str | None, dataset_id: str, config: Mapping[str, Any]) -> Job:
+        """Say what a pending job of the API will train."""
+        return self._move(job_id, ("pending",), agent=agent, dataset_id=dataset_id, config=dict(config))
+
+    def pause(self, job_id: str) -> Job:
+        """pending or running → paused; its process is to end."""
+        return self._move(job_id, ("pending", "running"), state="paused", stopping=training_jobs.c.runner.is_not(None))
+
+    def resume(self, job_id: str) -> Job:
+        """paused or failed → pending, counted as one more try.
+
+        Raises:
+            ConflictError: in another state, or its process has not ended yet.
+        """
+        return self._move(
+            job_id, ("paused", "failed"), state="pending", retries=training_jobs.c.retries + 1, error=None,
+            finished_at_us=None, only=training_jobs.c.runner.is_(None),
+        )  # fmt: skip
+
+    def cancel(self, job_id: str) -> Job:
+        """pending, running or paused → cancelled for good; its process is to end."""
+        stopping = training_jobs.c.runner.is_not(None)
+        return self._move(job_id, ACTIVE, state="cancelled", stopping=stopping, finished_at_us=now_us())
 
     def start(self, job_id: str) -> Job:
         """pending → running."""
@@ -120,9 +184,9 @@ class Jobs:
         """Name the version that a job's result was registered as."""
         self._move(job_id, ("running", "completed"), output_version=version)
 
-    def fail(self, job_id: str, error: str) -> Job:
+    def fail(self, job_id: str, error: str, *, states: tuple[str, ...] = ("pending", "running")) -> Job:
         """pending or running → failed, with the reason."""
-        return self._move(job_id, ("pending", "running"), state="failed", error=error[:4000], finished_at_us=now_us())
+        return self._move(job_id, states, state="failed", error=error[:4000], finished_at_us=now_us())
 
     def fail_lost(self, silent_s: float) -> list[str]:
         """Mark running jobs that have been silent for so long as failed; returns their ids."""
@@ -153,21 +217,71 @@ class Jobs:
         with self.engine.connect() as connection:
             return [Job(**row) for row in connection.execute(query.limit(limit)).mappings()]
 
-    def _move(self, job_id: str, allowed: tuple[str, ...], **values: Any) -> Job:
+    def requested(self, *, after: str | None = None, metadata: Mapping[str, str] | None = None) -> Iterator[Job]:
+        """The API's jobs, newest first, behind the one named.
+
+        Raises:
+            NotFoundError: `after` names none.
+        """
+        j = training_jobs.c
+        query = sa.select(training_jobs).where(*self._mine(), j.request.is_not(None))
+        if after is not None:
+            last = self.get(after)
+            query = query.where(sa.tuple_(j.created_at_us, j.job_id) < (last.created_at_us, last.job_id))
+        with self.engine.connect() as connection:
+            for row in connection.execute(query.order_by(j.created_at_us.desc(), j.job_id.desc())).mappings():
+                job = Job(**row)
+                has = (job.request or {}).get("metadata") or {}
+                if all(has.get(name) == value for name, value in (metadata or {}).items()):
+                    yield job
+
+    def set_served(self, job_id: str, model: str) -> Job:
+        """Name the model under which a completed job's result is served."""
+        return self._move(job_id, ("completed",), fine_tuned_model=model)
+
+    def count_since(self, kind: str, since_us: int) -> int:
+        """Jobs of a kind that this tenant made since then, in every workspace."""
+        j = training_jobs.c
+        query = sa.select(sa.func.count()).select_from(training_jobs)
+        query = query.where(j.tenant == self.tenant, j.kind == kind, j.created_at_us >= since_us)
+        with self.engine.connect() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def used_s(self, since_us: int) -> float:
+        """Seconds that this tenant's jobs created since then have run, in every workspace."""
+        mine = (training_jobs.c.tenant == self.tenant) & (training_jobs.c.created_at_us >= since_us)
+        total = sa.func.sum(training_jobs.c.used_s + _running_s(now_us()))
+        with self.engine.connect() as connection:
+            return float(connection.execute(sa.select(total).where(mine)).scalar_one() or 0.0)
+
+    def _move(
+        self, job_id: str, allowed: tuple[str, ...], *, only: sa.ColumnElement[bool] | None = None, **values: Any
+    ) -> Job:
+        if "state" in values and values["state"] != "running":
+            values["used_s"] = training_jobs.c.used_s + _running_s(now_us())
         change = (
             training_jobs.update()
             .where(*self._mine(), training_jobs.c.job_id == job_id, training_jobs.c.state.in_(allowed))
+            .where(only if only is not None else sa.true())
             .values(**values)
         )
         with write(self.engine).begin() as connection:
             changed = connection.execute(change).rowcount
         job = self.get(job_id)
+        if not changed and job.state in allowed:
+            raise ConflictError(f"the process of job {job_id!r} has not ended yet; try again in a moment")
         if not changed:
             raise ConflictError(f"job {job_id!r} is {job.state}, not {' or '.join(allowed)}")
         return job
 
     def _mine(self) -> tuple[sa.ColumnElement[bool], ...]:
         return training_jobs.c.tenant == self.tenant, training_jobs.c.workspace == self.workspace
+
+
+def _running_s(now: int) -> sa.ColumnElement[float]:
+    """Seconds since the start of jobs that run; 0 for others."""
+    seconds = (now - training_jobs.c.started_at_us) / float(SECOND_US)
+    return sa.case((training_jobs.c.state == "running", seconds), else_=0.0)
 
 
 def _alive(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -55,6 +55,13 @@ CAPTURE_WAITING = Gauge("rayloop_capture_waiting", "Interactions that wait for t
 SPOOL_BYTES = Gauge("rayloop_spool_bytes", "Interactions on disk that wait for the log.", registry=REGISTRY)
 INTAKE = Counter("rayloop_intake_total", "Events that came in over HTTP.", ["kind", "status"], registry=REGISTRY)
 
+TRAINING_SECONDS = Gauge(
+    "rayloop_training_seconds",
+    "Seconds that the training jobs of a tenant have run, in all.",
+    ["tenant"],
+    registry=REGISTRY,
+)
+
 
 def exposition() -> bytes:
     """All metrics of this process in Prometheus' text format."""

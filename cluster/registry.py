@@ -33,9 +33,15 @@ CHUNK_BYTES = 1 << 20
 NAME_ADAPTER = "name a directory written by `rayloop train`"
 NAME_BASE = "name a transformers model directory or a hub id"
 
+RETRAIN = "somebody in its training data was erased; curate and train again"
+
 NAME_TAG = "rayloop.name"
 GATES_TAG = "rayloop.gates"
 """`passed`, `failed` or `not_run`."""
+NEEDS_RETRAINING_TAG = "rayloop.needs_retraining"
+"""Set when somebody in the training data was erased: JSON with `reason` and `at`."""
+EXPORT_TAGS = "rayloop.export"
+"""Tags that begin so say where the version was exported to."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,11 @@ class Version:
     def gates(self) -> str:
         """`passed`, `failed` or `not_run`."""
         return self.tags.get(GATES_TAG, "not_run")
+
+    @property
+    def needs_retraining(self) -> bool:
+        """True when somebody in its training data was erased; it may go no further."""
+        return NEEDS_RETRAINING_TAG in self.tags
 
 
 class Registry:
@@ -150,6 +161,34 @@ class Registry:
         source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact_path}"
         return self._create(model, source, run_id, tags)
 
+    def register_remote(
+        self,
+        model: str,
+        remote_model: str,
+        *,
+        endpoint: str,
+        run_id: str,
+        dataset_hash: str,
+        dataset_id: str,
+        lineage: Mapping[str, str],
+    ) -> Version:
+        """Register a model that another endpoint trained and keeps; there are no files of it here.
+
+        Its `base_model` is the name it has there.
+        """
+        _check_name(model)
+        tags = {
+            "base_model": remote_model,
+            "rayloop.endpoint": endpoint,
+            "dataset_hash": dataset_hash,
+            "dataset_id": dataset_id,
+            GATES_TAG: "not_run",
+            "rayloop.tenant": self.settings.tenant,
+            "rayloop.workspace": self.settings.workspace,
+            **_present(dict(lineage)),
+        }
+        return self._create(model, self.client.get_run(run_id).info.artifact_uri, run_id, tags)
+
     def get(self, ref: str) -> Version:
         """The version named by `triage/3` or `triage@champion`.
 
@@ -191,11 +230,15 @@ class Registry:
         """Point `alias` at a version; who and why stay with the version.
 
         Raises:
-            ConflictError: `challenger` for a version that has not passed its gates.
+            ConflictError: `challenger` for a version that has not passed its gates, or any alias for one
+                that needs retraining.
         """
         target = self.get(version if isinstance(version, str) else version.id)
         if target.model != model:
             raise InputError("version", target.id, f"is not a version of {model!r}", "name one that is")
+        was_champion = "rayloop.alias.champion" in target.tags  # a rollback may return to it
+        if target.needs_retraining and not (alias == "champion" and was_champion):
+            raise ConflictError(f"{target.id} may not be {alias}: {RETRAIN}")
         if alias == "challenger" and target.gates != "passed":
             raise ConflictError(f"{target.id} may not be challenger: gates are {target.gates}; run `rayloop evaluate`")
         self.client.set_registered_model_alias(model, alias, str(target.number))

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,15 +72,16 @@ def ray_session(settings: Settings, *, num_cpus: int | None = None) -> Iterator[
     if address:
         _check_reachable(address, settings.ray.connect_timeout_s)
         _follow_to_loopback(address, settings.ray.connect_timeout_s)
-    _init(_join_arguments(address) if address else _start_arguments(settings, num_cpus), address)
-    session = RaySession(ray.get_runtime_context().gcs_address, started=address is None)
-    watch = SchedulingWatch(session.address, settings.ray.scheduling_warning_s)
-    watch.start()
-    try:
-        yield session
-    finally:
-        watch.stop()
-        ray.shutdown()
+    with _keeping_to_loopback() if address is None else nullcontext():
+        _init(_join_arguments(address) if address else _start_arguments(settings, num_cpus), address)
+        session = RaySession(ray.get_runtime_context().gcs_address, started=address is None)
+        watch = SchedulingWatch(session.address, settings.ray.scheduling_warning_s)
+        watch.start()
+        try:
+            yield session
+        finally:
+            watch.stop()
+            ray.shutdown()
 
 
 def _set_auth_mode(settings: Settings, *, joining: bool) -> None:
@@ -95,6 +96,24 @@ def _set_loopback(address: str | None) -> None:
     """A cluster of `rayloop up` listens on loopback only; Ray would look for it at this machine's own address."""
     if address and address.startswith(("127.0.0.1:", "localhost:")):
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+@contextmanager
+def _keeping_to_loopback() -> Iterator[None]:
+    """A cluster that is started here serves this process alone, so nothing of it listens for other machines."""
+    from ray._private import ray_constants
+
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, enabled = os.environ.get(name), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[name], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = enabled
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _start_arguments(settings: Settings, num_cpus: int | None) -> dict[str, Any]:

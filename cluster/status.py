@@ -16,7 +16,7 @@ from cluster.clock import now_us, to_iso
 from cluster.database import connect
 from cluster.errors import UnavailableError
 from cluster.settings import Settings
-from cluster.tables import events, rollouts, routes, servable_replicas, training_jobs
+from cluster.tables import dead_letters, events, outlets, rollouts, routes, servable_replicas, training_jobs
 
 SWITCH_SECTIONS = ("learning", "capture", "feedback", "automation")
 FINAL_ROLLOUT_STATES = ("promoted", "rolled_back", "failed")
@@ -75,8 +75,17 @@ def _from_database(engine: Engine) -> dict[str, Any]:
             "routes": [_route(row) for row in connection.execute(sa.select(routes)).mappings()],
             "versions": [_replica(row) for row in connection.execute(sa.select(servable_replicas)).mappings()],
             "rollouts": [_rollout(row) for row in connection.execute(open_rollouts).mappings()],
+            "outlets": [dict(row) for row in connection.execute(_outlets()).mappings()],
             "jobs": {row[0]: row[1] for row in connection.execute(by_state)},
         }
+
+
+def _outlets() -> sa.Select[Any]:
+    """Outlets that have run, with the number of their dead letters."""
+    dead = sa.select(sa.func.count()).where(dead_letters.c.outlet == outlets.c.name).scalar_subquery()
+    return sa.select(outlets.c.name, outlets.c.delivered, outlets.c.failure, dead.label("dead")).order_by(
+        outlets.c.name
+    )
 
 
 def _route(row: Any) -> dict[str, Any]:
@@ -110,5 +119,8 @@ def lines(picture: dict[str, Any]) -> list[str]:
     text += [
         f"rollout {r['rollout_id']} of {r['agent']}: {r['state']}, stage {r['stage']}" for r in picture["rollouts"]
     ]
+    for o in picture["outlets"]:
+        failure = f", stands still: {o['failure']}" if o["failure"] else ""
+        text.append(f"{o['name']}: {o['delivered']} delivered, {o['dead']} dead letters{failure}")
     counts = ", ".join(f"{n} {state}" for state, n in picture["jobs"].items())
     return [*text, f"jobs: {counts or 'none'}"]

@@ -1,4 +1,4 @@
-"""One turn of the loop: curate, train, register, evaluate, and hand the best version to a rollout.
+"""One turn of the loop: curate, train and register, evaluate, and hand the best version to a rollout.
 
 Each step is a command of its own (`cluster.loop.run_command`). What a step answered is kept in the job
 table before the next one starts, so a turn that was cut off goes on after its last finished step.
@@ -112,20 +112,15 @@ def _train(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
         answers["curate"]["dataset_id"],
         "--no-baseline",
     ]
-    line += ["--base", f"{turn.agent}@champion"]
+    line += ["--base", f"{turn.agent}@champion", "--register", turn.agent]
     for method in turn.methods:
         line += ["--method", method]
     return run_command(line, config=turn.config, on_line=say)
 
 
-def _register(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
-    lines = [["register", turn.agent, run["adapter_dir"], "--run", run["run_id"]] for run in answers["train"]["runs"]]
-    return [run_command(line, config=turn.config, on_line=say) for line in lines]
-
-
 def _evaluate(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
     dataset = answers["curate"]["dataset_id"]
-    lines = [["evaluate", made["version"], "--dataset", dataset] for made in answers["register"]]
+    lines = [["evaluate", made["version"], "--dataset", dataset] for made in answers["train"]["runs"]]
     return [run_command(line, config=turn.config, on_line=say, accepted=(0, 1)) for line in lines]
 
 
@@ -142,7 +137,6 @@ def _rollout(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
 STEPS: dict[str, Callable[[Turn, Answers, Settings, Say], Any]] = {
     "curate": _curate,
     "train": _train,
-    "register": _register,
     "evaluate": _evaluate,
     "rollout": _rollout,
 }

@@ -101,18 +101,11 @@ def sqlite_database(settings: Settings) -> Iterator[Engine]:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One local Ray cluster for the whole test session."""
-    import ray
+    from cluster.runtime import ray_session as started_here
 
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(
-        address="local",
-        num_cpus=6,
-        include_dashboard=False,
-        log_to_driver=False,
-        object_store_memory=256 * 2**20,
-    )
-    yield
-    ray.shutdown()
+    os.environ.pop("RAY_ADDRESS", None)
+    with started_here(load_settings(ray={"num_cpus": 6, "object_store_mb": 256})[0]):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,8 @@ class Habits:
     """Copies an answer they liked."""
     leaves: float = 0.2
     """Leaves after an answer they disliked."""
+    recurs: float = 0.3
+    """An alert of the session fires once more, after another one, and is asked about again."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Work:
     shuffle_feedback: bool = False
     agent: str = world.AGENT
     max_tokens: int = 32
-    alerts_per_session: int = 6
+    alerts_per_session: int = 8
     """Most alerts that one session brings."""
 
 
@@ -177,14 +179,21 @@ class Analysts:
 
     async def _session(self, user: str, source: random.Random) -> None:
         session = f"s-{source.getrandbits(64):016x}"
-        last = None
+        last, asked = None, list[Alert]()
         for _ in range(source.randint(1, self.work.alerts_per_session)):
-            alert = next(self._alerts)
+            alert = self._fires(asked, source)
+            asked.append(alert)
             again = True
             while again and not self._done():
                 last, again = await self._ask(alert, user, session, source)
         if last is not None:
             await self._send("behaviour", [{"interaction_id": last, "action": "session_end"}], user, session)
+
+    def _fires(self, asked: Sequence[Alert], source: random.Random) -> Alert:
+        """The next alert of a session: a new one, or an earlier one that is not the last."""
+        earlier = [alert for alert in asked if alert != asked[-1]]
+        again = earlier and source.random() < self.habits.recurs
+        return source.choice(earlier) if again else next(self._alerts)
 
     async def _ask(self, alert: Alert, user: str, session: str, source: random.Random) -> tuple[str | None, bool]:
         """One question and the reaction to its answer: the interaction's id, and whether to ask again."""
@@ -300,7 +309,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--users", type=int, default=400)
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--rate-per-s", type=float)
-    parser.add_argument("--alerts-per-session", type=int, default=6)
+    parser.add_argument("--alerts-per-session", type=int, default=8)
     parser.add_argument("--shuffle-feedback", action="store_true")
     parser.add_argument("--control", type=Path, help="write the same answers with shuffled reactions here")
     return parser.parse_args()

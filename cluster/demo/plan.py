@@ -32,7 +32,7 @@ class DemoPlan(Section):
     """Of the base's weights, the alerts, the analysts and the trainings."""
     shuffle_feedback: bool = False
     """Every reaction belongs to another alert: nothing can be learned, and nothing may be promoted."""
-    tickets: int = Field(10_000, ge=500)
+    tickets: int = Field(8_000, ge=500)
     """Solved tickets that teach the base model."""
     todays_share: float = Field(0.3, ge=0, le=1)
     """Share of them solved by today's rules; the others follow the old runbook."""
@@ -42,13 +42,13 @@ class DemoPlan(Section):
     """Peak learning rate of the base's training."""
     users: int = Field(400, ge=20)
     """Analysts."""
-    alerts: int = Field(1_500, ge=50)
+    alerts: int = Field(1_800, ge=50)
     """Alerts answered before anything is learned."""
     concurrency: int = Field(24, ge=1)
     """Analysts who ask at the same time."""
     trials: int = Field(3, ge=1)
     """Configurations that the sweep tries."""
-    sweep_learning_rates: str = "5e-4:2e-3"
+    sweep_learning_rates: str = "2e-4:1e-3"
     """Range of the sweep."""
     sweep_betas: str = "0.05:0.3"
     """Range of the sweep."""
@@ -58,7 +58,7 @@ class DemoPlan(Section):
     """Held-out prompts a version answers in its evaluation, at most."""
     held_out: int = Field(1_500, ge=50)
     """Alerts behind the table at the end."""
-    live_rate_per_s: float = Field(50.0, gt=0)
+    live_rate_per_s: float = Field(100.0, gt=0)
     """Most alerts a second during a rollout."""
     live_alerts_per_session: int = Field(2, ge=1)
     """Short sessions bring many different users to a small share quickly."""
@@ -77,8 +77,7 @@ class DemoPlan(Section):
 
 
 QUICK = {
-    "tickets": 8_000,
-    "alerts": 900,
+    "alerts": 1_100,
     "users": 300,
     "trials": 2,
     "held_out": 600,
@@ -143,9 +142,10 @@ def _training(plan: DemoPlan, home: Path) -> dict[str, Any]:
         "base_model": str(home / "base"),
         "batch_size": 32,
         "gradient_accumulation": 1,
+        "threads": 1,  # a second one does not speed up a model this small
         "sft": {"learning_rate": 2e-3, "epochs": 3, "packing": False},
-        "dpo": {"learning_rate": 1e-3, "epochs": 3, "beta": 0.1},
-        "kto": {"learning_rate": 1e-3, "epochs": 3, "beta": 0.3},
+        "dpo": {"learning_rate": 5e-4, "epochs": 3, "beta": 0.1},
+        "kto": {"learning_rate": 1e-3, "epochs": 1, "beta": 0.3},
         "sft_baseline": False,  # SFT is one of the methods compared
         "seed": plan.seed,
         "max_length": 256,
@@ -180,6 +180,7 @@ def _experiment(plan: DemoPlan) -> dict[str, Any]:
     """Margins and bounds for a few dozen users an arm; the defaults want a thousand."""
     return {
         "breach_min_users_per_arm": plan.users_per_arm,
+        "small_sample_users": plan.users_per_arm,
         "guardrails": ["error_rate", "latency_over_slo"],
         "guardrails_when_present": [],
         "margins": {"satisfaction": 0.1, "error_rate": 0.05, "latency_over_slo": 0.1},

@@ -140,12 +140,10 @@ class Demo:
             write_config(self.home.config, self.plan, self.home.root, self.tuned)
             methods = [part for method in METHODS for part in ("--method", method)]
             line = ["train", "run", *methods, "--dataset", self.findings.dataset["dataset_id"]]
-            found = self.cli.run(*line, "--base", f"{world.AGENT}@champion", stage=stage)
-            runs = {run["method"]: run for run in found["runs"]}
+            line += ["--base", f"{world.AGENT}@champion", "--register", world.AGENT]
+            runs = {run["method"]: run for run in self.cli.run(*line, stage=stage)["runs"]}
             self.adapters |= {method: Path(runs[method]["adapter_dir"]) for method in METHODS}
-            lines = [["register", world.AGENT, str(self.adapters[m])] for m in METHODS]
-            registered = self.cli.run_all(lines, stage)
-            self.versions = {m: r["version"] for m, r in zip(METHODS, registered, strict=True)}
+            self.versions = {method: runs[method]["version"] for method in METHODS}
             stage.found(", ".join(f"{method} is {version}" for method, version in self.versions.items()))
 
     def train_control(self) -> None:

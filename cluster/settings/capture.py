@@ -30,6 +30,27 @@ class LogSettings(Section):
     """Faults that `rayloop verify` names; all are counted."""
 
 
+class SealSettings(Section):
+    """Finished days of the log as Parquet at `storage.events`."""
+
+    keep_days: float = Field(7.0, ge=0)
+    """Days that bodies stay in the database after they were sealed."""
+    partition_events: int = Field(1_000_000, ge=1)
+    """Events of the log that are sealed at a time, so events of one file at most."""
+    page_events: int = Field(4096, ge=1)
+    """Events read at a time, and events of one row group."""
+
+
+class ErasureSettings(Section):
+    """How a person is erased."""
+
+    rewrite_tables: bool = True
+    """Rewrite PostgreSQL's tables afterwards, so that no deleted row stays in a page. It locks each table;
+    off means that deleted rows stay in free space until it is used again."""
+    wait_s: float = Field(60.0, ge=0)
+    """How long to wait for a seal or another erasure, and for readers of SQLite's write-ahead log."""
+
+
 class IntakeSettings(Section):
     """What comes in over HTTP or from a file."""
 
@@ -103,6 +124,15 @@ class ImplicitSettings(Section):
     """A session ends after this many idle minutes."""
     reformulation_similarity: float = Field(0.5, gt=0, le=1)
     """Similarity of two consecutive user turns from which the second asks the same again."""
+
+
+class CalibrationSettings(Section):
+    """How `rayloop data calibration` holds implicit weights against explicit labels."""
+
+    prior_rows: float = Field(10.0, gt=0)
+    """How many observations the configured weight counts for."""
+    min_rows: int = Field(30, ge=2)
+    """A signal with fewer interactions is reported, but no other weight is proposed for it."""
 
 
 class AuditSettings(Section):

@@ -1,5 +1,7 @@
 """From events to a dataset (curation.md)."""
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from cluster.settings.base import Section
@@ -39,6 +41,8 @@ class ScoreSettings(Section):
     """More words than this count proportionally less as complete."""
     correction_score: float = Field(1.0, ge=0, le=1)
     """Score of an answer that a person wrote as a correction."""
+    preferred_score: float = Field(0.9, gt=0.5, le=1)
+    """Least score of an answer that a reviewer preferred to another; the other then has at most 1 minus this."""
 
     @model_validator(mode="after")
     def _check(self) -> "ScoreSettings":
@@ -47,6 +51,27 @@ class ScoreSettings(Section):
         if self.explicit_weight + self.implicit_weight + self.grade_weight <= 0:
             raise ValueError("one of explicit_weight, implicit_weight and grade_weight must be > 0")
         return self
+
+
+class DetectorSettings(Section):
+    """Which detectors judge texts; the defaults work offline."""
+
+    support_overlap: float = Field(0.6, ge=0, le=1)
+    """A sentence is supported when a passage holds this share of its content words, and all its numbers."""
+    refusal_sentences: int = Field(3, ge=1)
+    """Sentences at the beginning of an answer that are looked at for a refusal."""
+    toxicity_model: str | None = None
+    """Folder or hub id of a text classifier that judges toxicity instead of the shipped one."""
+    toxicity_label: str = "toxic"
+    """The label of that model that means yes."""
+    refusal_model: str | None = None
+    """Folder or hub id of a text classifier that judges refusals instead of the shipped one."""
+    refusal_label: str = "refusal"
+    """The label of that model that means yes."""
+    grounding_model: str | None = None
+    """Folder or hub id of an NLI cross-encoder that judges support instead of word overlap."""
+    entailment_label: str = "entailment"
+    """The label of that model that means a passage supports a claim."""
 
 
 class FilterSettings(Section):
@@ -66,8 +91,8 @@ class FilterSettings(Section):
     """Leave out answers whose claims their passages do not support."""
     ungrounded_share: float = Field(0.5, ge=0, le=1)
     """An answer is ungrounded when more than this share of its sentences has no support."""
-    support_overlap: float = Field(0.5, ge=0, le=1)
-    """A sentence is supported when a passage holds this share of its content words, and all its numbers."""
+    refusal: bool = False
+    """Leave out answers that decline what they were asked. Off: a refusal that people rate well is an example."""
 
 
 class ScrubSettings(Section):
@@ -77,6 +102,8 @@ class ScrubSettings(Section):
     """Replace personal data by placeholders. Off only for data known to be clean."""
     domains: bool = True
     """Also replace bare host names."""
+    names: Literal["off", "builtin", "presidio"] = "off"
+    """Also replace names, places, addresses and dates: by shapes and short lists, or by presidio (an extra)."""
     entropy_bits: float = Field(4.0, gt=0)
     """A word of `entropy_characters` or more with this Shannon entropy a character looks like a secret;
     its row goes to quarantine."""
@@ -129,9 +156,42 @@ class BalanceSettings(Section):
     """Topics and augmentation."""
 
     topics: int = Field(0, ge=0, le=1000)
-    """Topics that examples are sorted into by a hash of their words; 0 leaves them alone."""
+    """Topics that questions are clustered into by their words; 0 leaves them alone."""
+    topic_sample: int = Field(20_000, ge=100)
+    """Questions that the topics are found on; all others get the nearest."""
     topic_share: float = Field(0.5, gt=0, le=1)
     """Weights are scaled down so that no topic has more than this share."""
+
+
+class AugmentSettings(Section):
+    """Synthetic examples beside human ones, only in train and always marked."""
+
+    enabled: bool = False
+    """Add synthetic examples."""
+    factor: float = Field(1.5, ge=1)
+    """Examples in train afterwards, as a multiple of those before."""
+    human_share: float = Field(0.3, gt=0, le=1)
+    """Least share of human examples in train."""
+    paraphrases: bool = True
+    """Questions reworded by the stable version, with the same answer."""
+    negatives: bool = True
+    """Pairs of a good answer and a damaged copy of it."""
+    endpoint: str = "http://127.0.0.1:8000"
+    """The router that answers for the stable version."""
+    model: str | None = None
+    """Agent or version that rewords; the dataset's agent where absent."""
+    api_key: str | None = None
+    """Key for that router; from the environment or a secrets file."""
+    timeout_s: float = Field(30.0, gt=0)
+    """Longest wait for one rewording; a question that gets none is left as it is."""
+    concurrency: int = Field(8, ge=1)
+    """Rewordings under way at once, for each task."""
+
+    @model_validator(mode="after")
+    def _leaves_enough_human_data(self) -> "AugmentSettings":
+        if 1 / self.factor < self.human_share:
+            raise ValueError("factor must be <= 1 / human_share, so that enough human examples remain")
+        return self
 
 
 class SplitSettings(Section):
@@ -163,27 +223,49 @@ class EligibilitySettings(Section):
     """Interactions with a score of at least `examples.chosen_min_score` needed."""
     rest_days: float = Field(7.0, ge=0)
     """Days since the last training of the agent."""
+    whole_interactions: int = Field(1_000, ge=0)
+    """Usable interactions needed to train the whole model, on the traffic of all agents."""
     pairs_for_dpo: int = Field(500, ge=0)
     """Preference pairs needed for DPO."""
+
+
+class ArchetypeSettings(Section):
+    """Groups of agents that are alike."""
+
+    number: int = Field(0, ge=0, le=1000)
+    """Archetypes to find; 0 chooses by the number of agents."""
+    min_interactions: int = Field(20, ge=1)
+    """Interactions from which an agent is looked at."""
+    questions_per_agent: int = Field(2_000, ge=1)
+    """Questions of each agent whose words count."""
+    terms: int = Field(20, ge=1)
+    """Terms that describe an archetype."""
 
 
 class CurationSettings(Section):
     """The curation pipeline."""
 
     weigh: WeighSettings = WeighSettings()
+    detectors: DetectorSettings = DetectorSettings()
     score: ScoreSettings = ScoreSettings()
     filter: FilterSettings = FilterSettings()
     scrub: ScrubSettings = ScrubSettings()
     dedup: DeduplicationSettings = DeduplicationSettings()
     examples: ExampleSettings = ExampleSettings()
     balance: BalanceSettings = BalanceSettings()
+    augment: AugmentSettings = AugmentSettings()
     split: SplitSettings = SplitSettings()
     eligibility: EligibilitySettings = EligibilitySettings()
+    archetypes: ArchetypeSettings = ArchetypeSettings()
+    whole_kept: int = Field(10_000, ge=0)
+    """Interactions that a dataset of all agents keeps, the best and then the newest; 0 keeps all."""
     events_per_block: int = Field(50_000, ge=100)
     """Events that one task reads: few large blocks are faster than many small ones."""
     page_events: int = Field(2_000, ge=1)
     """Events in one read transaction."""
     stage_cpus: float = Field(0.5, gt=0)
     """Logical CPUs of one task. Fractions leave room for Serve on the same machine."""
+    log_to_mlflow: bool = True
+    """Log each dataset to MLflow, with its manifest, card and plots."""
     shard_rows: int = Field(50_000, ge=1)
     """Rows of one Parquet shard, about."""

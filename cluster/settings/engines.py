@@ -110,3 +110,5 @@ class GraderSettings(Section):
     """What a refused client is told to wait."""
     keys_refresh_s: float = Field(1.0, gt=0, le=2.0)
     """How often the API keys are read; a revoked key stops working within this time."""
+    reward_model_url: str | None = Field(None, pattern=r"^https?://")
+    """Address of `rayloop train reward-server`, which graders of type `reward_model` ask."""

@@ -17,6 +17,12 @@ class EvaluationSettings(Section):
     """Suites whose prerequisite does not exist, each with the reason; recorded with the version."""
     grader: dict[str, Any] = Field(default_factory=lambda: {"type": "dataset_label", "name": "recorded_truth"})
     """Decides which of two answers is better; its item has `reference` (recorded truth) and `messages`."""
+    reward_model: str | None = None
+    """The reward model that `reward_model` graders ask: folder of its adapter as its training left it, or the
+    address of `rayloop train reward-server`."""
+    drift_agreement: float = Field(0.7, gt=0.5, le=1)
+    """Grader and reward model should prefer the same of two answers at least this often; when they surely
+    do not, evaluation raises the drift alert."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Level of every interval."""
     bootstrap_samples: int = Field(2000, ge=100)

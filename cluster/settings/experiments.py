@@ -1,5 +1,6 @@
 """Experiments and rollouts (experiments.md)."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -9,11 +10,33 @@ from cluster.settings.base import Section
 Check = Literal["no_regression", "positive_trend", "significant_improvement", "final_validation"]
 
 
+REACTION_METRICS = (
+    "satisfaction", "thumbs_up_rate", "rating", "grader_score", "hallucination_rate", "win_rate",
+)  # fmt: skip
+"""Metrics of feedback and grades."""
+METRIC_NAMES = (
+    *REACTION_METRICS, "error_rate", "latency_over_slo", "ttft_over_slo", "refusal_rate", "safety_incident_rate",
+    "feedback_response_rate", "tool_error_rate",
+)  # fmt: skip
+"""The metric table's names (`serve.experiments.metrics` holds the table)."""
+OUTCOME_PREFIX = "outcome:"
+
+
+def _check_names(field: str, names: Iterable[str], known: tuple[str, ...] = METRIC_NAMES) -> None:
+    for name in names:
+        is_outcome = name.startswith(OUTCOME_PREFIX) and len(name) > len(OUTCOME_PREFIX)
+        if name not in known and not is_outcome:
+            raise ValueError(f"{field}: {name!r} must be one of {', '.join(known)}, {OUTCOME_PREFIX}NAME")
+
+
 class ExperimentSettings(Section):
     """What is measured, and how certain the statistics must be."""
 
     primary: str = "satisfaction"
     """The metric a candidate must improve; a name of the metric table, or `outcome:NAME`."""
+    further_primaries: tuple[str, ...] = ()
+    """Other metrics of which an improvement suffices. Alpha is divided by the number of primaries, and each must be
+    non-inferior at its margin."""
     guardrails: tuple[str, ...] = ("error_rate", "latency_over_slo", "feedback_response_rate")
     """Metrics that must not get worse. Without data on one of them a rollout holds."""
     guardrails_when_present: tuple[str, ...] = (
@@ -48,6 +71,38 @@ class ExperimentSettings(Section):
     """The same for the time to the first token."""
     projection_page: int = Field(1000, ge=1, le=10_000)
     """Events counted in one transaction."""
+    covariates: tuple[str, ...] = ("satisfaction",)
+    """Metrics whose mean before a user's first exposure is kept and taken off (CUPED). Only metrics of feedback,
+    grades and outcomes can be."""
+    small_sample_users: int = Field(100, ge=0)
+    """With fewer users an arm than this, means of bounded values are read by a betting sequence, which needs no
+    normal approximation and is wider. 0 never does."""
+    response_drop: float = Field(0.1, gt=0, lt=1)
+    """A fall of the feedback response rate by this share of control's is said with every decision to go on, certain
+    or not."""
+    history_interval_s: float = Field(3600.0, ge=0)
+    """How often the sums are kept for the plot over time, by the events' own time."""
+    bandit_floor: float = Field(0.1, gt=0, le=0.5)
+    """Least share of each arm in bandit mode."""
+    bandit_update_s: float = Field(300.0, gt=0)
+    """How often a bandit's share follows the evidence."""
+
+    @model_validator(mode="after")
+    def _metrics_make_sense(self) -> "ExperimentSettings":
+        guardrails = (*self.guardrails, *self.guardrails_when_present)
+        _check_names("experiment.primary", [self.primary])
+        _check_names("experiment.further_primaries", self.further_primaries)
+        _check_names("experiment.guardrails", guardrails)
+        _check_names("experiment.margins", self.margins)
+        _check_names("experiment.covariates", self.covariates, REACTION_METRICS)
+        required = (self.primary, *self.further_primaries, *self.guardrails)
+        twice = [name for name in required if required.count(name) > 1]
+        if twice:
+            raise ValueError(f"experiment: {twice[0]!r} must be one of primary, further_primaries and guardrails, once")
+        bad = [name for name, margin in self.margins.items() if not margin > 0]
+        if bad:
+            raise ValueError(f"experiment.margins: the margin of {bad[0]!r} must be above 0")
+        return self
 
 
 class RolloutSettings(Section):

@@ -17,7 +17,9 @@ Origin = dict[str, str]
 """Dotted field name -> `default`, `rayloop.yaml:12` or `RAYLOOP_SERVE__PORT`."""
 
 CONFIG_FILE = "rayloop.yaml"
-NOT_SETTINGS = {"RAYLOOP_CONFIG", "RAYLOOP_ENABLED", "RAYLOOP_API_KEY", "RAYLOOP_DRY_RUN"}
+CLIENT = {f"RAYLOOP_{name}" for name in ("ENABLED", "URL", "API_KEY", "DRY_RUN", "TOOLS_URL", "GRADER_URL")}
+"""What `serve.client` reads."""
+NOT_SETTINGS = {"RAYLOOP_CONFIG", *CLIENT}
 """Environment variables with our prefix that are not fields of `Settings`."""
 
 

@@ -7,21 +7,27 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from cluster.settings.capture import (
     AuditSettings,
+    CalibrationSettings,
+    ErasureSettings,
     ImplicitSettings,
     IntakeSettings,
     LogSettings,
     RewardSettings,
+    SealSettings,
 )
 from cluster.settings.curation import CurationSettings
 from cluster.settings.engines import EngineSettings, GraderSettings
 from cluster.settings.evaluation import EvaluationSettings
 from cluster.settings.experiments import ExperimentSettings, RolloutSettings
+from cluster.settings.export import ExportSettings
+from cluster.settings.finetuning import FinetuningSettings
 from cluster.settings.learning import (
     AutomationSettings,
     CaptureSettings,
     FeedbackSettings,
     LearningSettings,
 )
+from cluster.settings.outlets import NotificationSettings, OutletSettings
 from cluster.settings.runtime import (
     DatabaseSettings,
     LoggingSettings,
@@ -58,23 +64,30 @@ class Settings(BaseSettings):
     ray: RaySettings = RaySettings()
     logging: LoggingSettings = LoggingSettings()
     log: LogSettings = LogSettings()
+    seal: SealSettings = SealSettings()
+    erasure: ErasureSettings = ErasureSettings()
     intake: IntakeSettings = IntakeSettings()
     rewards: RewardSettings = RewardSettings()
     implicit: ImplicitSettings = ImplicitSettings()
     audit: AuditSettings = AuditSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
     learning: LearningSettings = LearningSettings()
     capture: CaptureSettings = CaptureSettings()
     feedback: FeedbackSettings = FeedbackSettings()
     automation: AutomationSettings = AutomationSettings()
     curation: CurationSettings = CurationSettings()
     training: TrainingSettings = TrainingSettings()
+    finetuning: FinetuningSettings = FinetuningSettings()
     sweep: SweepSettings = SweepSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    export: ExportSettings = ExportSettings()
     serve: ServeSettings = ServeSettings()
     engine: EngineSettings = EngineSettings()
     grader: GraderSettings = GraderSettings()
     experiment: ExperimentSettings = ExperimentSettings()
     rollout: RolloutSettings = RolloutSettings()
+    notifications: NotificationSettings = NotificationSettings()
+    outlets: OutletSettings = OutletSettings()
 
     @model_validator(mode="after")
     def _home_is_absolute(self) -> "Settings":
@@ -95,3 +108,13 @@ class Settings(BaseSettings):
     def datasets_root(self) -> str:
         """Folder or `pyarrow.fs` URI that holds the datasets."""
         return self.storage.datasets or str(self.home / "datasets")
+
+    @property
+    def files_root(self) -> Path:
+        """Folder that holds uploaded files; every process that trains must see it."""
+        return Path(self.storage.files).expanduser().resolve() if self.storage.files else self.home / "files"
+
+    @property
+    def events_root(self) -> str:
+        """Folder or `pyarrow.fs` URI that holds the sealed days of the log."""
+        return self.storage.events or str(self.home / "events")

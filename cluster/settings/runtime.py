@@ -30,8 +30,10 @@ class StorageSettings(Section):
 
     datasets: str | None = None
     """Datasets: one folder each, named by dataset id."""
+    files: str | None = None
+    """Uploaded files: a folder for each tenant."""
     events: str | None = None
-    """Sealed days of the event log, as Parquet."""
+    """Sealed days of the event log, as Parquet: a folder, or any URI of `pyarrow.fs` (s3://, gs://, …)."""
 
 
 class MLflowSettings(Section):

@@ -94,6 +94,8 @@ class ServeSettings(Section):
     """Requests one router replica works on at once; more are answered 429 at once."""
     max_body_bytes: int = Field(2_000_000, ge=1024)
     """Longer request bodies are answered 413 without being read to the end."""
+    max_batch_bytes: int = Field(16_000_000, ge=1024)
+    """The same for batches of feedback and traces, packed or unpacked: exporters send hundreds of spans at once."""
     max_response_bytes: int = Field(32_000_000, ge=1024)
     """Longer engine answers are cut off as a failure of the engine."""
     body_timeout_s: float = Field(30.0, gt=0)

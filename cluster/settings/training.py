@@ -1,6 +1,6 @@
 """Training and sweeps (training.md)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +26,8 @@ class SftSettings(Section):
 
     learning_rate: float = Field(2e-4, gt=0, le=1)
     """Peak learning rate."""
+    full_learning_rate: float = Field(2e-5, gt=0, le=1)
+    """The same for full fine-tuning, where all weights move."""
     epochs: float = Field(3.0, gt=0, le=1000)
     """Passes over the training split."""
     loss: Literal["answer", "assistant", "all"] = "answer"
@@ -41,6 +43,8 @@ class DpoSettings(Section):
 
     learning_rate: float = Field(5e-5, gt=0, le=1)
     """Peak learning rate; sweep it."""
+    full_learning_rate: float = Field(5e-7, gt=0, le=1)
+    """The same for full fine-tuning, where all weights move."""
     epochs: float = Field(1.0, gt=0, le=1000)
     """Passes over the training split."""
     beta: float = Field(0.1, gt=0, le=100)
@@ -54,6 +58,8 @@ class KtoSettings(Section):
 
     learning_rate: float = Field(5e-5, gt=0, le=1)
     """Peak learning rate."""
+    full_learning_rate: float = Field(5e-7, gt=0, le=1)
+    """The same for full fine-tuning, where all weights move."""
     epochs: float = Field(1.0, gt=0, le=1000)
     """Passes over the training split."""
     beta: float = Field(0.1, gt=0, le=100)
@@ -63,6 +69,43 @@ class KtoSettings(Section):
     disliked ones together: with more dislikes than likes, plain KTO unlearned both (measured)."""
     undesirable_weight: float = Field(1.0, gt=0)
     """Weight of the loss of disliked answers."""
+
+
+class RewardModelSettings(Section):
+    """A reward model (Bradley–Terry) on pairs of answers."""
+
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    """Peak learning rate."""
+    full_learning_rate: float = Field(1e-5, gt=0, le=1)
+    """The same for full fine-tuning, where all weights move."""
+    epochs: float = Field(1.0, gt=0, le=1000)
+    """Passes over the training split."""
+    center_weight: float = Field(0.01, ge=0)
+    """Weight of the term that holds the mean score of a pair at 0, so that scores compare across prompts."""
+
+
+class GrpoSettings(Section):
+    """GRPO: prompts, answers sampled from the model itself, and a grader."""
+
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    """Peak learning rate."""
+    full_learning_rate: float = Field(1e-6, gt=0, le=1)
+    """The same for full fine-tuning, where all weights move."""
+    epochs: float = Field(1.0, gt=0, le=1000)
+    """Passes over the training prompts."""
+    beta: float = Field(0.04, gt=0, le=100)
+    """KL coefficient."""
+    group_size: int = Field(8, ge=2, le=1024)
+    """Answers sampled for each prompt; their rewards are compared with each other. The answers of one
+    step (`batch_size` × `gradient_accumulation`) must be a multiple of it."""
+    temperature: float = Field(1.0, gt=0, le=10)
+    """Of the sampling."""
+    max_completion_tokens: int = Field(256, ge=1)
+    """Longest answer that is sampled."""
+    reward_scale: Literal["group", "batch", "none"] = "group"
+    """Rewards are divided by the spread within their group, within the batch, or not at all."""
+    grader: dict[str, Any] = Field(default_factory=lambda: {"type": "dataset_label", "name": "recorded_truth"})
+    """Gives the reward; its item has `reference` (the liked answer), `messages` and `example_id`."""
 
 
 class HealthSettings(Section):
@@ -86,6 +129,13 @@ class HealthSettings(Section):
     """Validation prompts answered at each evaluation to see length drift; 0 turns it off."""
     min_canary_shift_nats: float = Field(1e-3, ge=0)
     """Warn when training moved the log-probability of held-out answers by less than this a token."""
+    max_zero_spread_share: float = Field(0.9, gt=0, le=1)
+    """GRPO: stop when, over two windows, at least this share of the groups had answers that all earn the
+    same. A healthy run has many such groups (34–54 % were seen), but not nearly all of them for long."""
+    solved_reward: float = Field(0.95, gt=0, le=1)
+    """GRPO: groups without spread at a mean reward of at least this are a task that has been learned."""
+    max_abstained_share: float = Field(0.5, gt=0, le=1)
+    """GRPO: stop when, over a window, the grader abstained on more than this share of the answers."""
 
 
 class LimitSettings(Section):
@@ -115,8 +165,7 @@ class ToySettings(Section):
     max_positions: int = Field(2048, ge=64)
     """Longest sequence in tokens."""
     initializer_range: float = Field(0.06, gt=0, le=1)
-    """Spread of the first weights. A model this narrow learned to look a field up in a fourth of the steps
-    that it took with the usual 0.02."""
+    """Standard deviation of the first weights; a narrow model starts better above the usual 0.02."""
     epochs: float = Field(1.0, gt=0, le=1000)
     """Passes over the examples."""
     batch_size: int = Field(64, ge=1)
@@ -144,10 +193,15 @@ class TrainingSettings(Section):
 
     base_model: str = "Qwen/Qwen2.5-0.5B-Instruct"
     """Base model where neither the command nor the agent's champion names one."""
+    weights: Literal["lora", "qlora", "full"] = "lora"
+    """What is trained: an adapter, an adapter on a base in 4 bits (needs a GPU and bitsandbytes), or all
+    weights of the base."""
     lora: LoraSettings = LoraSettings()
     sft: SftSettings = SftSettings()
     dpo: DpoSettings = DpoSettings()
     kto: KtoSettings = KtoSettings()
+    reward: RewardModelSettings = RewardModelSettings()
+    grpo: GrpoSettings = GrpoSettings()
     health: HealthSettings = HealthSettings()
     limits: LimitSettings = LimitSettings()
     toy: ToySettings = ToySettings()

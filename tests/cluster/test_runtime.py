@@ -45,8 +45,8 @@ from cluster.runtime import ray_session
 from cluster.settings import load_settings
 settings, _ = load_settings(ray={"num_cpus": 2, "object_store_mb": 100, "scheduling_warning_s": 1.5})
 with ray_session(settings) as session:
-    import ray, time
-    print("started", session.started)
+    import ray, ray.util
+    print("started", session.started, "at", session.address.rpartition(":")[0], ray.util.get_node_ip_address())
     reference = ray.remote(num_cpus=4)(lambda: 1).remote()
     ray.wait([reference], timeout=6)
 print("ended", not ray.is_initialized())
@@ -66,7 +66,7 @@ def test_local_session_starts_warns_of_a_hopeless_wait_and_ends(tmp_path: Path) 
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "started True" in done.stdout
+    assert "started True at 127.0.0.1 127.0.0.1" in done.stdout
     assert "ended True" in done.stdout
     assert "CPU 4 asked" in done.stdout and "it can never be placed" in done.stdout
 

@@ -6,7 +6,7 @@ from sqlalchemy.engine import Engine
 from cluster.clock import now_us
 from cluster.settings import Settings, load_settings
 from cluster.status import collect, lines, run_record
-from cluster.tables import routes
+from cluster.tables import dead_letters, outlets, routes
 
 
 def test_every_switch_is_off_by_default_but_for_the_two_of_automation(settings: Settings) -> None:
@@ -38,6 +38,24 @@ def test_route_is_shown_with_its_split(sqlite_database: Engine, settings: Settin
         connection.execute(routes.insert().values(**row, updated_at_us=now_us()))
     shown = lines(collect(settings))
     assert "route triage (text): triage/1, triage/2 takes 25%, revision 4" in shown
+
+
+def test_outlet_that_stands_still_says_why(sqlite_database: Engine, settings: Settings) -> None:
+    row = {"name": "outlet:bus", "seq": 9, "delivered": 7, "attempts": 2, "retry_at_us": 1, "updated_at_us": 1}
+    letter = {
+        "seq": 3,
+        "event_id": "e",
+        "kind": "outcome",
+        "tenant": "t",
+        "reason": "r",
+        "attempts": 1,
+        "died_at_us": 1,
+    }
+    with sqlite_database.begin() as connection:
+        connection.execute(outlets.insert().values(**row, failure="status 500"))
+        connection.execute(dead_letters.insert().values(outlet="outlet:bus", **letter))
+    shown = lines(collect(settings))
+    assert "outlet:bus: 7 delivered, 1 dead letters, stands still: status 500" in shown
 
 
 def test_live_side_is_not_running_once_one_of_its_processes_ended(settings: Settings) -> None:

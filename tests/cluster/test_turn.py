@@ -31,9 +31,7 @@ class Commands:
         if name == "curate":
             return {"dataset_id": "triage-abc"}
         if name == "train":
-            return {"runs": [{"adapter_dir": "/a", "run_id": "r1"}, {"adapter_dir": "/b", "run_id": "r2"}]}
-        if name == "register":
-            return {"version": f"triage/{self.called.count('register') + 1}"}
+            return {"runs": [{"version": "triage/2"}, {"version": "triage/3"}]}
         if name == "evaluate":
             return evaluation(line[1], self.passed, {"triage/2": 0.6, "triage/3": 0.7}[line[1]])
         return {"rollout_id": "ro-1"}
@@ -69,7 +67,7 @@ def test_turn_starts_a_rollout_of_the_best_version(
     monkeypatch.setattr(turning, "run_command", commands)
     result = run_turn(learning, jobs, TURN, say=quiet)
     assert result["version"] == "triage/3"
-    assert commands.called == ["curate", "train", "register", "register", "evaluate", "evaluate", "rollout"]
+    assert commands.called == ["curate", "train", "evaluate", "evaluate", "rollout"]
     job = jobs.get(result["job_id"])
     assert (job.state, job.output_version) == ("completed", "triage/3")
 

@@ -1,9 +1,11 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cluster.demo.cli import exit_code
 from cluster.demo.held_out import Accuracy, wilson
 from cluster.demo.report import Findings, Moment, Row, markdown, outcome, write
 
@@ -47,6 +49,22 @@ def test_summary_has_the_promised_fields(findings: Findings) -> None:
     assert summary["held_out"][0]["verdict"] == pytest.approx(
         {"value": 0.65, "low": 0.5525, "high": 0.7364, "total": 100}, abs=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({}, 0),
+        ({"promoted": None}, 3),
+        ({"rolled_back": None}, 3),
+        ({"shuffled": True}, 3),
+        ({"shuffled": True, "promoted": None, "rolled_back": None}, 0),
+    ],
+)
+def test_exit_code_tells_an_undecided_demo_from_a_good_one(
+    findings: Findings, change: dict[str, Any], code: int
+) -> None:
+    assert exit_code(replace(findings, **change)) == code
 
 
 def test_summary_of_a_run_that_promoted_nothing(findings: Findings) -> None:
