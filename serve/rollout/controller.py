@@ -67,6 +67,7 @@ class Controller:
                 log.exception("rollout %s stays as it is: its tick failed", rollout.rollout_id)
         if counted:
             tick_bandits(self.steps, self.settings)
+        self.steps.servables.sync(self.steps.clock())
         return True
 
     def close(self) -> None:

@@ -183,6 +183,9 @@ class FakeServables:
             return "failed", self.refuses
         return ("ready", "") if version in self.wanted else ("absent", "")
 
+    def sync(self, now_us: int) -> None:
+        """They need no applications."""
+
 
 class FakeRouters:
     """Routers that show every write at once, unless told otherwise."""
