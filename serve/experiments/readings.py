@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import replace
 
+import orjson
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
@@ -30,11 +31,23 @@ Arms = dict[str, Moments]
 
 
 def read_evidence(
-    engine: Engine, experiment_id: str, settings: ExperimentSettings, *, period: str, periods: int = 1
+    engine: Engine,
+    experiment_id: str,
+    settings: ExperimentSettings,
+    *,
+    period: str,
+    periods: int = 1,
+    control_period: str | None = None,
 ) -> Evidence:
-    """What the statistics say in `period`; alpha is split over guardrails and over the periods there are."""
+    """What the statistics say in `period`; alpha is split over guardrails and over the periods there are.
+
+    `control_period`: compare with the control of that period, for a candidate that has been promoted.
+    """
     with engine.connect() as connection:
         arms = _moments(connection, experiment_id, period)
+        if control_period is not None:
+            arms = _with_control(arms, _moments(connection, experiment_id, control_period))
+            settings = settings.model_copy(update={"small_sample_users": 0})  # their values are of one period only
         required = [settings.primary, *settings.further_primaries, *settings.guardrails]
         optional = [name for name in settings.guardrails_when_present if name not in required]
         names = [*required, *optional]
@@ -157,6 +170,15 @@ def _read(
     return read_metric(metric, candidate, control, settings, alpha, values)
 
 
+def _with_control(arms: dict[str, Arms], earlier: dict[str, Arms]) -> dict[str, Arms]:
+    """The candidate of one period beside the control of another."""
+    found: dict[str, Arms] = {name: {"candidate": sides["candidate"]} for name, sides in arms.items()}
+    for name, sides in earlier.items():
+        if "control" in sides:
+            found.setdefault(name, {})["control"] = sides["control"]
+    return found
+
+
 def _two(sides: Arms) -> tuple[Moments | None, Moments | None]:
     return sides.get("candidate"), sides.get("control")
 
@@ -171,15 +193,16 @@ def _user_values(connection: Connection, experiment_id: str, period: str, metric
     s, u = arm_statistics.c, experiment_users.c
     same = (u.experiment_id == s.experiment_id) & (u.user_id == s.user_id)
     query = (
-        sa.select(s.arm, s.total / s.count)
+        sa.select(s.arm, s.sums)
         .join_from(arm_statistics, experiment_users, same)
-        .where(s.experiment_id == experiment_id, s.period == period, s.metric == metric, s.count > 0)
-        .where(u.excluded.is_(False))
+        .where(s.experiment_id == experiment_id, s.period == period, u.excluded.is_(False))
         .order_by(u.first_seen_us, u.user_id)
     )
     values: dict[str, list[float]] = defaultdict(list)
-    for arm, mean in connection.execute(query):
-        values[arm].append(mean)
+    for arm, text in connection.execute(query):
+        count, total = orjson.loads(text).get(metric, (0.0, 0.0))
+        if count > 0:
+            values[arm].append(total / count)
     return UserValues(tuple(values["candidate"]), tuple(values["control"]))
 
 
@@ -199,7 +222,7 @@ def _moments(connection: Connection, experiment_id: str, period: str, segment: s
 def _split(connection: Connection, experiment_id: str, settings: ExperimentSettings) -> SplitReading:
     """Users by first arm against the share in force when they were first met."""
     a = experiment_arms.c
-    query = sa.select(a.share, a.arm, a.users).where(a.experiment_id == experiment_id, a.users > 0)
+    query = sa.select(a.share, a.arm, a.users).where(a.experiment_id == experiment_id, a.users > 0, a.share < 1)
     counts: dict[float, dict[str, int]] = defaultdict(lambda: {"candidate": 0, "stable": 0})
     for share, arm, users in connection.execute(query):
         counts[share][arm] = users
@@ -222,9 +245,9 @@ def _split(connection: Connection, experiment_id: str, settings: ExperimentSetti
 
 def _first_requests(connection: Connection, experiment_id: str) -> tuple[int, int]:
     s = arm_statistics.c
-    query = sa.select(s.count, s.total).where(s.experiment_id == experiment_id, s.metric == FIRST_REQUESTS)
-    row = connection.execute(query).first()
-    return (int(row[0]), int(row[1])) if row else (0, 0)
+    text = connection.execute(sa.select(s.sums).where(s.experiment_id == experiment_id, s.user_id == "")).scalar()
+    count, errors = orjson.loads(text)[FIRST_REQUESTS] if text else (0, 0)
+    return int(count), int(errors)
 
 
 def _last_seen(connection: Connection, experiment_id: str) -> dict[str, int]:

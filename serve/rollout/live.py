@@ -15,12 +15,12 @@ from cluster.registry import Registry, Version
 from cluster.settings import Settings
 from serve import servables
 from serve.applications.document import application_name, is_ours
-from serve.applications.driver import Applications, Driver
+from serve.applications.driver import Applications, Driver, Status
 from serve.applications.http_json import Api
 from serve.applications.rayservice import RayServiceDriver, access
 from serve.applications.serve_rest import ServeRestDriver, dashboard_url
 from serve.keys import create_key, list_keys, revoke_key
-from serve.rollout.steps import ServableStatus, Steps
+from serve.rollout.steps import Steps
 from serve.routes import Route
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class LiveServables:
         """Let the engines drop it."""
         servables.unwant(self.engine, version)
 
-    def status(self, version: str) -> tuple[ServableStatus, str]:
+    def status(self, version: str) -> tuple[Status, str]:
         """Ready when every live replica holds it; failed with the first reason given."""
         try:
             if servables.ready(self.engine, version, live_after_s=self.settings.engine.live_after_s):
@@ -83,7 +83,7 @@ class LiveServables:
         is_first = not any(held.wanted and held.engine == configured for held in known)
         return configured if is_first else application_name(version.base_model, revision)
 
-    def _unready_application(self, version: str) -> tuple[ServableStatus, str] | None:
+    def _unready_application(self, version: str) -> tuple[Status, str] | None:
         """How the application of a version is, where it has one that does not run."""
         if self.applications is None:
             return None

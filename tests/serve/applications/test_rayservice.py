@@ -145,7 +145,7 @@ def test_nothing_is_written_while_kuberay_upgrades_the_cluster(server: ApiServer
 
 def test_a_refusal_is_final_and_says_why(server: ApiServer, driver: RayServiceDriver, tmp_path: Path) -> None:
     server.resource["spec"]["serveConfigV3"] = "a field that KubeRay does not know"
-    with pytest.raises(ConflictError, match="HTTP 422.*serveConfigV3"):
+    with pytest.raises(ConflictError, match=r"HTTP 422.*serveConfigV3"):
         driver.apply([LLAMA])
     (tmp_path / "token").write_text("expired")
     with pytest.raises(ConflictError, match="HTTP 401"):
