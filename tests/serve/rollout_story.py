@@ -4,10 +4,11 @@ Two kinds of points: before and after each effect (`KillableSteps`), and, finer,
 and before every commit the controller sends to the database, which also die in the middle of a transaction.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pytest
@@ -84,10 +85,23 @@ class StatementKiller:
     def __post_init__(self) -> None:
         for name in ("before_cursor_execute", "after_cursor_execute", "commit"):
             sa.event.listen(self.engine, name, self._pass)
+        sa.event.listen(self.engine, "checkout", self._out)
+        sa.event.listen(self.engine, "checkin", self._in)
 
-    def _pass(self, *given: Any) -> None:
-        if len(given) > 2 and str(given[2]).startswith("BEGIN"):
-            return  # nothing is begun yet, and SQLAlchemy would not know that it must be undone
+    def _out(self, connection: Any, *_: Any) -> None:
+        self._open.append(connection)
+
+    def _in(self, connection: Any, *_: Any) -> None:
+        self._open = [other for other in self._open if other is not connection]
+
+    def bury(self) -> None:
+        """What the end of a process does to its connections: nothing stays open or locked."""
+        for connection in self._open:
+            with contextlib.suppress(self.engine.dialect.loaded_dbapi.Error):  # closed already
+                connection.rollback()
+        self._open.clear()
+
+    def _pass(self, *_: Any) -> None:
         self.point += 1
         if self.point == self.kill_at:
             raise Killed
@@ -102,10 +116,13 @@ class StatementKiller:
             self._inside, self.point = self.point, outside
 
     _inside: int = 0
+    _open: list[Any] = field(default_factory=list)
 
     def close(self) -> None:
         for name in ("before_cursor_execute", "after_cursor_execute", "commit"):
             sa.event.remove(self.engine, name, self._pass)
+        sa.event.remove(self.engine, "checkout", self._out)
+        sa.event.remove(self.engine, "checkin", self._in)
 
 
 def tell(
@@ -146,6 +163,7 @@ def _tell(world: World, rollout_id: str, killer: StatementKiller, effects: list[
                 break
             except Killed:
                 kills += 1
+                killer.bury()
                 (effects if world.steps.point == world.steps.kill_at else statements).pop(0)
                 died_at, acting = died_at or time.monotonic(), world.controller()
                 expire_lease(world.engine)
