@@ -85,21 +85,17 @@ class StatementKiller:
     def __post_init__(self) -> None:
         for name in ("before_cursor_execute", "after_cursor_execute", "commit"):
             sa.event.listen(self.engine, name, self._pass)
-        sa.event.listen(self.engine, "checkout", self._out)
-        sa.event.listen(self.engine, "checkin", self._in)
+        self.engine.dispose()  # so that every connection is one of which we know
+        sa.event.listen(self.engine, "connect", self._connected)
 
-    def _out(self, connection: Any, *_: Any) -> None:
+    def _connected(self, connection: Any, *_: Any) -> None:
         self._open.append(connection)
-
-    def _in(self, connection: Any, *_: Any) -> None:
-        self._open = [other for other in self._open if other is not connection]
 
     def bury(self) -> None:
         """What the end of a process does to its connections: nothing stays open or locked."""
         for connection in self._open:
             with contextlib.suppress(self.engine.dialect.loaded_dbapi.Error):  # closed already
                 connection.rollback()
-        self._open.clear()
 
     def _pass(self, *_: Any) -> None:
         self.point += 1
@@ -121,8 +117,7 @@ class StatementKiller:
     def close(self) -> None:
         for name in ("before_cursor_execute", "after_cursor_execute", "commit"):
             sa.event.remove(self.engine, name, self._pass)
-        sa.event.remove(self.engine, "checkout", self._out)
-        sa.event.remove(self.engine, "checkin", self._in)
+        sa.event.remove(self.engine, "connect", self._connected)
 
 
 def tell(
