@@ -73,7 +73,7 @@ class Story:
     """The longest a successor took to be where the undisturbed run is at that time."""
 
 
-class StatementKilled(Exception):
+class DiedInStatementError(Exception):
     """The process dies in the database's hands.
 
     An `Exception`, for SQLAlchemy closes the connection under others, and SQLite keeps the locks of a closed
@@ -97,7 +97,7 @@ class StatementKiller:
     def _pass(self, *_: Any) -> None:
         self.point += self.is_watching
         if self.is_watching and self.point == self.kill_at:
-            raise StatementKilled
+            raise DiedInStatementError
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -149,7 +149,7 @@ def _tell(world: World, rollout_id: str, killer: StatementKiller, effects: list[
             try:
                 _tick(acting, killer)
                 break
-            except (Killed, StatementKilled):
+            except (Killed, DiedInStatementError):
                 kills += 1
                 (effects if world.steps.point == world.steps.kill_at else statements).pop(0)
                 died_at, acting = died_at or time.monotonic(), world.controller()
