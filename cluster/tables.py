@@ -211,12 +211,9 @@ arm_statistics = Table(
     metadata,
     Column("experiment_id", String(64), primary_key=True),
     Column("user_id", String(128), primary_key=True),
-    Column("metric", String(80), primary_key=True),
     Column("period", String(16), primary_key=True),
     Column("arm", String(16), primary_key=True),
-    Column("count", Double, nullable=False),
-    Column("total", Double, nullable=False),
-    Column("total_squares", Double, nullable=False),
+    Column("sums", Text, nullable=False),  # JSON: metric -> [count, total]; one row a user, not one a metric
 )
 arm_moments = Table(
     "arm_moments",

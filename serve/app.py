@@ -53,7 +53,7 @@ def gateway(arguments: Arguments) -> Any:
 
 
 def engine(arguments: Arguments) -> Any:
-    """The embedded engine, at `/engine`."""
+    """The embedded engine, at `/engine`; for another base model under another name and prefix."""
     return _build("engine", arguments)
 
 

@@ -19,6 +19,7 @@ import orjson
 from cluster import metrics
 from cluster.settings.serving import EngineEndpoint, ServeSettings
 from data.feedback import pseudonym
+from serve.applications.document import is_ours
 from serve.arms import Plan, not_served, plan
 from serve.breaker import Breaker, StableLatency
 from serve.capture import GONE, Capture, Record
@@ -88,11 +89,15 @@ class Engines:
         key = self.environment.get(endpoint.api_key_env) if endpoint.api_key_env else None
         if endpoint.base_url is None:
             key = key or self.engine_token
-        made = Upstream(endpoint.base_url or self.default_url, limits, key)
+        made = Upstream(endpoint.base_url or self._application_url(name), limits, key)
         if known is not None:
             known[1].close()
         self._open[name] = (endpoint, made)
         return made
+
+    def _application_url(self, name: str) -> str:
+        """The application `engine`, or the one of that name beside it (`serve.applications`)."""
+        return f"{self.default_url.removesuffix('/engine')}/{name}" if is_ours(name) else self.default_url
 
     def close(self) -> None:
         """Drop every connection."""

@@ -100,11 +100,18 @@ def read_settings(arguments: dict[str, str]) -> Settings:
     """The settings that an application was given.
 
     `settings` names a file with all of them, as `write_files` makes it; `config` a `rayloop.yaml`, which the
-    environment overrides.
+    environment overrides. `engine` and `base_model` make an engine for another base model of them.
 
     Raises:
         ConfigError: neither can be read.
     """
+    settings = _given_settings(arguments)
+    named = {"name": arguments.get("engine"), "base_model": arguments.get("base_model")}
+    changed = {name: value for name, value in named.items() if value}
+    return settings.model_copy(update={"engine": settings.engine.model_copy(update=changed)}) if changed else settings
+
+
+def _given_settings(arguments: dict[str, str]) -> Settings:
     if "settings" not in arguments:
         return load_settings(arguments.get("config"))[0]
     path = Path(arguments["settings"])

@@ -26,6 +26,7 @@ from cluster.settings.serving import EngineEndpoint
 from cluster.tables import servable_replicas, servables
 from data.events import Event
 from data.log import EventLog
+from serve.applications.document import is_ours
 from serve.keys import KeyRing
 from serve.routes import Route, RouteKey, RouterConfig, apply_config, parse_config, read_routes
 
@@ -82,7 +83,7 @@ def read_snapshot(engine: Engine, endpoints: Mapping[str, EngineEndpoint]) -> Sn
     owners: dict[str, str] = {}
     with engine.connect() as connection:
         for row in connection.execute(sa.select(servables).where(servables.c.wanted)).mappings():
-            if row["engine"] in endpoints:
+            if row["engine"] in endpoints or is_ours(row["engine"]):
                 target = Target(row["version"], row["engine"], row["model_name"], row["adapter_sha256"])
                 targets[target.version] = target
                 if row["alias"] is not None:
@@ -157,7 +158,9 @@ class Watcher(threading.Thread):
             engine = self._connected()
             self._apply_pending(engine)
             self._publish_refusals(engine)
-            self.current = self._with_ceilings(read_snapshot(engine, self.endpoints))
+            snapshot = read_snapshot(engine, self.endpoints)
+            self.endpoints = _with_applications(self.endpoints, snapshot)
+            self.current = self._with_ceilings(snapshot)
             self._was_down = False
         except (sa.exc.SQLAlchemyError, OSError, RayloopError) as error:
             self._ceilings_alone()
@@ -257,6 +260,12 @@ class Watcher(threading.Thread):
             labels = (key.tenant, key.agent, key.modality)
             metrics.ROUTE_REVISION.labels(*labels).set(route.revision)
             metrics.ROUTE_SHARE.labels(*labels).set(route.live_share)
+
+
+def _with_applications(endpoints: dict[str, EngineEndpoint], snapshot: Snapshot) -> dict[str, EngineEndpoint]:
+    """The engines, with those applications of this Serve that a rollout has brought up."""
+    named = {target.engine for target in snapshot.targets.values()} - endpoints.keys()
+    return {**endpoints, **dict.fromkeys(named, EngineEndpoint())} if named else endpoints
 
 
 def _fields(route: Route) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from cluster.lease import acquire_lease, release_lease
 from cluster.registry import NEEDS_RETRAINING_TAG, RETRAIN
 from cluster.settings import Settings
 from serve.experiments.evidence import Evidence
+from serve.experiments.exposures import AFTER
 from serve.experiments.projection import Projection
 from serve.experiments.readings import read_evidence
 from serve.experiments.store import create_experiment
@@ -31,7 +32,7 @@ from serve.rollout.bandits import tick_bandits
 from serve.rollout.decide import decide
 from serve.rollout.state import LIVE, Decision, RolloutConfig
 from serve.rollout.steps import WRITER, Steps, holds
-from serve.rollout.store import Rollout, get_rollout, insert_rollout, live_rollouts
+from serve.rollout.store import Rollout, get_rollout, insert_rollout, live_rollouts, promoted_rollouts
 from serve.routes import Route, RouteKey, read_route
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ class Controller:
         if not acquire_lease(self.steps.engine, LEASE, self.holder, duration_s, self.steps.clock()):
             return False
         counted = self._count()
-        for rollout in live_rollouts(self.steps.engine):
+        window_us = round(self.settings.rollout.restore_window_s * SECOND_US)
+        promoted = promoted_rollouts(self.steps.engine, self.steps.clock() - window_us)
+        for rollout in [*live_rollouts(self.steps.engine), *promoted]:
             try:
                 tick_rollout(self.steps, rollout, counted=counted)
             except RayloopError as error:
@@ -67,6 +70,7 @@ class Controller:
                 log.exception("rollout %s stays as it is: its tick failed", rollout.rollout_id)
         if counted:
             tick_bandits(self.steps, self.settings)
+        self.steps.servables.sync(self.steps.clock())
         return True
 
     def close(self) -> None:
@@ -88,9 +92,13 @@ def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True) -> Rol
         return _apply_until_settled(steps, rollout)
     if rollout.state == "pending":
         return _start_when_ready(steps, rollout)
-    if rollout.state not in LIVE:
-        return rollout
     route = read_route(steps.engine, rollout.key)
+    if rollout.state == "promoted":
+        rollout = _release_previous(steps, rollout)
+        if not holds(route, _route_promoted(rollout)):
+            return rollout
+    elif rollout.state not in LIVE:
+        return rollout
     state = rollout.as_state(edited_by=_edited_by(rollout, route), max_share=route.max_share)
     evidence = _evidence(steps.engine, rollout) if counted else None
     now_us = steps.clock()
@@ -113,15 +121,28 @@ def _needs_retraining(steps: Steps, rollout: Rollout) -> bool:
     return NEEDS_RETRAINING_TAG in steps.versions.get(rollout.experiment.candidate).tags
 
 
+def _release_previous(steps: Steps, rollout: Rollout) -> Rollout:
+    """Let the engines drop the previous champion once it need not be warm any more."""
+    age_s = (steps.clock() - rollout.stage_started_us) / SECOND_US
+    if age_s < rollout.settings.rollout.warm_s or rollout.progress.get("released"):
+        return rollout
+    rollout = steps.remember(rollout, released=True)
+    steps.unwant(rollout.experiment.stable)
+    return rollout
+
+
 def _evidence(engine: Engine, rollout: Rollout) -> Evidence | None:
     config = rollout.settings
+    last = config.period(rollout.stage)
+    is_over = rollout.state == "promoted"
     try:
         return read_evidence(
             engine,
             rollout.experiment.experiment_id,
             config.experiment,
-            period=config.period(rollout.stage),
-            periods=config.num_periods,
+            period=AFTER if is_over else last,
+            periods=config.num_periods + is_over,
+            control_period=last if is_over else None,
         )
     except (sa.exc.SQLAlchemyError, ValueError, ArithmeticError):
         log.exception("evidence of %s could not be read; it holds", rollout.rollout_id)
@@ -130,7 +151,7 @@ def _evidence(engine: Engine, rollout: Rollout) -> Evidence | None:
 
 def _is_news(rollout: Rollout, decision: Decision) -> bool:
     """True for everything but a hold that says what the last decision said, or that it is early yet."""
-    known = (rollout.progress.get("last_code"), "waiting")
+    known = (rollout.progress.get("last_code"), "waiting", "watching")
     same = decision.to_state == rollout.state and decision.code in known
     return not same or decision.look is not None or decision.outcome not in ("hold", "await_approval")
 
@@ -151,6 +172,17 @@ def _route_at(rollout: Rollout, share: float) -> dict[str, Any]:
         "share": share,
         "experiment_id": experiment.experiment_id,
         "salt": experiment.salt,
+    }
+
+
+def _route_promoted(rollout: Rollout) -> dict[str, Any]:
+    """The route once the candidate is stable. The experiment stays on it, so that its numbers go on being counted."""
+    experiment = rollout.experiment
+    return {
+        "stable": experiment.candidate,
+        "candidate": None,
+        "share": 0.0,
+        "experiment_id": experiment.experiment_id,
     }
 
 
@@ -222,6 +254,8 @@ def apply_pending(steps: Steps, rollout: Rollout) -> Rollout:
         done = _apply_share(steps, rollout, decision, pending["route_revision"])
     elif decision.outcome == "promote":
         done = _apply_promotion(steps, rollout, decision, number, actor, pending["route_revision"])
+    elif not _can_restore(steps, rollout, decision):
+        return rollout
     else:
         _apply_end(steps, rollout, decision, number, actor)
         done = True
@@ -243,8 +277,7 @@ def _apply_promotion(
     steps: Steps, rollout: Rollout, decision: Decision, number: int, actor: str, recorded: int | None
 ) -> bool:
     candidate = rollout.experiment.candidate
-    change = {"stable": candidate, "candidate": None, "share": 0.0, "experiment_id": None}
-    if not steps.set_route(rollout, change, decision.reason, recorded):
+    if not steps.set_route(rollout, _route_promoted(rollout), decision.reason, recorded):
         return False
     steps.set_champion(rollout, candidate, actor, decision.reason)
     details = {"rollout_id": rollout.rollout_id, "previous": rollout.experiment.stable}
@@ -255,6 +288,19 @@ def _apply_promotion(
     )
     steps.end_experiment(rollout, "promote")
     return True
+
+
+def _can_restore(steps: Steps, rollout: Rollout, decision: Decision) -> bool:
+    """Whether users can be sent to stable now: a previous champion that was unloaded must first be loaded again."""
+    if not (decision.details.get("restores") and rollout.progress.get("released")):
+        return True
+    stable = rollout.experiment.stable
+    status, said = steps.servables.status(stable)
+    if status in ("absent", "failed"):
+        steps.want(stable)
+    if status != "ready":
+        log.warning("rollout %s: %s is being loaded to come back (%s)", rollout.rollout_id, stable, said or status)
+    return status == "ready"
 
 
 def _apply_end(steps: Steps, rollout: Rollout, decision: Decision, number: int, actor: str) -> None:
@@ -422,7 +468,7 @@ def roll_back(steps: Steps, rollout_id: str, actor: str, reason: str) -> Rollout
     def decide_now(rollout: Rollout) -> Decision:
         restores = rollout.state in ("promoting", "promoted")
         _require(rollout, (*LIVE, "pending", "promoting", "promoted", "rolling_back"), "rollback")
-        age_s = (steps.clock() - rollout.updated_at_us) / SECOND_US
+        age_s = (steps.clock() - rollout.stage_started_us) / SECOND_US
         if rollout.state == "promoted" and age_s > rollout.settings.rollout.restore_window_s:
             raise ConflictError(
                 f"{rollout.rollout_id} was promoted {age_s:.0f} s ago; start a rollout of the old version"

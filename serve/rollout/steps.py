@@ -7,7 +7,7 @@ next reads the pending decision and does them all again.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from sqlalchemy.engine import Engine
 
@@ -16,6 +16,7 @@ from cluster.database import write
 from cluster.errors import ConflictError
 from data.events import Event, parse_body
 from data.log import EventLog
+from serve.applications.driver import Status
 from serve.experiments.store import Outcome as ExperimentOutcome
 from serve.experiments.store import end_experiment
 from serve.rollout.state import SETTLED, Decision
@@ -26,9 +27,6 @@ log = logging.getLogger(__name__)
 
 WRITER = "controller"
 ROLLED_BACK_TAG = "rayloop.rolled_back"
-
-
-ServableStatus = Literal["absent", "loading", "ready", "failed"]
 
 
 class Versions(Protocol):
@@ -53,8 +51,11 @@ class Servables(Protocol):
     def unwant(self, version: str) -> None:
         """Let it be unloaded."""
 
-    def status(self, version: str) -> tuple[ServableStatus, str]:
+    def status(self, version: str) -> tuple[Status, str]:
         """Whether every live replica holds it, and what they say."""
+
+    def sync(self, now_us: int) -> None:
+        """Bring engines up and down as the wanted versions need; what fails is tried again at the next call."""
 
 
 class Routers(Protocol):
@@ -198,7 +199,7 @@ class Steps:
     def _settled(self, rollout: Rollout, decision: Decision, at_us: int) -> dict[str, Any]:
         """The row's values once a decision is done."""
         state = SETTLED.get(decision.to_state, decision.to_state)
-        restarts = decision.outcome in ("start", "advance", "unfreeze")
+        restarts = decision.outcome in ("start", "advance", "unfreeze", "promote")
         return {
             "state": state,
             "stage": decision.to_stage,

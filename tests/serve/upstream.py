@@ -25,10 +25,13 @@ class Behaviour:
     """Before the first byte."""
     gap_s: float = 0.0
     """Between the pieces of a stream."""
+    paused: bool = False
+    """After each piece of a stream, wait until this is false."""
     break_after: int | None = None
     """Drop the connection after so many pieces."""
     error: Any = None
     """Body of an error answer; a default in nobody's shape otherwise."""
+    finish_reason: str = "stop"
 
 
 @dataclass
@@ -38,6 +41,8 @@ class Engine:
     behaviours: dict[str, Behaviour] = field(default_factory=lambda: defaultdict(Behaviour))
     requests: list[dict[str, Any]] = field(default_factory=list)
     cut_off: int = 0
+    url: str = ""
+    """Where it listens, once it does."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -58,7 +63,7 @@ class Engine:
         elif request.get("stream"):
             await self._stream(request, behaviour, receive, send)
         else:
-            await _respond(send, 200, orjson.dumps(_whole(request)))
+            await _respond(send, 200, orjson.dumps(_whole(request, behaviour.finish_reason)))
 
     async def _stream(self, request: dict[str, Any], behaviour: Behaviour, receive: Any, send: Any) -> None:
         await send(
@@ -80,6 +85,8 @@ class Engine:
                 }
             )
             await asyncio.wait([gone], timeout=behaviour.gap_s)
+            while behaviour.paused and not gone.done():
+                await asyncio.wait([gone], timeout=0.02)
             if gone.done():
                 self.cut_off += 1
                 return
@@ -96,10 +103,10 @@ def _logprobs(request: dict[str, Any], words: list[str]) -> dict[str, Any] | Non
     return {"content": [{"token": w, "logprob": -0.5} for w in words]} if request.get("logprobs") else None
 
 
-def _whole(request: dict[str, Any]) -> dict[str, Any]:
+def _whole(request: dict[str, Any], finish_reason: str) -> dict[str, Any]:
     message = {"role": "assistant", "content": "".join(TEXT)}
     choice: dict[str, Any] = {
-        "index": 0, "message": message, "finish_reason": "stop", "logprobs": _logprobs(request, TEXT),
+        "index": 0, "message": message, "finish_reason": finish_reason, "logprobs": _logprobs(request, TEXT),
     }  # fmt: skip
     document = {
         "id": "engine-1", "object": "chat.completion", "created": 1, "model": request["model"],
@@ -143,8 +150,8 @@ async def _respond(send: Any, status: int, body: bytes) -> None:
 class Server:
     """An ASGI application on a free loopback port, in a thread."""
 
-    def __init__(self, app: Any, lifespan: str = "off") -> None:
-        config = uvicorn.Config(app, port=0, log_level="error", lifespan=lifespan, timeout_graceful_shutdown=1)  # type: ignore[arg-type]
+    def __init__(self, app: Any, lifespan: str = "off", *, drain_s: int = 1) -> None:
+        config = uvicorn.Config(app, port=0, log_level="error", lifespan=lifespan, timeout_graceful_shutdown=drain_s)  # type: ignore[arg-type]
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
@@ -156,6 +163,10 @@ class Server:
             self._thread.join(0.01)
         port = self._server.servers[0].sockets[0].getsockname()[1]
         return f"http://127.0.0.1:{port}"
+
+    def stop(self) -> None:
+        """Take no more connections, and end once those that are open have ended."""
+        self._server.should_exit = True
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True

@@ -201,12 +201,9 @@ def _create_experiments() -> None:
         "arm_statistics",
         sa.Column("experiment_id", sa.String(64), primary_key=True),
         sa.Column("user_id", sa.String(128), primary_key=True),
-        sa.Column("metric", sa.String(80), primary_key=True),
         sa.Column("period", sa.String(16), primary_key=True),
         sa.Column("arm", sa.String(16), primary_key=True),
-        sa.Column("count", sa.Double(), nullable=False),
-        sa.Column("total", sa.Double(), nullable=False),
-        sa.Column("total_squares", sa.Double(), nullable=False),
+        sa.Column("sums", sa.Text(), nullable=False),
     )
     op.create_table(
         "rollouts",
