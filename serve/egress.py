@@ -9,11 +9,12 @@ checked, so a name that points elsewhere the second time gains nothing.
 import asyncio
 import ipaddress
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from cluster.errors import ConfigError
+from cluster.settings.serving import EngineEndpoint
 
 REMEDY = "name the host in `serve.allowed_hosts` if you trust it"
 
@@ -60,6 +61,20 @@ class Destination:
                 if not is_public(address):
                     raise ForbiddenAddressError(f"{self.host} leads to {address}, which is not a public address")
         return addresses
+
+
+def check_endpoints(endpoints: Mapping[str, EngineEndpoint], allowed: Collection[str]) -> None:
+    """Check what can be checked of engines' addresses without asking anybody.
+
+    Raises:
+        ConfigError: the first that may not be called.
+    """
+    for name, endpoint in endpoints.items():
+        if endpoint.base_url is not None:
+            try:
+                Destination(endpoint.base_url, allowed)
+            except ConfigError as error:
+                raise ConfigError(f"engines.{name}.{error.field}", error.value, error.rule, error.remedy) from None
 
 
 class ForbiddenAddressError(Exception):

@@ -1,14 +1,14 @@
 """Tokens of an identity provider (JWT, RFC 7519) as keys of the router.
 
-The provider's key set is read off the event loop, with the snapshot, and kept while the provider is away. A token
-is verified once and remembered until it ends: signature, issuer, audience, times, and the claims that say whose
-it is. What it may do is bounded by `serve.jwt.scopes`, whatever it claims.
+The provider's key set is read by a thread of its own and kept while the provider is away. A token is verified
+once and remembered until it ends: signature, issuer, audience, times, and the claims that say whose it is. What it may do is bounded by `serve.jwt.scopes`, whatever it claims.
 """
 
 import hashlib
 import json
 import logging
 import re
+import threading
 import time
 import urllib.request
 from collections import OrderedDict
@@ -16,26 +16,29 @@ from pathlib import Path
 from typing import Any
 
 from cluster.clock import SECOND_US, now_us
-from cluster.errors import ConfigError
 from cluster.settings import Settings
 from serve.keys import Key
 
 log = logging.getLogger(__name__)
 
 REMEMBERED = 10_000
+EARLY_S = 10.0
+"""A token by a key that is not known has the set read again, at most this often: providers rotate their keys."""
 FETCH_TIMEOUT_S = 5.0
 MAX_KEY_SET_BYTES = 1_000_000
 MAX_TOKEN_CHARACTERS = 8_192
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 
 
-class JwtKeys:
-    """Verifies tokens; `refresh` reads the provider's keys."""
+class JwtKeys(threading.Thread):
+    """Verifies tokens; as a thread, reads the provider's keys."""
 
     def __init__(self, settings: Settings) -> None:
+        super().__init__(name="jwt-keys", daemon=True)
         self._settings, self._jwt = settings, settings.serve.jwt
         self._keys: dict[str | None, Any] = {}
         self._known: OrderedDict[str, Key] = OrderedDict()
+        self._wake, self._stopping = threading.Event(), False
         self._read_at = float("-inf")
 
     @property
@@ -43,14 +46,24 @@ class JwtKeys:
         """Tokens are taken."""
         return self._jwt.issuer is not None
 
+    def run(self) -> None:
+        """Read the key set until stopped."""
+        while not self._stopping:
+            self.refresh()
+            self._wake.wait(self._jwt.refresh_s)
+            self._wake.clear()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopping = True
+        self._wake.set()
+
     def refresh(self) -> None:
-        """Read the key set when it is time; a failure keeps the last one. Blocks: not for the event loop."""
-        if not self.is_on or time.monotonic() - self._read_at < self._jwt.refresh_s:
-            return
+        """Read the key set; a failure keeps the last one."""
         self._read_at = time.monotonic()
         try:
             self._keys = _parsed(self._document())
-        except (OSError, ValueError, ConfigError) as error:
+        except Exception as error:  # this thread is the only source of keys: it must outlive any answer
             log.error("the key set of %s cannot be read (%s); the last one stays", self._jwt.issuer, error)
         self._known = OrderedDict()  # a key that was withdrawn opens nothing more
 
@@ -75,6 +88,8 @@ class JwtKeys:
         try:
             found = self._keys.get(jwt.get_unverified_header(token).get("kid"))
             if found is None:
+                if time.monotonic() - self._read_at > EARLY_S:
+                    self._wake.set()
                 return None
             claims = jwt.decode(
                 token, found, algorithms=list(self._jwt.algorithms), audience=self._jwt.audience,

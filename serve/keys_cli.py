@@ -98,7 +98,9 @@ def rotate(
     if json_output:
         print(json.dumps({"rotated": key_id, "secret": secret, "overlap_hours": overlap_hours}))
     else:
-        print(f"{secret}\n\nthe old secret works for {overlap_hours:g} more hours; next: export OPENAI_API_KEY={secret}")
+        print(
+            f"{secret}\n\nthe old secret works for {overlap_hours:g} more hours; next: export OPENAI_API_KEY={secret}"
+        )
 
 
 def _shown(key: Key) -> dict[str, Any]:

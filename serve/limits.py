@@ -44,6 +44,7 @@ class KeyLimits:
         self._unsaved: dict[tuple[str, str], int] = defaultdict(int)
         self._spent: Mapping[str, int] = {}
         self._day = ""
+        self._is_used = False
 
     def admit(self, key: Key, now: float | None = None) -> None:
         """Count one request of a key.
@@ -58,6 +59,7 @@ class KeyLimits:
     def require_budget(self, key: Key) -> None:
         """Raises ApiError 429 when the key's tokens of this day are used up."""
         budget = self.budget_of(key)
+        self._is_used = self._is_used or budget is not None
         if budget is None or self.spent_today(key.key_id) < budget:
             return
         metrics.LIMITED.labels("tokens_per_day").inc()
@@ -84,6 +86,8 @@ class KeyLimits:
 
     def exchange(self, engine: Engine) -> None:
         """Bring what was spent into the database and read the sums; off the event loop."""
+        if not self._is_used:
+            return
         today = _today()
         with self._lock:
             unsaved = dict(self._unsaved)
@@ -94,7 +98,7 @@ class KeyLimits:
                 oldest = (datetime.now(UTC) - timedelta(days=KEPT_DAYS)).strftime("%Y-%m-%d")
                 connection.execute(key_usage.delete().where(key_usage.c.day < oldest))
             rows = connection.execute(sa.select(key_usage.c.key_id, key_usage.c.tokens).where(key_usage.c.day == today))
-            spent = {key_id: tokens for key_id, tokens in rows}
+            spent: dict[str, int] = dict(rows.tuples().all())
         with self._lock:
             for place, tokens in unsaved.items():
                 self._unsaved[place] -= tokens

@@ -101,7 +101,9 @@ class JwtSettings(Section):
         if self.issuer is None:
             return self
         if self.audience is None:
-            raise ValueError("serve.jwt.audience must be set with serve.jwt.issuer: a token for somebody else would pass")
+            raise ValueError(
+                "serve.jwt.audience must be set with serve.jwt.issuer: a token for somebody else would pass"
+            )
         if (self.jwks_url is None) == (self.jwks_file is None):
             raise ValueError("serve.jwt needs one of jwks_url and jwks_file")
         return self
