@@ -16,6 +16,10 @@ from urllib.parse import SplitResult, urlsplit
 from cluster.errors import ConfigError
 from cluster.settings.serving import EngineEndpoint
 
+PROTOCOL_V4 = ipaddress.ip_network("192.0.0.0/24")
+"""Holds a cloud's metadata service; `is_global` of Python 3.11 knows only its first eight addresses."""
+UNICAST_V6 = ipaddress.ip_network("2000::/3")
+"""Every address of the public internet lies in it (RFC 4291, IANA's registry)."""
 REMEDY = "name the host in `serve.allowed_hosts` if you trust it"
 
 
@@ -116,4 +120,5 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             ip = inner
-    return bool(ip.is_global) and not ip.is_multicast
+    assigned = UNICAST_V6 if ip.version == 6 else PROTOCOL_V4
+    return bool(ip.is_global) and not ip.is_multicast and (ip in assigned) == (ip.version == 6)

@@ -1,7 +1,8 @@
 """Tokens of an identity provider (JWT, RFC 7519) as keys of the router.
 
 The provider's key set is read by a thread of its own and kept while the provider is away. A token is verified
-once and remembered until it ends: signature, issuer, audience, times, and the claims that say whose it is. What it may do is bounded by `serve.jwt.scopes`, whatever it claims.
+once and remembered until it ends: signature, issuer, audience, times, and the claims that say whose it is. What it
+may do is bounded by `serve.jwt.scopes`, whatever it claims.
 """
 
 import hashlib

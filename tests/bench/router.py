@@ -89,7 +89,7 @@ def rayloop(upstream_url: str, home: Path, ingress: str) -> Iterator[Way]:
     """Rayloop with everything on: keys, a sticky split, capture."""
     serve = {
         "port": 0, "applications": ["gateway"], "ingress": ingress,
-        "engines": {"local": {"base_url": upstream_url.removesuffix("/v1")}},
+        "engines": {"local": {"base_url": upstream_url.removesuffix("/v1")}}, "allowed_hosts": ["127.0.0.1"],
     }  # fmt: skip
     document = {
         "home": str(home), "learning": {"enabled": True}, "capture": {"enabled": True}, "serve": serve,

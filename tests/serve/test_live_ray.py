@@ -79,7 +79,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     with Server(engine) as engine_url:
         serve = {
             "port": 0, "applications": ["gateway"], "router_replicas": REPLICAS,
-            "engines": {"local": {"base_url": engine_url}},
+            "engines": {"local": {"base_url": engine_url}}, "allowed_hosts": ["127.0.0.1"],
         }  # fmt: skip
         config = home.with_name("rayloop.yaml")
         config.write_text(yaml.safe_dump({"home": str(home), "serve": serve} | LEARNING))
