@@ -98,7 +98,7 @@ class KeyLimits:
                 oldest = (datetime.now(UTC) - timedelta(days=KEPT_DAYS)).strftime("%Y-%m-%d")
                 connection.execute(key_usage.delete().where(key_usage.c.day < oldest))
             rows = connection.execute(sa.select(key_usage.c.key_id, key_usage.c.tokens).where(key_usage.c.day == today))
-            spent: dict[str, int] = dict(rows.tuples().all())
+            spent: dict[str, int] = {row.key_id: row.tokens for row in rows}
         with self._lock:
             for place, tokens in unsaved.items():
                 self._unsaved[place] -= tokens
