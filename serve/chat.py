@@ -248,7 +248,14 @@ class CompletionHandler:
             rewriter.error = error.code
             tail = error_event(ApiError(error.status, error.message, code=error.code)) + DONE
         exchange.record.error = rewriter.error
+        if rewriter.error is not None:
+            self._broke_off(exchange)
         await send({"type": "http.response.body", "body": tail})
+
+    def _broke_off(self, exchange: Exchange) -> None:
+        """A candidate that fails after its first byte fails: its breaker must know, though nobody can stand in."""
+        if exchange.plan.fallback is not None and exchange.served == exchange.plan.target:
+            self._breakers[exchange.plan.version].record(False, time.monotonic())
 
     # the record
 

@@ -45,7 +45,7 @@ SYNTAX = [
     "ftp://a.example", "file:///etc/passwd", "gopher://a.example/_x", "https://", "//a.example", "a.example",
     "http://8.8.8.8", "http://a.example", "https://u:p@a.example", "https://u@a.example", "https://a.example@127.0.0.1/",
     "https://a.example/?x=1", "https://a.example/#x", "https://a.example:99999", "https://[::1", "https://a.example\\@b",
-    "https://a.example/ x", "https://a.example/\r\nhost: b", "https://ⓛocalhost/", "https://１２７.0.0.1/",
+    "https://a.example/ x", "https://a.example/\r\nhost: b", "https://ⓛocalhost/", "https://\uff11\uff12\uff17.0.0.1/",
 ]  # fmt: skip
 
 

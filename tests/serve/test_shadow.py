@@ -80,7 +80,11 @@ def test_tool_calls_of_a_copy_are_recorded_as_stubs_and_nobody_gets_them(shadowe
 
 @pytest.mark.parametrize(
     ("behaviour", "error"),
-    [(Behaviour(status=500), "engine_error"), (Behaviour(status=400), None), (Behaviour(break_after=1), "engine_error")],
+    [
+        (Behaviour(status=500), "engine_error"),
+        (Behaviour(status=400), None),
+        (Behaviour(break_after=1), "engine_error"),
+    ],
 )
 def test_failure_of_a_copy_is_counted_and_is_nobodys_error(
     shadowed: Live, behaviour: Behaviour, error: str | None

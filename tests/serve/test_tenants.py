@@ -91,7 +91,9 @@ def test_route_shows_and_changes_nothing_of_another_tenant(
     if path in OPEN:
         assert not any(word in response.text for word in SECRET_WORDS[1:])
         return
-    told = response.text.replace("'triage'", "").replace("triage/1", "") if response.status_code >= 400 else response.text
+    told = (
+        response.text.replace("'triage'", "").replace("triage/1", "") if response.status_code >= 400 else response.text
+    )
     assert not any(word in told for word in (*SECRET_WORDS, names["INTERACTION"])), response.text
     if "([^/]+)" in path or "(.+)" in path or path in ("/v1/chat/completions", "/v1/completions"):
         assert response.status_code == 404

@@ -145,7 +145,13 @@ def _text_whole(request: dict[str, Any], text: str) -> dict[str, Any]:
 def _chunk(request: dict[str, Any], number: int, word: str) -> dict[str, Any]:
     if "prompt" in request:
         text = {"index": 0, "text": word, "finish_reason": None, "logprobs": _text_logprobs(request, [word])}
-        return {"id": "engine-1", "object": "text_completion", "created": 1, "model": request["model"], "choices": [text]}
+        return {
+            "id": "engine-1",
+            "object": "text_completion",
+            "created": 1,
+            "model": request["model"],
+            "choices": [text],
+        }
     delta = {"content": word} | ({"role": "assistant"} if number == 0 else {})
     choice = {"index": 0, "delta": delta, "finish_reason": None, "logprobs": _logprobs(request, [word])}
     return {

@@ -184,6 +184,7 @@ def test_client_retries_what_it_should_and_no_more(tmp_path: Path) -> None:
             engine.engine.behaviours["base"].delay_s = 2.0
             with pytest.raises(openai.APITimeoutError):
                 client.with_options(timeout=0.2, max_retries=0).chat.completions.create(
-                    model="triage", messages=MESSAGES  # type: ignore[arg-type]
+                    model="triage",
+                    messages=MESSAGES,  # type: ignore[arg-type]
                 )
     database.dispose()
