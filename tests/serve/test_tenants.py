@@ -45,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, str,
     home: Path = tmp_path_factory.mktemp("tenants") / "home"
     for live in live_router(home):
         mine = create_key(live.database, "mine", "default", "default", ["admin"])
-        foreign = create_key(live.database, "foreign", "other", "default", [s for s in SCOPES])
+        foreign = create_key(live.database, "foreign", "other", "default", list(SCOPES))
         live.app.watcher.refresh()
         client = live.client(mine)
         line = {"messages": [{"role": "user", "content": "Walrus-4711"}, {"role": "assistant", "content": "x"}]}
