@@ -15,7 +15,9 @@ from cluster.tables import (
     events,
     experiment_arms,
     experiment_users,
+    experiments,
 )
+from data.log import EventLog
 from serve.experiments import srm
 from serve.experiments.comparisons import Moments, design_effect
 from serve.experiments.evidence import Evidence, Reading, SplitReading, UserValues, read_metric
@@ -25,6 +27,7 @@ from serve.experiments.moments import EVERYBODY, TERMS
 from serve.experiments.projection import CURSOR, FIRST_REQUESTS, KINDS
 from serve.experiments.quantiles import BINS, QuantileReading, equal_quantiles_p_value, read_quantile
 
+ANOMALY = "anomaly.detected"
 Arms = dict[str, Moments]
 """`candidate`, `control` and, where stable stood in for the candidate, `fallback` -> sums."""
 
@@ -33,6 +36,7 @@ def read_evidence(
     engine: Engine, experiment_id: str, settings: ExperimentSettings, *, period: str, periods: int = 1
 ) -> Evidence:
     """What the statistics say in `period`; alpha is split over guardrails and over the periods there are."""
+    anomalies = _anomalies(engine, experiment_id)
     with engine.connect() as connection:
         arms = _moments(connection, experiment_id, period)
         required = [settings.primary, *settings.further_primaries, *settings.guardrails]
@@ -58,6 +62,7 @@ def read_evidence(
             response=read_metric(
                 find_metric(RESPONSE_RATE, settings), *_two(arms.get(RESPONSE_RATE, {})), settings, settings.alpha
             ),
+            anomalies=anomalies,
         )
 
 
@@ -231,6 +236,25 @@ def _last_seen(connection: Connection, experiment_id: str) -> dict[str, int]:
     a = experiment_arms.c
     query = sa.select(a.arm, sa.func.max(a.last_seen_us).label("at_us")).where(a.experiment_id == experiment_id)
     return {row.arm: row.at_us for row in connection.execute(query.group_by(a.arm))}
+
+
+def _anomalies(engine: Engine, experiment_id: str) -> tuple[str, ...]:
+    """What routers recorded of the candidate while it was in this experiment, each signal once."""
+    e, x = events.c, experiments.c
+    with engine.connect() as connection:
+        experiment = connection.execute(sa.select(experiments).where(x.experiment_id == experiment_id)).first()
+        if experiment is None:
+            return ()
+        since = sa.and_(e.kind == ANOMALY, e.tenant == experiment.tenant, e.recorded_at_us >= experiment.created_at_us)
+        first = connection.execute(sa.select(sa.func.min(e.seq)).where(since)).scalar()
+    if first is None:
+        return ()
+    found = {}
+    for recorded in EventLog(engine).scan(first - 1, kinds=[ANOMALY], tenant=experiment.tenant):
+        body = recorded.event.body
+        if body.get("experiment_id") == experiment_id and body.get("version") == experiment.candidate:
+            found[body["signal"]] = f"{body['signal']} {body['value']:.3g}, above {body['limit']:.3g}"
+    return tuple(found[signal] for signal in sorted(found))
 
 
 def _lag(connection: Connection) -> int:

@@ -6,15 +6,21 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy.engine import Engine as Database
 
+from cluster.database import write
+from cluster.settings.experiments import ExperimentSettings
 from cluster.settings.serving import AnomalySettings
-from data.events import parse_body
+from data.events import Event, parse_body
+from data.log import EventLog
 from serve.anomalies import AnomalyWatch
 from serve.arms import Plan
 from serve.capture import Record
+from serve.experiments.readings import read_evidence
+from serve.experiments.store import create_experiment
 from serve.keys import Key
 from serve.rewrite import Answer
-from serve.routes import Route
+from serve.routes import Route, RouteKey
 from tests.serve.conftest import Live, live_router
 
 KEY = Key("d", "k", "test", "default", "default", frozenset({"chat"}), None, 0, None, None)
@@ -99,3 +105,22 @@ def test_anomaly_is_an_event_and_a_line_of_the_status(quick: Live) -> None:
     headers = {"authorization": f"Bearer {quick.secret}"}
     status = httpx.get(f"{quick.url}/v1/agents/status", headers=headers).json()
     assert status["data"][0]["anomalies"][0]["version"] == "triage/2"
+
+
+def test_controller_reads_the_candidates_anomalies_of_its_experiment(database: Database) -> None:
+    key = RouteKey("default", "triage")
+    shares = {"triage/1": 0.5, "triage/2": 0.5}
+    with write(database).begin() as connection:
+        experiment = create_experiment(
+            connection, key, stable="triage/1", candidate="triage/2", shares=shares, find_version=str, config={}
+        )
+    body = {
+        "version": "triage/2", "signal": "latency", "value": 3.25, "baseline": 0.2, "limit": 1.0, "requests": 50,
+        "experiment_id": experiment.experiment_id,
+    }  # fmt: skip
+    others = [{"version": "triage/1"}, {"experiment_id": "another"}, {"signal": "errors", "version": "triage/9"}]
+    for number, changed in enumerate([{}, *others]):
+        event = Event("anomaly.detected", "default", "default", body | changed, event_id=f"a{number}", agent="triage")
+        EventLog(database).append([event])
+    evidence = read_evidence(database, experiment.experiment_id, ExperimentSettings(), period="ramp")
+    assert evidence.anomalies == ("latency 3.25, above 1",)

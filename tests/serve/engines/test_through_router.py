@@ -81,8 +81,10 @@ def test_stop_ends_the_answer_and_the_candidate_answers_otherwise(routed: Live) 
 
 
 def test_tools_pass_to_the_engine_and_streams_helper_and_parse_accept_the_answer(routed: Live) -> None:
-    with_tools = create(routed, tools=[TOOL], tool_choice="auto")
-    assert with_tools.usage.prompt_tokens > create(routed).usage.prompt_tokens  # rendered into the prompt
+    with pytest.raises(openai.BadRequestError) as caught:  # the engine got them: it chooses no tool by force
+        create(routed, tools=[TOOL], tool_choice="required")
+    assert caught.value.param == "tool_choice"
+    assert create(routed, tools=[TOOL], tool_choice="auto").choices[0].message.tool_calls is None
     with routed.client().chat.completions.stream(model="triage", messages=MESSAGES, max_tokens=8, seed=3) as stream:
         events = [event.type for event in stream]
         final = stream.get_final_completion()
