@@ -240,7 +240,7 @@ def test_new_share_lands_and_streams_end_whole_while_a_replica_drains(up: Up) ->
     time.sleep(0.5)
     try:
         with load(up) as running:
-            up.deploy(replicas=1, stable="triage/1", candidate="triage/2", share=1.0)
+            up.deploy(replicas=1, stable="triage/1", candidate="triage/2", share=1.0, max_share=1.0)
             deployed = time.monotonic()
             assert running.wait_until(everyone_on("triage/2"), deployed, 20) <= DEPLOY_BOUND_S
             for share, version in ((0.0, "triage/1"), (1.0, "triage/2"), (0.0, "triage/1")):
