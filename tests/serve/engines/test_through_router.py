@@ -12,6 +12,7 @@ import pytest
 
 from cluster.database import connect
 from cluster.settings import load_settings
+from serve.engines.local import LocalEngine
 from serve.keys import create_key
 from serve.router import RouterApp
 from serve.routes import update_route
@@ -141,6 +142,34 @@ def test_interaction_has_the_engines_ids_and_log_probabilities(routed: Live) -> 
     assert body["completion_token_ids"] == answer.choices[0].token_ids
     assert body["prompt_token_ids"] == answer.model_extra["prompt_token_ids"]
     assert body["completion_logprobs"] == pytest.approx([e.logprob for e in answer.choices[0].logprobs.content])
+
+
+def test_text_completions_continue_a_prompt_as_text_and_as_token_ids(routed: Live, engine: LocalEngine) -> None:
+    client = routed.client()
+    asked: dict[str, Any] = {"model": "triage", "max_tokens": 10, "seed": 4}
+    whole = client.completions.create(prompt="disk full on", logprobs=2, n=2, **asked)
+    by_ids = client.completions.create(prompt=engine.tokenizer.encode("disk full on"), n=2, **asked)
+    assert [c.text for c in whole.choices] == [c.text for c in by_ids.choices]
+    assert whole.usage == by_ids.usage
+    for choice in whole.choices:
+        assert choice.logprobs is not None and choice.logprobs.tokens is not None
+        assert "".join(choice.logprobs.tokens).removesuffix("<|im_end|>") == choice.text
+        assert [len(tops) for tops in choice.logprobs.top_logprobs or []] == [2] * len(choice.logprobs.tokens)
+    pieces = list(client.completions.create(prompt="disk full on", n=2, stream=True, **asked))
+    for choice in whole.choices:
+        mine = [p.choices[0] for p in pieces if p.choices and p.choices[0].index == choice.index]
+        assert "".join(c.text for c in mine) == choice.text
+        assert [c.finish_reason for c in mine if c.finish_reason] == [choice.finish_reason]
+    for wrong, param in (
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [10**9]}, "prompt"),
+        ({"echo": True}, "echo"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"max_tokens": 100_000}, "prompt"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(**({"prompt": "x"} | asked | wrong))  # type: ignore[call-overload]
+        assert caught.value.param == param
 
 
 class Flaky:
