@@ -207,20 +207,6 @@ def test_broken_config_is_rejected_with_its_reason_while_traffic_goes_on(up: Up)
     assert read_route(up.database, KEY).revision == before.revision
 
 
-def test_config_with_an_unknown_version_is_rejected_while_traffic_goes_on(up: Up) -> None:
-    before = read_route(up.database, KEY)
-    with load(up):
-        up.deploy(stable="triage/1", candidate="triage/99", share=0.5)
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            status = httpx.get(f"{up.api}/agents/status", headers=up.headers).json()
-            if "triage/99" in str(status["config_rejected"]):
-                break
-            time.sleep(0.1)
-        assert "is not a version that an engine holds (known: triage/1, triage/2)" in status["config_rejected"]
-    assert read_route(up.database, KEY).revision == before.revision
-
-
 def test_new_share_lands_and_streams_end_whole_while_a_replica_drains(up: Up) -> None:
     """A replica is taken away and a new one made while streams are open and shares are written."""
     up.route(share=0.0)
@@ -233,7 +219,7 @@ def test_new_share_lands_and_streams_end_whole_while_a_replica_drains(up: Up) ->
             response = httpx.post(f"{up.api}/chat/completions", json=request, headers=up.headers, timeout=60)
             ended.append(response.content if response.status_code == 200 else str(response.status_code).encode())
 
-    until = time.monotonic() + 10
+    until = time.monotonic() + 8
     streams = [threading.Thread(target=stream) for _ in range(6)]
     for thread in streams:
         thread.start()
