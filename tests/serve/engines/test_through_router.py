@@ -86,11 +86,13 @@ def test_tools_pass_to_the_engine_and_the_clients_stream_helper_takes_the_answer
         create(routed, tools=[TOOL], tool_choice="required")
     assert caught.value.param == "tool_choice"
     assert create(routed, tools=[TOOL], tool_choice="auto").choices[0].message.tool_calls is None
-    with routed.client().chat.completions.stream(model="triage", messages=MESSAGES, max_tokens=8, seed=3) as stream:
+    stop = create(routed, max_tokens=20).choices[0].message.content[4:6]  # the helper takes no answer that was cut off
+    asked: dict[str, Any] = {"model": "triage", "messages": MESSAGES, "max_tokens": 20, "seed": 3, "stop": stop}
+    with routed.client().chat.completions.stream(**asked) as stream:
         events = [event.type for event in stream]
         final = stream.get_final_completion()
     assert {"chunk", "content.delta", "content.done"} <= set(events)
-    assert final.choices[0].message.content == create(routed, max_tokens=8).choices[0].message.content
+    assert final.choices[0].message.content == create(routed, max_tokens=20, stop=stop).choices[0].message.content
 
 
 def test_async_client_asks_many_at_once_and_streams(routed: Live) -> None:
@@ -154,7 +156,9 @@ def test_text_completions_continue_a_prompt_as_text_and_as_token_ids(routed: Liv
     for choice in whole.choices:
         assert choice.logprobs is not None and choice.logprobs.tokens is not None
         assert "".join(choice.logprobs.tokens).removesuffix("<|im_end|>") == choice.text
-        assert [len(tops) for tops in choice.logprobs.top_logprobs or []] == [2] * len(choice.logprobs.tokens)
+        tops = choice.logprobs.top_logprobs or []
+        assert len(tops) == len(choice.logprobs.tokens)
+        assert all(1 <= len(top) <= 2 for top in tops)  # by text: two ids may read the same
     pieces = list(client.completions.create(prompt="disk full on", n=2, stream=True, **asked))
     for choice in whole.choices:
         mine = [p.choices[0] for p in pieces if p.choices and p.choices[0].index == choice.index]
