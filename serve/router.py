@@ -299,6 +299,8 @@ class RouterApp:
 
     def _page(self, path: str, scope: Scope) -> tuple[int, bytes, tuple[bytes, bytes]]:
         if path == "/metrics":
+            if not self.settings.serve.open_metrics:
+                self._require_operator(scope)
             return 200, metrics.exposition(), (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
         if path == openapi.PATH:
             return 200, openapi.document(), JSON
@@ -309,6 +311,12 @@ class RouterApp:
         document = self._models(key) if path == "/v1/models" else self._status(key)
         return 200, orjson.dumps(document), JSON
 
+    def _require_operator(self, scope: Scope) -> None:
+        """What names every tenant is for an admin of the tenant that runs the installation."""
+        key = self._key(scope, "admin")
+        if key.tenant != self.settings.tenant:
+            raise ApiError(403, f"The key {key.name} is of another tenant.", code="insufficient_scope")
+
     def _health(self) -> tuple[int, dict[str, Any]]:
         snapshot = self.watcher.current
         ready = bool(snapshot.read_at)
@@ -316,7 +324,7 @@ class RouterApp:
         if ready:
             document["snapshot_age_s"] = round(time.monotonic() - snapshot.read_at, 3)
         if self.watcher.rejection is not None:
-            document["config_rejected"] = self.watcher.rejection
+            document["config_rejected"] = True  # the reason names agents, and nobody has shown a key
         return (200 if ready else 503), document
 
     def _models(self, key: Key) -> dict[str, Any]:
@@ -354,7 +362,8 @@ class RouterApp:
             for route_key, route in snapshot.routes.items()
             if route_key.tenant == key.tenant
         ]
-        return {"object": "list", "data": agents, "config_rejected": self.watcher.rejection}
+        own = key.tenant == self.settings.tenant  # whose deployment configs these are
+        return {"object": "list", "data": agents, "config_rejected": self.watcher.rejection if own else None}
 
 
 async def _refuse(scope: Scope, send: Send, error: ApiError, headers: Headers) -> None:

@@ -75,7 +75,13 @@ class Up:
 @contextlib.contextmanager
 def rayloop(home: Path, serve: dict[str, Any], route: dict[str, Any], **document: Any) -> Iterator[Up]:
     """The live side with only a router, capture on."""
-    serve = {"port": 0, "applications": ["gateway"], "allowed_hosts": ["127.0.0.1"], "dashboard": False} | serve
+    serve = {
+        "port": 0,
+        "applications": ["gateway"],
+        "allowed_hosts": ["127.0.0.1"],
+        "dashboard": False,
+        "open_metrics": True,
+    } | serve
     everything = {
         "home": str(home), "learning": {"enabled": True}, "capture": {"enabled": True}, "serve": serve,
         "logging": {"level": "WARNING"},

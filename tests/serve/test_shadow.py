@@ -21,7 +21,7 @@ CALLS = [{"id": "c1", "type": "function", "function": {"name": "restart", "argum
 @pytest.fixture
 def shadowed(tmp_path: Path) -> Iterator[Live]:
     settings = {"enabled": True, "max_concurrent": 2, "review_share": 1.0, "timeout_s": 5}
-    for live in live_router(tmp_path / "home", shadow=settings):
+    for live in live_router(tmp_path / "home", shadow=settings, serve={"open_metrics": True}):
         live.route(shadow="triage/2")
         yield live
 
