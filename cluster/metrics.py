@@ -36,6 +36,15 @@ DISCONNECTS = Counter(
 )
 IN_FLIGHT = Gauge("rayloop_in_flight", "Chat requests being worked on.", registry=REGISTRY)
 OVERLOADED = Counter("rayloop_overloaded_total", "Requests refused because too many were in flight.", registry=REGISTRY)
+LIMITED = Counter("rayloop_limited_total", "Requests refused by a limit of their key.", ["limit"], registry=REGISTRY)
+TOKENS = Counter("rayloop_tokens_total", "Tokens that engines counted.", ["agent", "arm", "kind"], registry=REGISTRY)
+SHADOWED = Counter(
+    "rayloop_shadowed_total", "Copies of requests by what became of them.", ["agent", "outcome"], registry=REGISTRY
+)
+SHADOW_IN_FLIGHT = Gauge("rayloop_shadow_in_flight", "Copies under way.", registry=REGISTRY)
+ANOMALIES = Counter(
+    "rayloop_anomalies_total", "Times a version left the ordinary.", ["version", "signal"], registry=REGISTRY
+)
 ROUTE_REVISION = Gauge(
     "rayloop_route_revision",
     "Revision of each route this router serves.",

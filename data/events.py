@@ -241,6 +241,36 @@ class ConfigRejected(Body):
     reason: str
 
 
+class ShadowPair(Body):
+    """A live answer and the answer of a version that nobody saw, to the same request.
+
+    The event is about the live interaction; the other one is an interaction too, with the arm `shadow`.
+    """
+
+    shadow_interaction_id: str
+    live_version: str
+    shadow_version: str
+    agreement: float = Field(ge=0, le=1)
+    """1: the same answer (see `serve.shadow.agreement`)."""
+    for_review: bool = False
+    """They disagree and were drawn for people to label."""
+
+
+class AnomalyDetected(Body):
+    """A version's live behaviour left the ordinary."""
+
+    version: str
+    signal: Literal["latency", "errors", "tool_errors", "safety"]
+    value: float
+    """p95 in seconds for `latency`, else a share."""
+    baseline: float
+    """The same of stable; for stable itself, of its requests before."""
+    limit: float
+    requests: int
+    """How many the value rests on."""
+    experiment_id: str | None = None
+
+
 class RolloutDecision(Body):
     """A decision of the rollout controller with the evidence it rests on (aggregates only)."""
 
@@ -329,6 +359,8 @@ BODIES: dict[str, type[Body]] = {
     "grade": Grade,
     "label": Label,
     "route.changed": RouteChanged,
+    "shadow.pair": ShadowPair,
+    "anomaly.detected": AnomalyDetected,
     "config.rejected": ConfigRejected,
     "rollout.decision": RolloutDecision,
     "dataset.ready": DatasetReady,

@@ -68,12 +68,20 @@ def _config(event: Event) -> Words | None:
     return "ticket", f"a deployment config was rejected ({event.body['source']})", event.body["reason"]
 
 
+def _anomaly(event: Event) -> Words | None:
+    body = event.body
+    what = body["signal"].replace("_", " ")
+    text = f"{body['value']:.3g}, stable {body['baseline']:.3g}, limit {body['limit']:.3g}, {body['requests']} requests"
+    return "ticket", f"{event.agent}: {body['version']} is out of the ordinary ({what})", text
+
+
 WORDS: dict[str, Callable[[Event], Words | None]] = {
     "rollout.decision": _decision,
     "dataset.ready": _dataset,
     "model.updated": _model,
     "job.ended": _job,
     "config.rejected": _config,
+    "anomaly.detected": _anomaly,
 }
 FACTS = ("rollout_id", "experiment_id", "dataset_id", "version", "alias", "job_id", "outcome", "state", "change")
 

@@ -13,6 +13,7 @@ import yaml
 
 from cluster.errors import ConfigError
 from cluster.settings import Settings, load_settings
+from serve.egress import check_endpoints
 from serve.routes import parse_config
 
 SERVE_FILE = "serve.yaml"
@@ -77,7 +78,12 @@ def declared_routes(settings: Settings, serve_file: Path) -> dict[str, Any]:
 
 
 def write_files(settings: Settings) -> Path:
-    """Write the settings in force and the Serve config under `home`; returns the config's path."""
+    """Write the settings in force and the Serve config under `home`; returns the config's path.
+
+    Raises:
+        ConfigError: the settings declare something that is not a route, or an engine that may not be called.
+    """
+    check_endpoints(settings.serve.engines, settings.serve.allowed_hosts)
     settings_file, serve_file = settings.home / SETTINGS_FILE, settings.home / SERVE_FILE
     document = serve_config(settings, settings_file, declared_routes(settings, serve_file))
     write_private(settings_file, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))

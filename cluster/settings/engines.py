@@ -75,8 +75,6 @@ class EngineSettings(Section):
     """How long a version stays loaded after it is no longer wanted."""
     retry_failed_s: float = Field(30.0, gt=0)
     """How long until a version that failed its checks is tried again."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Hosts of remote engines, `host` or `host:port`, that may lie on private or loopback addresses."""
 
     @model_validator(mode="after")
     def _heartbeat_is_seen(self) -> "EngineSettings":

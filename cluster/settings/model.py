@@ -35,7 +35,7 @@ from cluster.settings.runtime import (
     RaySettings,
     StorageSettings,
 )
-from cluster.settings.serving import ServeSettings
+from cluster.settings.serving import ServeSettings, ShadowSettings
 from cluster.settings.training import SweepSettings, TrainingSettings
 
 
@@ -82,6 +82,7 @@ class Settings(BaseSettings):
     evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
     serve: ServeSettings = ServeSettings()
+    shadow: ShadowSettings = ShadowSettings()
     engine: EngineSettings = EngineSettings()
     grader: GraderSettings = GraderSettings()
     experiment: ExperimentSettings = ExperimentSettings()

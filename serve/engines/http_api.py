@@ -1,9 +1,9 @@
 """The embedded engine over HTTP, as a plain ASGI application.
 
-`POST /v1/chat/completions`, `GET /v1/models`, `POST /v1/load_lora_adapter`, `/v1/unload_lora_adapter` and
-`GET /healthz`, in the shapes of OpenAI and of vLLM's adapter calls, so the router speaks to this engine and
-to a vLLM server in the same way. It sits behind the router, which shows a token (token.py); people's keys
-are the router's business.
+`POST /v1/chat/completions`, `/v1/completions`, `GET /v1/models`, `POST /v1/load_lora_adapter`,
+`/v1/unload_lora_adapter` and `GET /healthz`, in the shapes of OpenAI and of vLLM's adapter calls, so the router
+speaks to this engine and to a vLLM server in the same way. It sits behind the router, which shows a token
+(token.py); people's keys are the router's business.
 """
 
 import asyncio
@@ -61,6 +61,7 @@ class EngineApi:
         self._bearer = f"Bearer {token}".encode() if token is not None else None
         self._routes: dict[tuple[str, str], Route] = {
             ("POST", "/v1/chat/completions"): self._chat,
+            ("POST", "/v1/completions"): self._text,
             ("GET", "/v1/models"): self._models,
             ("POST", "/v1/load_lora_adapter"): self._load,
             ("POST", "/v1/unload_lora_adapter"): self._unload,
@@ -93,8 +94,12 @@ class EngineApi:
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = parse_chat(await self._document(scope, receive), self.engine.settings)
-        answer = ChatAnswer(self.engine, request)
-        await (answer.stream(receive, send) if request.stream else answer.whole(receive, send))
+        await ChatAnswer(self.engine, request).answer(receive, send)
+
+    async def _text(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from serve.engines.text import TextAnswer
+
+        await TextAnswer(self.engine, await self._document(scope, receive)).answer(receive, send)
 
     async def _models(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         data = [
@@ -148,8 +153,11 @@ class EngineApi:
 class ChatAnswer:
     """One chat completion, whole or as a stream."""
 
+    object_names = ("chat.completion", "chat.completion.chunk")
+    """Of a whole answer and of a piece of one."""
+
     def __init__(self, engine: "LocalEngine", request: ChatRequest) -> None:
-        self._engine, self._request = engine, request
+        self._engine, self.request = engine, request
         tools = request.tools if request.tool_choice != "none" else None
         self._tools = bool(tools)
         try:
@@ -163,6 +171,10 @@ class ChatAnswer:
             request, len(prompt), engine.max_context_tokens, engine.settings.default_max_tokens
         )
         self._header = Header.of(request, f"chatcmpl-{uuid.uuid4().hex}", prompt)
+
+    async def answer(self, receive: Receive, send: Send) -> None:
+        """Answer as the request wants it."""
+        await (self.stream(receive, send) if self.request.stream else self.whole(receive, send))
 
     async def whole(self, receive: Receive, send: Send) -> None:
         """Answer in one piece; a client that leaves frees its rows."""
@@ -194,10 +206,10 @@ class ChatAnswer:
         """The engine's updates, its troubles as answers to the client."""
         retry_after_s = self._engine.settings.retry_after_s
         generator = self._engine.generate(
-            self._request.model,
+            self.request.model,
             self._header.prompt_ids,
             self._params,
-            choices=self._request.n or 1,
+            choices=self.request.n or 1,
             stream=stream,
         )
         try:
@@ -210,18 +222,18 @@ class ChatAnswer:
                         raise ApiError(503, message, code="engine_stopped", retry_after_s=retry_after_s)
                     yield update
         except NotFoundError:  # unloaded since the request was parsed
-            raise unknown_model(self._request.model, (m.name for m in self._engine.models())) from None
+            raise unknown_model(self.request.model, (m.name for m in self._engine.models())) from None
         except UnavailableError as error:
             raise ApiError(429, str(error), code="engine_overloaded", retry_after_s=retry_after_s) from None
 
     async def _collect(self) -> Json:
-        choices: list[Json] = [{}] * (self._request.n or 1)
+        choices: list[Json] = [{}] * (self.request.n or 1)
         tokens = 0
         async with aclosing(self._updates(stream=False)) as updates:
             async for update in updates:
                 choices[update.generation.index] = self._choice(update)
                 tokens += len(update.token_ids)
-        document = self._header.document("chat.completion")
+        document = self._header.document(self.object_names[0])
         document |= {"choices": choices, "usage": usage(len(self._header.prompt_ids), tokens)}
         if self._header.return_token_ids:
             document["prompt_token_ids"] = self._header.prompt_ids
@@ -259,7 +271,8 @@ class ChatAnswer:
                         started = True
                     tokens += len(update.token_ids)
                     index = update.generation.index
-                    await _send_events(send, [self._chunk(update, first=index not in ids, held=held)])
+                    piece = self._piece(update, first=index not in ids, held=held)
+                    await _send_events(send, [self._header.document(self.object_names[1]) | {"choices": [piece]}])
                     ids.setdefault(index, []).extend(update.token_ids)
             await _send_events(send, self._last_chunks(ids, tokens), done=True)
         except ApiError as error:
@@ -267,7 +280,7 @@ class ChatAnswer:
                 raise
             await _send_events(send, [{"error": error.object()}], done=True)
 
-    def _chunk(self, update: Update, *, first: bool, held: dict[int, str]) -> Json:
+    def _piece(self, update: Update, *, first: bool, held: dict[int, str]) -> Json:
         index = update.generation.index
         delta: Json = {"role": "assistant"} if first else {}
         reason: str | None = update.finish_reason
@@ -280,19 +293,21 @@ class ChatAnswer:
                     reason = "tool_calls"
         else:
             delta["content"] = update.text
-        choice = {"index": index, "delta": delta, "logprobs": self._logprobs(update), "finish_reason": reason}
-        return self._header.document("chat.completion.chunk") | {"choices": [choice]}
+        return {"index": index, "delta": delta, "logprobs": self._logprobs(update), "finish_reason": reason}
+
+    def _empty_piece(self) -> Json:
+        return {"delta": {}, "logprobs": None, "finish_reason": None}
 
     def _last_chunks(self, ids: dict[int, list[int]], tokens: int) -> list[Json]:
         """The chunk with usage and token ids, where either was asked for."""
-        asked = self._request.stream_options is not None and self._request.stream_options.include_usage
+        asked = self.request.stream_options is not None and self.request.stream_options.include_usage
         if not asked and not self._header.return_token_ids:
             return []
-        last = self._header.document("chat.completion.chunk")
+        last = self._header.document(self.object_names[1])
         last |= {"choices": [], "usage": usage(len(self._header.prompt_ids), tokens)}
         if self._header.return_token_ids:
             last["prompt_token_ids"] = self._header.prompt_ids
-            empty: Json = {"delta": {}, "logprobs": None, "finish_reason": None}
+            empty = self._empty_piece()
             last["choices"] = [{"index": index, **empty, "token_ids": ids[index]} for index in sorted(ids)]
         return [last]
 

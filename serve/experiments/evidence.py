@@ -121,6 +121,8 @@ class Evidence:
     response: Reading | None = None
     """How often users react, for what it says about every metric made of reactions."""
     further_primaries: tuple[Reading, ...] = ()
+    anomalies: tuple[str, ...] = ()
+    """What routers found out of the ordinary with the candidate during the experiment (`serve.anomalies`)."""
 
     @property
     def primaries(self) -> tuple[Reading, ...]:
@@ -146,6 +148,7 @@ class Evidence:
                 "guardrails": tuple(_reading(r) for r in value["guardrails"]),
                 "optional_guardrails": tuple(_reading(r) for r in value["optional_guardrails"]),
                 "further_primaries": tuple(_reading(r) for r in value.get("further_primaries", ())),
+                "anomalies": tuple(value.get("anomalies", ())),
                 "split": SplitReading(**value["split"]),
                 "response": _reading(value["response"]) if value.get("response") else None,
             }

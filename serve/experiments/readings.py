@@ -16,7 +16,9 @@ from cluster.tables import (
     events,
     experiment_arms,
     experiment_users,
+    experiments,
 )
+from data.log import EventLog
 from serve.experiments import srm
 from serve.experiments.comparisons import Moments, design_effect
 from serve.experiments.evidence import Evidence, Reading, SplitReading, UserValues, read_metric
@@ -43,7 +45,7 @@ LAG = sa.select(sa.func.count()).where(
     events.c.kind.in_(KINDS),
 )
 """Made once: building a statement takes longer than these take to run. The last one counts what is not folded yet."""
-
+ANOMALY = "anomaly.detected"
 Arms = dict[str, Moments]
 """`candidate`, `control` and, where stable stood in for the candidate, `fallback` -> sums."""
 
@@ -61,6 +63,7 @@ def read_evidence(
 
     `control_period`: compare with the control of that period, for a candidate that has been promoted.
     """
+    anomalies = _anomalies(engine, experiment_id)
     with engine.connect() as connection:
         arms = _moments(connection, experiment_id, period)
         if control_period is not None:
@@ -90,6 +93,7 @@ def read_evidence(
             response=read_metric(
                 find_metric(RESPONSE_RATE, settings), *_two(arms.get(RESPONSE_RATE, {})), settings, settings.alpha
             ),
+            anomalies=anomalies,
         )
 
 
@@ -279,3 +283,22 @@ def _last_seen(rows: Sequence[ArmRow]) -> dict[str, int]:
     for arm, _, _, seen_us in rows:
         seen[arm] = max(seen_us, seen.get(arm, seen_us))
     return seen
+
+
+def _anomalies(engine: Engine, experiment_id: str) -> tuple[str, ...]:
+    """What routers recorded of the candidate while it was in this experiment, each signal once."""
+    e, x = events.c, experiments.c
+    with engine.connect() as connection:
+        experiment = connection.execute(sa.select(experiments).where(x.experiment_id == experiment_id)).first()
+        if experiment is None:
+            return ()
+        since = sa.and_(e.kind == ANOMALY, e.tenant == experiment.tenant, e.recorded_at_us >= experiment.created_at_us)
+        first = connection.execute(sa.select(sa.func.min(e.seq)).where(since)).scalar()
+    if first is None:
+        return ()
+    found = {}
+    for recorded in EventLog(engine).scan(first - 1, kinds=[ANOMALY], tenant=experiment.tenant):
+        body = recorded.event.body
+        if body.get("experiment_id") == experiment_id and body.get("version") == experiment.candidate:
+            found[body["signal"]] = f"{body['signal']} {body['value']:.3g}, above {body['limit']:.3g}"
+    return tuple(found[signal] for signal in sorted(found))

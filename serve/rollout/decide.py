@@ -64,6 +64,8 @@ def _harm(evidence: Evidence | None, config: RolloutConfig) -> Problem | None:
             "first_requests",
             f"{evidence.first_errors} of its first {evidence.first_requests} requests failed",
         )
+    if evidence.anomalies:
+        return "anomaly", f"routers saw it out of the ordinary: {'; '.join(evidence.anomalies)}"
     for reading in evidence.all_readings:
         if reading.is_breached and reading.users >= config.experiment.breach_min_users_per_arm:
             return "guardrail", f"{reading.metric} is worse: {_shown(reading)}"

@@ -3,9 +3,11 @@
 Load runs the whole time; no request of it may fail, whatever is written, deployed or mended meanwhile.
 """
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -34,6 +36,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROJECT = Path(__file__).parents[2]
 REPLICAS = 2
+CANDIDATE = "triage-2-abababababab"
+DEPLOY_BOUND_S = 10.0
+"""Serve hands a new configuration on only when the replica it takes away has drained (`serve.drain_s`)."""
 
 
 @dataclass
@@ -53,11 +58,12 @@ class Up:
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.secret}"}
 
-    def deploy(self, **route: Any) -> None:
+    def deploy(self, replicas: int = REPLICAS, **route: Any) -> None:
         """Edit the route in the Serve config and deploy it, as a person does."""
         file = self.home / "serve.yaml"
         document = yaml.safe_load(file.read_text())
-        document["applications"][0]["deployments"][0]["user_config"] = {"routes": [{"agent": "triage"} | route]}
+        router = document["applications"][0]["deployments"][0]
+        router |= {"num_replicas": replicas, "user_config": {"routes": [{"agent": "triage"} | route]}}
         file.write_text(yaml.safe_dump(document))
         serve = Path(sys.executable).with_name("serve")
         subprocess.run(
@@ -79,7 +85,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     with Server(engine) as engine_url:
         serve = {
             "port": 0, "applications": ["gateway"], "router_replicas": REPLICAS,
-            "engines": {"local": {"base_url": engine_url}},
+            "engines": {"local": {"base_url": engine_url}}, "allowed_hosts": ["127.0.0.1"],
         }  # fmt: skip
         config = home.with_name("rayloop.yaml")
         config.write_text(yaml.safe_dump({"home": str(home), "serve": serve} | LEARNING))
@@ -201,6 +207,64 @@ def test_broken_config_is_rejected_with_its_reason_while_traffic_goes_on(up: Up)
     assert read_route(up.database, KEY).revision == before.revision
 
 
+def test_new_share_lands_and_streams_end_whole_while_a_replica_drains(up: Up) -> None:
+    """A replica is taken away and a new one made while streams are open and shares are written."""
+    up.route(share=0.0)
+    up.engine.behaviours["base"].gap_s = up.engine.behaviours[CANDIDATE].gap_s = 0.5
+    ended: list[bytes] = []
+
+    def stream() -> None:
+        request = {"model": "triage", "messages": [{"role": "user", "content": "?"}], "stream": True}
+        while time.monotonic() < until:
+            response = httpx.post(f"{up.api}/chat/completions", json=request, headers=up.headers, timeout=60)
+            ended.append(response.content if response.status_code == 200 else str(response.status_code).encode())
+
+    until = time.monotonic() + 8
+    streams = [threading.Thread(target=stream) for _ in range(6)]
+    for thread in streams:
+        thread.start()
+    time.sleep(0.5)
+    try:
+        with load(up) as running:
+            up.deploy(replicas=1, stable="triage/1", candidate="triage/2", share=1.0, max_share=1.0)
+            deployed = time.monotonic()
+            assert running.wait_until(everyone_on("triage/2"), deployed, 20) <= DEPLOY_BOUND_S
+            for share, version in ((0.0, "triage/1"), (1.0, "triage/2"), (0.0, "triage/1")):
+                written = time.monotonic()
+                up.route(share=share)
+                assert running.wait_until(everyone_on(version), written, 10) <= 2.0
+            for thread in streams:
+                thread.join()
+    finally:
+        up.engine.behaviours["base"].gap_s = up.engine.behaviours[CANDIDATE].gap_s = 0.0
+        wait_for_replicas(up, 1)
+        up.deploy(stable="triage/1", candidate="triage/2", share=0.0)
+        wait_for_replicas(up, REPLICAS)
+    assert len(ended) >= 12
+    assert all(body.endswith(b"data: [DONE]\n\n") and b'"error"' not in body for body in ended)
+
+
+def test_slow_clients_and_floods_of_headers_hold_up_nobody(up: Up) -> None:
+    host, port = up.api.removeprefix("http://").removesuffix("/v1").split(":")
+    slow = [socket.create_connection((host, int(port)), timeout=20) for _ in range(100)]
+    try:
+        for number, connection in enumerate(slow):
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n")
+            if number % 2:  # a whole head, and a body that never comes
+                connection.sendall(f"authorization: Bearer {up.secret}\r\ncontent-length: 500\r\n\r\n{{".encode())
+        with load(up):
+            for headers in ({f"x-{n}": "y" for n in range(5_000)}, {"x-long": "y" * 1_000_000}):
+                with socket.create_connection((host, int(port)), timeout=20) as flood:
+                    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+                    with contextlib.suppress(OSError):
+                        flood.sendall(f"GET /healthz HTTP/1.1\r\nhost: x\r\n{lines}\r\n".encode())
+                    with contextlib.suppress(OSError):
+                        assert not flood.recv(100).startswith(b"HTTP/1.1 200")
+    finally:
+        for connection in slow:
+            connection.close()
+
+
 def test_client_that_leaves_in_mid_stream_stops_the_engine_through_the_ingress(up: Up) -> None:
     up.engine.behaviours["base"].gap_s = 0.5
     before = up.engine.cut_off
@@ -264,10 +328,21 @@ def test_kill_nine_of_a_router_under_load_loses_no_acknowledged_feedback(up: Up)
     assert len(logged) == len(set(logged))
 
 
-def router_pids(up: Up) -> list[int]:
+def wait_for_replicas(up: Up, count: int) -> None:
+    deadline = time.monotonic() + 90
+    while len(running_routers(up)) != count:
+        assert time.monotonic() < deadline, f"{len(running_routers(up))} replicas, not {count}"
+        time.sleep(0.2)
+
+
+def running_routers(up: Up) -> list[int]:
     record = json.loads((up.home / "run" / "up.json").read_text())
     family = psutil.Process(record["pids"]["supervisor"]).children(recursive=True)
-    found = [p.pid for p in family if "ServeReplica:gateway:Router" in " ".join(p.cmdline())]
+    return [p.pid for p in family if p.is_running() and "ServeReplica:gateway:Router" in " ".join(p.cmdline())]
+
+
+def router_pids(up: Up) -> list[int]:
+    found = running_routers(up)
     assert len(found) == REPLICAS
     return found
 

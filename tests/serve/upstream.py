@@ -32,6 +32,10 @@ class Behaviour:
     error: Any = None
     """Body of an error answer; a default in nobody's shape otherwise."""
     finish_reason: str = "stop"
+    text: str | None = None
+    """Says this instead of the usual."""
+    tool_calls: list[dict[str, Any]] | None = None
+    """Calls these instead of saying anything."""
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Engine:
 
     behaviours: dict[str, Behaviour] = field(default_factory=lambda: defaultdict(Behaviour))
     requests: list[dict[str, Any]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     cut_off: int = 0
     url: str = ""
     """Where it listens, once it does."""
@@ -55,6 +60,7 @@ class Engine:
                 break
         request = orjson.loads(body)
         self.requests.append(request)
+        self.paths.append(scope["path"])
         behaviour = self.behaviours[request["model"]]
         await asyncio.sleep(behaviour.delay_s)
         if behaviour.status != 200:
@@ -63,7 +69,7 @@ class Engine:
         elif request.get("stream"):
             await self._stream(request, behaviour, receive, send)
         else:
-            await _respond(send, 200, orjson.dumps(_whole(request, behaviour.finish_reason)))
+            await _respond(send, 200, orjson.dumps(_whole(request, behaviour)))
 
     async def _stream(self, request: dict[str, Any], behaviour: Behaviour, receive: Any, send: Any) -> None:
         await send(
@@ -74,7 +80,8 @@ class Engine:
             }
         )
         gone = asyncio.ensure_future(receive())
-        for number, word in enumerate(TEXT):
+        words = TEXT if behaviour.text is None else [behaviour.text]
+        for number, word in enumerate(words):
             if behaviour.break_after == number:
                 raise RuntimeError("scripted break")
             await send(
@@ -103,10 +110,15 @@ def _logprobs(request: dict[str, Any], words: list[str]) -> dict[str, Any] | Non
     return {"content": [{"token": w, "logprob": -0.5} for w in words]} if request.get("logprobs") else None
 
 
-def _whole(request: dict[str, Any], finish_reason: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": "".join(TEXT)}
+def _whole(request: dict[str, Any], behaviour: Behaviour) -> dict[str, Any]:
+    text = "".join(TEXT) if behaviour.text is None else behaviour.text
+    if "prompt" in request:
+        return _text_whole(request, text)
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if behaviour.tool_calls is not None:
+        message = {"role": "assistant", "content": None, "tool_calls": behaviour.tool_calls}
     choice: dict[str, Any] = {
-        "index": 0, "message": message, "finish_reason": finish_reason, "logprobs": _logprobs(request, TEXT),
+        "index": 0, "message": message, "finish_reason": behaviour.finish_reason, "logprobs": _logprobs(request, TEXT),
     }  # fmt: skip
     document = {
         "id": "engine-1", "object": "chat.completion", "created": 1, "model": request["model"],
@@ -119,7 +131,34 @@ def _whole(request: dict[str, Any], finish_reason: str) -> dict[str, Any]:
     return document
 
 
+def _text_logprobs(request: dict[str, Any], words: list[str]) -> dict[str, Any] | None:
+    if request.get("logprobs") is None:
+        return None
+    return {"tokens": words, "token_logprobs": [-0.5] * len(words), "top_logprobs": None, "text_offset": []}
+
+
+def _text_whole(request: dict[str, Any], text: str) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": 0, "text": text, "finish_reason": "stop", "logprobs": _text_logprobs(request, TEXT),
+    }  # fmt: skip
+    if request.get("return_token_ids"):
+        choice |= {"prompt_token_ids": [1, 2, 3], "token_ids": [10, 11, 12, 13, 14]}
+    return {
+        "id": "engine-1", "object": "text_completion", "created": 1, "model": request["model"], "choices": [choice],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+    }  # fmt: skip
+
+
 def _chunk(request: dict[str, Any], number: int, word: str) -> dict[str, Any]:
+    if "prompt" in request:
+        text = {"index": 0, "text": word, "finish_reason": None, "logprobs": _text_logprobs(request, [word])}
+        return {
+            "id": "engine-1",
+            "object": "text_completion",
+            "created": 1,
+            "model": request["model"],
+            "choices": [text],
+        }
     delta = {"content": word} | ({"role": "assistant"} if number == 0 else {})
     choice = {"index": 0, "delta": delta, "finish_reason": None, "logprobs": _logprobs(request, [word])}
     return {
@@ -133,7 +172,8 @@ def _chunk(request: dict[str, Any], number: int, word: str) -> dict[str, Any]:
 
 def _last_chunk(request: dict[str, Any]) -> dict[str, Any]:
     document = _chunk(request, 1, "")
-    document["choices"][0] |= {"delta": {}, "finish_reason": "stop", "logprobs": None}
+    said = {"text": ""} if "prompt" in request else {"delta": {}}
+    document["choices"][0] |= said | {"finish_reason": "stop", "logprobs": None}
     document["usage"] = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
     if request.get("return_token_ids"):
         document["prompt_token_ids"] = [1, 2, 3]

@@ -133,6 +133,14 @@ def _create_live_side() -> None:
         sa.Column("created_at_us", sa.BigInteger(), nullable=False),
         sa.Column("expires_at_us", sa.BigInteger()),
         sa.Column("revoked_at_us", sa.BigInteger()),
+        sa.Column("requests_per_minute", sa.BigInteger()),
+        sa.Column("tokens_per_day", sa.BigInteger()),
+    )
+    op.create_table(
+        "key_usage",
+        sa.Column("key_id", sa.String(32), primary_key=True),
+        sa.Column("day", sa.String(10), primary_key=True),
+        sa.Column("tokens", sa.BigInteger(), nullable=False),
     )
     op.create_table(
         "servables",
@@ -379,6 +387,7 @@ TABLES = (
     "tombstones",
     "routes",
     "api_keys",
+    "key_usage",
     "servables",
     "servable_replicas",
     "experiments",
