@@ -13,9 +13,7 @@ from typing import Any, BinaryIO
 
 import orjson
 
-from cluster.errors import InputError
 from data.grading.make import make_grader
-from data.grading.reward_model import HttpScorer
 from data.grading.types import Grader
 
 MAX_GRADERS = 64  # graders kept ready, by configuration
@@ -24,20 +22,15 @@ MAX_GRADERS = 64  # graders kept ready, by configuration
 class Graders:
     """Graders by their configuration, least recently used go first."""
 
-    def __init__(self, reward_model_url: str = "") -> None:
-        self._scorer = HttpScorer(reward_model_url) if reward_model_url else None
+    def __init__(self) -> None:
         self._ready: OrderedDict[bytes, Grader] = OrderedDict()
 
     def get(self, config: Any) -> Grader:
-        """The grader of a configuration.
-
-        Raises:
-            InputError: it describes none.
-        """
+        """The grader of a configuration that the parent has checked."""
         key = orjson.dumps(config, option=orjson.OPT_SORT_KEYS)
         grader = self._ready.get(key)
         if grader is None:
-            grader = self._ready[key] = make_grader(config, scorer=self._scorer)
+            grader = self._ready[key] = make_grader(config)
             if len(self._ready) > MAX_GRADERS:
                 self._ready.popitem(last=False)
         self._ready.move_to_end(key)
@@ -45,26 +38,14 @@ class Graders:
 
 
 def answer(graders: Graders, task: dict[str, Any]) -> dict[str, Any]:
-    """What one task comes to: a grade, or why its grader cannot be made."""
-    try:
-        grader = graders.get(task["grader"])
-    except InputError as error:
-        return {"invalid": str(error), "field": error.field}
-    if "sample" not in task:
-        return {"name": grader.name, "version": grader.version}
-    result = grader.grade(task["item"], task["sample"])
-    return {
-        "name": grader.name,
-        "version": result.grader_version or grader.version,
-        "reward": result.reward,
-        "scores": result.score_card,
-        "reason": result.reason,
-    }
+    """What one task comes to."""
+    result = graders.get(task["grader"]).grade(task["item"], task["sample"])
+    return {"reward": result.reward, "scores": result.score_card, "reason": result.reason, "error": result.error}
 
 
-def serve_lines(source: BinaryIO, target: BinaryIO, reward_model_url: str = "") -> None:
+def serve_lines(source: BinaryIO, target: BinaryIO) -> None:
     """Answer line by line until the parent closes its end."""
-    graders = Graders(reward_model_url)
+    graders = Graders()
     for line in source:
         try:
             reply = answer(graders, orjson.loads(line))
@@ -75,14 +56,14 @@ def serve_lines(source: BinaryIO, target: BinaryIO, reward_model_url: str = "") 
 
 
 def main() -> None:
-    """Run as `python -m serve.grading_worker MEMORY_MB REWARD_MODEL_URL`; the address may be empty."""
+    """Run as `python -m serve.grading_worker MEMORY_MB`."""
     limit = int(sys.argv[1]) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the replies
     replies.write(json.dumps({"ready": True}).encode() + b"\n")
     replies.flush()
-    serve_lines(sys.stdin.buffer, replies, sys.argv[2])
+    serve_lines(sys.stdin.buffer, replies)
 
 
 if __name__ == "__main__":

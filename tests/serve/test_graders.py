@@ -103,11 +103,11 @@ def test_what_misses_the_deadline_abstains_and_the_rest_is_graded(grader: tuple[
     assert late["reward"] is None
     assert late["metadata"]["errors"]["unresponsive_reward_error"] is True
     assert late["metadata"]["reason"] == "no grade within 1 s"
-    assert api.pool.replaced == 1
+    assert api.grading.pool.replaced == 1
     mixed = run(url, secret, grader=SLOW, items=[{"model_sample": "a", "item": {"reference": "a"}}, HANG]).json()
     assert [grade["reward"] for grade in mixed["data"]] == [1.0, None]
     deadline = time.monotonic() + 20
-    while api.pool._idle.qsize() < 2 and time.monotonic() < deadline:
+    while api.grading.pool._idle.qsize() < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert run(url, secret, grader=LABEL, model_sample="a", item={"reference": "a"}).json()["reward"] == 1.0
 
@@ -165,13 +165,13 @@ def test_more_than_the_queue_holds_is_429(grader: tuple[str, str, GraderApi]) ->
 
 def test_killed_workers_are_replaced(grader: tuple[str, str, GraderApi]) -> None:
     url, secret, api = grader
-    for worker in list(api.pool._workers):
+    for worker in list(api.grading.pool._workers):
         worker.kill()
     time.sleep(0.1)
     meanwhile = run(url, secret, grader=LABEL, model_sample="a", item={"reference": "a"}).json()
     assert meanwhile["reward"] in (None, 1.0)
     deadline = time.monotonic() + 20
-    while api.pool._idle.qsize() < 2 and time.monotonic() < deadline:
+    while api.grading.pool._idle.qsize() < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert run(url, secret, grader=LABEL, model_sample="a", item={"reference": "a"}).json()["reward"] == 1.0
 
