@@ -73,6 +73,17 @@ ONLINE_GRADES = Counter(
     "rayloop_online_grades_total", "Sampled live answers by what became of them.", ["outcome"], registry=REGISTRY
 )
 
+TOOL_CALLS = Counter(
+    "rayloop_tool_calls_total", "Calls of tools by what became of them.", ["tool", "outcome"], registry=REGISTRY
+)
+TOOL_SECONDS = Histogram(
+    "rayloop_tool_seconds",
+    "From the call to its result or refusal.",
+    ["tool"],
+    buckets=LATENCY_BUCKETS,
+    registry=REGISTRY,
+)
+
 TRAINING_SECONDS = Gauge(
     "rayloop_training_seconds",
     "Seconds that the training jobs of a tenant have run, in all.",

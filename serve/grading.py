@@ -88,7 +88,9 @@ class Grading:
             async with asyncio.timeout_at(deadline):
                 result = await self._judge(grader, item, sample, deadline)
         except TimeoutError:
-            result = GradeResult(None, {}, f"no grade within {self.settings.deadline_s:g} s", grader.version, UNRESPONSIVE)
+            result = GradeResult(
+                None, {}, f"no grade within {self.settings.deadline_s:g} s", grader.version, UNRESPONSIVE
+            )
         except WorkerError as error:
             result = GradeResult(None, {}, str(error), grader.version, "other_error")
         outcome = "graded" if result.reward is not None else result.error or "abstained"

@@ -36,6 +36,7 @@ from cluster.settings.runtime import (
     StorageSettings,
 )
 from cluster.settings.serving import ServeSettings
+from cluster.settings.tools import ToolSettings
 from cluster.settings.training import SweepSettings, TrainingSettings
 
 
@@ -84,6 +85,7 @@ class Settings(BaseSettings):
     serve: ServeSettings = ServeSettings()
     engine: EngineSettings = EngineSettings()
     grader: GraderSettings = GraderSettings()
+    tools: ToolSettings = ToolSettings()
     experiment: ExperimentSettings = ExperimentSettings()
     rollout: RolloutSettings = RolloutSettings()
     notifications: NotificationSettings = NotificationSettings()
