@@ -6,6 +6,7 @@ common table expressions bound to the caller's tenant. The connection is read-on
 authorizer on SQLite, a read-only transaction on PostgreSQL). Time and rows are bounded by the database itself.
 """
 
+import re
 import sqlite3
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from sqlglot import exp
 from cluster.errors import InputError, UnavailableError
 
 FUNCTIONS = frozenset(
-    "abs avg cast ceil coalesce concat count countif date extract floor if ifnull length lower max min mod "
+    "abs avg cast ceil coalesce concat count countif date extract floor if ifnull length lower max min mod exists "
     "nullif power replace round sign substring sum trim upper rownumber rank denserank lag lead".split()
 )
 """Functions a query may call, by sqlglot's names in lower case without underscores."""
@@ -31,8 +32,17 @@ REFUSED = (
 BOUND = ("tenant", "workspace")
 """Parameters that only the server binds."""
 MAX_QUERY_CHARS = 10_000
+MARKED = re.compile("\0([A-Za-z_][A-Za-z0-9_]*)\0")
 PROGRESS_STEPS = 10_000  # SQLite's virtual machine looks at the clock this often
 READS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """SQL to run, and the names of its parameters."""
+
+    text: str
+    parameters: set[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +77,13 @@ class ReadOnlySql:
         """
         if taken := sorted(set(parameters) & set(BOUND)):
             raise InputError(f"parameters.{taken[0]}", parameters[taken[0]], "is bound by the server", "leave it out")
-        statement = sa.text(self._allowed(query)).bindparams()
+        written = self._allowed(query)
         values = {**parameters, "tenant": tenant, "workspace": workspace}
-        known = statement._bindparams  # names the statement asks for
-        if missing := sorted(set(known) - set(values)):
+        if missing := sorted(written.parameters - set(values)):
             raise InputError(f"parameters.{missing[0]}", None, "is missing", "give every :name of the query a value")
         try:
             with self._engine.connect() as connection:
-                return self._read(connection, statement, {name: values[name] for name in known})
+                return self._read(connection, written.text, {name: values[name] for name in written.parameters})
         except sa.exc.OperationalError as error:
             cause = str(error.orig).splitlines()[0]
             if "interrupted" in cause or "timeout" in cause:
@@ -84,24 +93,24 @@ class ReadOnlySql:
             cause = str(error.orig).splitlines()[0]
             raise InputError("query", query, f"is refused by the database ({cause})", "mend the query") from None
 
-    def _read(self, connection: Connection, statement: sa.TextClause, values: dict[str, Any]) -> Rows:
+    def _read(self, connection: Connection, statement: str, values: dict[str, Any]) -> Rows:
         locked = _lock_sqlite if self._dialect == "sqlite" else _lock_postgres
         unlock = locked(connection, self._timeout_s)
         try:
-            result = connection.execute(statement, values)
+            result = connection.exec_driver_sql(statement, values)
             found = result.fetchmany(self._max_rows + 1)
             rows = [list(row) for row in found[: self._max_rows]]
             return Rows(list(result.keys()), rows, len(found) > self._max_rows)
         finally:
             unlock()
 
-    def _allowed(self, query: str) -> str:
+    def _allowed(self, query: str) -> "_Written":
         """The query written anew, with the views it reads in front.
 
         Raises:
             InputError: it is anything but one SELECT over the views.
         """
-        if len(query) > MAX_QUERY_CHARS:
+        if len(query) > MAX_QUERY_CHARS or "\0" in query:
             raise InputError("query", query, f"is longer than {MAX_QUERY_CHARS} characters", "ask for less")
         try:
             trees = [tree for tree in sqlglot.parse(query, read=self._dialect) if tree is not None]
@@ -113,12 +122,27 @@ class ReadOnlySql:
         tree = trees[0]
         self._check(tree, query)
         used = sorted({t.name for t in tree.find_all(exp.Table)} & set(self._views))
-        views = ", ".join(f"{name} AS ({self._views[name]})" for name in used)
-        written = tree.sql(dialect=self._dialect, comments=False)
-        # `allowed` cannot be shadowed: a query's own WITH is inside the parentheses.
-        return (
-            f"WITH {views} SELECT * FROM ({written}) AS allowed" if views else f"SELECT * FROM ({written}) AS allowed"
-        )
+        views = [(name, sqlglot.parse_one(self._views[name], read=self._dialect)) for name in used]
+        parts = [f"{name} AS ({self._marked(view)})" for name, view in views]
+        names = {p.name for _, view in views for p in view.find_all(exp.Placeholder)}
+        names |= {p.name for p in tree.find_all(exp.Placeholder)}
+        # A query's own WITH stays inside the parentheses, so nothing of it can stand in for a view.
+        text = (f"WITH {', '.join(parts)} " if parts else "") + f"SELECT * FROM ({self._marked(tree)}) AS allowed"
+        return _Written(self._bound(text), names)
+
+    def _marked(self, tree: exp.Expression) -> str:
+        """SQL with its parameters between NUL characters, which no query can hold."""
+
+        def mark(node: exp.Expression) -> exp.Expression:
+            return exp.Var(this=f"\0{node.name}\0") if isinstance(node, exp.Placeholder) else node
+
+        return tree.transform(mark).sql(dialect=self._dialect, comments=False)
+
+    def _bound(self, text: str) -> str:
+        """The text with the driver's own parameters."""
+        if self._dialect == "sqlite":
+            return MARKED.sub(r":\1", text)
+        return MARKED.sub(r"%(\1)s", text.replace("%", "%%"))
 
     def _check(self, tree: exp.Expression, query: str) -> None:
         own = {cte.alias for cte in tree.find_all(exp.CTE)}
@@ -127,6 +151,8 @@ class ReadOnlySql:
         for node in tree.walk():
             if isinstance(node, REFUSED):
                 raise InputError("query", query, f"uses {node.sql()!r:.80}, which is not allowed", "use plain SELECT")
+            if isinstance(node, exp.Placeholder) and not node.name.isidentifier():
+                raise InputError("query", query, "has a parameter without a name", "write :name")
             if isinstance(node, exp.With) and node.args.get("recursive"):
                 raise InputError("query", query, "uses WITH RECURSIVE", "use plain SELECT")
             if isinstance(node, exp.Table):

@@ -116,6 +116,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         "serve": {"breaker": {"consecutive": 3, "half_open_s": 0.5}},
     }
     settings = load_settings(home=tmp_path_factory.mktemp("tools"), **learning)[0]
+    RELEASE.clear()
     services = open_services(settings)
     runner = ToolRunner(load_tools(settings) | MINE.tools, services, settings.tools, settings.serve.breaker)
     secret = create_key(services.database, "agent", "default", "default", ["tools"])

@@ -61,10 +61,14 @@ def test_more_rows_than_allowed_are_cut_and_said_so(sql: ReadOnlySql) -> None:
     assert (found.rows, found.truncated) == ([["a"], ["b"]], True)
 
 
-@pytest.mark.parametrize("query", REFUSED)
-def test_everything_else_is_refused(sql: ReadOnlySql, query: str) -> None:
-    with pytest.raises(InputError):
-        sql.run(query, {}, "ours", "w")
+def test_everything_else_is_refused(sql: ReadOnlySql) -> None:
+    let_through = []
+    for query in REFUSED:
+        try:
+            let_through.append((query, sql.run(query, {}, "ours", "w")))
+        except InputError:
+            continue
+    assert let_through == []
 
 
 def test_parameters_are_checked(sql: ReadOnlySql) -> None:

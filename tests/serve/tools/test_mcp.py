@@ -14,14 +14,16 @@ from tests.serve.tools.conftest import World
 async def _session(world: World) -> dict[str, Any]:
     headers = {"authorization": f"Bearer {world.secret}"}
     found: dict[str, Any] = {}
-    async with httpx2.AsyncClient(headers=headers) as http:
-        async with Client(streamable_http_client(f"{world.url}/mcp", http_client=http)) as client:
-            found["tools"] = {tool.name: tool for tool in (await client.list_tools()).tools}
-            found["sum"] = await client.call_tool("add", {"a": 20, "b": 22})
-            found["wrong"] = await client.call_tool("add", {"a": "x"})
-            meta = {"rayloop/idempotency_key": "mcp-1", "rayloop/interaction_id": "i-mcp", "rayloop/session": "s-mcp"}
-            found["written"] = [await client.call_tool("write_down", {"text": "m"}, meta=meta) for _ in range(2)]  # type: ignore[arg-type]
-            found["rows"] = await client.call_tool("query_sql", {"query": "SELECT count(*) AS n FROM event_log"})
+    async with (
+        httpx2.AsyncClient(headers=headers) as http,
+        Client(streamable_http_client(f"{world.url}/mcp", http_client=http)) as client,
+    ):
+        found["tools"] = {tool.name: tool for tool in (await client.list_tools()).tools}
+        found["sum"] = await client.call_tool("add", {"a": 20, "b": 22})
+        found["wrong"] = await client.call_tool("add", {"a": "x"})
+        meta = {"rayloop/idempotency_key": "mcp-1", "rayloop/interaction_id": "i-mcp", "rayloop/session": "s-mcp"}
+        found["written"] = [await client.call_tool("write_down", {"text": "m"}, meta=meta) for _ in range(2)]  # type: ignore[arg-type]
+        found["rows"] = await client.call_tool("query_sql", {"query": "SELECT count(*) AS n FROM event_log"})
     return found
 
 
