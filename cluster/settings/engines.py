@@ -7,8 +7,35 @@ from pydantic import Field, model_validator
 from cluster.settings.base import Section
 
 
+class VllmSettings(Section):
+    """vLLM's server as a child of the engine's replica (`engine.kind: vllm`)."""
+
+    python: str | None = None
+    """The interpreter that has vLLM, for example `.venv-vllm/bin/python` (`make vllm`). `None`: this one."""
+    kv_cache_gb: float = Field(1.0, gt=0)
+    """Memory for keys and values on a CPU."""
+    gpu_memory_share: float = Field(0.9, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes."""
+    max_active_adapters: int = Field(8, ge=1)
+    """Adapters mixed in one batch; all that are loaded stay in memory."""
+    tool_call_parser: str | None = "hermes"
+    """vLLM's parser of the model's tool calls. `None`: requests with tools are refused."""
+    enforce_eager: bool = False
+    """Compile nothing: starts sooner, answers slower."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """How long it may take until it answers."""
+    unload_wait_s: float = Field(60.0, ge=0)
+    """How long an unload waits for answers that use the adapter."""
+    extra_arguments: tuple[str, ...] = ()
+    """Further arguments of vLLM's server, for example `("--tensor-parallel-size", "2")`."""
+
+
 class EngineSettings(Section):
-    """The embedded engine, and the rules for engines elsewhere."""
+    """The engine of this installation, and the rules for engines elsewhere."""
+
+    kind: Literal["local", "vllm"] = "local"
+    """`local`: transformers and peft in the replica; `vllm`: vLLM's server as its child."""
+    vllm: VllmSettings = VllmSettings()
 
     name: str = Field("local", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     """Name of this engine in the table of servables; one engine serves one base model."""

@@ -34,7 +34,9 @@ HANG = {"model_sample": "a" * 60 + "!", "item": {"reference": "a"}}
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return load_settings(home=tmp_path_factory.mktemp("grader"), grader={"deadline_s": 1.0, "workers": 2, "max_queued": 64})[0]
+    return load_settings(
+        home=tmp_path_factory.mktemp("grader"), grader={"deadline_s": 1.0, "workers": 2, "max_queued": 64}
+    )[0]
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,9 @@ class VllmEngine:
 
     def apply(self, settings: EngineSettings) -> None:
         """Take limits that may change while serving; never above what vLLM was started with."""
-        fixed = {name: min(getattr(settings, name), getattr(self.settings, name)) for name in ("max_adapters", "max_rank")}
+        fixed = {
+            name: min(getattr(settings, name), getattr(self.settings, name)) for name in ("max_adapters", "max_rank")
+        }
         self.settings = settings.model_copy(update=fixed)
 
     def models(self) -> list[ServedModel]:

@@ -43,7 +43,13 @@ class VllmProcess:
         self.log_file = self.folder / "log"
         self._settings = settings
         python = settings.vllm.python or sys.executable
-        command = [sys.executable, "-I", str(LAUNCHER), python, *arguments(settings, base_model, base_name, self.socket)]
+        command = [
+            sys.executable,
+            "-I",
+            str(LAUNCHER),
+            python,
+            *arguments(settings, base_model, base_name, self.socket),
+        ]
         if shutil.which(python) is None:
             shutil.rmtree(self.folder)
             raise ConfigError("engine.vllm.python", python, "is no interpreter", "name the one that has vLLM")
