@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -111,10 +112,9 @@ class Grading:
         if isinstance(grader, Multi):
             return await self._parts(grader, item, sample, deadline)
         if isinstance(grader, AskingGrader):
-            return await self._ask(grader, item, sample)
+            return await self._ask(grader, item, sample, deadline)
         if isinstance(grader, PythonGrader):
-            left_s = deadline - asyncio.get_running_loop().time()
-            by = time.monotonic() + left_s
+            by = time.monotonic() + self._left_s(deadline)
             return await asyncio.get_running_loop().run_in_executor(self._sandboxes, grader.grade_by, item, sample, by)
         assert isinstance(grader, BaseGrader), grader
         task = {"grader": grader.config.model_dump(mode="json"), "item": item, "sample": sample}
@@ -128,7 +128,7 @@ class Grading:
             }
         return grader.combine({name: part.result() for name, part in parts.items()})
 
-    async def _ask(self, grader: AskingGrader[Any], item: Item, sample: RawSample) -> GradeResult:
+    async def _ask(self, grader: AskingGrader[Any], item: Item, sample: RawSample, deadline: float) -> GradeResult:
         question = grader.question(item, sample)
         if isinstance(question, GradeResult):
             return question
@@ -137,6 +137,8 @@ class Grading:
         if judged and (known := await asyncio.to_thread(judged.find, key)) is not None:
             return known
         try:
+            if not isinstance(grader, ModelGrader):  # a reward model can leave out what is too late
+                question = replace(question, body=question.body | {"deadline_s": self._left_s(deadline)})
             document = await self._models.ask(self._endpoint(grader), question)
         except AbstainError as error:
             return grader.unanswered(error)
@@ -144,6 +146,10 @@ class Grading:
         if judged and result.reward is not None:
             return await asyncio.to_thread(judged.keep, key, result)
         return result
+
+    @staticmethod
+    def _left_s(deadline: float) -> float:
+        return max(deadline - asyncio.get_running_loop().time(), 0.001)
 
     def _endpoint(self, grader: AskingGrader[Any]) -> JudgeEndpoint:
         if isinstance(grader, ModelGrader):

@@ -151,6 +151,8 @@ def arguments(settings: EngineSettings, base_model: str, base_name: str, unix_so
         "max-cpu-loras": adapters,
         "max-model-len": settings.max_context_tokens,
         "tool-call-parser": vllm.tool_call_parser,
+        # Without it a small model may write blanks between two tokens of JSON until its answer is full.
+        "structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',
         "gpu-memory-utilization": vllm.gpu_memory_share if settings.gpus else None,
     }
     flags = ["--enable-lora", *(["--enforce-eager"] if vllm.enforce_eager else [])]

@@ -225,3 +225,27 @@ def test_the_token_is_asked_for(vllm_engine: VllmEngine) -> None:
         assert httpx.get(f"{url}/v1/models").status_code == 401
         named = httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer secret"}).json()
         assert {"base", "red", "green", "blue"} <= {m["id"] for m in named["data"]}
+
+
+def test_an_engine_that_is_killed_is_reported_dead_and_leaves_nothing_behind(
+    vllm_engine: VllmEngine, vllm_url: str
+) -> None:
+    """The last test with this engine. On Serve the replica then starts again, and vLLM with it."""
+    import time
+
+    import psutil
+
+    family = psutil.Process(vllm_engine.process._process.pid).children(recursive=True)
+    assert len(family) >= 2  # the server and its engine
+    for process in family:
+        if "EngineCore" in " ".join(process.cmdline()):
+            process.kill()
+    family[0].kill()
+    deadline = time.monotonic() + 60
+    while vllm_engine.alive or any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    down = httpx.post(f"{vllm_url}/v1/chat/completions", json={"model": "base", "messages": MESSAGES}, timeout=60)
+    assert (down.status_code, down.json()["error"]["code"]) == (503, "engine_stopped")
+    assert "retry-after" in down.headers
+    assert httpx.get(f"{vllm_url}/healthz", timeout=60).status_code == 503
