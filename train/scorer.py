@@ -29,6 +29,7 @@ class LocalScorer:
         import torch
 
         from train.models import load_tokenizer
+        from train.score_batches import BatchScorer
 
         if read_adapter_config(adapter).get("task_type") != "SEQ_CLS":
             raise InputError("reward_model", str(adapter), "answers and does not score", "train one: --method reward")
@@ -44,6 +45,7 @@ class LocalScorer:
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         kind = resolve_device(device, "fp32").type
         self.model: Any = PeftModel.from_pretrained(model, str(adapter)).to(kind).eval()
+        self._batches = BatchScorer(self.model)
 
     def scores(self, conversations: Sequence[Conversation]) -> list[float]:
         """Raw scores, in order."""
@@ -59,9 +61,7 @@ class LocalScorer:
 
     def scores_of(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Raw scores of conversations given as token ids, in order."""
-        from train.score_batches import score_rows
-
-        return [heads[0] for heads in score_rows(self.model, rows)]
+        return [heads[0] for heads in self._batches.score(rows)]
 
 
 def _base_beside(adapter: Path) -> str:

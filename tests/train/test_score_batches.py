@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from cluster.errors import UnavailableError
-from train.score_batches import Row, ScoreQueue, buckets, plan, score_rows
+from train.score_batches import BatchScorer, Node, Row, ScoreQueue, buckets, plan
 
 ROWS = st.lists(st.lists(st.integers(1, 3), min_size=1, max_size=40).map(tuple), min_size=1, max_size=30, unique=True)
 
@@ -44,23 +44,30 @@ def conversations(count: int) -> list[list[int]]:
 
 
 def test_scores_are_those_of_each_row_alone(model: Any) -> None:
-    rows = conversations(12)
-    found = score_rows(model, rows, budget=256)
-    for row, scores in zip(rows, found, strict=True):
-        assert scores == pytest.approx(alone(model, row), abs=1e-4)
+    rows, scorer = conversations(12), BatchScorer(model, budget=256, kept_mb=1)
+    for batch in (rows[:20], rows[20:], rows):  # beginnings of earlier batches are known in later ones
+        for row, scores in zip(batch, scorer.score(batch), strict=True):
+            assert scores == pytest.approx(alone(model, row), abs=1e-4)
+    assert 0 < scorer._bytes <= 2**20
 
 
 @given(ROWS)
 def test_a_plan_holds_every_row_once_and_shares_true_beginnings(rows: list[Row]) -> None:
-    groups = plan(rows, min_shared=3)
-    assert sorted(i for group in groups for i in group.rows) == list(range(len(rows)))
-    for group in groups:
-        assert len({rows[i][: group.shared] for i in group.rows}) == 1
-        assert all(len(rows[i]) > group.shared for i in group.rows)
-        cut = buckets(rows, group, budget=64)
-        assert sorted(i for bucket in cut for i in bucket) == sorted(group.rows)
-        for bucket in cut:
-            assert len(bucket) * max(len(rows[i]) - group.shared for i in bucket) <= 64 or len(bucket) == 1
+    seen: list[int] = []
+
+    def check(node: Node, beginning: Row) -> None:
+        for i in node.rows:
+            assert rows[i][: node.shared] == beginning and len(rows[i]) > node.shared
+        seen.extend(node.rows)
+        for bucket in buckets(rows, node.rows, node.shared, budget=64):
+            assert len(bucket) * max(len(rows[i]) - node.shared for i in bucket) <= 64 or len(bucket) == 1
+        for group in node.groups:
+            longer = rows[group.first][: group.shared]
+            assert longer[: node.shared] == beginning and group.shared >= node.shared + 3
+            check(group, longer)
+
+    check(plan(rows, range(len(rows)), min_shared=3), ())
+    assert sorted(seen) == list(range(len(rows)))
 
 
 def test_the_queue_scores_what_waits_together_and_knows_it_afterwards() -> None:
