@@ -120,8 +120,10 @@ def request(model: str, number: int) -> dict[str, Any]:
 
 def revive(url: str, headers: dict[str, str], model: str) -> float:
     """Kill vLLM; seconds until the adapter answers again."""
+    ours = {process.pid for process in psutil.Process().children(recursive=True)}
     for process in vllm_processes():
-        process.kill()
+        if process.pid in ours:
+            process.kill()
     began = time.monotonic()
     while time.monotonic() < began + READY_S:
         try:
@@ -134,7 +136,7 @@ def revive(url: str, headers: dict[str, str], model: str) -> float:
 
 
 def vllm_processes() -> list[psutil.Process]:
-    """The servers started by this installation's replicas."""
+    """Servers of vLLM that a replica started."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or ())
