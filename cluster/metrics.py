@@ -64,6 +64,35 @@ CAPTURE_WAITING = Gauge("rayloop_capture_waiting", "Interactions that wait for t
 SPOOL_BYTES = Gauge("rayloop_spool_bytes", "Interactions on disk that wait for the log.", registry=REGISTRY)
 INTAKE = Counter("rayloop_intake_total", "Events that came in over HTTP.", ["kind", "status"], registry=REGISTRY)
 
+GRADES = Counter(
+    "rayloop_grades_total",
+    "Grades by what became of them: `graded`, `cached`, `abstained`, or the flag of what failed.",
+    ["type", "outcome"],
+    registry=REGISTRY,
+)
+GRADE_SECONDS = Histogram(
+    "rayloop_grade_seconds",
+    "From the task to its grade or abstention, without what the cache knew.",
+    ["type"],
+    buckets=LATENCY_BUCKETS,
+    registry=REGISTRY,
+)
+GRADES_WAITING = Gauge("rayloop_grades_waiting", "Answers that are being graded.", registry=REGISTRY)
+ONLINE_GRADES = Counter(
+    "rayloop_online_grades_total", "Sampled live answers by what became of them.", ["outcome"], registry=REGISTRY
+)
+
+TOOL_CALLS = Counter(
+    "rayloop_tool_calls_total", "Calls of tools by what became of them.", ["tool", "outcome"], registry=REGISTRY
+)
+TOOL_SECONDS = Histogram(
+    "rayloop_tool_seconds",
+    "From the call to its result or refusal.",
+    ["tool"],
+    buckets=LATENCY_BUCKETS,
+    registry=REGISTRY,
+)
+
 TRAINING_SECONDS = Gauge(
     "rayloop_training_seconds",
     "Seconds that the training jobs of a tenant have run, in all.",

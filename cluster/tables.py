@@ -316,6 +316,30 @@ dead_letters = Table(
     Column("attempts", Integer, nullable=False),
     Column("died_at_us", BigInteger, nullable=False),
 )
+judged_answers = Table(
+    "judged_answers",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("grader_version", String(64), nullable=False),
+    Column("reward", Double, nullable=False),
+    Column("scores", JSON, nullable=False),
+    Column("reason", String(200), nullable=False),
+    Column("judged_at_us", BigInteger, nullable=False),
+    Index("judged_answers_by_age", "judged_at_us"),
+)
+tool_replies = Table(
+    "tool_replies",
+    metadata,
+    Column("tenant", String(63), primary_key=True),
+    Column("workspace", String(63), primary_key=True),
+    Column("tool", String(64), primary_key=True),
+    Column("idempotency_key", String(128), primary_key=True),
+    Column("arguments_digest", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reply", JSON(none_as_null=True)),
+    Column("begun_at_us", BigInteger, nullable=False),
+    Index("tool_replies_by_age", "begun_at_us"),
+)
 training_jobs = Table(
     "training_jobs",
     metadata,

@@ -21,6 +21,7 @@ Arguments = dict[str, str]
 BUILDERS = {
     "engine": "serve.engines.deployment:build",
     "grader": "serve.graders:build",
+    "tools": "serve.tools.deployment:build",
     "control": "serve.control:build",
 }
 """Where the applications besides the router come from: `build(settings) -> ray.serve.Application`."""
@@ -60,6 +61,11 @@ def engine(arguments: Arguments) -> Any:
 def grader(arguments: Arguments) -> Any:
     """The grader, at `/grader`."""
     return _build("grader", arguments)
+
+
+def tools(arguments: Arguments) -> Any:
+    """The tool server, at `/tools`."""
+    return _build("tools", arguments)
 
 
 def control(arguments: Arguments) -> Any:

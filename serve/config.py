@@ -18,7 +18,7 @@ from serve.routes import parse_config
 
 SERVE_FILE = "serve.yaml"
 SETTINGS_FILE = "run/settings.yaml"
-PREFIXES = {"gateway": "/", "engine": "/engine", "grader": "/grader", "control": "/control"}
+PREFIXES = {"gateway": "/", "engine": "/engine", "grader": "/grader", "tools": "/tools", "control": "/control"}
 SPARE_REQUESTS = 64
 """Serve's own limit stands this far above the router's, so that an overload is answered in OpenAI's shape."""
 

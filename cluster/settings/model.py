@@ -36,6 +36,7 @@ from cluster.settings.runtime import (
     StorageSettings,
 )
 from cluster.settings.serving import ServeSettings, ShadowSettings
+from cluster.settings.tools import ToolSettings
 from cluster.settings.training import SweepSettings, TrainingSettings
 
 
@@ -85,6 +86,7 @@ class Settings(BaseSettings):
     shadow: ShadowSettings = ShadowSettings()
     engine: EngineSettings = EngineSettings()
     grader: GraderSettings = GraderSettings()
+    tools: ToolSettings = ToolSettings()
     experiment: ExperimentSettings = ExperimentSettings()
     rollout: RolloutSettings = RolloutSettings()
     notifications: NotificationSettings = NotificationSettings()

@@ -166,10 +166,11 @@ class ServeSettings(Section):
     """Threads of HAProxy."""
     dashboard: bool = True
     """Start Ray's dashboard on loopback; `serve deploy` talks to it."""
-    applications: list[Literal["gateway", "engine", "grader", "control"]] = [
+    applications: list[Literal["gateway", "engine", "grader", "tools", "control"]] = [
         "gateway",
         "engine",
         "grader",
+        "tools",
         "control",
     ]
     """What `rayloop up` deploys; a smaller list is for engines elsewhere and for tests."""

@@ -19,6 +19,7 @@ import orjson
 from cluster.errors import DatasetError, NotFoundError, UnavailableError
 from serve.engines.adapter_files import AdapterError
 from serve.engines.generation import Update
+from serve.engines.host import AdapterHost
 from serve.engines.protocol import (
     ChatRequest,
     Header,
@@ -53,15 +54,16 @@ Route = Callable[[Scope, Receive, Send], Awaitable[None]]
 STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
-class EngineApi:
-    """The ASGI callable around one engine. With a token, everything but `/healthz` asks for it."""
+class EngineRoutes:
+    """What the HTTP sides of all engines share: the token, models, adapters, health.
 
-    def __init__(self, engine: "LocalEngine", token: str | None = None) -> None:
-        self.engine = engine
+    With a token, everything but `/healthz` asks for it.
+    """
+
+    def __init__(self, engine: AdapterHost, token: str | None = None) -> None:
+        self.host = engine
         self._bearer = f"Bearer {token}".encode() if token is not None else None
         self._routes: dict[tuple[str, str], Route] = {
-            ("POST", "/v1/chat/completions"): self._chat,
-            ("POST", "/v1/completions"): self._text,
             ("GET", "/v1/models"): self._models,
             ("POST", "/v1/load_lora_adapter"): self._load,
             ("POST", "/v1/unload_lora_adapter"): self._unload,
@@ -71,7 +73,7 @@ class EngineApi:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            await self._lifespan(receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
@@ -92,14 +94,21 @@ class EngineApi:
             message = "The engine answers its router only; send the request there."
             raise ApiError(401, message, code="invalid_api_key")
 
-    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse_chat(await self._document(scope, receive), self.engine.settings)
-        await ChatAnswer(self.engine, request).answer(receive, send)
+    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
 
-    async def _text(self, scope: Scope, receive: Receive, send: Send) -> None:
-        from serve.engines.text import TextAnswer
+    async def _close(self) -> None:
+        """Called when the server stops."""
 
-        await TextAnswer(self.engine, await self._document(scope, receive)).answer(receive, send)
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self._close()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
 
     async def _models(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         data = [
@@ -110,7 +119,7 @@ class EngineApi:
                 "owned_by": "rayloop",
                 "root": m.adapter_path,
             }
-            for m in self.engine.models()
+            for m in self.host.models()
         ]
         await _send_json(send, 200, {"object": "list", "data": data})
 
@@ -118,7 +127,7 @@ class EngineApi:
         document = await self._document(scope, receive)
         name, path = _text(document, "lora_name"), _text(document, "lora_path")
         try:
-            adapter = await asyncio.to_thread(self.engine.load_adapter, name, path)
+            adapter = await asyncio.to_thread(self.host.load_adapter, name, path)
         except AdapterError as error:
             raise ApiError(400, f"adapter {name!r}: {error}", param="lora_path", code="adapter_refused") from None
         body = {"status": "loaded", "lora_name": name, "sha256": adapter.sha256, "rank": adapter.rank}
@@ -126,9 +135,34 @@ class EngineApi:
 
     async def _unload(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = _text(await self._document(scope, receive), "lora_name")
-        if not self.engine.unload_adapter(name):
+        if not self.host.unload_adapter(name):
             raise ApiError(404, f"no adapter {name!r} is loaded", param="lora_name", code="model_not_found")
         await _send_json(send, 200, {"status": "unloaded", "lora_name": name})
+
+    async def _document(self, scope: Scope, receive: Receive) -> Json:
+        settings = self.host.settings
+        return parse_object(await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s))
+
+
+class EngineApi(EngineRoutes):
+    """The ASGI callable around the embedded engine."""
+
+    def __init__(self, engine: "LocalEngine", token: str | None = None) -> None:
+        super().__init__(engine, token)
+        self.engine = engine
+        self._routes |= {
+            ("POST", "/v1/chat/completions"): self._chat,
+            ("POST", "/v1/completions"): self._text,
+        }
+
+    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = parse_chat(await self._document(scope, receive), self.engine.settings)
+        await ChatAnswer(self.engine, request).answer(receive, send)
+
+    async def _text(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from serve.engines.text import TextAnswer
+
+        await TextAnswer(self.engine, await self._document(scope, receive)).answer(receive, send)
 
     async def _health(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         scheduler = self.engine.scheduler
@@ -144,10 +178,6 @@ class EngineApi:
             "reused_prompt_tokens": scheduler.prefixes.hit_tokens,
         }
         await _send_json(send, 200 if scheduler.alive else 503, body)
-
-    async def _document(self, scope: Scope, receive: Receive) -> Json:
-        settings = self.engine.settings
-        return parse_object(await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s))
 
 
 class ChatAnswer:
@@ -179,7 +209,7 @@ class ChatAnswer:
     async def whole(self, receive: Receive, send: Send) -> None:
         """Answer in one piece; a client that leaves frees its rows."""
         generating = asyncio.ensure_future(self._collect())
-        leaving = asyncio.ensure_future(_disconnect(receive))
+        leaving = asyncio.ensure_future(until_disconnect(receive))
         try:
             await asyncio.wait((generating, leaving), return_when=asyncio.FIRST_COMPLETED)
             if generating.done():
@@ -192,7 +222,7 @@ class ChatAnswer:
     async def stream(self, receive: Receive, send: Send) -> None:
         """Answer in server-sent events; errors before the first token still have their status."""
         streaming = asyncio.ensure_future(self._send_chunks(send))
-        leaving = asyncio.ensure_future(_disconnect(receive))
+        leaving = asyncio.ensure_future(until_disconnect(receive))
         try:
             await asyncio.wait((streaming, leaving), return_when=asyncio.FIRST_COMPLETED)
             if streaming.done():
@@ -325,7 +355,7 @@ def _no_route(method: str, path: str, known: set[str]) -> ApiError:
     return ApiError(404, f"there is no {path} here; known are {', '.join(sorted(known))}", code="not_found")
 
 
-async def _disconnect(receive: Receive) -> None:
+async def until_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -339,13 +369,3 @@ async def _send_events(send: Send, documents: list[Json], *, done: bool = False)
     if done:
         data += b"data: [DONE]\n\n"
     await send({"type": "http.response.body", "body": data, "more_body": not done})
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        if message["type"] == "lifespan.startup":
-            await send({"type": "lifespan.startup.complete"})
-        else:
-            await send({"type": "lifespan.shutdown.complete"})
-            return

@@ -10,7 +10,6 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +27,14 @@ from serve.engines.cache import SlotCache, layer_shapes
 from serve.engines.canary import Canary
 from serve.engines.detokenise import AnswerText, TokenTexts
 from serve.engines.generation import Generation, SamplingParams, Update
+from serve.engines.host import BASE_NAME, ServedModel
 from serve.engines.lora import AdapterBank, LoadedAdapter
 from serve.engines.prefix import PrefixCache
 from serve.engines.scheduler import Scheduler, SchedulerLimits
 
 log = logging.getLogger(__name__)
-
-BASE_NAME = "base"
 FIRST_COLUMNS = 256  # columns of a slot at the start; slots grow when a longer prompt comes
 FIRST_SLOTS = 8
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """One name a request may ask for."""
-
-    name: str
-    adapter_path: str | None
-    loaded_at: int
-    """Seconds since 1970."""
 
 
 class LocalEngine:
@@ -100,6 +88,11 @@ class LocalEngine:
             eos_ids=_eos_ids(self.tokenizer, model),
             publish=self._publish,
         )
+
+    @property
+    def alive(self) -> bool:
+        """False once the step loop has ended."""
+        return self.scheduler.alive
 
     def close(self) -> None:
         """End the step loop."""

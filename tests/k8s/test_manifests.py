@@ -72,7 +72,7 @@ def test_embedded_serve_config_meets_rays_own_schema(manifest: dict[str, Any]) -
     from ray.serve.schema import ServeDeploySchema
 
     config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
-    assert [a.name for a in config.applications] == ["gateway", "engine", "grader", "control"]
+    assert [a.name for a in config.applications] == ["gateway", "engine", "grader", "tools", "control"]
 
 
 def test_every_resource_is_listed_and_every_listed_file_exists() -> None:

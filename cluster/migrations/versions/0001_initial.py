@@ -17,6 +17,7 @@ def upgrade() -> None:
     _create_experiments()
     _create_moments()
     _create_jobs()
+    _create_services()
 
 
 def downgrade() -> None:
@@ -377,6 +378,31 @@ def _create_jobs() -> None:
     op.create_index("uploaded_files_by_tenant", "uploaded_files", ["tenant", "created_at_us"])
 
 
+def _create_services() -> None:
+    op.create_table(
+        "judged_answers",
+        sa.Column("key", sa.String(64), primary_key=True),
+        sa.Column("grader_version", sa.String(64), nullable=False),
+        sa.Column("reward", sa.Double(), nullable=False),
+        sa.Column("scores", sa.JSON(), nullable=False),
+        sa.Column("reason", sa.String(200), nullable=False),
+        sa.Column("judged_at_us", sa.BigInteger(), nullable=False),
+    )
+    op.create_index("judged_answers_by_age", "judged_answers", ["judged_at_us"])
+    op.create_table(
+        "tool_replies",
+        sa.Column("tenant", sa.String(63), primary_key=True),
+        sa.Column("workspace", sa.String(63), primary_key=True),
+        sa.Column("tool", sa.String(64), primary_key=True),
+        sa.Column("idempotency_key", sa.String(128), primary_key=True),
+        sa.Column("arguments_digest", sa.String(64), nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("reply", sa.JSON()),
+        sa.Column("begun_at_us", sa.BigInteger(), nullable=False),
+    )
+    op.create_index("tool_replies_by_age", "tool_replies", ["begun_at_us"])
+
+
 TABLES = (
     "events",
     "event_bodies",
@@ -402,6 +428,8 @@ TABLES = (
     "leases",
     "outlets",
     "dead_letters",
+    "judged_answers",
+    "tool_replies",
     "training_jobs",
     "job_events",
     "uploaded_files",

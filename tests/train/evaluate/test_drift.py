@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from data.grading import make_grader
+from data.grading import AtHand, make_grader
 from tests.train.evaluate.fakes import answer_json, make_truths
 from train.evaluate.drift import grader_drift
 from train.evaluate.evidence import Evidence
@@ -27,7 +27,7 @@ def evidence_with(make: Callable[..., Evidence], likes: str, prompts: int = 40) 
     """The candidate says what was recorded (benign), the champion does not."""
     made = make(lambda text: answer_json("benign"), lambda text: answer_json("malicious"), make_truths(prompts))
     config = {"type": "reward_model", "adapter_sha256": "a" * 64}
-    return replace(made, reward_model=make_grader(config, scorer=Taste(likes)))
+    return replace(made, reward_model=make_grader(config, at_hand=AtHand(scorer=Taste(likes))))
 
 
 def test_agreement_is_no_alert(make_evidence: Callable[..., Evidence], caplog: pytest.LogCaptureFixture) -> None:
