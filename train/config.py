@@ -43,6 +43,10 @@ class TrainConfig(Section):
     """SFT: tokens in the loss."""
     sft_weight: float = Field(1.0, ge=0)
     """DPO: weight of the SFT term."""
+    shared_prompt: bool = False
+    """DPO: read the prompt of a pair once (`train.shared_prompt`)."""
+    reference_cache: Path | None = None
+    """DPO and KTO: folder of reference log-probabilities that runs share; `None` computes them anew."""
     desirable_weight: float | None = Field(None, gt=0)
     """KTO: weight of liked answers; `None` balances them with the disliked."""
     undesirable_weight: float = Field(1.0, gt=0)
@@ -112,7 +116,7 @@ class TrainConfig(Section):
 
     def digest(self) -> str:
         """SHA-256 of everything that decides the result; a resumed run must have the same."""
-        ignored = {"out", "dataset", "device", "limits", "threads"}
+        ignored = {"out", "dataset", "device", "limits", "threads", "reference_cache"}
         shown = json.dumps(self.model_dump(mode="json", exclude=ignored), sort_keys=True)
         return hashlib.sha256(shown.encode()).hexdigest()
 
@@ -134,6 +138,7 @@ def resolve_config(settings: Settings, method: str, **overrides: Any) -> TrainCo
     own = getattr(training, method)
     values |= {name: getattr(own, name) for name in type(own).model_fields if name in TrainConfig.model_fields}
     values["reward_model"] = settings.evaluation.reward_model
+    values["reference_cache"] = settings.home / "references"
     if method == "sft":
         values["sft_loss"] = own.loss
     asked = {name: value for name, value in overrides.items() if value is not None}

@@ -201,7 +201,7 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=prepared.tokenizer,
         peft_config=None if config.init_adapter or config.weights == "full" else lora_config(config, method.task),
-        **method.more(config),
+        **method.more(config, prepared.device),
     )
     trainer.base_model, trainer.monitored = config.base_model, method.monitored
     trainer.checkpoints, trainer.config_digest = config.out / "checkpoints", prepared.digest
