@@ -10,12 +10,21 @@ from pydantic import Field, ValidationError, model_validator
 from cluster.errors import InputError
 from cluster.settings import Settings
 from cluster.settings.base import Section
-from cluster.settings.training import HealthSettings, LimitSettings, LoraSettings
+from cluster.settings.training import HeadWeights, HealthSettings, LimitSettings, LoraSettings
 
-MethodName = Literal["sft", "dpo", "kto", "reward", "grpo"]
+MethodName = Literal["sft", "dpo", "kto", "reward", "score_card", "grpo"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
-KINDS = {"sft": "sft", "dpo": "preference", "kto": "unpaired", "reward": "preference", "grpo": "sft"}
+KINDS = {
+    "sft": "sft",
+    "dpo": "preference",
+    "kto": "unpaired",
+    "reward": "preference",
+    "score_card": "reward",
+    "grpo": "sft",
+}
 """The kind of examples each method learns from."""
+SCORING_METHODS = ("reward", "score_card")
+"""Methods whose model scores answers and gives none."""
 KL_METHODS = ("dpo", "kto", "grpo")
 """Methods that hold the model near its start, with the coefficient `beta`."""
 
@@ -53,6 +62,8 @@ class TrainConfig(Section):
     """KTO: weight of disliked answers."""
     center_weight: float = Field(0.01, ge=0)
     """Reward model: weight of the term that holds the mean score of a pair at 0."""
+    head_weights: HeadWeights = HeadWeights()
+    """Score cards: how much each head counts."""
     group_size: int = Field(8, ge=2)
     """GRPO: answers sampled for each prompt."""
     temperature: float = Field(1.0, gt=0)
@@ -100,7 +111,7 @@ class TrainConfig(Section):
             raise ValueError(f"the {answers} answers of a step must be a multiple of `group_size`={self.group_size}")
         if self.init_adapter and self.weights != "lora":
             raise ValueError(f"{self.weights} cannot go on from an adapter; export it as a merged model first")
-        if self.init_adapter and self.method == "reward":
+        if self.init_adapter and self.scores:
             raise ValueError("a reward model starts from a base model, not from an adapter that answers")
         return self
 
@@ -108,6 +119,11 @@ class TrainConfig(Section):
     def kind(self) -> str:
         """The kind of examples the method learns from."""
         return KINDS[self.method]
+
+    @property
+    def scores(self) -> bool:
+        """True for a reward model: it scores answers and gives none."""
+        return self.method in SCORING_METHODS
 
     @property
     def report_dir(self) -> Path:
@@ -166,7 +182,7 @@ def check_rank(settings: Settings, method: str, weights: str) -> None:
         InputError: its rank is over the engine's.
     """
     rank, limit = settings.training.lora.r, settings.engine.max_rank
-    if rank > limit and weights != "full" and method != "reward":
+    if rank > limit and weights != "full" and method not in SCORING_METHODS:
         raise InputError(
             "training.lora.r", rank, f"is over engine.max_rank={limit}: no engine would load the adapter", "lower it"
         )

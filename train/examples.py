@@ -12,12 +12,15 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.errors import DatasetError
+from cluster.settings.training import HeadWeights
 from data.events import Message
 from data.manifest import read_examples
 from data.template import content_text, render_pair, render_with_mask
 from train.config import KINDS
 
 IGNORED = -100  # label outside the loss
+HEADS = tuple(HeadWeights.model_fields)
+"""What reviewers score, in the order of a score-card model's outputs."""
 
 Row = dict[str, Any]
 
@@ -72,6 +75,10 @@ class Encoder:
         ]
         return replace(encoded, rows=rows)
 
+    def cards(self, table: pa.Table) -> Encoded:
+        """`input_ids`, `labels` (the four scores of `train.score_card`) and the task `category`."""
+        return self._encode(with_scores(table), self._card_row)
+
     def prompts(self, table: pa.Table) -> Encoded:
         """`prompt`, its ids as JSON text, and `item`, what a grader knows of it, as JSON text."""
         return self._encode(table, self._prompt_row)
@@ -108,6 +115,12 @@ class Encoder:
         room = max(0, self.max_length - len(prompt_ids))
         ids = {"prompt_ids": prompt_ids, "chosen_ids": chosen[:room], "rejected_ids": rejected[:room]}
         return ids, len(prompt_ids) + max(len(chosen), len(rejected)), len(chosen[:room])
+
+    def _card_row(self, row: Row) -> tuple[Row, int, int]:
+        prompt, answer = render_pair(self.tokenizer, _messages(row["prompt"]), _messages(row["response"]), _tools(row))
+        ids = prompt + answer
+        cut = {"input_ids": ids[: self.max_length], "labels": scores_of(row["score_card"]), "category": row["category"]}
+        return cut, len(ids), max(0, self.max_length - len(prompt)) and len(answer)
 
     def _prompt_row(self, row: Row) -> tuple[Row, int, int]:
         messages = _messages(row["messages"])
@@ -160,6 +173,18 @@ def _tools(row: Row) -> Any:
     return json.loads(row["tools"]) if row.get("tools") else None
 
 
+def scores_of(card: str | None) -> list[float]:
+    """The four scores in a cell `score_card`; `nan` where the card has none."""
+    found = json.loads(card) if card else {}
+    return [float(found.get(head, float("nan"))) for head in HEADS]
+
+
+def with_scores(table: pa.Table) -> pa.Table:
+    """The rows whose card has at least one of the four."""
+    keep = [any(score == score for score in scores_of(card)) for card in table.column("score_card").to_pylist()]
+    return table.filter(pa.array(keep, pa.bool_()))
+
+
 def in_order(table: pa.Table) -> pa.Table:
     """Rows sorted by example id, so that neither files nor parallel readers decide the order."""
     return table.sort_by("example_id") if table.num_rows else table
@@ -201,6 +226,8 @@ def check_data(method: str, data: TrainData, dataset: Path) -> None:
                 f"dataset {dataset.name!r} is one-sided: KTO needs liked and disliked answers, "
                 f"there are no {missing} ones"
             )
+    if method == "score_card" and not with_scores(data.train).num_rows:
+        raise DatasetError(f"dataset {dataset.name!r} has no score cards of reviewers; label some answers")
     if kind == "preference":
         pairs = zip(data.train.column("chosen").to_pylist(), data.train.column("rejected").to_pylist(), strict=True)
         if all(chosen == rejected for chosen, rejected in pairs):

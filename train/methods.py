@@ -14,8 +14,10 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -28,6 +30,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.trainer.utils import disable_dropout_in_model
 
 from train import checkpoint
 from train.config import TrainConfig
@@ -36,6 +39,7 @@ from train.examples import Encoded, Encoder, Row, with_kl_completions
 from train.generate import Sampling, decode, end_tokens
 from train.reference import References, references_of
 from train.rewards import reward_function
+from train.score_card import CardCollator, score_card_loss, weights_tensor
 from train.shared_prompt import ByLength, SharedPrompt, add_answer_head, check_equal
 
 
@@ -183,6 +187,28 @@ class BradleyTerryTrainer(Rayloop, RewardTrainer):  # type: ignore[misc]
     """A reward model on `chosen_ids` and `rejected_ids`."""
 
 
+class ScoreCardTrainer(Rayloop, Trainer):  # type: ignore[misc]
+    """A reward model with four heads, on `input_ids` and `labels`; TRL has no trainer for it."""
+
+    def __init__(self, *, model: Any, processing_class: Any, peft_config: Any, weights: Tensor, **named: Any) -> None:
+        model.config.get_text_config().pad_token_id = processing_class.pad_token_id
+        self.weights = weights
+        placed = model if peft_config is None else get_peft_model(model, peft_config)
+        disable_dropout_in_model(placed)
+        collator = CardCollator(processing_class.pad_token_id)
+        super().__init__(model=placed, processing_class=processing_class, data_collator=collator, **named)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Weighted cross-entropy of the heads."""
+        scores_BH = inputs["labels"]
+        out = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        loss = score_card_loss(out.logits, scores_BH, self.weights.to(scores_BH.device))
+        return (loss, out) if return_outputs else loss
+
+
 class GrpoTrainer(Rayloop, GRPOTrainer):  # type: ignore[misc]
     """GRPO on `prompt` (ids as JSON text) and `item`; answers come from `train.generate`."""
 
@@ -255,6 +281,12 @@ def _reward_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], 
     return RewardConfig(**common, max_length=config.max_length, center_rewards_coefficient=config.center_weight or None)
 
 
+def _score_card_arguments(
+    config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]
+) -> TrainingArguments:
+    return TrainingArguments(**common, label_names=["labels"])
+
+
 def _grpo_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]) -> GRPOConfig:
     named = {**common, "remove_unused_columns": False}  # `item` is the grader's
     return GRPOConfig(
@@ -316,6 +348,14 @@ METHODS: dict[str, Method] = {
     "dpo": Method(DpoTrainer, _dpo_arguments, Encoder.preference, _as_they_are, more=_dpo_more),
     "kto": Method(KtoTrainer, _kto_arguments, Encoder.unpaired, _kto_order, more=_references),
     "reward": Method(BradleyTerryTrainer, _reward_arguments, Encoder.scored, _as_they_are, task="SEQ_CLS"),
+    "score_card": Method(
+        ScoreCardTrainer,
+        _score_card_arguments,
+        Encoder.cards,
+        _as_they_are,
+        task="SEQ_CLS",
+        more=lambda config, device: {"weights": weights_tensor(config.head_weights)},
+    ),
     "grpo": Method(
         GrpoTrainer,
         _grpo_arguments,

@@ -30,12 +30,13 @@ from train.health import HealthWatch, check_changed, check_swapped, check_trunca
 from train.models import check_weights, load_base, load_start, load_tokenizer, lora_config
 from train.quiet import quiet_libraries
 from train.report import HeldOut, graded_report, held_out_report, validation_prompts
+from train.score_card import WEIGHTS_KEY, CardReport, report_on_cards
 from train.weights import put_tensors, result_digest, start_of, trained_tensors, write_result
 
 log = logging.getLogger(__name__)
 
 RESULT = "result.json"
-Report = HeldOut | Calibration
+Report = HeldOut | Calibration | CardReport
 """What is measured on held-out feedback: of a model that answers, or of one that scores."""
 
 
@@ -251,7 +252,7 @@ def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started:
     folder = result_folder(config)
     if first:
         with written_whole(folder) as scratch:
-            write_result(scratch, trainer.model, prepared.tokenizer, config.base_model)
+            write_result(scratch, trainer.model, prepared.tokenizer, config.base_model, _kept_with(config))
         write_report(config, report)
     trainer.accelerator.wait_for_everyone()
     result = TrainResult(
@@ -274,6 +275,11 @@ def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started:
     return result
 
 
+def _kept_with(config: TrainConfig) -> dict[str, Any]:
+    """What belongs to an adapter beside its LoRA configuration."""
+    return {WEIGHTS_KEY: config.head_weights.model_dump()} if config.method == "score_card" else {}
+
+
 def result_folder(config: TrainConfig) -> Path:
     """Where a run leaves what it trained."""
     return config.out / ("model" if config.weights == "full" else "adapter")
@@ -281,7 +287,7 @@ def result_folder(config: TrainConfig) -> Path:
 
 def write_report(config: TrainConfig, report: Report) -> None:
     """The calibration of a reward model, as numbers and as a plot, beside its adapter."""
-    if isinstance(report, Calibration):
+    if isinstance(report, Calibration | CardReport):
         with written_whole(config.report_dir) as scratch:
             report.write(scratch)
 
@@ -300,6 +306,8 @@ def measure(model: Any, prepared: Prepared) -> Report:
     """The held-out report, on validation rows of the same dataset."""
     config = prepared.config
     own = prepared.data.validation
+    if config.method == "score_card":
+        return report_on_cards(model, prepared.validation.rows[: config.report_examples])
     if config.method == "reward":
         return calibrate(model, prepared.encoder, own.slice(0, config.report_examples))
     liked = own if config.kind == "sft" else _validation(config, "sft")

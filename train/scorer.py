@@ -27,6 +27,7 @@ class LocalScorer:
         import torch
 
         from train.models import load_tokenizer
+        from train.score_card import WEIGHTS_KEY
 
         if read_adapter_config(adapter).get("task_type") != "SEQ_CLS":
             raise InputError("reward_model", str(adapter), "answers and does not score", "train one: --method reward")
@@ -38,16 +39,20 @@ class LocalScorer:
         self.adapter_sha256 = adapter_digest(adapter)
         self.tokenizer = load_tokenizer(base)
         dtype = torch.float32
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+        self.weights = read_adapter_config(adapter).get(WEIGHTS_KEY)
+        heads = len(self.weights) if self.weights else 1
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=heads, dtype=dtype)
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         kind = resolve_device(device, "fp32").type
         self.model: Any = PeftModel.from_pretrained(model, str(adapter)).to(kind).eval()
 
     def scores(self, conversations: Sequence[Conversation]) -> list[float]:
-        """Raw scores, in order."""
-        from train.calibration import score_ids
+        """Raw scores, in order; of a model with four heads, the logit of their weighted mean."""
+        from train.calibration import score_heads
+        from train.score_card import one_reward
 
-        return score_ids(self.model, [render(self.tokenizer, [dict(m) for m in c]) for c in conversations])
+        rows = score_heads(self.model, [render(self.tokenizer, [dict(m) for m in c]) for c in conversations])
+        return [one_reward(row, self.weights) if self.weights else row[0] for row in rows]
 
 
 def _base_beside(adapter: Path) -> str:

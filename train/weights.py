@@ -62,10 +62,10 @@ def weights_file(folder: Path) -> Path:
     return adapter if adapter.is_file() else folder / MODEL_WEIGHTS
 
 
-def write_result(folder: Path, model: Any, tokenizer: Any, base_model: str) -> None:
-    """What a run leaves: an adapter directory, or a whole model with its tokenizer."""
+def write_result(folder: Path, model: Any, tokenizer: Any, base_model: str, more: Mapping[str, Any]) -> None:
+    """What a run leaves: an adapter directory (with `more` in its configuration), or a model with its tokenizer."""
     if has_adapter(model):
-        write_adapter(folder, trained_tensors(model), adapter_config(model), base_model)
+        write_adapter(folder, trained_tensors(model), {**adapter_config(model), **more}, base_model)
         return
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)

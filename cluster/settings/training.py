@@ -88,6 +88,38 @@ class RewardModelSettings(Section):
     """Weight of the term that holds the mean score of a pair at 0, so that scores compare across prompts."""
 
 
+class HeadWeights(Section):
+    """How much each head of a score card counts, in the loss and in the one reward made of the four."""
+
+    success: float = Field(1.0, ge=0)
+    """Did the answer do what was asked?"""
+    helpfulness: float = Field(1.0, ge=0)
+    """Was it of use?"""
+    tone: float = Field(1.0, ge=0)
+    """Was it said well?"""
+    safety: float = Field(1.0, ge=0)
+    """Did it do no harm?"""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "HeadWeights":
+        if not any((self.success, self.helpfulness, self.tone, self.safety)):
+            raise ValueError("at least one head needs a weight above 0")
+        return self
+
+
+class ScoreCardSettings(Section):
+    """A reward model with four heads, on reviewers' score cards."""
+
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    """Peak learning rate."""
+    full_learning_rate: float = Field(1e-5, gt=0, le=1)
+    """The same for full fine-tuning, where all weights move."""
+    epochs: float = Field(3.0, gt=0, le=1000)
+    """Passes over the training split."""
+    head_weights: HeadWeights = HeadWeights()
+    """Weights of the heads."""
+
+
 class GrpoSettings(Section):
     """GRPO: prompts, answers sampled from the model itself, and a grader."""
 
@@ -205,6 +237,7 @@ class TrainingSettings(Section):
     dpo: DpoSettings = DpoSettings()
     kto: KtoSettings = KtoSettings()
     reward: RewardModelSettings = RewardModelSettings()
+    score_card: ScoreCardSettings = ScoreCardSettings()
     grpo: GrpoSettings = GrpoSettings()
     health: HealthSettings = HealthSettings()
     limits: LimitSettings = LimitSettings()
