@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from cluster.errors import InputError
 from cluster.settings import Settings
 from cluster.settings.base import Section
-from cluster.settings.training import HeadWeights, HealthSettings, LimitSettings, LoraSettings
+from cluster.settings.training import HeadWeights, HealthSettings, LimitSettings, LoraSettings, ToolWorldSettings
 
 MethodName = Literal["sft", "dpo", "kto", "reward", "score_card", "grpo"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
@@ -72,6 +72,8 @@ class TrainConfig(Section):
     """GRPO: longest sampled answer."""
     reward_scale: Literal["group", "batch", "none"] = "group"
     """GRPO: the spread that rewards are divided by."""
+    tools: ToolWorldSettings = ToolWorldSettings()
+    """GRPO: who answers an agent's tool calls."""
     grader: dict[str, Any] = Field(default_factory=dict)
     """GRPO: what gives the reward (`data.grading`)."""
     reward_model: str | None = None
@@ -118,7 +120,12 @@ class TrainConfig(Section):
     @property
     def kind(self) -> str:
         """The kind of examples the method learns from."""
-        return KINDS[self.method]
+        return "trajectory" if self.plays_episodes else KINDS[self.method]
+
+    @property
+    def plays_episodes(self) -> bool:
+        """True for GRPO on an agent with tools."""
+        return self.method == "grpo" and self.tools.answers != "none"
 
     @property
     def scores(self) -> bool:

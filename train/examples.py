@@ -15,8 +15,8 @@ from cluster.errors import DatasetError
 from cluster.settings.training import HeadWeights
 from data.events import Message
 from data.manifest import read_examples
-from data.template import content_text, render_pair, render_with_mask
-from train.config import KINDS
+from data.template import content_text, render, render_pair, render_with_mask
+from data.tool_calls import describe_call, recorded_results
 
 IGNORED = -100  # label outside the loss
 HEADS = tuple(HeadWeights.model_fields)
@@ -80,8 +80,12 @@ class Encoder:
         return self._encode(with_scores(table), self._card_row)
 
     def prompts(self, table: pa.Table) -> Encoded:
-        """`prompt`, its ids as JSON text, and `item`, what a grader knows of it, as JSON text."""
-        return self._encode(table, self._prompt_row)
+        """`prompt`, its ids as JSON text, and `item`, what a grader knows of it, as JSON text.
+
+        From trajectories, `prompt` holds the tools and the recorded results of their calls as well.
+        """
+        played = "trajectory" in table.column_names
+        return self._encode(table, self._task_row if played else self._prompt_row)
 
     def unpaired(self, table: pa.Table) -> Encoded:
         """`prompt_ids`, `completion_ids` and `label`."""
@@ -132,6 +136,25 @@ class Encoder:
         }
         fits = len(ids) < self.max_length
         return {"prompt": json.dumps(ids), "item": json.dumps(item)}, len(ids), len(answer) if fits else 0
+
+    def _task_row(self, row: Row) -> tuple[Row, int, int]:
+        prompt, tools = _messages(row["prompt"]), _tools(row)
+        said = _messages(row["trajectory"])
+        results = recorded_results(said)
+        names = [(tool.get("function") or tool)["name"] for tool in tools or []]
+        ids = render(self.tokenizer, prompt, tools, add_generation_prompt=True)
+        shown = {"ids": ids, "tools": names, "results": [[c.name, c.arguments, r] for c, r in results]}
+        last = next((m for m in reversed(said) if m["role"] == "assistant"), {})
+        item = {
+            "reference": content_text(last),
+            "messages": prompt,
+            "example_id": row["example_id"],
+            "recorded_tools": [describe_call(call) for call, _ in results],
+            "recorded_reward": row["reward"],
+        }
+        written = render(self.tokenizer, [*prompt, *said], tools)[len(ids) :]
+        fits = len(ids) < self.max_length
+        return {"prompt": json.dumps(shown), "item": json.dumps(item)}, len(ids), len(written) if fits else 0
 
     def _unpaired_row(self, row: Row) -> tuple[Row, int, int]:
         prompt_ids, completion = render_pair(
@@ -209,13 +232,12 @@ def read_data(dataset: Path, kind: str) -> TrainData:
     return TrainData(read_split(dataset, kind, "train"), read_split(dataset, kind, "validation"), liked)
 
 
-def check_data(method: str, data: TrainData, dataset: Path) -> None:
+def check_data(method: str, kind: str, data: TrainData, dataset: Path) -> None:
     """Refuse data that a method cannot learn from.
 
     Raises:
         DatasetError: no rows, or thumbs of one direction only.
     """
-    kind = KINDS[method]
     if not data.train.num_rows:
         raise DatasetError(f"dataset {dataset.name!r} has no {kind} examples to train on; collect more feedback")
     if method == "kto":

@@ -32,9 +32,11 @@ from trl import (
 )
 from trl.trainer.utils import disable_dropout_in_model
 
+from cluster.settings.training import ToolWorldSettings
 from train import checkpoint
 from train.config import TrainConfig
 from train.device import Device
+from train.episodes import Player
 from train.examples import Encoded, Encoder, Row, with_kl_completions
 from train.generate import Sampling, decode, end_tokens
 from train.reference import References, references_of
@@ -210,7 +212,35 @@ class ScoreCardTrainer(Rayloop, Trainer):  # type: ignore[misc]
 
 
 class GrpoTrainer(Rayloop, GRPOTrainer):  # type: ignore[misc]
-    """GRPO on `prompt` (ids as JSON text) and `item`; answers come from `train.generate`."""
+    """GRPO on `prompt` (ids as JSON text) and `item`; answers come from `train.generate`, or from episodes."""
+
+    def __init__(self, *arguments: Any, tools: ToolWorldSettings, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        if tools.answers != "none":
+            self.player = Player(named["processing_class"], tools, self.max_completion_length)
+            self.rollout_func = self._play
+
+    def _play(self: Any, prompts: list[str], trainer: Any) -> dict[str, Any]:
+        """Episodes, with what the tools wrote masked."""
+        model = self.accelerator.unwrap_model(self.model_wrapped)
+        was_training = model.training
+        model.eval()
+        episodes = self.player.play(model, prompts, self._sampling(len(prompts)))
+        model.train(was_training)
+        mode = "train" if was_training else "eval"
+        self._metrics[mode]["tools/calls"].append(sum(len(e.calls) for e in episodes) / len(episodes))
+        self._metrics[mode]["tools/failed_episodes"].append(sum(bool(e.failed) for e in episodes) / len(episodes))
+        return {
+            "prompt_ids": [episode.prompt_ids for episode in episodes],
+            "completion_ids": [episode.ids for episode in episodes],
+            "env_mask": [episode.mask for episode in episodes],
+            "logprobs": None,
+            "sample": [episode.sample() for episode in episodes],
+        }
+
+    def _sampling(self, count: int) -> Sampling:
+        """Its seed comes from torch's state, which checkpoints keep."""
+        return Sampling(self.max_completion_length, self.temperature, int(torch.randint(2**31, ())), count)
 
     def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
         """The ids that `train.examples` made, instead of a rendering of TRL's own."""
@@ -219,10 +249,9 @@ class GrpoTrainer(Rayloop, GRPOTrainer):  # type: ignore[misc]
     def _generate_single_turn(
         self: Any, prompt_ids: list[list[int]], *_args: Any, **_kwargs: Any
     ) -> tuple[list[list[int]], None]:
-        """Sampled answers; their seed comes from torch's state, which checkpoints keep."""
+        """Sampled answers."""
         model = self.accelerator.unwrap_model(self.model_wrapped)
-        seed = int(torch.randint(2**31, ()))
-        sampling = Sampling(self.max_completion_length, self.temperature, seed, len(prompt_ids))
+        sampling = self._sampling(len(prompt_ids))
         was_training = model.training
         model.eval()
         answers = decode(model, prompt_ids, end_tokens(model, self.processing_class), sampling)
@@ -316,6 +345,10 @@ def _dpo_more(config: TrainConfig, device: Device) -> dict[str, Any]:
     return {**_references(config, device), "shared_prompt": config.shared_prompt, "precision": device.precision}
 
 
+def _grpo_more(config: TrainConfig, device: Device) -> dict[str, Any]:
+    return {"reward_funcs": [reward_function(config.grader, config.reward_model)], "tools": config.tools}
+
+
 def row_lengths(dataset: Dataset) -> list[int]:
     """Tokens of each row, all its columns of ids together."""
     columns = [dataset[name] for name in dataset.column_names if name.endswith("_ids")]
@@ -362,7 +395,7 @@ METHODS: dict[str, Method] = {
         Encoder.prompts,
         _as_they_are,
         monitored="eval_reward",
-        more=lambda config, device: {"reward_funcs": [reward_function(config.grader, config.reward_model)]},
+        more=_grpo_more,
     ),
 }
 

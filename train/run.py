@@ -32,6 +32,7 @@ from train.quiet import quiet_libraries
 from train.report import HeldOut, graded_report, held_out_report, validation_prompts
 from train.score_card import WEIGHTS_KEY, CardReport, report_on_cards
 from train.weights import put_tensors, result_digest, start_of, trained_tensors, write_result
+from train.worlds import check_world
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,8 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     check_model_dir(config.base_model)
     check_weights(config, device)
     data = data or read_data(config.dataset, config.kind)
-    check_data(config.method, data, config.dataset)
+    check_data(config.method, config.kind, data, config.dataset)
+    check_world(config.tools)
     quiet_libraries()
     from train.methods import METHODS
 

@@ -120,6 +120,33 @@ class ScoreCardSettings(Section):
     """Weights of the heads."""
 
 
+class ToolWorldSettings(Section):
+    """GRPO for agents with tools: who answers their calls."""
+
+    answers: Literal["none", "recorded", "stubs", "server"] = "none"
+    """`none`: single answers to the prompts of liked examples. Otherwise whole episodes on the tasks of recorded
+    trajectories, whose tool calls are answered from the recording, by fixed `stubs`, or by the tool server."""
+    stubs: dict[str, str] = {}
+    """What each tool answers under `stubs`."""
+    url: str | None = Field(None, pattern=r"^https?://")
+    """The tool server under `server`, in front of /v1/tools."""
+    key_variable: str = Field("RAYLOOP_TOOLS_KEY", min_length=1)
+    """Environment variable with a key of scope `tools`."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Longest wait for one tool."""
+    max_turns: int = Field(6, ge=1, le=1000)
+    """Longest episode, in answers of the agent; `max_completion_tokens` bounds it in tokens, tools' results
+    included."""
+
+    @model_validator(mode="after")
+    def _answers_exist(self) -> "ToolWorldSettings":
+        if self.answers == "stubs" and not self.stubs:
+            raise ValueError("`answers`=stubs needs `stubs`, a text for each tool")
+        if self.answers == "server" and not self.url:
+            raise ValueError("`answers`=server needs `url`")
+        return self
+
+
 class GrpoSettings(Section):
     """GRPO: prompts, answers sampled from the model itself, and a grader."""
 
@@ -140,8 +167,12 @@ class GrpoSettings(Section):
     """Longest answer that is sampled."""
     reward_scale: Literal["group", "batch", "none"] = "group"
     """Rewards are divided by the spread within their group, within the batch, or not at all."""
+    tools: ToolWorldSettings = ToolWorldSettings()
+    """Agents with tools."""
     grader: dict[str, Any] = Field(default_factory=lambda: {"type": "dataset_label", "name": "recorded_truth"})
-    """Gives the reward; its item has `reference` (the liked answer), `messages` and `example_id`."""
+    """Gives the reward; its item has `reference` (the liked answer, or the recorded last one), `messages` and
+    `example_id`. For an episode `sample.output_text` is the last thing the agent said and `sample.output_tools` are
+    its calls; the item has `recorded_tools` and `recorded_reward` as well."""
 
 
 class HealthSettings(Section):

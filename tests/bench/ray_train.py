@@ -36,8 +36,9 @@ def build(root: Path) -> None:
 
 def measure(side: str, root: Path, steps: int) -> dict[str, Any]:
     """Seconds of one run on this side, and the digest of its adapter."""
-    import ray
+    from contextlib import nullcontext
 
+    from cluster.runtime import ray_session
     from cluster.settings import load_settings
     from train.config import resolve_config
     from train.worker import Event, run_here, run_on_ray
@@ -47,11 +48,7 @@ def measure(side: str, root: Path, steps: int) -> dict[str, Any]:
     out = root / f"out-{side.replace(' ', '-')}-{time.time_ns()}"
     shape = {"batch_size": 16, "gradient_accumulation": 1, "epochs": 100.0, "max_steps": steps, "threads": cores}
     config = resolve_config(settings, "sft", base_model=str(root / "base"), dataset=root / "data", out=out, **shape)
-    found: dict[str, Any] = {"cluster_s": 0.0}
-    begun = time.perf_counter()
-    if side == RAY:
-        ray.init(address="local", include_dashboard=False, num_cpus=4, log_to_driver=False)
-        found["cluster_s"] = time.perf_counter() - begun
+    found: dict[str, Any] = {}
 
     def listen(event: Event) -> None:
         if event.values and "train_runtime" in event.values:
@@ -62,11 +59,15 @@ def measure(side: str, root: Path, steps: int) -> dict[str, Any]:
             raise event.error
 
     begun = time.perf_counter()
-    if side == RAY:
-        run_on_ray([config], workers=1, max_failures=0, on_event=listen)
-    else:
-        run_here([config], listen)
-    found["once_s"] = time.perf_counter() - begun - found["trainer_s"]
+    with ray_session(settings, num_cpus=4) if side == RAY else nullcontext():
+        found["cluster_s"] = time.perf_counter() - begun
+        begun = time.perf_counter()
+        if side == RAY:
+            run_on_ray([config], workers=1, max_failures=0, on_event=listen)
+        else:
+            run_here([config], listen)
+        ended = time.perf_counter()
+    found["once_s"] = ended - begun - found["trainer_s"]
     return found
 
 

@@ -1,5 +1,6 @@
 """DPO that reads a prompt once, held against TRL's trainer on the same batches."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from cluster.errors import InputError
+from tests.toys import toy_feedback, write_dataset
 from train.config import TrainConfig
 from train.methods import DpoTrainer, row_lengths
 from train.run import build_trainer, prepare
@@ -127,9 +129,14 @@ def test_reference_is_computed_once_for_the_same_start_and_data(
     assert columns() == first and len(computed) == 3 * once
 
 
-def test_reference_logps_stand_beside_their_own_rows(config_of: Callable[..., TrainConfig]) -> None:
+def test_reference_logps_stand_beside_their_own_rows(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
     """They are computed in the order of lengths, and kept in that of the rows."""
-    trainer = build_trainer(prepare(config_of("dpo", precision="fp32", reference_cache=None)), None)
+    rows = toy_feedback(40)
+    for number, row in enumerate(rows["preference"]):
+        (asked,) = json.loads(row["prompt"])
+        row["prompt"] = json.dumps([{**asked, "content": asked["content"] + " again" * (number % 7)}])
+    folder = write_dataset(tmp_path / "data", rows)
+    trainer = build_trainer(prepare(config_of("dpo", dataset=folder, precision="fp32", reference_cache=None)), None)
     rows = trainer.train_dataset.select([5, 17])
     assert len(set(row_lengths(trainer.train_dataset))) > 1
     batch = trainer.data_collator([dict(row) for row in rows])
