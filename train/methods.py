@@ -155,10 +155,10 @@ class DpoTrainer(Rayloop, DPOTrainer):  # type: ignore[misc]
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Of one batch; the first is computed both ways, and they must agree."""
-        compute = super().compute_ref_log_probs
+        compute: Callable[..., tuple[Tensor, Tensor]] = super().compute_ref_log_probs
         if not self.shared_prompt:
             return compute(model, inputs)
-        found: tuple[Tensor, Tensor] = compute(SharedPrompt(model, self.attention), inputs)
+        found = compute(SharedPrompt(model, self.attention), inputs)
         if not self.compared:
             check_equal(found, compute(model, inputs), inputs["completion_mask"].sum(1), self.precision)
             self.compared = True

@@ -31,7 +31,7 @@ from train.models import check_weights, load_base, load_start, load_tokenizer, l
 from train.quiet import quiet_libraries
 from train.report import HeldOut, graded_report, held_out_report, validation_prompts
 from train.score_card import WEIGHTS_KEY, CardReport, report_on_cards
-from train.weights import put_tensors, result_digest, start_of, trained_tensors, write_result
+from train.weights import PLAIN, put_tensors, result_digest, start_of, trained_tensors, write_result
 from train.worlds import check_world
 
 log = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started:
     folder = result_folder(config)
     if first:
         with written_whole(folder) as scratch:
-            write_result(scratch, trainer.model, prepared.tokenizer, config.base_model, _kept_with(config))
+            write_result(scratch, trainer.model, prepared.tokenizer, config.base_model, _about(config))
         write_report(config, report)
     trainer.accelerator.wait_for_everyone()
     result = TrainResult(
@@ -277,9 +277,9 @@ def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started:
     return result
 
 
-def _kept_with(config: TrainConfig) -> dict[str, Any]:
-    """What belongs to an adapter beside its LoRA configuration."""
-    return {WEIGHTS_KEY: config.head_weights.model_dump()} if config.method == "score_card" else {}
+def _about(config: TrainConfig) -> dict[str, str]:
+    """What belongs to an adapter beside its weights."""
+    return {WEIGHTS_KEY: config.head_weights.model_dump_json()} if config.method == "score_card" else PLAIN
 
 
 def result_folder(config: TrainConfig) -> Path:

@@ -21,7 +21,7 @@ from train.calibration import score_heads
 from train.examples import HEADS
 
 WEIGHTS_KEY = "score_card_weights"
-"""Where an adapter's configuration keeps them, so that its digest covers them."""
+"""Where the header of an adapter's weights keeps them, so that its digest covers them."""
 BINS = 10
 PASSED = 0.5  # a score above it counts as good
 UNNAMED = "unnamed"

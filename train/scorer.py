@@ -25,9 +25,11 @@ class LocalScorer:
             InputError: no reward model there, or its base is not known.
         """
         import torch
+        from safetensors import safe_open
 
         from train.models import load_tokenizer
         from train.score_card import WEIGHTS_KEY
+        from train.weights import ADAPTER_WEIGHTS
 
         if read_adapter_config(adapter).get("task_type") != "SEQ_CLS":
             raise InputError("reward_model", str(adapter), "answers and does not score", "train one: --method reward")
@@ -39,7 +41,9 @@ class LocalScorer:
         self.adapter_sha256 = adapter_digest(adapter)
         self.tokenizer = load_tokenizer(base)
         dtype = torch.float32
-        self.weights = read_adapter_config(adapter).get(WEIGHTS_KEY)
+        with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as file:
+            about = (file.metadata() or {}).get(WEIGHTS_KEY)
+        self.weights: dict[str, float] | None = json.loads(about) if about else None
         heads = len(self.weights) if self.weights else 1
         model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=heads, dtype=dtype)
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id

@@ -136,7 +136,7 @@ def _score(head: Any, hidden_ND: Tensor, token_N: Tensor) -> Scored:
         return Scored(*_score_chunk(head, hidden_ND, token_N))
     parts = [
         checkpoint(_score_chunk, head, *chunk, use_reentrant=False)
-        for chunk in zip(hidden_ND.split(size), token_N.split(size), strict=True)
+        for chunk in zip(torch.split(hidden_ND, size), torch.split(token_N, size), strict=True)
     ]
     return Scored(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
