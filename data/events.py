@@ -217,6 +217,8 @@ class Label(Body):
     reviewer: str
     scores: dict[str, float] = {}
     """success, helpfulness, tone, safety: each in [0, 1]."""
+    task_category: str | None = Field(None, max_length=64)
+    """What kind of task it was, in the reviewer's words; reports on reward models are broken down by it."""
     corrected: str | None = None
     preferred: str | None = None
     """Interaction id of the preferred answer."""

@@ -35,7 +35,7 @@ COLUMNS = {
     "sft": (*COMMON, "messages", "tools", "weight", "score"),
     "preference": (*COMMON, "prompt", "chosen", "rejected", "tools", "margin", "weight"),
     "unpaired": (*COMMON, "prompt", "completion", "label", "weight", "tools"),
-    "reward": (*COMMON, "prompt", "response", "reward", "score_card", "weight", "tools"),
+    "reward": (*COMMON, "prompt", "response", "reward", "score_card", "category", "weight", "tools"),
     "trajectory": (*COMMON, "prompt", "trajectory", "reward", "weight", "tools"),
 }
 """Columns of each kind, in order."""

@@ -42,6 +42,7 @@ EXAMPLES = pa.schema(
         ("response", pa.string()),
         ("reward", pa.float64()),
         ("score_card", pa.string()),
+        ("category", pa.string()),
         ("trajectory", pa.string()),
         ("synthetic", pa.bool_()),
         ("tools", pa.string()),
@@ -163,16 +164,29 @@ def reward_examples(answers: list[Answer]) -> Iterator[Row]:
             response=to_json([answer.message]),
             reward=parts[source],
             score_card=to_json(score_card(answer.row, parts)),
+            category=task_category(answer.row),
             origin=source,
         )
 
 
 def score_card(row: Row, parts: dict[str, float | None]) -> dict[str, float]:
-    """Every number there is about an answer, in [0, 1]: the score's components, and each grader's own card."""
+    """Every number there is about an answer, in [0, 1]: the score's components, reviewers' means (`success`,
+    `helpfulness`, `tone`, `safety`), and each grader's own card."""
     card = {name: value for name, value in parts.items() if value is not None}
+    given: dict[str, list[float]] = defaultdict(list)
+    for label in orjson.loads(row["labels"]):
+        for name, value in (label.get("scores") or {}).items():
+            given[name].append(value)
+    card |= {name: sum(values) / len(values) for name, values in sorted(given.items()) if name not in parts}
     for grade in orjson.loads(row["grades"]):
         card |= {f"{grade['grader']}.{name}": value for name, value in (grade.get("score_card") or {}).items()}
     return card
+
+
+def task_category(row: Row) -> str | None:
+    """What most reviewers call the task; the first in the alphabet among equals."""
+    named = Counter(c for label in orjson.loads(row["labels"]) if (c := label.get("task_category")))
+    return min(named, key=lambda name: (-named[name], name)) if named else None
 
 
 def trajectory_examples(rows: list[Row]) -> Iterator[Row]:

@@ -125,20 +125,25 @@ def fit_temperature(margins_N: NDArray[np.float64]) -> float:
     return float(np.exp(found.x))
 
 
-@torch.inference_mode()
-def score_ids(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 64) -> list[float]:
+def score_ids(model: Any, rows: Sequence[Sequence[int]]) -> list[float]:
     """Scores of conversations given as token ids, by a model with one score head."""
+    return [score for (score,) in score_heads(model, rows)]
+
+
+@torch.inference_mode()
+def score_heads(model: Any, rows: Sequence[Sequence[int]], batch_size: int = 64) -> list[list[float]]:
+    """The output of every head for conversations given as token ids."""
     was_training, pad = model.training, int(model.config.get_text_config().pad_token_id)
     model.eval()
-    scores = [0.0] * len(rows)
+    scores: list[list[float]] = [[]] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         longest = len(rows[batch[0]])
         ids_BT = torch.tensor([[*rows[i], *[pad] * (longest - len(rows[i]))] for i in batch], device=model.device)
         mask_BT = torch.tensor([[1] * len(rows[i]) + [0] * (longest - len(rows[i])) for i in batch])
-        logits_B1 = model(input_ids=ids_BT, attention_mask=mask_BT.to(model.device), use_cache=False).logits
-        for index, value in zip(batch, logits_B1[:, 0].float().tolist(), strict=True):
+        logits_BH = model(input_ids=ids_BT, attention_mask=mask_BT.to(model.device), use_cache=False).logits
+        for index, value in zip(batch, logits_BH.float().tolist(), strict=True):
             scores[index] = value
     model.train(was_training)
     return scores

@@ -54,7 +54,9 @@ def toy(
 
 @app.command("run")
 def run(
-    method: Annotated[list[str] | None, typer.Option(help="sft, dpo, kto, reward or grpo; repeat it.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="sft, dpo, kto, reward, score_card, grpo; repeat it.")
+    ] = None,
     dataset: Annotated[str, typer.Option(help="Dataset id, hash prefix, folder, or `latest`.")] = "latest",
     agent: Annotated[str | None, typer.Option(help="Whose latest dataset and champion.")] = None,
     base: Annotated[str | None, typer.Option(help="Model folder, hub id, or version such as triage@champion.")] = None,
@@ -213,7 +215,9 @@ def register(
 
 def _following(result: dict[str, Any]) -> str:
     """The command that uses what was trained."""
-    if result["method"] == "reward":
+    from train.config import SCORING_METHODS
+
+    if result["method"] in SCORING_METHODS:
         return f"rayloop train reward-server {result['adapter_dir']}"
     return f"rayloop register MODEL {'--base ' if result['weights'] == 'full' else ''}{result['adapter_dir']}"
 

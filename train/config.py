@@ -10,12 +10,21 @@ from pydantic import Field, ValidationError, model_validator
 from cluster.errors import InputError
 from cluster.settings import Settings
 from cluster.settings.base import Section
-from cluster.settings.training import HealthSettings, LimitSettings, LoraSettings
+from cluster.settings.training import HeadWeights, HealthSettings, LimitSettings, LoraSettings, ToolWorldSettings
 
-MethodName = Literal["sft", "dpo", "kto", "reward", "grpo"]
+MethodName = Literal["sft", "dpo", "kto", "reward", "score_card", "grpo"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
-KINDS = {"sft": "sft", "dpo": "preference", "kto": "unpaired", "reward": "preference", "grpo": "sft"}
+KINDS = {
+    "sft": "sft",
+    "dpo": "preference",
+    "kto": "unpaired",
+    "reward": "preference",
+    "score_card": "reward",
+    "grpo": "sft",
+}
 """The kind of examples each method learns from."""
+SCORING_METHODS = ("reward", "score_card")
+"""Methods whose model scores answers and gives none."""
 KL_METHODS = ("dpo", "kto", "grpo")
 """Methods that hold the model near its start, with the coefficient `beta`."""
 
@@ -43,12 +52,18 @@ class TrainConfig(Section):
     """SFT: tokens in the loss."""
     sft_weight: float = Field(1.0, ge=0)
     """DPO: weight of the SFT term."""
+    shared_prompt: bool = False
+    """DPO: read the prompt of a pair once (`train.shared_prompt`)."""
+    reference_cache: Path | None = None
+    """DPO and KTO: folder of reference log-probabilities that runs share; `None` computes them anew."""
     desirable_weight: float | None = Field(None, gt=0)
     """KTO: weight of liked answers; `None` balances them with the disliked."""
     undesirable_weight: float = Field(1.0, gt=0)
     """KTO: weight of disliked answers."""
     center_weight: float = Field(0.01, ge=0)
     """Reward model: weight of the term that holds the mean score of a pair at 0."""
+    head_weights: HeadWeights = HeadWeights()
+    """Score cards: how much each head counts."""
     group_size: int = Field(8, ge=2)
     """GRPO: answers sampled for each prompt."""
     temperature: float = Field(1.0, gt=0)
@@ -57,6 +72,8 @@ class TrainConfig(Section):
     """GRPO: longest sampled answer."""
     reward_scale: Literal["group", "batch", "none"] = "group"
     """GRPO: the spread that rewards are divided by."""
+    tools: ToolWorldSettings = ToolWorldSettings()
+    """GRPO: who answers an agent's tool calls."""
     grader: dict[str, Any] = Field(default_factory=dict)
     """GRPO: what gives the reward (`data.grading`)."""
     reward_model: str | None = None
@@ -96,14 +113,24 @@ class TrainConfig(Section):
             raise ValueError(f"the {answers} answers of a step must be a multiple of `group_size`={self.group_size}")
         if self.init_adapter and self.weights != "lora":
             raise ValueError(f"{self.weights} cannot go on from an adapter; export it as a merged model first")
-        if self.init_adapter and self.method == "reward":
+        if self.init_adapter and self.scores:
             raise ValueError("a reward model starts from a base model, not from an adapter that answers")
         return self
 
     @property
     def kind(self) -> str:
         """The kind of examples the method learns from."""
-        return KINDS[self.method]
+        return "trajectory" if self.plays_episodes else KINDS[self.method]
+
+    @property
+    def plays_episodes(self) -> bool:
+        """True for GRPO on an agent with tools."""
+        return self.method == "grpo" and self.tools.answers != "none"
+
+    @property
+    def scores(self) -> bool:
+        """True for a reward model: it scores answers and gives none."""
+        return self.method in SCORING_METHODS
 
     @property
     def report_dir(self) -> Path:
@@ -112,7 +139,7 @@ class TrainConfig(Section):
 
     def digest(self) -> str:
         """SHA-256 of everything that decides the result; a resumed run must have the same."""
-        ignored = {"out", "dataset", "device", "limits", "threads"}
+        ignored = {"out", "dataset", "device", "limits", "threads", "reference_cache"}
         shown = json.dumps(self.model_dump(mode="json", exclude=ignored), sort_keys=True)
         return hashlib.sha256(shown.encode()).hexdigest()
 
@@ -134,6 +161,7 @@ def resolve_config(settings: Settings, method: str, **overrides: Any) -> TrainCo
     own = getattr(training, method)
     values |= {name: getattr(own, name) for name in type(own).model_fields if name in TrainConfig.model_fields}
     values["reward_model"] = settings.evaluation.reward_model
+    values["reference_cache"] = settings.home / "references"
     if method == "sft":
         values["sft_loss"] = own.loss
     asked = {name: value for name, value in overrides.items() if value is not None}
@@ -161,7 +189,7 @@ def check_rank(settings: Settings, method: str, weights: str) -> None:
         InputError: its rank is over the engine's.
     """
     rank, limit = settings.training.lora.r, settings.engine.max_rank
-    if rank > limit and weights != "full" and method != "reward":
+    if rank > limit and weights != "full" and method not in SCORING_METHODS:
         raise InputError(
             "training.lora.r", rank, f"is over engine.max_rank={limit}: no engine would load the adapter", "lower it"
         )

@@ -12,12 +12,15 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.errors import DatasetError
+from cluster.settings.training import HeadWeights
 from data.events import Message
 from data.manifest import read_examples
-from data.template import content_text, render_pair, render_with_mask
-from train.config import KINDS
+from data.template import content_text, render, render_pair, render_with_mask
+from data.tool_calls import describe_call, recorded_results
 
 IGNORED = -100  # label outside the loss
+HEADS = tuple(HeadWeights.model_fields)
+"""What reviewers score, in the order of a score-card model's outputs."""
 
 Row = dict[str, Any]
 
@@ -72,9 +75,17 @@ class Encoder:
         ]
         return replace(encoded, rows=rows)
 
+    def cards(self, table: pa.Table) -> Encoded:
+        """`input_ids`, `labels` (the four scores of `train.score_card`) and the task `category`."""
+        return self._encode(with_scores(table), self._card_row)
+
     def prompts(self, table: pa.Table) -> Encoded:
-        """`prompt`, its ids as JSON text, and `item`, what a grader knows of it, as JSON text."""
-        return self._encode(table, self._prompt_row)
+        """`prompt`, its ids as JSON text, and `item`, what a grader knows of it, as JSON text.
+
+        From trajectories, `prompt` holds the tools and the recorded results of their calls as well.
+        """
+        played = "trajectory" in table.column_names
+        return self._encode(table, self._task_row if played else self._prompt_row)
 
     def unpaired(self, table: pa.Table) -> Encoded:
         """`prompt_ids`, `completion_ids` and `label`."""
@@ -109,6 +120,12 @@ class Encoder:
         ids = {"prompt_ids": prompt_ids, "chosen_ids": chosen[:room], "rejected_ids": rejected[:room]}
         return ids, len(prompt_ids) + max(len(chosen), len(rejected)), len(chosen[:room])
 
+    def _card_row(self, row: Row) -> tuple[Row, int, int]:
+        prompt, answer = render_pair(self.tokenizer, _messages(row["prompt"]), _messages(row["response"]), _tools(row))
+        ids = prompt + answer
+        cut = {"input_ids": ids[: self.max_length], "labels": scores_of(row["score_card"]), "category": row["category"]}
+        return cut, len(ids), max(0, self.max_length - len(prompt)) and len(answer)
+
     def _prompt_row(self, row: Row) -> tuple[Row, int, int]:
         messages = _messages(row["messages"])
         ids, answer = render_pair(self.tokenizer, messages[:-1], messages[-1:], _tools(row))
@@ -119,6 +136,25 @@ class Encoder:
         }
         fits = len(ids) < self.max_length
         return {"prompt": json.dumps(ids), "item": json.dumps(item)}, len(ids), len(answer) if fits else 0
+
+    def _task_row(self, row: Row) -> tuple[Row, int, int]:
+        prompt, tools = _messages(row["prompt"]), _tools(row)
+        said = _messages(row["trajectory"])
+        results = recorded_results(said)
+        names = [(tool.get("function") or tool)["name"] for tool in tools or []]
+        ids = render(self.tokenizer, prompt, tools, add_generation_prompt=True)
+        shown = {"ids": ids, "tools": names, "results": [[c.name, c.arguments, r] for c, r in results]}
+        last = next((m for m in reversed(said) if m["role"] == "assistant"), {})
+        item = {
+            "reference": content_text(last),
+            "messages": prompt,
+            "example_id": row["example_id"],
+            "recorded_tools": [describe_call(call) for call, _ in results],
+            "recorded_reward": row["reward"],
+        }
+        written = render(self.tokenizer, [*prompt, *said], tools)[len(ids) :]
+        fits = len(ids) < self.max_length
+        return {"prompt": json.dumps(shown), "item": json.dumps(item)}, len(ids), len(written) if fits else 0
 
     def _unpaired_row(self, row: Row) -> tuple[Row, int, int]:
         prompt_ids, completion = render_pair(
@@ -160,6 +196,18 @@ def _tools(row: Row) -> Any:
     return json.loads(row["tools"]) if row.get("tools") else None
 
 
+def scores_of(card: str | None) -> list[float]:
+    """The four scores in a cell `score_card`; `nan` where the card has none."""
+    found = json.loads(card) if card else {}
+    return [float(found.get(head, float("nan"))) for head in HEADS]
+
+
+def with_scores(table: pa.Table) -> pa.Table:
+    """The rows whose card has at least one of the four."""
+    keep = [any(score == score for score in scores_of(card)) for card in table.column("score_card").to_pylist()]
+    return table.filter(pa.array(keep, pa.bool_()))
+
+
 def in_order(table: pa.Table) -> pa.Table:
     """Rows sorted by example id, so that neither files nor parallel readers decide the order."""
     return table.sort_by("example_id") if table.num_rows else table
@@ -184,13 +232,12 @@ def read_data(dataset: Path, kind: str) -> TrainData:
     return TrainData(read_split(dataset, kind, "train"), read_split(dataset, kind, "validation"), liked)
 
 
-def check_data(method: str, data: TrainData, dataset: Path) -> None:
+def check_data(method: str, kind: str, data: TrainData, dataset: Path) -> None:
     """Refuse data that a method cannot learn from.
 
     Raises:
         DatasetError: no rows, or thumbs of one direction only.
     """
-    kind = KINDS[method]
     if not data.train.num_rows:
         raise DatasetError(f"dataset {dataset.name!r} has no {kind} examples to train on; collect more feedback")
     if method == "kto":
@@ -201,6 +248,8 @@ def check_data(method: str, data: TrainData, dataset: Path) -> None:
                 f"dataset {dataset.name!r} is one-sided: KTO needs liked and disliked answers, "
                 f"there are no {missing} ones"
             )
+    if method == "score_card" and not with_scores(data.train).num_rows:
+        raise DatasetError(f"dataset {dataset.name!r} has no score cards of reviewers; label some answers")
     if kind == "preference":
         pairs = zip(data.train.column("chosen").to_pylist(), data.train.column("rejected").to_pylist(), strict=True)
         if all(chosen == rejected for chosen, rejected in pairs):

@@ -124,7 +124,7 @@ def plan(settings: Settings, request: Request) -> tuple[list[Planned], Manifest]
             out=settings.home / "training" / job_id,
             **dict(request.overrides or {}),
         )
-        check_data(method, read_data(dataset, config.kind), dataset)
+        check_data(method, config.kind, read_data(dataset, config.kind), dataset)
         planned.append(Planned(job_id, config, revision, method in request.methods, grader_version(config)))
     return planned, manifest
 

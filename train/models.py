@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from cluster.errors import InputError
+from cluster.settings.training import HeadWeights
 from train.config import TrainConfig
 from train.device import Device
 
@@ -49,7 +50,7 @@ def check_weights(config: TrainConfig, device: Device) -> None:
 
 
 def load_base(config: TrainConfig, device: Device) -> Any:
-    """The base model in the arithmetic of the device, with a score head for a reward model.
+    """The base model in the arithmetic of the device, with one score head or four for a reward model.
 
     Raises:
         InputError: it cannot be loaded.
@@ -60,8 +61,9 @@ def load_base(config: TrainConfig, device: Device) -> Any:
     if config.weights == "qlora":
         options["quantization_config"] = _four_bits(options["dtype"])
     loader = AutoModelForCausalLM
-    if config.method == "reward":
-        loader, options = AutoModelForSequenceClassification, {**options, "num_labels": 1}
+    if config.scores:
+        heads = 1 if config.method == "reward" else len(HeadWeights.model_fields)
+        loader, options = AutoModelForSequenceClassification, {**options, "num_labels": heads}
     try:
         return loader.from_pretrained(config.base_model, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:

@@ -16,6 +16,7 @@ import torch
 
 from data.template import render
 from train.config import TrainConfig
+from train.episodes import Player
 from train.examples import Encoder, Row
 from train.generate import Sampling, SequenceLogprob, decode, end_tokens, score
 from train.loss import dpo_loss
@@ -144,13 +145,18 @@ def graded_report(
 ) -> HeldOut:
     """`report` with the mean reward of greedy answers to held-out prompts, before and after."""
     grade = answer_grader(config.grader, config.reward_model)
-    items, prompts = [row["item"] for row in rows], [json.loads(row["prompt"]) for row in rows]
+    items, prompts = [row["item"] for row in rows], [row["prompt"] for row in rows]
+    sampling = Sampling(config.max_completion_tokens, batch_size=64)
 
     def reward(answering: Any) -> float | None:
         answering.eval()
-        sampling = Sampling(config.max_completion_tokens, batch_size=64)
-        answers = decode(answering, prompts, end_tokens(answering, tokenizer), sampling)
-        return mean_reward(grade(items, tokenizer.batch_decode(answers, skip_special_tokens=True)))
+        if config.plays_episodes:
+            player = Player(tokenizer, config.tools, config.max_completion_tokens)
+            return mean_reward(grade(items, [e.sample() for e in player.play(answering, prompts, sampling)]))
+        ids = [json.loads(prompt) for prompt in prompts]
+        answers = decode(answering, ids, end_tokens(answering, tokenizer), sampling)
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return mean_reward(grade(items, [{"output_text": text} for text in texts]))
 
     after = reward(model)
     with base() as start:

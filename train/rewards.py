@@ -8,6 +8,8 @@ from typing import Any
 from data.grading import AtHand, make_grader
 from data.grading.reward_model import HttpScorer, Scorer
 
+Sample = dict[str, Any]
+"""An answer as a grader sees it: `output_text`, and `output_tools` of an agent with tools."""
 RewardFunction = Callable[..., list[float | None]]
 
 
@@ -20,9 +22,13 @@ def reward_function(config: Mapping[str, Any], reward_model: str | None) -> Rewa
     grade = answer_grader(config, reward_model)
 
     def grader(
-        completions: Sequence[str], item: Sequence[str], log_metric: Callable[[str, float], None], **_: Any
+        completions: Sequence[str],
+        item: Sequence[str],
+        log_metric: Callable[[str, float], None],
+        sample: Sequence[Sample | None] | None = None,
+        **_: Any,
     ) -> list[float | None]:
-        rewards = grade(item, completions)
+        rewards = grade(item, [{"output_text": text} for text in completions] if sample is None else sample)
         log_metric("abstained", sum(reward is None for reward in rewards) / len(rewards))
         return rewards
 
@@ -31,13 +37,13 @@ def reward_function(config: Mapping[str, Any], reward_model: str | None) -> Rewa
 
 def answer_grader(
     config: Mapping[str, Any], reward_model: str | None
-) -> Callable[[Sequence[str], Sequence[str]], list[float | None]]:
-    """A function from items (JSON text) and answers to rewards."""
+) -> Callable[[Sequence[str], Sequence[Sample | None]], list[float | None]]:
+    """A function from items (JSON text) and samples to rewards; no sample, no reward."""
     made = make_grader(config, field="training.grpo.grader", at_hand=AtHand(scorer=open_scorer(reward_model)))
 
-    def grade(items: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        pairs = zip(items, answers, strict=True)
-        return [made.grade(json.loads(item), {"output_text": answer}).reward for item, answer in pairs]
+    def grade(items: Sequence[str], samples: Sequence[Sample | None]) -> list[float | None]:
+        pairs = zip(items, samples, strict=True)
+        return [None if sample is None else made.grade(json.loads(item), sample).reward for item, sample in pairs]
 
     return grade
 

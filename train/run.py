@@ -30,12 +30,14 @@ from train.health import HealthWatch, check_changed, check_swapped, check_trunca
 from train.models import check_weights, load_base, load_start, load_tokenizer, lora_config
 from train.quiet import quiet_libraries
 from train.report import HeldOut, graded_report, held_out_report, validation_prompts
-from train.weights import put_tensors, result_digest, start_of, trained_tensors, write_result
+from train.score_card import WEIGHTS_KEY, CardReport, report_on_cards
+from train.weights import PLAIN, put_tensors, result_digest, start_of, trained_tensors, write_result
+from train.worlds import check_world
 
 log = logging.getLogger(__name__)
 
 RESULT = "result.json"
-Report = HeldOut | Calibration
+Report = HeldOut | Calibration | CardReport
 """What is measured on held-out feedback: of a model that answers, or of one that scores."""
 
 
@@ -142,7 +144,8 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     check_model_dir(config.base_model)
     check_weights(config, device)
     data = data or read_data(config.dataset, config.kind)
-    check_data(config.method, data, config.dataset)
+    check_data(config.method, config.kind, data, config.dataset)
+    check_world(config.tools)
     quiet_libraries()
     from train.methods import METHODS
 
@@ -201,7 +204,7 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=prepared.tokenizer,
         peft_config=None if config.init_adapter or config.weights == "full" else lora_config(config, method.task),
-        **method.more(config),
+        **method.more(config, prepared.device),
     )
     trainer.base_model, trainer.monitored = config.base_model, method.monitored
     trainer.checkpoints, trainer.config_digest = config.out / "checkpoints", prepared.digest
@@ -251,7 +254,7 @@ def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started:
     folder = result_folder(config)
     if first:
         with written_whole(folder) as scratch:
-            write_result(scratch, trainer.model, prepared.tokenizer, config.base_model)
+            write_result(scratch, trainer.model, prepared.tokenizer, config.base_model, _about(config))
         write_report(config, report)
     trainer.accelerator.wait_for_everyone()
     result = TrainResult(
@@ -274,6 +277,11 @@ def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started:
     return result
 
 
+def _about(config: TrainConfig) -> dict[str, str]:
+    """What belongs to an adapter beside its weights."""
+    return {WEIGHTS_KEY: config.head_weights.model_dump_json()} if config.method == "score_card" else PLAIN
+
+
 def result_folder(config: TrainConfig) -> Path:
     """Where a run leaves what it trained."""
     return config.out / ("model" if config.weights == "full" else "adapter")
@@ -281,7 +289,7 @@ def result_folder(config: TrainConfig) -> Path:
 
 def write_report(config: TrainConfig, report: Report) -> None:
     """The calibration of a reward model, as numbers and as a plot, beside its adapter."""
-    if isinstance(report, Calibration):
+    if isinstance(report, Calibration | CardReport):
         with written_whole(config.report_dir) as scratch:
             report.write(scratch)
 
@@ -300,6 +308,8 @@ def measure(model: Any, prepared: Prepared) -> Report:
     """The held-out report, on validation rows of the same dataset."""
     config = prepared.config
     own = prepared.data.validation
+    if config.method == "score_card":
+        return report_on_cards(model, prepared.validation.rows[: config.report_examples])
     if config.method == "reward":
         return calibrate(model, prepared.encoder, own.slice(0, config.report_examples))
     liked = own if config.kind == "sft" else _validation(config, "sft")

@@ -27,9 +27,12 @@ class LocalScorer:
             InputError: no reward model there, or its base is not known.
         """
         import torch
+        from safetensors import safe_open
 
         from train.models import load_tokenizer
         from train.score_batches import BatchScorer
+        from train.score_card import WEIGHTS_KEY
+        from train.weights import ADAPTER_WEIGHTS
 
         if read_adapter_config(adapter).get("task_type") != "SEQ_CLS":
             raise InputError("reward_model", str(adapter), "answers and does not score", "train one: --method reward")
@@ -41,7 +44,11 @@ class LocalScorer:
         self.adapter_sha256 = adapter_digest(adapter)
         self.tokenizer = load_tokenizer(base)
         dtype = torch.float32
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=dtype)
+        with safe_open(adapter / ADAPTER_WEIGHTS, "pt") as file:
+            about = (file.metadata() or {}).get(WEIGHTS_KEY)
+        self.weights: dict[str, float] | None = json.loads(about) if about else None
+        heads = len(self.weights) if self.weights else 1
+        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=heads, dtype=dtype)
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         kind = resolve_device(device, "fp32").type
         self.model: Any = PeftModel.from_pretrained(model, str(adapter)).to(kind).eval()
@@ -60,8 +67,11 @@ class LocalScorer:
         return render(self.tokenizer, [dict(message) for message in conversation])
 
     def scores_of(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """Raw scores of conversations given as token ids, in order."""
-        return [heads[0] for heads in self._batches.score(rows)]
+        """Raw scores of conversations given as token ids; of four heads, the logit of their weighted mean."""
+        from train.score_card import one_reward
+
+        heads = self._batches.score(rows)
+        return [one_reward(row, self.weights) if self.weights else row[0] for row in heads]
 
 
 def _base_beside(adapter: Path) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from cluster.registry import adapter_digest, describe_base
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PLAIN = {"format": "pt"}
 MODEL_WEIGHTS = "model.safetensors"
 
 
@@ -53,7 +54,7 @@ def write_checkpoint(folder: Path, model: Any, base_model: str) -> None:
     if has_adapter(model):
         write_adapter(folder, trained_tensors(model), adapter_config(model), base_model)
     else:
-        save_file(trained_tensors(model), folder / MODEL_WEIGHTS, metadata={"format": "pt"})
+        save_file(trained_tensors(model), folder / MODEL_WEIGHTS, metadata=PLAIN)
 
 
 def weights_file(folder: Path) -> Path:
@@ -62,10 +63,10 @@ def weights_file(folder: Path) -> Path:
     return adapter if adapter.is_file() else folder / MODEL_WEIGHTS
 
 
-def write_result(folder: Path, model: Any, tokenizer: Any, base_model: str) -> None:
-    """What a run leaves: an adapter directory, or a whole model with its tokenizer."""
+def write_result(folder: Path, model: Any, tokenizer: Any, base_model: str, about: Mapping[str, str]) -> None:
+    """What a run leaves: an adapter directory, or a whole model with its tokenizer; `about` as in `write_adapter`."""
     if has_adapter(model):
-        write_adapter(folder, trained_tensors(model), adapter_config(model), base_model)
+        write_adapter(folder, trained_tensors(model), adapter_config(model), base_model, about)
         return
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
@@ -83,8 +84,17 @@ def result_digest(folder: Path) -> str:
     return describe_base(folder)[1].removeprefix("sha256:")
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: Mapping[str, Any], base_model: str) -> None:
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    lora: Mapping[str, Any],
+    base_model: str,
+    about: Mapping[str, str] = PLAIN,
+) -> None:
     """An adapter directory that PEFT and vLLM load; equal weights give equal bytes.
+
+    `about` goes into the header of the weights, so that their digest covers it; one entry, since safetensors
+    writes several in an order that changes.
 
     PEFT's own writer puts the target modules in an order that changes from process to process, and the
     absolute path of the base model, which would make the digest of an adapter depend on where it was made.
@@ -93,7 +103,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], lora: Mapping[str
     config |= {"base_model_name_or_path": _portable(base_model), "inference_mode": True, "revision": None}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
-    save_file(dict(tensors), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    save_file(dict(tensors), folder / ADAPTER_WEIGHTS, metadata=dict(about))
 
 
 def adapter_config(model: Any) -> dict[str, Any]:

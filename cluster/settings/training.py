@@ -51,6 +51,10 @@ class DpoSettings(Section):
     """KL coefficient."""
     sft_weight: float = Field(1.0, ge=0)
     """Weight of the SFT term on the chosen answers; 0 leaves it out, which is fragile and warned about."""
+    shared_prompt: bool = False
+    """Read the prompt of a pair once instead of twice, score only the answers' tokens, and batch pairs of
+    similar length: the same log-probabilities and gradients several times as fast where prompts are long. A
+    run compares both ways on its first batch and is refused where they differ."""
 
 
 class KtoSettings(Section):
@@ -84,6 +88,65 @@ class RewardModelSettings(Section):
     """Weight of the term that holds the mean score of a pair at 0, so that scores compare across prompts."""
 
 
+class HeadWeights(Section):
+    """How much each head of a score card counts, in the loss and in the one reward made of the four."""
+
+    success: float = Field(1.0, ge=0)
+    """Did the answer do what was asked?"""
+    helpfulness: float = Field(1.0, ge=0)
+    """Was it of use?"""
+    tone: float = Field(1.0, ge=0)
+    """Was it said well?"""
+    safety: float = Field(1.0, ge=0)
+    """Did it do no harm?"""
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "HeadWeights":
+        if not any((self.success, self.helpfulness, self.tone, self.safety)):
+            raise ValueError("at least one head needs a weight above 0")
+        return self
+
+
+class ScoreCardSettings(Section):
+    """A reward model with four heads, on reviewers' score cards."""
+
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    """Peak learning rate."""
+    full_learning_rate: float = Field(1e-5, gt=0, le=1)
+    """The same for full fine-tuning, where all weights move."""
+    epochs: float = Field(3.0, gt=0, le=1000)
+    """Passes over the training split."""
+    head_weights: HeadWeights = HeadWeights()
+    """Weights of the heads."""
+
+
+class ToolWorldSettings(Section):
+    """GRPO for agents with tools: who answers their calls."""
+
+    answers: Literal["none", "recorded", "stubs", "server"] = "none"
+    """`none`: single answers to the prompts of liked examples. Otherwise whole episodes on the tasks of recorded
+    trajectories, whose tool calls are answered from the recording, by fixed `stubs`, or by the tool server."""
+    stubs: dict[str, str] = {}
+    """What each tool answers under `stubs`."""
+    url: str | None = Field(None, pattern=r"^https?://")
+    """The tool server under `server`, in front of /v1/tools."""
+    key_variable: str = Field("RAYLOOP_TOOLS_KEY", min_length=1)
+    """Environment variable with a key of scope `tools`."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Longest wait for one tool."""
+    max_turns: int = Field(6, ge=1, le=1000)
+    """Longest episode, in answers of the agent; `max_completion_tokens` bounds it in tokens, tools' results
+    included."""
+
+    @model_validator(mode="after")
+    def _answers_exist(self) -> "ToolWorldSettings":
+        if self.answers == "stubs" and not self.stubs:
+            raise ValueError("`answers`=stubs needs `stubs`, a text for each tool")
+        if self.answers == "server" and not self.url:
+            raise ValueError("`answers`=server needs `url`")
+        return self
+
+
 class GrpoSettings(Section):
     """GRPO: prompts, answers sampled from the model itself, and a grader."""
 
@@ -104,8 +167,12 @@ class GrpoSettings(Section):
     """Longest answer that is sampled."""
     reward_scale: Literal["group", "batch", "none"] = "group"
     """Rewards are divided by the spread within their group, within the batch, or not at all."""
+    tools: ToolWorldSettings = ToolWorldSettings()
+    """Agents with tools."""
     grader: dict[str, Any] = Field(default_factory=lambda: {"type": "dataset_label", "name": "recorded_truth"})
-    """Gives the reward; its item has `reference` (the liked answer), `messages` and `example_id`."""
+    """Gives the reward; its item has `reference` (the liked answer, or the recorded last one), `messages` and
+    `example_id`. For an episode `sample.output_text` is the last thing the agent said and `sample.output_tools` are
+    its calls; the item has `recorded_tools` and `recorded_reward` as well."""
 
 
 class HealthSettings(Section):
@@ -201,6 +268,7 @@ class TrainingSettings(Section):
     dpo: DpoSettings = DpoSettings()
     kto: KtoSettings = KtoSettings()
     reward: RewardModelSettings = RewardModelSettings()
+    score_card: ScoreCardSettings = ScoreCardSettings()
     grpo: GrpoSettings = GrpoSettings()
     health: HealthSettings = HealthSettings()
     limits: LimitSettings = LimitSettings()

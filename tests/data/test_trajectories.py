@@ -134,3 +134,18 @@ def test_reward_tuples_name_what_the_reward_rests_on() -> None:
 
     (example,) = reward_examples(answers_of(row, CurationSettings()))
     assert (example["reward"], example["origin"]) == (0.4, "grade")
+
+
+def test_score_cards_hold_the_means_of_reviewers_and_their_word_for_the_task() -> None:
+    from data.pairs import score_card, task_category
+    from tests.data.test_pairs import judged, say
+
+    labels = [
+        {"reviewer": "a", "scores": {"success": 1.0, "tone": 0.5}, "task_category": "refund"},
+        {"reviewer": "b", "scores": {"success": 0.5}, "task_category": "booking"},
+        {"reviewer": "c", "scores": {}, "task_category": "refund"},
+    ]
+    parts = {"explicit": None, "implicit": None, "grade": None, "label": 0.7, "complete": None}
+    (row,) = judged(say("fine", parts=to_json(parts), labels=labels)).to_pylist()
+    assert score_card(row, parts) == {"label": 0.7, "success": 0.75, "tone": 0.5}
+    assert task_category(row) == "refund"

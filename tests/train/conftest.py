@@ -10,7 +10,7 @@ from cluster.settings import load_settings
 from tests.toys import toy_feedback, write_dataset
 from train.config import TrainConfig, resolve_config
 
-RATES = {"sft": 5e-3, "dpo": 5e-3, "kto": 2e-3, "reward": 5e-3, "grpo": 5e-3}
+RATES = {"sft": 5e-3, "dpo": 5e-3, "kto": 2e-3, "reward": 5e-3, "score_card": 5e-3, "grpo": 5e-3}
 GRADER = {"type": "dataset_label", "name": "recorded_truth"}
 
 

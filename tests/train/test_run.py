@@ -89,7 +89,7 @@ def test_kl_completions_come_from_the_same_batch() -> None:
         ("kto", {}),
         ("reward", {}),
         ("grpo", {"batch_size": 64}),
-        ("dpo", {"weights": "full", "learning_rate": 1e-4}),
+        ("dpo", {"weights": "full", "learning_rate": 1e-4, "shared_prompt": True}),
     ],
 )
 def test_interrupted_training_resumes_to_the_same_weights(
