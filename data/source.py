@@ -20,7 +20,7 @@ from data.encoding import decode_body
 from data.log import EventLog
 from data.partitions import Partition, read_batches, read_partitions, sealed_upto
 
-KINDS = ("interaction", "trajectory", "feedback", "behaviour", "label", "grade")
+KINDS = ("interaction", "trajectory", "tool_call", "feedback", "behaviour", "label", "grade")
 """What curation reads."""
 EVENTS = pa.schema(
     [
