@@ -301,11 +301,9 @@ def archetypes(
 def calibration(config: ConfigOption = None, json_output: JsonOption = False) -> None:
     """Hold the weights of implicit signals against what the same people said."""
     from data.calibration import calibrate, to_text
-    from data.log import EventLog
 
     settings = _settings(config)
-    engine = connect(settings)
-    found = calibrate(EventLog(engine), settings)
+    found = calibrate(connect(settings), settings)
     if json_output:
         _print_json(found.as_dict() | {"rewards": found.as_settings()})
     else:
