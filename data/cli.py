@@ -219,7 +219,7 @@ def detectors(
 
     if marked is not None:
         settings = _settings(config)
-        looks = Looks(settings.curation.scrub.domains, settings.curation.scrub.names)
+        looks = Looks.of(settings.curation.scrub)
         print(*measure_marked(marked, looks=looks).lines(), sep="\n")
         return
     measures = measure_all(_settings(config))
