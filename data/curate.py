@@ -28,11 +28,13 @@ from cluster.database import connect
 from cluster.errors import DatasetError, UnavailableError
 from cluster.runtime import ray_session
 from cluster.settings import Settings
+from cluster.settings.curation import CurationSettings
 from data import augment, dedup, keep, manifest, weigh
 from data import balance as balancing
 from data.behaviour import add_implicit_signals
 from data.calibration import fit
 from data.card import dataset_card, draw_plots
+from data.detectors.interface import detectors
 from data.events import Event
 from data.filter import filter_rows
 from data.join import join_events, name_trajectories
@@ -133,7 +135,7 @@ class _Curation:
             joined,
             Stage("weigh", partial(weigh.weigh, settings=config.weigh, factors=factors)),
             Stage("score", partial(score, settings=config.score)),
-            Stage("filter", partial(filter_rows, settings=config)),
+            Stage("filter", partial(_filter, settings=config, asked=self._detectors())),
             Stage("scrub", partial(scrub, settings=config.scrub)),
             Stage("fingerprint", partial(dedup.fingerprint, settings=config)),
         ).materialize()
@@ -193,6 +195,13 @@ class _Curation:
         if len(pairs):
             fitted = fit(from_table(pairs), self.settings)
             self.calibration = fitted.as_dict() | {"used": fitted.as_settings()}
+
+    def _detectors(self) -> Any:
+        """A reference to the detectors, trained here once for all workers; models are loaded where they are used."""
+        named = self.settings.curation.detectors
+        if named.toxicity_model or named.refusal_model or named.grounding_model:
+            return None
+        return ray.put(detectors(named))
 
     def _vote_factors(self, joined: Any) -> dict[str, dict[str, float]]:
         """Factors of users over a cap."""
@@ -355,6 +364,10 @@ def _without_counts(table: pa.Table) -> pa.Table:
 
 def _read_block(table: pa.Table, settings: Settings) -> pa.Table:
     return pa.concat_tables([read_block(settings, Block.from_json(row["block"])) for row in table.to_pylist()])
+
+
+def _filter(table: pa.Table, settings: CurationSettings, asked: Any) -> tuple[pa.Table, Any]:
+    return filter_rows(table, settings, None if asked is None else ray.get(asked))
 
 
 def _assign(table: pa.Table, clusters: Any) -> tuple[pa.Table, Any]:

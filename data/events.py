@@ -304,6 +304,16 @@ class JobEnded(Body):
     """Name of the error: `HealthGateError` where a health gate stopped it."""
 
 
+class OperatorAlert(Body):
+    """Something that people who run this should look at, which is nobody's decision."""
+
+    name: Literal["drift", "spool", "queue_full", "interactions_lost"]
+    source: str
+    """Where it was seen: host and process, or a version."""
+    reason: str
+    facts: dict[str, Any] = {}
+
+
 class PartitionSealed(Body):
     """Events of a finished day were written to Parquet."""
 
@@ -343,6 +353,7 @@ BODIES: dict[str, type[Body]] = {
     "dataset.ready": DatasetReady,
     "model.updated": ModelUpdated,
     "job.ended": JobEnded,
+    "operator.alert": OperatorAlert,
     "partition.sealed": PartitionSealed,
     "erasure": Erasure,
 }

@@ -6,6 +6,7 @@ every request.
 """
 
 import asyncio
+import functools
 import logging
 import os
 import random
@@ -18,6 +19,8 @@ from sqlalchemy.engine import Engine
 
 from cluster import metrics
 from cluster.settings import Settings
+from data.alerts import alert
+from data.events import Event
 from data.feedback import pseudonym_secret
 from data.group_commit import GroupCommit
 from data.intake import Intake
@@ -71,7 +74,8 @@ class RouterApp:
         self._in_flight = 0
         self._commit: GroupCommit | None = None
         on = settings.learning.enabled and settings.capture.enabled
-        self._capture = Capture(settings.serve.capture, settings.log, spool_path(settings.home)) if on else None
+        spool, tell = spool_path(settings.home), functools.partial(alert, settings)
+        self._capture = Capture(settings.serve.capture, settings.log, spool, tell) if on else None
         self._intake = IntakeHandler(settings)
         self._finetuning = FinetuningHandler(settings)
         self._users = users_http.UsersHandler(settings)
@@ -102,12 +106,16 @@ class RouterApp:
         self.watcher.close()
 
     def _database_found(self, engine: Engine) -> None:
-        self._commit = GroupCommit(EventLog(engine), self.settings.log)
+        self._commit = GroupCommit(EventLog(engine), self.settings.log, self._queue_was_full)
         self._intake.intake = Intake(self._commit, self.settings)
         self._finetuning.database = engine
         self._users.engine = engine
         if self._capture is not None:
             self._capture.commit = self._commit
+
+    def _queue_was_full(self, refused: int) -> Event:
+        reason = f"{refused} events were turned away while log.queue_events={self.settings.log.queue_events} waited"
+        return alert(self.settings, "queue_full", reason, {"refused": refused})
 
     # ASGI
 
@@ -253,7 +261,7 @@ class RouterApp:
 
     def _page(self, path: str, scope: Scope) -> tuple[int, bytes, tuple[bytes, bytes]]:
         if path == "/metrics":
-            return 200, metrics.exposition(), (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+            return 200, metrics.exposition(), metrics.CONTENT_TYPE
         if path == openapi.PATH:
             return 200, openapi.document(), JSON
         if path == "/healthz":

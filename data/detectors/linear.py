@@ -26,8 +26,8 @@ RUNS = (2,)
 """Lengths of the runs of words."""
 STRENGTH = 10.0  # inverse of the L2 regularisation
 CLASS_WEIGHTS: dict[str, dict[bool, float] | str] = {"toxicity": {False: 2.0, True: 1.0}, "refusal": "balanced"}
-"""What a case counts in training. Toxic text is far rarer among answers than among the cases, and an answer is judged by
-its worst sentence, so there a false alarm costs more than a miss; see docs/decisions/0032."""
+"""What a case counts in training. Toxic text is far rarer among answers than among the cases, and an answer is judged
+by its worst sentence, so there a false alarm costs more than a miss; see docs/decisions/0032."""
 SENTENCE_END = r"[.!?;\n]+(?:\s+|$)"
 
 Matrix = NDArray[np.float64]
