@@ -233,8 +233,7 @@ class Capture:
 
     def _spool_out(self, events: list[Event]) -> None:
         if self._alert is not None and not self._spool.size:  # it begins; what follows needs no further word
-            reason = (
-                f"since {to_iso(now_us())} interactions wait in {self._spool.path}; this is told when they are home"
+            reason = f"since {to_iso(now_us())} interactions went to {self._spool.path}; they are home now"
             )
             events = [self._alert("spool", reason, {}), *events]
         kept = self._spool.add(events)
