@@ -228,13 +228,13 @@ class Capture:
         if self._alert is None or not self._lost:
             return []
         lost, self._lost = self._lost, 0
-        reason = f"{lost} interactions found serve.capture.queue_events={self._settings.queue_events} waiting already"
+        limits = f"queue_events={self._settings.queue_events}, spool_max_mb={self._settings.spool_max_mb}"
+        reason = f"{lost} interactions found queue or spool full (serve.capture: {limits})"
         return [self._alert("interactions_lost", reason, {"lost": lost})]
 
     def _spool_out(self, events: list[Event]) -> None:
         if self._alert is not None and not self._spool.size:  # it begins; what follows needs no further word
             reason = f"since {to_iso(now_us())} interactions went to {self._spool.path}; they are home now"
-            )
             events = [self._alert("spool", reason, {}), *events]
         kept = self._spool.add(events)
         metrics.CAPTURED.labels("spooled").inc(kept)
