@@ -37,7 +37,7 @@ import ray, ray.data
 from datasketch import MinHash, MinHashLSH
 source, out, cpus, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 PATTERNS = [(re.compile(p), name) for name, p in options["patterns"].items()]
-ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
 begun = time.perf_counter()
 
 def scrub(row):
@@ -153,7 +153,7 @@ def ours(home: Path) -> dict[str, Any]:
     from data.split import SPLITS
 
     settings = load_settings(home=home, curation={"log_to_mlflow": False})[0]
-    ray.init(num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
     begun = time.perf_counter()
     made = curate(settings, agent="a")
     seconds = time.perf_counter() - begun
