@@ -7,6 +7,7 @@ replica by its own address, as it does with pods.
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 REGISTRY = CollectorRegistry()
+CONTENT_TYPE = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 REQUESTS = Counter("rayloop_requests_total", "Requests answered by the router.", ["route", "status"], registry=REGISTRY)
@@ -92,6 +93,23 @@ TOOL_SECONDS = Histogram(
     buckets=LATENCY_BUCKETS,
     registry=REGISTRY,
 )
+
+EVENTS_WAITING = Gauge("rayloop_events_waiting", "Events that wait for their commit.", registry=REGISTRY)
+EVENTS_REFUSED = Counter(
+    "rayloop_events_refused_total", "Events turned away because too many waited for the log.", registry=REGISTRY
+)
+
+DELIVERED = Counter("rayloop_outlet_delivered_total", "Events that an outlet delivered.", ["outlet"], registry=REGISTRY)
+DELIVERY_FAILURES = Counter(
+    "rayloop_outlet_failures_total",
+    "Deliveries that failed, by what becomes of the event: tried again (`retry`) or put aside (`dead`).",
+    ["outlet", "outcome"],
+    registry=REGISTRY,
+)
+OUTLET_WAITING = Gauge(
+    "rayloop_outlet_waiting", "Events of an outlet's kinds that it has not come to.", ["outlet"], registry=REGISTRY
+)
+DEAD_LETTERS = Gauge("rayloop_outlet_dead_letters", "Events that an outlet put aside.", ["outlet"], registry=REGISTRY)
 
 TRAINING_SECONDS = Gauge(
     "rayloop_training_seconds",

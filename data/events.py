@@ -27,6 +27,9 @@ Modality = Annotated[str, Field(min_length=1, max_length=16)]
 """`text`, `voice`, `sms`, or a word of your own; routes are keyed by it."""
 Tier = Annotated[str, Field(min_length=1, max_length=64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+SpanId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+"""Of the OpenTelemetry span an item was made from. `parent_span_id` names the nearest span above it that is an item
+too, else the last one known: by these the parts of a trace find each other (`data.traces`)."""
 
 
 class Body(BaseModel):
@@ -49,6 +52,8 @@ class ToolCall(Body):
     """What went wrong, where something did."""
     latency_s: float | None = Field(None, ge=0)
     trace_id: str | None = Field(None, max_length=64)
+    span_id: SpanId | None = None
+    parent_span_id: SpanId | None = None
     modality: Modality | None = None
     user_tier: Tier | None = None
     metadata: Metadata | None = None
@@ -121,6 +126,8 @@ class Interaction(Body):
     user_tier: Tier | None = None
     metadata: Metadata = {}
     trace_id: str | None = Field(None, max_length=64)
+    span_id: SpanId | None = None
+    parent_span_id: SpanId | None = None
     flags: InteractionFlags = InteractionFlags()
 
 
@@ -195,6 +202,8 @@ class Trajectory(Body):
     outcome: str | None = Field(None, max_length=512)
     latency_s: float | None = Field(None, ge=0)
     trace_id: str | None = Field(None, max_length=64)
+    span_id: SpanId | None = None
+    parent_span_id: SpanId | None = None
     modality: Modality | None = None
     user_tier: Tier | None = None
     metadata: Metadata = {}
@@ -327,6 +336,16 @@ class JobEnded(Body):
     """Name of the error: `HealthGateError` where a health gate stopped it."""
 
 
+class OperatorAlert(Body):
+    """Something that people who run this should look at, which is nobody's decision."""
+
+    name: Literal["drift", "spool", "queue_full", "interactions_lost"]
+    source: str
+    """Where it was seen: host and process, or a version."""
+    reason: str
+    facts: dict[str, Any] = {}
+
+
 class PartitionSealed(Body):
     """Events of a finished day were written to Parquet."""
 
@@ -368,6 +387,7 @@ BODIES: dict[str, type[Body]] = {
     "dataset.ready": DatasetReady,
     "model.updated": ModelUpdated,
     "job.ended": JobEnded,
+    "operator.alert": OperatorAlert,
     "partition.sealed": PartitionSealed,
     "erasure": Erasure,
 }

@@ -56,6 +56,12 @@ class Looks:
 
     domains: bool = True
     names: Literal["off", "builtin", "presidio"] = "off"
+    presidio_model: str = ""
+
+    @staticmethod
+    def of(settings: ScrubSettings) -> "Looks":
+        """As the settings say."""
+        return Looks(settings.domains, settings.names, settings.presidio_model)
 
 
 EVERYTHING_STRUCTURED = Looks()
@@ -85,12 +91,20 @@ def spans_of(text: str, looks: Looks, mask: int | None = None) -> list[Span]:
     spans = find(text, domains=looks.domains) if mask is None else find_among(text, mask, domains=looks.domains)
     if looks.names == "off":
         return spans
-    from data.names import find_names, find_with_presidio
-
-    named = find_names(text) if looks.names == "builtin" else find_with_presidio(text)
+    named = _names(text, looks)
     free = [name for name in named if all(name.end <= s.start or name.start >= s.end for s in spans)]
     free = [name for name in free if not PLACEHOLDER.search(text[max(0, name.start - 1) : name.end + 4])]
     return sorted([*spans, *free], key=lambda span: span.start)
+
+
+def _names(text: str, looks: Looks) -> list[Span]:
+    if looks.names == "presidio":
+        from data.presidio import find_with_presidio
+
+        return find_with_presidio(text, looks.presidio_model)
+    from data.names import find_names
+
+    return find_names(text)
 
 
 def scrub_value(
@@ -131,7 +145,7 @@ def scrub(table: pa.Table, settings: ScrubSettings) -> tuple[pa.Table, Dropped]:
     if not settings.enabled:
         return with_column(table, "scrubbed", ["{}"] * len(table), pa.string()), Counter()
     masks = possibly_unsafe(table, settings.entropy_characters)
-    looks = Looks(settings.domains, settings.names)
+    looks = Looks.of(settings)
     if looks.names != "off":
         masks = {index: masks.get(index, 0) for index in range(len(table))}
     columns = {name: table[name].to_pylist() for name in SCRUBBED}

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import orjson
 
 from cluster import metrics
-from cluster.clock import now_us
+from cluster.clock import now_us, to_iso
 from cluster.errors import RayloopError
 from cluster.settings.capture import LogSettings
 from cluster.settings.serving import CaptureQueueSettings
@@ -37,6 +37,8 @@ PARAMETERS = (
     "frequency_penalty", "response_format", "tool_choice", "stream", "suffix", "echo",
 )  # fmt: skip
 REPLAY_EVENTS = 500
+Alert = Callable[[str, str, dict[str, Any]], Event]
+"""`data.alerts.alert` with its settings: name, reason, facts."""
 GONE = "client_disconnected"
 
 
@@ -151,8 +153,11 @@ class Recordable(Protocol):
 class Capture:
     """The ring and its thread. `commit` appears once the database has answered for the first time."""
 
-    def __init__(self, settings: CaptureQueueSettings, log_settings: LogSettings, spool: Path) -> None:
+    def __init__(
+        self, settings: CaptureQueueSettings, log_settings: LogSettings, spool: Path, alert: Alert | None = None
+    ) -> None:
         self._settings = settings
+        self._alert, self._lost = alert, 0
         self._batch = log_settings.group_commit_events
         self._linger_s = settings.linger_ms / 1000
         self._ring: deque[Recordable] = deque()
@@ -168,6 +173,7 @@ class Capture:
         """Take a record; never waits and never raises. A full ring loses it, and counts that."""
         if len(self._ring) >= self._settings.queue_events:
             metrics.CAPTURED.labels("lost").inc()
+            self._lost += 1
             return
         self._ring.append(record)
         if not self._wake.is_set():
@@ -202,6 +208,7 @@ class Capture:
         records = [self._ring.popleft() for _ in range(min(len(self._ring), self._batch))]
         metrics.CAPTURE_WAITING.set(len(self._ring))
         events = [event for record in records if (event := _event_of(record)) is not None]
+        events = [*self._alerts_of_loss(), *events]
         if events and not self._append(events):
             self._spool_out(events)
 
@@ -234,10 +241,22 @@ class Capture:
         metrics.CAPTURED.labels("refused").inc(refused)
         return True
 
+    def _alerts_of_loss(self) -> list[Event]:
+        if self._alert is None or not self._lost:
+            return []
+        lost, self._lost = self._lost, 0
+        limits = f"queue_events={self._settings.queue_events}, spool_max_mb={self._settings.spool_max_mb}"
+        reason = f"{lost} interactions found queue or spool full (serve.capture: {limits})"
+        return [self._alert("interactions_lost", reason, {"lost": lost})]
+
     def _spool_out(self, events: list[Event]) -> None:
+        if self._alert is not None and not self._spool.size:  # it begins; what follows needs no further word
+            reason = f"since {to_iso(now_us())} interactions went to {self._spool.path}; they are home now"
+            events = [self._alert("spool", reason, {}), *events]
         kept = self._spool.add(events)
         metrics.CAPTURED.labels("spooled").inc(kept)
         metrics.CAPTURED.labels("lost").inc(len(events) - kept)
+        self._lost += len(events) - kept
 
 
 def _event_of(record: Recordable) -> Event | None:

@@ -6,6 +6,7 @@ every request.
 """
 
 import asyncio
+import functools
 import logging
 import os
 import random
@@ -18,6 +19,8 @@ from sqlalchemy.engine import Engine
 
 from cluster import metrics
 from cluster.settings import Settings
+from data.alerts import alert
+from data.events import Event
 from data.feedback import pseudonym_secret
 from data.group_commit import GroupCommit
 from data.intake import Intake
@@ -86,7 +89,8 @@ class RouterApp:
         self._in_flight = 0
         self._commit: GroupCommit | None = None
         on = settings.learning.enabled and settings.capture.enabled
-        self._capture = Capture(settings.serve.capture, settings.log, spool_path(settings.home)) if on else None
+        spool, tell = spool_path(settings.home), functools.partial(alert, settings)
+        self._capture = Capture(settings.serve.capture, settings.log, spool, tell) if on else None
         self._intake = IntakeHandler(settings)
         self._finetuning = FinetuningHandler(settings)
         self._users = users_http.UsersHandler(settings)
@@ -131,7 +135,7 @@ class RouterApp:
         self.watcher.close()
 
     def _database_found(self, engine: Engine) -> None:
-        self._commit = GroupCommit(EventLog(engine), self.settings.log)
+        self._commit = GroupCommit(EventLog(engine), self.settings.log, self._queue_was_full)
         self._intake.intake = Intake(self._commit, self.settings)
         self._finetuning.database = engine
         self._users.engine = engine
@@ -150,6 +154,10 @@ class RouterApp:
                 "version %s of %s: %s %.3g, above %.3g over %d requests",
                 anomaly.version, anomaly.route.agent, anomaly.signal, anomaly.value, anomaly.limit, anomaly.requests,
             )  # fmt: skip
+
+    def _queue_was_full(self, refused: int) -> Event:
+        reason = f"{refused} events were turned away while log.queue_events={self.settings.log.queue_events} waited"
+        return alert(self.settings, "queue_full", reason, {"refused": refused})
 
     # ASGI
 
@@ -301,7 +309,7 @@ class RouterApp:
         if path == "/metrics":
             if not self.settings.serve.open_metrics:
                 self._require_operator(scope)
-            return 200, metrics.exposition(), (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+            return 200, metrics.exposition(), metrics.CONTENT_TYPE
         if path == openapi.PATH:
             return 200, openapi.document(), JSON
         if path == "/healthz":

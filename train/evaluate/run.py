@@ -18,6 +18,7 @@ from cluster.database import connect
 from cluster.errors import InputError
 from cluster.registry import GATES_TAG, Registry, Version
 from cluster.settings import Settings
+from data.alerts import alert
 from data.events import Event, parse_body
 from data.grading import AtHand, Grader, make_grader
 from data.grading.reward_model import Scorer
@@ -209,7 +210,10 @@ def _append_events(settings: Settings, version: Version, found: Evaluation, stat
         bodies.append({**body, "change": "alias", "alias": found.alias, "details": {"actor": "evaluate"}})
     engine = connect(settings)
     try:
-        EventLog(engine).append([_event(settings, version.model, body) for body in bodies])
+        told = [
+            alert(settings, "drift", g.detail, g.metrics, version.id) for g in found.gates if g.metrics.get("alert")
+        ]
+        EventLog(engine).append([*(_event(settings, version.model, body) for body in bodies), *told])
     finally:
         engine.dispose()
 
