@@ -21,7 +21,7 @@ REFUSED = [
     "SELECT 1; DELETE FROM events", "SELECT * FROM api_keys", "SELECT * FROM events", "SELECT * FROM main.events",
     "SELECT * FROM public.api_keys", "SELECT digest FROM ev, api_keys", "SELECT * FROM ev JOIN api_keys ON 1 = 1",
     "SELECT (SELECT digest FROM api_keys LIMIT 1) FROM ev", "WITH ev AS (SELECT * FROM events) SELECT * FROM ev",
-    "WITH x AS (SELECT * FROM api_keys) SELECT * FROM x", 
+    "WITH x AS (SELECT * FROM api_keys) SELECT * FROM x",
     "SELECT * FROM ev UNION SELECT digest, name, name FROM api_keys",
     "SELECT * FROM sqlite_master", "SELECT * FROM pg_catalog.pg_user", "SELECT pg_sleep(10)",
     "SELECT pg_read_file('x')",
