@@ -115,7 +115,7 @@ def test_replicas_are_fixed_or_follow_the_requests(base: Path, tmp_path: Path) -
         load_settings(home=tmp_path, engine=engine)[0]
     )._bound_deployment._deployment_config.autoscaling_config
     assert (growing.min_replicas, growing.max_replicas, growing.target_ongoing_requests) == (1, 3, 8.0)
-    with pytest.raises(ConfigError, match="must not be below engine.replicas"):
+    with pytest.raises(ConfigError, match="must not be below"):
         load_settings(home=tmp_path, engine={"replicas": 4, "max_replicas": 3})
 
 
