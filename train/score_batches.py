@@ -90,10 +90,11 @@ class BatchScorer:
         by_beginning: dict[Row, list[int]] = {}
         for number, row in enumerate(unique):
             by_beginning.setdefault(self._longest_known(row), []).append(number)
+        known = {beginning: self._known.get(beginning) for beginning in by_beginning}  # what comes may push them out
         for beginning, members in by_beginning.items():
-            prefix = self._known[beginning] if beginning else None
-            for row, values in self._walk(plan(unique, members, len(beginning)), unique, prefix):
-                for place in places[unique[row]]:
+            prefix = known[beginning]
+            for number, values in self._walk(plan(unique, members, len(beginning)), unique, prefix):
+                for place in places[unique[number]]:
                     scores[place] = values
         return scores
 
@@ -115,8 +116,9 @@ class BatchScorer:
         return read.past_key_values
 
     def _keep(self, beginning: Row, prefix: Any) -> None:
+        replaced = self._known.pop(beginning, None)
+        self._bytes += _size(prefix) - (_size(replaced) if replaced is not None else 0)
         self._known[beginning] = prefix
-        self._bytes += _size(prefix)
         while self._bytes > self._kept_bytes and len(self._known) > 1:
             _, oldest = self._known.popitem(last=False)
             self._bytes -= _size(oldest)
@@ -237,7 +239,8 @@ class ScoreQueue:
                 for waiting in queue:
                     _fail(waiting, UnavailableError("the reward model is shutting down"))
                 return None
-            now, tokens, batch = time.monotonic(), 0, []
+            now, tokens = time.monotonic(), 0
+            batch: list[_Waiting] = []
             for waiting in queue:
                 if waiting.deadline <= now:
                     _fail(waiting, UnavailableError("the reward model had no time for it"))

@@ -43,6 +43,11 @@ class EngineSettings(Section):
     """Directory or hub id of the base model. The engine does not start without one."""
     replicas: int = Field(1, ge=1)
     """Copies of the engine; each holds the base and every wanted adapter."""
+    max_replicas: int | None = Field(None, ge=1)
+    """With it, Serve adds copies up to this many while requests pile up, and takes them away again down to
+    `replicas`. A copy answers once it holds every wanted adapter."""
+    target_requests: float = Field(32.0, gt=0)
+    """Requests at once per copy that Serve aims at where `max_replicas` is set."""
     cpus: float = Field(1.0, ge=0)
     """Logical CPUs each replica reserves."""
     gpus: float = Field(0.0, ge=0)
@@ -107,6 +112,8 @@ class EngineSettings(Section):
     def _heartbeat_is_seen(self) -> "EngineSettings":
         if self.live_after_s <= 2 * self.heartbeat_s:
             raise ValueError("engine.live_after_s must be more than twice engine.heartbeat_s")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError("engine.max_replicas must not be below engine.replicas")
         return self
 
 

@@ -205,8 +205,8 @@ class ScoreModel(_Judge[ScoreModelConfig]):
 
     def _read(self, question: Question, document: Any) -> Graded:
         score, (low, high) = verdict_object(document).get("result"), self.config.range
-        real = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-        if not real or not low <= score <= high:
+        known = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
+        if not known or not low <= (score := float(score or 0)) <= high:
             raise AbstainError(
                 f"the judge's score {score!r:.60} is no number from {low:g} to {high:g}", "model_grader_parse_error"
             )

@@ -42,9 +42,11 @@ _VERDICT = re.compile(
 _SPOKEN = re.compile(
     r"\b(?:ignore|disregard|forget|override|bypass|skip)\b.{0,40}\b(?:instructions?|rubric|criteria|prompt|rules?|"
     r"guidelines?|above|reference|previous)\b"
-    r"|\b(?:give|assign|award|grant|output|return|report|respond with|reply with|set|rate (?:this|it|me)|print|emit)\b.{0,40}"
+    r"|\b(?:give|assign|award|grant|output|return|report|respond with|reply with|set|rate (?:this|it|me)|print|emit)"
+    r"\b.{0,40}"
     r"\b(?:scores?|rewards?|grades?|full marks|rating|label|verdict|pass|1\.0|10/10|100%)(?!\w)"
-    r"|\b(?:score|reward|grade|rating) (?:must|should|shall|has to|needs to) be (?:1(?:\.0)?|10(?:/10)?|full|max\w{0,8})\b"
+    r"|\b(?:score|reward|grade|rating) (?:must|should|shall|has to|needs to) be "
+    r"(?:1(?:\.0)?|10(?:/10)?|full|max\w{0,8})\b"
     r"|\b(?:score|reward|grade|rating)\s?(?:is|=|:|of|should be)\s?"
     r"(?:1(?:\.0)?|10(?:/10)?|100%?|full|max\w{0,8}|perfect)\b"
     r"|\b(?:dear|hey|hello|note to|attention|message to|instructions? (?:to|for)) (?:the )?"

@@ -133,6 +133,14 @@ def changed(settings: EngineSettings, document: Any) -> EngineSettings:
         raise ConfigError(f"engine.user_config.{name}", problem["input"], problem["msg"], "mend the config") from None
 
 
+def scale(engine: EngineSettings) -> dict[str, Any]:
+    """How many replicas, as options of a Serve deployment."""
+    if engine.max_replicas is None:
+        return {"num_replicas": engine.replicas}
+    limits = {"min_replicas": engine.replicas, "max_replicas": engine.max_replicas}
+    return {"autoscaling_config": limits | {"target_ongoing_requests": engine.target_requests}}
+
+
 def build(settings: Settings) -> Any:
     """The application.
 
@@ -154,7 +162,7 @@ def build(settings: Settings) -> Any:
         )
     deployment: Any = EngineReplica  # the decorator made a deployment of the class
     return deployment.options(
-        num_replicas=engine.replicas,
+        **scale(engine),
         max_ongoing_requests=engine.max_rows + engine.max_queued + SPARE_REQUESTS,
         ray_actor_options={"num_cpus": engine.cpus, "num_gpus": engine.gpus},
         graceful_shutdown_wait_loop_s=0.2,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from cluster.errors import DatasetError, NotFoundError, UnavailableError
+from cluster.errors import DatasetError, InputError, NotFoundError, UnavailableError
 from serve.engines.adapter_files import AdapterError
 from serve.engines.generation import Update
 from serve.engines.host import AdapterHost
@@ -200,6 +200,8 @@ class ChatAnswer:
         self._params = sampling_params(
             request, len(prompt), engine.max_context_tokens, engine.settings.default_max_tokens
         )
+        if self._params.json_schema is not None:
+            _check_schema(engine, self._params.json_schema)
         self._header = Header.of(request, f"chatcmpl-{uuid.uuid4().hex}", prompt)
 
     async def answer(self, receive: Receive, send: Send) -> None:
@@ -340,6 +342,13 @@ class ChatAnswer:
             empty = self._empty_piece()
             last["choices"] = [{"index": index, **empty, "token_ids": ids[index]} for index in sorted(ids)]
         return [last]
+
+
+def _check_schema(engine: "LocalEngine", schema: Json) -> None:
+    try:
+        engine.grammars.constraint(schema)
+    except InputError as error:
+        raise ApiError(400, str(error), param="response_format", code="invalid_value") from None
 
 
 def _text(document: Json, field: str) -> str:

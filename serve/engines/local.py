@@ -31,6 +31,7 @@ from serve.engines.host import BASE_NAME, ServedModel
 from serve.engines.lora import AdapterBank, LoadedAdapter
 from serve.engines.prefix import PrefixCache
 from serve.engines.scheduler import Scheduler, SchedulerLimits
+from serve.engines.structured import Grammars
 
 log = logging.getLogger(__name__)
 FIRST_COLUMNS = 256  # columns of a slot at the start; slots grow when a longer prompt comes
@@ -58,6 +59,7 @@ class LocalEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.scheduler = self._build_scheduler(model)
         self.scheduler.start()
+        self.grammars = Grammars(self.tokenizer, model.config.get_text_config().vocab_size, self.scheduler.eos_ids)
         self._canary = Canary(self.tokenizer, self.scheduler, settings)
 
     def _build_scheduler(self, model: Any) -> Scheduler:
@@ -192,6 +194,7 @@ class LocalEngine:
             stream=stream,
             inbox=inbox,
             draws=random.Random(seed),
+            constraint=self.grammars.constraint(params.json_schema) if params.json_schema is not None else None,
         )
 
     def _publish(self, updates: list[Update]) -> None:

@@ -15,7 +15,7 @@ import re
 import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
@@ -136,6 +136,22 @@ class Registry:
 
 REGISTRY = Registry()
 """Where `@tool` puts what it decorates."""
+
+
+@overload
+def tool(function: F, /) -> F: ...
+
+
+@overload
+def tool(
+    function: None = None,
+    *,
+    name: str | None = None,
+    writes: bool = False,
+    deadline_s: float | None = None,
+    max_result_bytes: int | None = None,
+    registry: Registry = REGISTRY,
+) -> Callable[[F], F]: ...
 
 
 def tool(

@@ -26,6 +26,7 @@ from serve.tools.replies import Replies
 
 log = logging.getLogger(__name__)
 
+PURGE_EVERY = 100  # writes between two looks for replies that are too old
 ENVELOPE = ("interaction_id", "session", "agent", "user")
 """What a caller says of the trajectory a call belongs to."""
 
@@ -53,6 +54,7 @@ class ToolRunner:
         self._running: dict[str, int] = dict.fromkeys(tools, 0)
         taken_s = 2 * max([settings.deadline_s, *(t.deadline_s or 0.0 for t in tools.values())])
         self.replies = Replies(services.database, taken_s=taken_s, keep_days=settings.replies_days)
+        self._writes = 0
         self._records: set[asyncio.Future[Any]] = set()
 
     async def close(self) -> None:
@@ -132,6 +134,9 @@ class ToolRunner:
                 await asyncio.to_thread(self.replies.release, owner, idempotency_key)
             raise
         await asyncio.to_thread(self.replies.finish, owner, idempotency_key, result)
+        self._writes += 1
+        if self._writes % PURGE_EVERY == 1:
+            await asyncio.to_thread(self.replies.forget_old)
         return result
 
     async def _bounded(self, found: Tool, caller: Caller, arguments: dict[str, Any]) -> Any:

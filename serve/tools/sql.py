@@ -130,13 +130,13 @@ class ReadOnlySql:
         text = (f"WITH {', '.join(parts)} " if parts else "") + f"SELECT * FROM ({self._marked(tree)}) AS allowed"
         return _Written(self._bound(text), names)
 
-    def _marked(self, tree: exp.Expression) -> str:
+    def _marked(self, tree: Any) -> str:
         """SQL with its parameters between NUL characters, which no query can hold."""
 
-        def mark(node: exp.Expression) -> exp.Expression:
+        def mark(node: Any) -> Any:
             return exp.Var(this=f"\0{node.name}\0") if isinstance(node, exp.Placeholder) else node
 
-        return tree.transform(mark).sql(dialect=self._dialect, comments=False)
+        return str(tree.transform(mark).sql(dialect=self._dialect, comments=False))
 
     def _bound(self, text: str) -> str:
         """The text with the driver's own parameters."""

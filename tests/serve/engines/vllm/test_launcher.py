@@ -1,5 +1,6 @@
 """vLLM's launcher, with a harmless command in vLLM's place."""
 
+import itertools
 import subprocess
 import sys
 import time
@@ -76,7 +77,7 @@ def test_an_interpreter_without_vllm_is_one_clear_line(tmp_path: Path) -> None:
 def test_the_command_line_keeps_every_adapter_in_memory() -> None:
     settings = EngineSettings(max_adapters=12, max_rank=20, max_rows=7, vllm=VllmSettings(extra_arguments=("--x",)))
     line = arguments(settings, "/model", "base", Path("/s"))
-    given = dict(zip(line, line[1:], strict=False))
+    given = dict(itertools.pairwise(line))
     assert (given["--max-cpu-loras"], given["--max-loras"], given["--max-lora-rank"]) == ("12", "8", "32")
     assert (given["--max-num-seqs"], given["--uds"], line[-1]) == ("7", "/s", "--x")
     assert [lora_rank(rank) for rank in (1, 8, 9, 512)] == [8, 8, 16, 512]

@@ -1,5 +1,6 @@
 """vLLM with many adapters: the same answers as the embedded engine, adapters while serving, nothing kills it."""
 
+import json
 import shutil
 import threading
 from pathlib import Path
@@ -162,13 +163,13 @@ def test_errors_have_one_shape(
             assert error["type"] == "invalid_request_error" and error["message"]
 
 
-def test_structured_output_keeps_to_its_schema(vllm_url: str) -> None:
-    import json
-
+def test_structured_output_keeps_to_its_schema(vllm_url: str, local_url: str) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["n"]}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema | {"additionalProperties": False}}}
-    found = ask(vllm_url, response_format=form, max_tokens=64)
-    assert 0 <= json.loads(found["choices"][0]["message"]["content"])["n"] <= 9
+    for url in (vllm_url, local_url):
+        found = ask(url, response_format=form, max_tokens=64)["choices"][0]
+        assert 0 <= json.loads(found["message"]["content"])["n"] <= 9
+        assert found["finish_reason"] == "stop"
 
 
 def test_adapters_that_would_kill_the_engine_are_refused(
