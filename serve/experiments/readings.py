@@ -74,7 +74,7 @@ def read_evidence(
         exposed = arms.get("error_rate", {})
         first_requests, first_errors = _first_requests(connection, experiment_id)
         met = _arms(connection, experiment_id)
-        return Evidence(
+        found = Evidence(
             experiment_id=experiment_id,
             period=period,
             primary=readings[settings.primary],
@@ -91,6 +91,7 @@ def read_evidence(
                 find_metric(RESPONSE_RATE, settings), *_two(arms.get(RESPONSE_RATE, {})), settings, settings.alpha
             ),
         )
+        return found.finite()
 
 
 def read_all(
