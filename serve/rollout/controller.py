@@ -280,6 +280,7 @@ def _apply_promotion(
     if not steps.set_route(rollout, _route_promoted(rollout), decision.reason, recorded):
         return False
     steps.set_champion(rollout, candidate, actor, decision.reason)
+    steps.note_decision(rollout, number)
     details = {"rollout_id": rollout.rollout_id, "previous": rollout.experiment.stable}
     steps.announce(
         rollout,
@@ -311,6 +312,7 @@ def _apply_end(steps: Steps, rollout: Rollout, decision: Decision, number: int, 
         steps.set_champion(rollout, experiment.stable, actor, decision.reason)
     if decision.outcome == "rollback":
         steps.mark_rolled_back(rollout, decision.reason)
+        steps.note_decision(rollout, number)
         details = {"rollout_id": rollout.rollout_id, "reason": decision.reason}
         steps.announce(rollout, number, {"version": experiment.candidate, "change": "blocked", "details": details})
     steps.end_experiment(rollout, decision.ends_as or "keep")

@@ -221,6 +221,7 @@ class KillableSteps:
         "set_route",
         "set_champion",
         "mark_rolled_back",
+        "note_decision",
         "announce",
         "end_experiment",
         "want",
