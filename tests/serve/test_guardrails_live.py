@@ -28,7 +28,8 @@ from data.log import EventLog
 from data.notices import notice
 from serve.assignment import assign_request
 from serve.keys import create_key
-from serve.rollout.controller import Controller, start
+from serve.rollout.commands import start
+from serve.rollout.controller import Controller
 from serve.rollout.live import HttpRouters
 from serve.rollout.replay import verify_decisions
 from serve.rollout.steps import Steps

@@ -14,6 +14,7 @@ from serve.experiments.evidence import Evidence
 from serve.experiments.store import get_experiment
 from serve.rollout import controller
 from serve.rollout.replay import verify_decisions
+from serve.rollout.state import RolloutConfig
 from serve.rollout.store import Rollout, get_rollout
 from tests.serve.rollout_story import good, scripted
 from tests.serve.rollout_world import Population, World, demo_settings
@@ -96,7 +97,7 @@ def test_a_metric_without_data_or_that_nobody_knows_any_more_is_no_success(
     """The second as after an update that dropped a metric: settings refuse such a name, a running rollout has it."""
     world, rollout = begun(sqlite_database, stage_duration_s=1)
     changed = rollout.config | {"experiment": rollout.config["experiment"] | {"primary": "outcome:nobody_reports_it"}}
-    known = controller.RolloutConfig.model_validate(changed)
+    known = RolloutConfig.model_validate(changed)
     named = known.model_copy(update={"experiment": known.experiment.model_copy(update={"primary": primary})})
     with sqlite_database.begin() as connection:
         connection.execute(controller_rows().values(config=changed))
