@@ -57,20 +57,25 @@ class Up:
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.secret}"}
 
-    def deploy(self, **route: Any) -> None:
-        """Edit the route in the Serve config and deploy it, as a person does."""
-        file = self.home / "serve.yaml"
-        document = yaml.safe_load(file.read_text())
+    def document(self) -> dict[str, Any]:
+        """The Serve config as `rayloop up` wrote it, or as it was last deployed."""
+        found: dict[str, Any] = yaml.safe_load((self.home / "serve.yaml").read_text())
+        return found
+
+    def deploy(self, *, by_command: bool = False, **route: Any) -> None:
+        """Edit the route in the Serve config and deploy it, as a person does or a pipeline."""
+        document = self.document()
         document["applications"][0]["deployments"][0]["user_config"] = {"routes": [{"agent": "triage"} | route]}
-        file.write_text(yaml.safe_dump(document))
+        (self.home / "serve.yaml").write_text(yaml.safe_dump(document))
+        if not by_command:
+            return self.put(document)
         serve = Path(sys.executable).with_name("serve")
-        subprocess.run(
-            [serve, "deploy", "-a", self.dashboard, file],
-            check=True,
-            capture_output=True,
-            cwd=PROJECT,
-            timeout=120,
-        )
+        command = [serve, "deploy", "-a", self.dashboard, self.home / "serve.yaml"]
+        subprocess.run(command, check=True, capture_output=True, cwd=PROJECT, timeout=120)
+
+    def put(self, document: dict[str, Any]) -> None:
+        """What `serve deploy` sends, without the seconds its process takes."""
+        httpx.put(f"{self.dashboard}/api/serve/applications/", json=document, timeout=60).raise_for_status()
 
     def route(self, **change: Any) -> None:
         update_route(self.database, KEY, change, writer="person:test")
@@ -195,7 +200,7 @@ def test_written_row_reaches_every_replica_within_two_seconds(up: Up) -> None:
 
 def test_edited_share_and_serve_deploy_move_traffic_without_a_failed_request(up: Up) -> None:
     with load(up) as running:
-        up.deploy(stable="triage/1", candidate="triage/2", share=1.0)
+        up.deploy(stable="triage/1", candidate="triage/2", share=1.0, by_command=True)
         deployed = time.monotonic()
         assert running.wait_until(everyone_on("triage/2"), deployed, 20) <= 10.0
         up.route(share=0.0)
@@ -225,10 +230,10 @@ def test_broken_config_is_rejected_with_its_reason_while_traffic_goes_on(up: Up)
 
 def test_a_candidate_on_another_base_model_comes_and_goes_and_nothing_else_is_touched(up: Up) -> None:
     """The driver adds a copy of the application `engine`; users reach it by their route; it is taken down again."""
-    document = yaml.safe_load((up.home / "serve.yaml").read_text())
+    document = up.document()
     template = {"name": "engine", "route_prefix": "/engine", "import_path": "tests.serve.tiny_engine:build"}
     document["applications"].append(template)
-    httpx.put(f"{up.dashboard}/api/serve/applications/", json=document, timeout=60).raise_for_status()
+    up.put(document)
     driver = ServeRestDriver(Api(up.dashboard, 60), "engine")
     other = Application(application_name("other/base", "r1"), "other/base")
     routers = router_pids(up)
@@ -265,9 +270,9 @@ def test_a_rollback_reaches_a_draining_replica_and_its_open_streams_end_whole(up
     for stream in streams:
         stream.start()
     until(lambda: len(up.engine.requests) >= before + 8)
-    document = yaml.safe_load((up.home / "serve.yaml").read_text())
+    document = up.document()
     document["applications"][0]["deployments"][0]["num_replicas"] = 1
-    httpx.put(f"{up.dashboard}/api/serve/applications/", json=document, timeout=60).raise_for_status()
+    up.put(document)
     with load(up) as running:
         written = time.monotonic()
         up.route(share=0.0)
@@ -277,7 +282,7 @@ def test_a_rollback_reaches_a_draining_replica_and_its_open_streams_end_whole(up
             stream.join()
     assert ends == [b"data: [DONE]\n\n"] * 8
     document["applications"][0]["deployments"][0]["num_replicas"] = REPLICAS
-    httpx.put(f"{up.dashboard}/api/serve/applications/", json=document, timeout=60).raise_for_status()
+    up.put(document)
     until(lambda: len(replicas_of(up)) == REPLICAS)
 
 
