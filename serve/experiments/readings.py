@@ -77,7 +77,7 @@ def read_evidence(
         exposed = arms.get("error_rate", {})
         first_requests, first_errors = _first_requests(connection, experiment_id)
         met = _arms(connection, experiment_id)
-        return Evidence(
+        found = Evidence(
             experiment_id=experiment_id,
             period=period,
             primary=readings[settings.primary],
@@ -95,6 +95,7 @@ def read_evidence(
             ),
             anomalies=anomalies,
         )
+        return found.finite()
 
 
 def read_all(

@@ -19,6 +19,7 @@ from data.log import EventLog
 from serve.applications.driver import Status
 from serve.experiments.store import Outcome as ExperimentOutcome
 from serve.experiments.store import end_experiment
+from serve.rollout.report import decision_body, summary
 from serve.rollout.state import SETTLED, Decision
 from serve.rollout.store import Rollout, get_rollout, update_rollout
 from serve.routes import Route, read_route, read_routes, write_route
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 WRITER = "controller"
 ROLLED_BACK_TAG = "rayloop.rolled_back"
+DECISION_TAG = "rayloop.rollout_decision"
 
 
 class Versions(Protocol):
@@ -152,6 +154,12 @@ class Steps:
     def mark_rolled_back(self, rollout: Rollout, reason: str) -> None:
         """Tag the candidate with why it came back."""
         self.versions.tag(rollout.experiment.candidate, ROLLED_BACK_TAG, reason)
+
+    def note_decision(self, rollout: Rollout, number: int) -> None:
+        """Tag the candidate with the decision that ended its rollout, and the numbers behind it."""
+        body = decision_body(self.engine, rollout, number)
+        if body is not None:
+            self.versions.tag(rollout.experiment.candidate, DECISION_TAG, summary(body))
 
     def announce(self, rollout: Rollout, number: int, body: dict[str, Any]) -> None:
         """Append a `model.updated` event, once for each decision."""

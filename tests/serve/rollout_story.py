@@ -49,7 +49,7 @@ def fingerprint(world: World, rollout_id: str) -> dict[str, Any]:
         "route": (route.stable, route.candidate, route.share, route.experiment_id is not None, route.pinned),
         "experiment": (experiment.state, experiment.outcome),
         "aliases": world.registry.aliases,
-        "tags": world.registry.tags,
+        "tags": {key: value.replace(rollout_id, "ID") for key, value in world.registry.tags.items()},
         "servables": world.servables.wanted,
         "events": [
             (e.kind, e.event_id.replace(rollout_id, "ID"), e.body.get("outcome"), e.body.get("share_after"))

@@ -13,7 +13,8 @@ from data.events import Event, parse_body
 from data.log import EventLog
 from serve.applications.driver import Status
 from serve.assignment import Assignment, assign_request
-from serve.rollout.controller import Controller, start
+from serve.rollout.commands import start
+from serve.rollout.controller import Controller
 from serve.rollout.state import ENDED
 from serve.rollout.steps import Steps
 from serve.rollout.store import Rollout, get_rollout
@@ -221,6 +222,7 @@ class KillableSteps:
         "set_route",
         "set_champion",
         "mark_rolled_back",
+        "note_decision",
         "announce",
         "end_experiment",
         "want",

@@ -28,7 +28,8 @@ from data.log import EventLog
 from data.notices import notice
 from serve.assignment import assign_request
 from serve.keys import create_key
-from serve.rollout.controller import Controller, start
+from serve.rollout.commands import start
+from serve.rollout.controller import Controller
 from serve.rollout.live import HttpRouters
 from serve.rollout.replay import verify_decisions
 from serve.rollout.steps import Steps
@@ -279,6 +280,8 @@ def test_a_planted_regression_is_rolled_back_on_every_replica_and_says_why(site:
         (reading,) = body["evidence"]["evidence"]["guardrails"]
         assert reading["metric"] == case.metric and reading["harm_low"] > 0 and reading["harm"] > reading["margin"]
     assert trial.registry.tags[trial.candidate, "rayloop.rolled_back"] == body["reason"]
+    noted = json.loads(trial.registry.tags[trial.candidate, "rayloop.rollout_decision"])
+    assert noted["reason"] == body["reason"] and (case.code != "guardrail" or case.metric in noted["metrics"])
     told = notice(recorded)
     assert told is not None and told.severity == "page" and body["reason"] in told.text
     assert verify_decisions(site.database).faults == []

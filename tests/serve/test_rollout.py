@@ -13,7 +13,7 @@ from serve.experiments.projection import Projection
 from serve.experiments.report import describe, to_text
 from serve.experiments.store import check_shares, get_experiment
 from serve.rollout import controller
-from serve.rollout.controller import approve, freeze, roll_back, unfreeze
+from serve.rollout.commands import approve, freeze, roll_back, unfreeze
 from serve.rollout.replay import replay, verify_decisions
 from serve.rollout.state import Decision
 from serve.rollout.store import get_rollout

@@ -136,7 +136,10 @@ def test_start_status_approve_freeze_and_rollback_by_command(
         assert command(rollout_app, settings, "unfreeze", "triage", capsys=capsys)["frozen_by"] is None
         taken = command(rollout_app, settings, "rollback", rollout_id, "--reason", "enough", capsys=capsys)
         assert (taken["state"], taken["outcome"]) == ("rolled_back", "keep")
-        assert Registry(settings).get("triage/2").tags["rayloop.rolled_back"].endswith("enough")
+        tags = Registry(settings).get("triage/2").tags
+        assert tags["rayloop.rolled_back"].endswith("enough")
+        noted = json.loads(tags["rayloop.rollout_decision"])
+        assert (noted["outcome"], noted["rollout_id"]) == ("rollback", rollout_id)
         assert not any(servable.wanted for servable in list_servables(engine))
         assert loop.health()["status"] == "ok"
     finally:
