@@ -197,7 +197,8 @@ class CompletionHandler:
             breaker.forget()
             raise
         else:
-            breaker.record(True, time.monotonic())
+            if not exchange.stream:  # a stream is judged at its end
+                breaker.record(True, time.monotonic())
         finally:
             metrics.BREAKER_OPEN.labels(version).set(breaker.is_open)
 
@@ -250,15 +251,17 @@ class CompletionHandler:
         except UpstreamError as error:
             rewriter.error = error.code
             tail = error_event(ApiError(error.status, error.message, code=error.code)) + DONE
+        finally:
+            self._judge_stream(exchange, rewriter.error is None)
         exchange.record.error = rewriter.error
-        if rewriter.error is not None:
-            self._broke_off(exchange)
         await send({"type": "http.response.body", "body": tail})
 
-    def _broke_off(self, exchange: Exchange) -> None:
-        """A candidate that fails after its first byte fails: its breaker must know, though nobody can stand in."""
+    def _judge_stream(self, exchange: Exchange, ok: bool) -> None:
+        """A candidate that breaks off fails: its breaker must know, though nobody can stand in any more."""
         if exchange.plan.fallback is not None and exchange.served == exchange.plan.target:
-            self._breakers[exchange.plan.version].record(False, time.monotonic())
+            breaker = self._breakers[exchange.plan.version]
+            breaker.record(ok, time.monotonic())
+            metrics.BREAKER_OPEN.labels(exchange.plan.version).set(breaker.is_open)
 
     # the record
 

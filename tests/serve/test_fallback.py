@@ -95,6 +95,15 @@ def test_candidate_that_breaks_in_mid_stream_is_an_error_of_the_candidate(canary
     )
 
 
+def test_breaker_opens_on_streams_that_break_off(canary: Live) -> None:
+    canary.engine.behaviours[CANDIDATE] = Behaviour(break_after=1, gap_s=0.01)
+    for _ in range(5):
+        with pytest.raises(openai.APIError):
+            list(ask(canary, stream=True).parse())
+    assert {chunk.model for chunk in ask(canary, stream=True).parse()} == {"triage/1"}
+    assert canary.events("interaction", 6)[-1].event.body["metadata"]["fallback_cause"] == "breaker_open"
+
+
 def test_both_arms_failing_is_a_5xx_soon(canary: Live) -> None:
     canary.engine.behaviours[CANDIDATE].status = 500
     canary.engine.behaviours["base"].status = 503
