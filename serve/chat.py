@@ -40,7 +40,7 @@ from serve.openai import (
 )
 from serve.prompts import PromptPolicy
 from serve.proxy import UpstreamError
-from serve.rewrite import DONE, Rewriter, error_event
+from serve.rewrite import DONE, error_event
 from serve.shadow import Shadow
 from serve.snapshot import Target
 
@@ -223,24 +223,18 @@ class CompletionHandler:
     # delivering it
 
     async def _deliver(self, exchange: Exchange, send: Send, headers: Headers) -> int:
-        assert exchange.served is not None
-        rewriter = exchange.rewriter(exchange.served)
         if exchange.stream:
-            await self._stream(exchange, rewriter, send, headers)
-            return 200
-        try:
-            body = rewriter.whole(exchange.head)
-        except (ValueError, KeyError, TypeError):
-            raise ApiError(502, "The engine's answer is not a completion.", code="engine_error") from None
-        await send_response(send, 200, body, [JSON, *exchange.headers(), *headers])
+            await self._stream(exchange, send, headers)
+        else:
+            await send_response(send, 200, exchange.first, [JSON, *exchange.headers(), *headers])
         return 200
 
-    async def _stream(self, exchange: Exchange, rewriter: Rewriter, send: Send, headers: Headers) -> None:
-        assert exchange.reply is not None
+    async def _stream(self, exchange: Exchange, send: Send, headers: Headers) -> None:
+        rewriter, piece = exchange.rewriter, exchange.first
+        assert exchange.reply is not None and rewriter is not None
         head = [*EVENT_STREAM, *exchange.headers(), *headers]
         await send({"type": "http.response.start", "status": 200, "headers": head})
         try:
-            piece = rewriter.feed(exchange.head)
             while True:
                 if piece:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
