@@ -142,9 +142,18 @@ class CompletionHandler:
             wants_usage=self._with.limits.budget_of(key) is not None,
         )  # fmt: skip
         if self._with.policy is not None and path == CHAT:
-            exchange.rendered = self._with.policy.render(key.tenant, planned, user)
-            record.details |= exchange.rendered.metadata() if exchange.rendered else {}
+            self._render(self._with.policy, exchange)
         return exchange
+
+    def _render(self, policy: PromptPolicy, exchange: Exchange) -> None:
+        """Ask the agent's policy; one that fails costs its advice, not the answer."""
+        record = exchange.record
+        try:
+            exchange.rendered = policy.render(record.key.tenant, record.plan, record.user)
+        except Exception:
+            log.exception("the policy of %s could not be rendered", record.plan.agent)
+        if exchange.rendered is not None:
+            record.details |= exchange.rendered.metadata()
 
     # obtaining an answer
 
