@@ -5,6 +5,7 @@ Importing this module loads no torch: what an application needs is imported in t
 
 import asyncio
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ class Router:
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.logging)
+        sys.setswitchinterval(settings.serve.switch_interval_ms / 1000)
         self._app = RouterApp(settings, standalone=False)
 
     async def __serve_build_asgi_app__(self) -> RouterApp:

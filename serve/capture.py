@@ -85,7 +85,7 @@ class Record:
     def _body(self) -> dict[str, Any]:
         plan, answer, request = self.plan, self.answer, self.request
         own = self.details if self.fallback is None else self.details | {"fallback_cause": self.fallback}
-        metadata = scrubbed(bounded(request.get("metadata"), keep=PAIRS - len(own))) | own
+        metadata = scrubbed(bounded(request.get("metadata"), keep=max(0, PAIRS - len(own)))) | own
         flags = {
             "fallback": self.fallback is not None, "shadow": plan.arm == "shadow", "disconnected": self.disconnected,
             "safety": answer.refused, "quality": self._poor(), "timeout": self.timeout,

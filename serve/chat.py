@@ -40,7 +40,7 @@ from serve.openai import (
 )
 from serve.prompts import PromptPolicy
 from serve.proxy import UpstreamError
-from serve.rewrite import DONE, Rewriter, error_event
+from serve.rewrite import DONE, error_event
 from serve.shadow import Shadow
 from serve.snapshot import Target
 
@@ -142,9 +142,18 @@ class CompletionHandler:
             wants_usage=self._with.limits.budget_of(key) is not None,
         )  # fmt: skip
         if self._with.policy is not None and path == CHAT:
-            exchange.rendered = self._with.policy.render(key.tenant, planned, user)
-            record.details |= exchange.rendered.metadata() if exchange.rendered else {}
+            self._render(self._with.policy, exchange)
         return exchange
+
+    def _render(self, policy: PromptPolicy, exchange: Exchange) -> None:
+        """Ask the agent's policy; one that fails costs its advice, not the answer."""
+        record = exchange.record
+        try:
+            exchange.rendered = policy.render(record.key.tenant, record.plan, record.user)
+        except Exception:
+            log.exception("the policy of %s could not be rendered", record.plan.agent)
+        if exchange.rendered is not None:
+            record.details |= exchange.rendered.metadata()
 
     # obtaining an answer
 
@@ -197,7 +206,8 @@ class CompletionHandler:
             breaker.forget()
             raise
         else:
-            breaker.record(True, time.monotonic())
+            if not exchange.stream:  # a stream is judged at its end
+                breaker.record(True, time.monotonic())
         finally:
             metrics.BREAKER_OPEN.labels(version).set(breaker.is_open)
 
@@ -222,24 +232,18 @@ class CompletionHandler:
     # delivering it
 
     async def _deliver(self, exchange: Exchange, send: Send, headers: Headers) -> int:
-        assert exchange.served is not None
-        rewriter = exchange.rewriter(exchange.served)
         if exchange.stream:
-            await self._stream(exchange, rewriter, send, headers)
-            return 200
-        try:
-            body = rewriter.whole(exchange.head)
-        except (ValueError, KeyError, TypeError):
-            raise ApiError(502, "The engine's answer is not a completion.", code="engine_error") from None
-        await send_response(send, 200, body, [JSON, *exchange.headers(), *headers])
+            await self._stream(exchange, send, headers)
+        else:
+            await send_response(send, 200, exchange.first, [JSON, *exchange.headers(), *headers])
         return 200
 
-    async def _stream(self, exchange: Exchange, rewriter: Rewriter, send: Send, headers: Headers) -> None:
-        assert exchange.reply is not None
+    async def _stream(self, exchange: Exchange, send: Send, headers: Headers) -> None:
+        rewriter, piece = exchange.rewriter, exchange.first
+        assert exchange.reply is not None and rewriter is not None
         head = [*EVENT_STREAM, *exchange.headers(), *headers]
         await send({"type": "http.response.start", "status": 200, "headers": head})
         try:
-            piece = rewriter.feed(exchange.head)
             while True:
                 if piece:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -250,15 +254,17 @@ class CompletionHandler:
         except UpstreamError as error:
             rewriter.error = error.code
             tail = error_event(ApiError(error.status, error.message, code=error.code)) + DONE
+        finally:
+            self._judge_stream(exchange, rewriter.error is None)
         exchange.record.error = rewriter.error
-        if rewriter.error is not None:
-            self._broke_off(exchange)
         await send({"type": "http.response.body", "body": tail})
 
-    def _broke_off(self, exchange: Exchange) -> None:
-        """A candidate that fails after its first byte fails: its breaker must know, though nobody can stand in."""
+    def _judge_stream(self, exchange: Exchange, ok: bool) -> None:
+        """A candidate that breaks off fails: its breaker must know, though nobody can stand in any more."""
         if exchange.plan.fallback is not None and exchange.served == exchange.plan.target:
-            self._breakers[exchange.plan.version].record(False, time.monotonic())
+            breaker = self._breakers[exchange.plan.version]
+            breaker.record(ok, time.monotonic())
+            metrics.BREAKER_OPEN.labels(exchange.plan.version).set(breaker.is_open)
 
     # the record
 

@@ -16,7 +16,7 @@ from serve.capture import Record
 from serve.openai import ApiError, Headers, from_engine
 from serve.prompts import Rendered, with_policy
 from serve.proxy import Limits, Reply, Upstream, UpstreamError
-from serve.rewrite import Rewriter, Wanted
+from serve.rewrite import Answer, Rewriter, Wanted
 from serve.snapshot import Snapshot, Target
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -102,8 +102,10 @@ class Exchange:
     """What the agent's policy adds to the system prompt."""
     served: Target | None = None
     reply: Reply | None = None
-    head: bytes = b""
-    """First piece of the answer, which shows that the engine works."""
+    rewriter: Rewriter | None = None
+    """Turns that engine's answer into ours."""
+    first: bytes = b""
+    """The answer, or the first piece of a stream, as the client gets it; it shows that the engine works."""
 
     @property
     def plan(self) -> Plan:
@@ -152,9 +154,7 @@ class Exchange:
         try:
             if reply.status != 200:
                 raise _failure(reply, await reply.read(), target, elsewhere, retry_after_s)
-            self.head = await reply.next() if self.stream else await reply.read()
-            if not self.head:
-                raise UpstreamError("the engine's answer was empty", code="engine_error")
+            self._begin(target, await reply.next() if self.stream else await reply.read())
         except BaseException:
             reply.abort()
             raise
@@ -162,10 +162,24 @@ class Exchange:
         self.record.served_version, self.record.adapter_digest = target.version, target.digest
         self.record.ttft_s = time.perf_counter() - self.began
 
-    def rewriter(self, target: Target) -> Rewriter:
-        """Turns that engine's answer into ours."""
+    def _begin(self, target: Target, piece: bytes) -> None:
+        """Take the first piece of an answer.
+
+        Raises:
+            UpstreamError: it is empty, no completion, or an error with a 200 in front.
+        """
+        if not piece:
+            raise UpstreamError("the engine's answer was empty", code="engine_error")
+        self.record.answer = Answer()  # of an engine that failed nothing stays
         wanted = Wanted.by(self.request, is_chat=self.path == CHAT)
-        return Rewriter(self.record.interaction_id, target.version, wanted, self.record.answer)
+        rewriter = Rewriter(self.record.interaction_id, target.version, wanted, self.record.answer)
+        try:
+            self.first = rewriter.feed(piece) if self.stream else rewriter.whole(piece)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UpstreamError("the engine's answer is not a completion", code="engine_error") from None
+        if rewriter.error is not None:
+            raise UpstreamError("the engine failed at once", code=rewriter.error)
+        self.rewriter = rewriter
 
     def headers(self) -> Headers:
         """Who served, in headers."""

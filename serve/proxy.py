@@ -126,7 +126,7 @@ class Upstream:
                 break
             except OSError as error:
                 cause = error
-        log.warning("cannot connect to the engine at %s: %s", host, cause)
+        log.info("cannot connect to the engine at %s: %s", host, cause)
         raise UpstreamError("cannot connect to the engine", code="engine_unavailable", status=503) from None
 
     async def _connect_once(self) -> "_Connection":

@@ -134,10 +134,10 @@ class Rewriter:
         """A complete answer.
 
         Raises:
-            ValueError: it is not a JSON object.
+            ValueError: it is not a JSON object with choices.
         """
         document = orjson.loads(body)
-        if not isinstance(document, dict):
+        if not isinstance(document, dict) or not isinstance(document.get("choices"), list):
             raise ValueError(f"the engine answered {shown(document)}")
         for choice in _choices(document):
             if choice.get("index", 0) == 0:

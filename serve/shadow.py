@@ -107,8 +107,6 @@ class Shadow:
             record.error, record.timeout, outcome = "engine_timeout", True, "timed_out"
         except (UpstreamError, ApiError) as error:
             record.error, outcome = error.code or "engine_error", "failed"
-        except (ValueError, KeyError, TypeError, AttributeError):
-            record.error, outcome = "engine_error", "failed"
         finally:
             metrics.SHADOW_IN_FLIGHT.dec()
             if copy.reply is not None:
@@ -122,15 +120,12 @@ class Shadow:
 
     async def _read(self, copy: Exchange, target: Target) -> None:
         await copy.ask(self._engines, target, elsewhere=True, retry_after_s=0)
-        rewriter = copy.rewriter(target)
         if not copy.stream:
-            rewriter.whole(copy.head)
             return
-        assert copy.reply is not None
-        piece = copy.head
-        while piece:
+        reply, rewriter = copy.reply, copy.rewriter
+        assert reply is not None and rewriter is not None
+        while piece := await reply.next():
             rewriter.feed(piece)
-            piece = await copy.reply.next()
         rewriter.end()
         if rewriter.error is not None:
             raise UpstreamError("the engine failed in mid-stream", code=rewriter.error)

@@ -182,6 +182,8 @@ class ServeSettings(Section):
     """Replicas of the router."""
     router_cpus: float = Field(0.1, ge=0)
     """Logical CPUs each router replica reserves."""
+    switch_interval_ms: float = Field(0.5, ge=0.01, le=5)
+    """Longest that the thread which records interactions holds up the one that answers, in a router's process."""
     drain_s: float = Field(2.0, ge=0)
     """How long a stopping replica finishes what it has before its connections are cut. Serve applies a
     new configuration only after draining, so this also bounds how fast an edited share takes effect."""
@@ -207,7 +209,8 @@ class ServeSettings(Section):
     upstream_connections: int = Field(256, ge=1)
     """Idle connections kept open to one engine."""
     open_metrics: bool = False
-    """Answer `/metrics` without a key; else it wants one with the scope `admin`, as it names every tenant's agents."""
+    """Answer `/metrics` without a key; else it wants one of `tenant` with the scope `admin`, as it names everybody's
+    agents."""
     retry_after_s: float = Field(1.0, gt=0)
     """What `Retry-After` says when we are overloaded."""
     poll_ms: float = Field(250.0, ge=10, le=2000)

@@ -22,6 +22,8 @@ class Brief:
 
     def render(self, tenant: str, plan: Plan, user: str | None) -> Rendered | None:
         self.asked.append((tenant, plan.agent, user))
+        if user is None:
+            raise RuntimeError("scripted")
         return RENDERED if plan.version == "triage/1" else None
 
 
@@ -46,11 +48,16 @@ def test_policy_is_read_by_the_engine_and_recorded_beside_the_clients_own_messag
 
 
 def test_agent_without_a_policy_and_plain_text_go_as_they_came(ruled: Live, brief: Brief) -> None:
-    ruled.client().chat.completions.create(model="triage/2", messages=[QUESTION])  # type: ignore[list-item]
+    ruled.client().chat.completions.create(model="triage/2", messages=[QUESTION], user="bob")  # type: ignore[list-item]
     ruled.client().completions.create(model="triage", prompt="x")
     assert ruled.engine.requests[0]["messages"] == [QUESTION]
     assert ruled.engine.requests[1]["prompt"] == "x"
     assert len(brief.asked) == 1
+
+
+def test_policy_that_fails_costs_no_answer(ruled: Live) -> None:
+    assert ruled.client().chat.completions.create(model="triage", messages=[QUESTION])  # type: ignore[list-item]
+    assert ruled.engine.requests[0]["messages"] == [QUESTION]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,8 @@ class Behaviour:
     error: Any = None
     """Body of an error answer; a default in nobody's shape otherwise."""
     finish_reason: str = "stop"
+    raw: bytes | None = None
+    """The body of a 200, whatever it is."""
     text: str | None = None
     """Says this instead of the usual."""
     tool_calls: list[dict[str, Any]] | None = None
@@ -66,6 +68,8 @@ class Engine:
         if behaviour.status != 200:
             document = behaviour.error or {"object": "error", "message": "it broke", "code": behaviour.status}
             await _respond(send, behaviour.status, orjson.dumps(document))
+        elif behaviour.raw is not None:
+            await _respond(send, 200, behaviour.raw)
         elif request.get("stream"):
             await self._stream(request, behaviour, receive, send)
         else:
