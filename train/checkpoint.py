@@ -93,6 +93,25 @@ def check_resumable(folder: Path, config_digest: str) -> None:
         )
 
 
+def adopt(source: Path, root: Path, config_digest: str, learning_rate: float) -> Path:
+    """Make another run's checkpoint one of a run under `root`, which goes on with a learning rate of its own.
+
+    Source: Jaderberg et al. 2017, https://arxiv.org/abs/1711.09846, section 3: exploit, then explore
+    """
+    state = json.loads((source / STATE).read_text())
+    factor = learning_rate / state["schedule"]["base_lrs"][0]
+    for group in state["param_groups"]:
+        group |= {"lr": group["lr"] * factor, "initial_lr": group["initial_lr"] * factor}
+    schedule = state["schedule"]
+    schedule |= {name: [rate * factor for rate in schedule[name]] for name in ("base_lrs", "_last_lr")}
+    step = json.loads((source / TRAINER_STATE).read_text())["global_step"]
+    discard_all(root)
+    with written_whole(root / f"step-{step:08d}") as scratch:
+        shutil.copytree(source, scratch, dirs_exist_ok=True)
+        (scratch / STATE).write_text(json.dumps({**state, "config": config_digest}, indent=2))
+    return root / f"step-{step:08d}"
+
+
 def load_weights(model: Any, folder: Path) -> None:
     """Put the weights of a checkpoint into the model."""
     put_tensors(model, load_file(weights_file(folder)))

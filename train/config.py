@@ -139,7 +139,7 @@ class TrainConfig(Section):
 
     def digest(self) -> str:
         """SHA-256 of everything that decides the result; a resumed run must have the same."""
-        ignored = {"out", "dataset", "device", "limits", "threads", "reference_cache"}
+        ignored = {"out", "dataset", "device", "limits", "threads", "reference_cache", "save_steps"}
         shown = json.dumps(self.model_dump(mode="json", exclude=ignored), sort_keys=True)
         return hashlib.sha256(shown.encode()).hexdigest()
 

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,8 +93,14 @@ def train(
         HealthGateError: a health gate closed; the message says which and why.
     """
     started = time.monotonic()
-    prepared = prepare(config, data)
-    with own_folder(config.out):
+    return train_prepared(prepare(config, data), reporter, resume_from, started)
+
+
+def train_prepared(
+    prepared: "Prepared", reporter: Reporter | None, resume_from: Path | None, started: float
+) -> TrainResult:
+    """The same for a run that has been prepared; `started` is a time of the monotonic clock."""
+    with own_folder(prepared.config.out):
         return _train(prepared, reporter, resume_from, started)
 
 
@@ -163,6 +169,22 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     prepared = Prepared(config, device, data, tokenizer, encoder, rows, validation, warnings, digest, num_workers())
     _check_steps(prepared)
     return prepared
+
+
+READ_BY = ("method", "base_model", "dataset", "max_length", "sft_loss", "health", "tools", "weights")
+"""Fields that decide which token ids a run learns from, and whether it may."""
+
+
+def prepare_like(prepared: Prepared, config: TrainConfig) -> Prepared:
+    """Another run on the same token ids; prepared anew where its configuration makes others."""
+    if any(getattr(prepared.config, name) != getattr(config, name) for name in READ_BY):
+        return prepare(config)
+    device = resolve_device(config.device, config.precision, config.threads)
+    warnings = warnings_for(config.method, config.sft_weight, prepared.data.train)
+    digest = checkpoint.digest_of(config.digest(), prepared.rows.rows, prepared.validation.rows)
+    found = replace(prepared, config=config, device=device, warnings=warnings, digest=digest)
+    _check_steps(found)
+    return found
 
 
 def _check_steps(prepared: Prepared) -> None:

@@ -23,7 +23,7 @@ def _group() -> None:
 
 @app.command()
 def run(
-    method: Annotated[str, typer.Option(help="sft, dpo or kto.")] = "dpo",
+    method: Annotated[str, typer.Option(help="sft, dpo, kto, grpo, reward or score_card.")] = "dpo",
     dataset: Annotated[str, typer.Option(help="Dataset id, hash, path or `latest`.")] = "latest",
     base: Annotated[str | None, typer.Option(help="Version, path or hub id to start from.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Configurations that are tried.")] = None,
@@ -32,7 +32,9 @@ def run(
     vary: Annotated[list[str] | None, typer.Option(help="field=low:high or field=a,b,c; repeatable.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs of every trial.")] = None,
     grid: Annotated[bool, typer.Option(help="Try every combination of the given values.")] = False,
-    scheduler: Annotated[str, typer.Option(help="asha stops worse trials early; none does not.")] = "asha",
+    scheduler: Annotated[
+        str, typer.Option(help="asha stops worse trials, pbt has them copy better ones, or none.")
+    ] = "asha",
     resume: Annotated[str | None, typer.Option(help="Id of an interrupted sweep.")] = None,
     as_json: Json = False,
     config: Config = None,
@@ -69,7 +71,7 @@ def _print(found: Any, as_json: bool) -> None:
 
     from tune.report import print_sweep
 
-    print_sweep(found.trials, found.chosen, found.kl_limit, Console())
+    print_sweep(found.trials, found.chosen, found.axes, Console())
     print(f"sweep {found.sweep_id}, MLflow run {found.run_id}, {found.seconds:.0f} s")
     if found.chosen:
         options = " ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in found.chosen.config.items())

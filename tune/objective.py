@@ -1,12 +1,16 @@
-"""What a trial is judged by: win rate on the validation split, and how far the model moved to get it.
+"""What a trial is judged by: how good it is, and what that costs.
 
-Both compare with the model the training starts from (the base, or the adapter it goes on from). The KL
-divergence is a Monte-Carlo estimate: answers are sampled from the trained model at temperature 1, and the
-mean of log p_trained - log p_start over their tokens is reported, in nats a token.
+A model that answers is judged by its win rate on the validation split and by how far it moved to get it. Both
+compare with the model the training starts from (the base, or the adapter it goes on from). The KL divergence is a
+Monte-Carlo estimate: answers are sampled from the trained model at temperature 1, and the mean of
+log p_trained - log p_start over their tokens is reported, in nats a token.
+
+A reward model is judged by its accuracy on held-out pairs or cards, and by how far its confidence is from it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data.grading import Grader, make_grader
@@ -15,8 +19,34 @@ from train.evaluate.types import Truth
 
 
 @dataclass(frozen=True)
+class Axes:
+    """What the two numbers of a trial are."""
+
+    value: str
+    """Higher is better."""
+    cost: str
+    """Lower is better."""
+    limit: float | None
+    """Highest cost at which a configuration counts; `None` for any."""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Both in words."""
+        return self.value.replace("_", " "), "KL (nats/token)" if self.cost == "kl" else self.cost.replace("_", " ")
+
+
+def axes_of(method: str, kl_limit: float) -> Axes:
+    """The axes for trials of a method."""
+    if method == "reward":
+        return Axes("pair_accuracy", "calibration_error", None)
+    if method == "score_card":
+        return Axes("accuracy", "calibration_error", None)
+    return Axes("win_rate", "kl", kl_limit)
+
+
+@dataclass(frozen=True)
 class Target:
-    """What every trial is measured on; made once, sent to all of them."""
+    """What trials of a model that answers are measured on; made once, sent to all of them."""
 
     base_model: str
     init_adapter: str | None
@@ -27,21 +57,21 @@ class Target:
     max_new_tokens: int
     batch_size: int
     kl_samples: int
-    kl_limit: float
     seed: int
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """How a model does on the target."""
+    """How a trial does."""
 
-    win_rate: float
-    reward: float
-    kl: float
+    value: float
+    cost: float
+    reward: float | None = None
+    """Mean reward of the grader."""
 
-    def score(self, kl_limit: float) -> float:
-        """What the scheduler maximises: the win rate within the limit; beyond it, less than any within."""
-        return self.win_rate if self.kl <= kl_limit else -(self.kl - kl_limit) / kl_limit
+    def score(self, limit: float | None) -> float:
+        """What the scheduler maximises: the value within the limit; beyond it, less than any within."""
+        return self.value if limit is None or self.cost <= limit else -(self.cost - limit) / limit
 
 
 def measure(target: Target, adapter_dir: str, start: Any, threads: int = 0) -> Measurement:
@@ -53,7 +83,31 @@ def measure(target: Target, adapter_dir: str, start: Any, threads: int = 0) -> M
     greedy = Sampling(target.max_new_tokens, 0.0, target.seed, target.batch_size)
     answers = [answer.text for answer in model.generate(prompts, greedy)]
     win_rate, reward = grade(make_grader(target.grader), target, answers)
-    return Measurement(win_rate, reward, estimate_kl(model, start, prompts, target))
+    return Measurement(win_rate, estimate_kl(model, start, prompts, target), reward)
+
+
+def measure_scorer(method: str, adapter_dir: str, base_model: str, validation: Any, encoder: Any) -> Measurement:
+    """Measure a reward model on held-out pairs or cards, given as a table.
+
+    Raises:
+        ValueError: there are none.
+    """
+    from train.calibration import calibrate
+    from train.score_card import report_on_cards
+    from train.scorer import LocalScorer
+
+    model = LocalScorer(Path(adapter_dir), base_model).model
+    if method == "reward":
+        found = calibrate(model, encoder, validation)
+        if found.pair_accuracy is None or found.calibration_error is None:
+            raise ValueError("the validation split holds no pairs to judge a reward model by")
+        return Measurement(found.pair_accuracy, found.calibration_error)
+    heads = report_on_cards(model, encoder.cards(validation).rows).heads.values()
+    cards = sum(head.cards for head in heads)
+    if not cards:
+        raise ValueError("the validation split holds no score cards to judge a reward model by")
+    accuracy = sum(head.accuracy * head.cards for head in heads) / cards
+    return Measurement(accuracy, sum(head.calibration_error * head.cards for head in heads) / cards)
 
 
 def grade(grader: Grader, target: Target, answers: Sequence[str]) -> tuple[float, float]:

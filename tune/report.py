@@ -1,4 +1,4 @@
-"""The result of a sweep: trials, the Pareto front of win rate against KL, the chosen configuration."""
+"""The result of a sweep: trials, the Pareto front of value against cost, the chosen configuration."""
 
 import io
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tune.objective import Axes
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -15,10 +17,11 @@ class Trial:
 
     number: int
     config: dict[str, Any]
-    win_rate: float | None
-    """On the validation split, against the model the training started from; ties count half."""
-    kl: float | None
-    """Estimated KL divergence from that model, in nats a generated token."""
+    value: float | None
+    """On the validation split: the win rate against the model the training started from, ties counting half; for a
+    reward model its accuracy."""
+    cost: float | None
+    """Estimated KL divergence from that model, in nats a generated token; for a reward model its calibration error."""
     reward: float | None = None
     """Mean reward of the grader."""
     progress: float = 0.0
@@ -32,34 +35,35 @@ class Trial:
     @property
     def measured(self) -> bool:
         """Whether the training ran to its end and was measured."""
-        return self.status == "completed" and self.win_rate is not None and self.kl is not None
+        return self.status == "completed" and self.value is not None and self.cost is not None
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """Trials that no other beats in both win rate and KL, by rising KL."""
+    """Trials that no other beats in both value and cost, by rising cost."""
     front: list[Trial] = []
     best = float("-inf")
-    for trial in sorted((t for t in trials if t.measured), key=lambda t: (t.kl, -(t.win_rate or 0.0), t.number)):
-        if trial.win_rate is not None and trial.win_rate > best:
+    for trial in sorted((t for t in trials if t.measured), key=lambda t: (t.cost, -(t.value or 0.0), t.number)):
+        if trial.value is not None and trial.value > best:
             front.append(trial)
-            best = trial.win_rate
+            best = trial.value
     return front
 
 
-def choose(trials: Sequence[Trial], kl_limit: float) -> Trial | None:
-    """The best win rate among the trials that keep the limit, ties to the lower KL; `None` if none does."""
-    return next((t for t in reversed(pareto_front(trials)) if t.kl is not None and t.kl <= kl_limit), None)
+def choose(trials: Sequence[Trial], limit: float | None) -> Trial | None:
+    """The best value among the trials whose cost keeps the limit, ties to the lower; `None` if none does."""
+    keeping = (t for t in reversed(pareto_front(trials)) if t.cost is not None and (limit is None or t.cost <= limit))
+    return next(keeping, None)
 
 
-def print_sweep(trials: Sequence[Trial], chosen: Trial | None, kl_limit: float, console: Console) -> None:
+def print_sweep(trials: Sequence[Trial], chosen: Trial | None, axes: Axes, console: Console) -> None:
     """All trials as a table, the Pareto front marked `*`, the chosen one `→`."""
     front = pareto_front(trials)
     names = sorted({name for trial in trials for name in trial.config})
-    table = Table("", "trial", *names, "win rate", "KL (nats/token)", "reward", "status", "s")
+    table = Table("", "trial", *names, *axes.names, "reward", "status", "s")
     for trial in trials:
         mark = "→" if trial == chosen else "*" if trial in front else ""
         values = [_shown(trial.config.get(name)) for name in names]
-        measured = [_shown(value) for value in (trial.win_rate, trial.kl, trial.reward)]
+        measured = [_shown(value) for value in (trial.value, trial.cost, trial.reward)]
         status = (
             trial.status
             if trial.progress >= 1 or trial.status == "failed"
@@ -67,48 +71,51 @@ def print_sweep(trials: Sequence[Trial], chosen: Trial | None, kl_limit: float, 
         )
         table.add_row(mark, str(trial.number), *values, *measured, status, f"{trial.seconds:.0f}")
     console.print(table)
-    if chosen is None:
+    if chosen is None and axes.limit is not None:
         console.print(
-            f"no trial keeps KL <= {kl_limit:g} nats a token; raise sweep.kl_limit or lower the learning rate"
+            f"no trial keeps KL <= {axes.limit:g} nats a token; raise sweep.kl_limit or lower the learning rate"
         )
 
 
-def markdown(trials: Sequence[Trial], chosen: Trial | None) -> str:
+def markdown(trials: Sequence[Trial], chosen: Trial | None, axes: Axes) -> str:
     """The Pareto table as Markdown."""
     front = pareto_front(trials)
-    lines = ["| | trial | configuration | win rate | KL (nats/token) | status |", "|---|---|---|---|---|---|"]
+    value, cost = axes.names
+    lines = [f"| | trial | configuration | {value} | {cost} | status |", "|---|---|---|---|---|---|"]
     for trial in trials:
         mark = "chosen" if trial == chosen else "Pareto" if trial in front else ""
         config = ", ".join(f"{name}={_shown(value)}" for name, value in sorted(trial.config.items()))
-        numbers = f"{_shown(trial.win_rate)} | {_shown(trial.kl)}"
+        numbers = f"{_shown(trial.value)} | {_shown(trial.cost)}"
         lines.append(f"| {mark} | {trial.number} | {config} | {numbers} | {trial.status} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(trials: Sequence[Trial], chosen: Trial | None, kl_limit: float) -> bytes:
-    """PNG: win rate against KL, the front as a line, the limit, the chosen point marked."""
+def plot(trials: Sequence[Trial], chosen: Trial | None, axes: Axes) -> bytes:
+    """PNG: value against cost, the front as a line, the limit, the chosen point marked."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
+    panel = figure.subplots()
     points = [t for t in trials if t.measured]
     front = pareto_front(trials)
-    axes.scatter(*_coordinates(points), label="trials")
-    axes.step(*_coordinates(front), where="post", label="Pareto front")
-    axes.axvline(kl_limit, linestyle=":", color="grey", label=f"limit {kl_limit:g}")
-    axes.axhline(0.5, linestyle=":", color="lightgrey")
+    panel.scatter(*_coordinates(points), label="trials")
+    panel.step(*_coordinates(front), where="post", label="Pareto front")
+    if axes.limit is not None:
+        panel.axvline(axes.limit, linestyle=":", color="grey", label=f"limit {axes.limit:g}")
+    panel.axhline(0.5, linestyle=":", color="lightgrey")
     if chosen:
-        axes.scatter(*_coordinates([chosen]), marker="*", s=260, color="tab:red", label="chosen")
-    axes.set(xlabel="KL from the start (nats a token)", ylabel="win rate on the validation split")
-    axes.legend()
+        panel.scatter(*_coordinates([chosen]), marker="*", s=260, color="tab:red", label="chosen")
+    value, cost = axes.names
+    panel.set(xlabel=cost, ylabel=f"{value} on the validation split")
+    panel.legend()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
 def _coordinates(trials: Sequence[Trial]) -> tuple[list[float], list[float]]:
-    measured = [(t.kl, t.win_rate) for t in trials if t.kl is not None and t.win_rate is not None]
-    return [kl for kl, _ in measured], [rate for _, rate in measured]
+    measured = [(t.cost, t.value) for t in trials if t.cost is not None and t.value is not None]
+    return [cost for cost, _ in measured], [value for _, value in measured]
 
 
 def to_json(trial: Trial) -> dict[str, Any]:

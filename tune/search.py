@@ -3,34 +3,38 @@
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray.tune
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, PopulationBasedTraining
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from cluster import tracking
-from cluster.errors import InputError, NotFoundError
+from cluster.errors import NotFoundError
 from cluster.settings import Settings
 from cluster.settings.training import SweepSettings
+from tune.objective import Axes
 from tune.report import Trial
-from tune.space import to_ray
-from tune.sweep import RESULTS, Sweep, sweep_folder
+from tune.space import Space, to_ray
+from tune.sweep import MUTABLE, RESULTS, Sweep, sweep_folder
 from tune.trial import Plan, SweepTrial
 
 log = logging.getLogger(__name__)
 
 QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_THRESHOLD_S": "30"}
-SCHEDULERS = ("asha", "none")
-METRICS = ("win_rate", "kl", "reward", "score", "progress")
+METRICS = ("reward", "score", "progress")
 
 
 class NestedRuns(ray.tune.Callback):  # type: ignore[misc]  # Ray is untyped here
     """One MLflow run a trial, under the sweep's; remembered in a file, so a resumed trial keeps its own."""
 
-    def __init__(self, settings: Settings, run_id: str, file: Path) -> None:
+    def __init__(self, settings: Settings, run_id: str, file: Path, axes: Axes, varied: Sequence[str]) -> None:
         self.settings, self.run_id, self.file = settings, run_id, file
+        self.measures = (axes.value, axes.cost)
+        self.varied = tuple(varied)
+        """Fields whose values change within a trial."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Open the trial's run, with its parameters."""
@@ -53,10 +57,11 @@ class NestedRuns(ray.tune.Callback):  # type: ignore[misc]  # Ray is untyped her
     ) -> None:
         """Log what a rung measured."""
         run, step = self._run(trial), int(result["training_iteration"])
-        run.log_metrics({name: result[name] for name in METRICS if name in result}, step=step)
+        run.log_metrics({name: result[name] for name in (*self.measures, *METRICS) if name in result}, step=step)
+        run.log_metrics({f"rate/{name}": trial.config[name] for name in self.varied}, step=step)
         if result.get("failed"):
             run.set_tags({"rayloop.failed": result["failed"]})
-        shown = ", ".join(f"{name} {result[name]:.3f}" for name in ("win_rate", "kl") if name in result)
+        shown = ", ".join(f"{name} {result[name]:.3f}" for name in self.measures if name in result)
         log.info("trial %s at %.0f%%: %s", _number(trial), 100 * result["progress"], shown or result.get("failed"))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -91,17 +96,16 @@ def run_trials(settings: Settings, sweep: Sweep, plan: Plan, first: dict[str, An
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     folder = sweep_folder(settings, sweep.sweep_id)
-    trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(SweepTrial, plan=plan),
-        {"cpu": settings.sweep.cpus_per_trial, "gpu": settings.sweep.gpus_per_trial},
-    )
+    resources = {"cpu": _cpus(settings.sweep, sweep.scheduler), "gpu": settings.sweep.gpus_per_trial}
+    trainable = ray.tune.with_resources(ray.tune.with_parameters(SweepTrial, plan=plan), resources)
     if resume:
         place = folder / RESULTS
         if not ray.tune.Tuner.can_restore(str(place)):
             raise NotFoundError(f"sweep {sweep.sweep_id} stopped before its first trial; start it anew")
         tuner = ray.tune.Tuner.restore(str(place), trainable, resume_unfinished=True, restart_errored=True)
     else:
-        callbacks = [NestedRuns(settings, sweep.run_id, folder / "runs.json")]
+        varied = list(mutations(sweep.space)) if sweep.scheduler == "pbt" else []
+        callbacks = [NestedRuns(settings, sweep.run_id, folder / "runs.json", plan.axes, varied)]
         tuner = ray.tune.Tuner(
             trainable,
             param_space=to_ray(sweep.space, grid=sweep.grid),
@@ -109,36 +113,55 @@ def run_trials(settings: Settings, sweep: Sweep, plan: Plan, first: dict[str, An
             run_config=ray.tune.RunConfig(name=RESULTS, storage_path=str(folder), callbacks=callbacks, verbose=0),
         )
     results = tuner.fit()
-    return sorted((_trial(result, settings.sweep.rungs) for result in results), key=lambda trial: trial.number)
+    return sorted((_trial(result) for result in results), key=lambda trial: trial.number)
+
+
+def _cpus(settings: SweepSettings, scheduler: str) -> float:
+    """Logical CPUs of a trial. A population takes turns on as many as there are, so its share bounds how many run."""
+    if scheduler != "pbt":
+        return settings.cpus_per_trial
+    return max(settings.cpus_per_trial, float(ray.cluster_resources().get("CPU", 1)) / settings.concurrency)
 
 
 def _tune_config(settings: SweepSettings, sweep: Sweep, first: dict[str, Any]) -> ray.tune.TuneConfig:
     points = [first] if first and not sweep.grid else []
     search = BasicVariantGenerator(
-        points_to_evaluate=points, max_concurrent=settings.concurrency, random_state=settings.seed
+        points_to_evaluate=points,
+        max_concurrent=0 if sweep.scheduler == "pbt" else settings.concurrency,
+        random_state=settings.seed,
     )
     return ray.tune.TuneConfig(
         metric="score",
         mode="max",
         num_samples=1 if sweep.grid else sweep.trials,
         search_alg=search,
-        scheduler=_scheduler(settings, sweep.scheduler),
+        scheduler=_scheduler(settings, sweep),
         reuse_actors=True,
         trial_dirname_creator=lambda trial: trial.trial_id,
     )
 
 
-def _scheduler(settings: SweepSettings, name: str) -> Any:
-    if name not in SCHEDULERS:
-        raise InputError("scheduler", name, f"must be one of {', '.join(SCHEDULERS)}", "choose one of them")
-    if name == "none" or settings.rungs == 1:
+def _scheduler(settings: SweepSettings, sweep: Sweep) -> Any:
+    if sweep.scheduler == "none" or settings.rungs == 1:
         return FIFOScheduler()
+    if sweep.scheduler == "pbt":
+        return PopulationBasedTraining(
+            time_attr="training_iteration",
+            perturbation_interval=1,
+            hyperparam_mutations=mutations(sweep.space),
+            quantile_fraction=settings.exploit_share,
+        )
     return AsyncHyperBandScheduler(
-        time_attr="training_iteration",
-        max_t=settings.rungs,
-        grace_period=1,
+        time_attr="progress",
+        max_t=1.0,
+        grace_period=settings.reduction ** -(settings.rungs - 1),
         reduction_factor=settings.reduction,
     )
+
+
+def mutations(space: Space) -> dict[str, Any]:
+    """What a population may change on the way, as Ray Tune's domains."""
+    return to_ray({name: dimension for name, dimension in space.items() if name in MUTABLE})
 
 
 def _number(trial: Any) -> int:
@@ -146,15 +169,15 @@ def _number(trial: Any) -> int:
     return int(trial.trial_id.rpartition("_")[2])
 
 
-def _trial(result: Any, rungs: int) -> Trial:
+def _trial(result: Any) -> Trial:
     values = result.metrics or {}
     failed = values.get("failed") or (str(result.error) if result.error else "")
     status = "failed" if failed else "completed" if values.get("progress", 0) >= 1 else "stopped"
     return Trial(
         number=int(Path(result.path).name.rpartition("_")[2]),
         config=dict(result.config or values.get("config", {})),
-        win_rate=values.get("win_rate"),
-        kl=values.get("kl"),
+        value=values.get("value"),
+        cost=values.get("cost"),
         reward=values.get("reward"),
         progress=float(values.get("progress", 0.0)),
         status=status,

@@ -1,6 +1,7 @@
 """A sweep: many trainings on one dataset, judged by an evaluation metric under a KL constraint.
 
-Ray Tune draws the configurations and stops the worse ones early (ASHA). Each trial is a nested MLflow run
+Ray Tune draws the configurations and stops the worse ones early (ASHA), or lets them go on from the better ones with
+other rates (PBT). Each trial is a nested MLflow run
 with its parameters, written from this process, so that the trials' actors need no MLflow. A sweep lives
 in `<home>/sweeps/<id>/`, from which an interrupted one resumes.
 """
@@ -11,7 +12,7 @@ import os
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from data.manifest import find_dataset, load_manifest
 from train.evaluate.models import LocalVersion, Source
 from train.evaluate.truth import read_truths
 from tune import report
-from tune.objective import Target
+from tune.objective import Axes, Target, axes_of
 from tune.report import Trial
 from tune.space import Choice, Range, Space, contains, default_space, parse_dimension
 
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 SPEC = "sweep.json"
 RESULTS = "tune"
+SCHEDULERS = ("asha", "pbt", "none")
+MUTABLE = ("learning_rate", "beta", "sft_weight", "weight_decay")
+"""What a population may change on the way: fields that say how to learn, not what is learned."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class SweepResult:
     dataset_id: str
     trials: list[Trial]
     chosen: Trial | None
-    kl_limit: float
+    axes: Axes
     folder: str
     seconds: float
 
@@ -76,6 +80,7 @@ class SweepResult:
         """Plain values for JSON."""
         values = {**self.__dict__, "trials": [report.to_json(trial) for trial in self.trials]}
         values["pareto"] = [trial.number for trial in report.pareto_front(self.trials)]
+        values["axes"] = asdict(self.axes)
         values["chosen"] = report.to_json(self.chosen) if self.chosen else None
         return values
 
@@ -95,12 +100,10 @@ def new_sweep(
     """A sweep over the default ranges, with those in `ranges` (field to text) instead or beside.
 
     Raises:
-        InputError: an unknown method or field, or a range that is none.
+        InputError: an unknown method, field or scheduler, or a range that is none.
     """
     from train.config import TrainConfig, resolve_config
 
-    if method == "reward":
-        raise InputError("method", method, "gives no answers that a sweep could compare", "sweep another method")
     resolved = resolve_config(settings, method, base_model=base, dataset=Path(dataset), out=Path("unused"))
     asked = {name: parse_dimension(name, text) for name, text in (ranges or {}).items()}
     for name in asked:
@@ -109,13 +112,18 @@ def new_sweep(
     space: Space = (
         {} if grid else default_space(settings.sweep, learning_rate=resolved.learning_rate, beta=resolved.beta)
     )
+    space |= asked
+    if scheduler not in SCHEDULERS:
+        raise InputError("scheduler", scheduler, f"must be one of {', '.join(SCHEDULERS)}", "choose one of them")
+    if scheduler == "pbt" and not set(space) & set(MUTABLE):
+        raise InputError("scheduler", scheduler, f"needs one of {', '.join(MUTABLE)} to change", "vary it as well")
     return Sweep(
         sweep_id=f"{method}-{uuid.uuid4().hex[:8]}",
         method=method,
         dataset=dataset,
         base=base,
         trials=trials or settings.sweep.trials,
-        space=space | asked,
+        space=space,
         overrides=dict(overrides or {}),
         grid=grid,
         scheduler=scheduler,
@@ -201,7 +209,8 @@ def _carry_out(
         from tune.search import run_trials
 
         trials = run_trials(settings, sweep, plan, defaults, resume=resume)
-    chosen = report.choose(trials, settings.sweep.kl_limit)
+    axes = axes_of(sweep.method, settings.sweep.kl_limit)
+    chosen = report.choose(trials, axes.limit)
     found = SweepResult(
         sweep_id=sweep.sweep_id,
         run_id=run.run_id,
@@ -209,7 +218,7 @@ def _carry_out(
         dataset_id=manifest.dataset_id,
         trials=trials,
         chosen=chosen,
-        kl_limit=settings.sweep.kl_limit,
+        axes=axes,
         folder=str(sweep_folder(settings, sweep.sweep_id)),
         seconds=time.monotonic() - started,
     )
@@ -225,7 +234,7 @@ def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dic
     """
     from train.config import resolve_config
     from train.run import prepare
-    from tune.trial import Plan
+    from tune.trial import Plan, rungs_of
 
     folder = sweep_folder(settings, sweep.sweep_id)
     base_model, init_adapter = _resolve_start(settings, sweep.base)
@@ -240,9 +249,16 @@ def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dic
         threads=threads,
         **sweep.overrides,
     )
+    config = config.model_copy(update={"report_examples": 0})  # trials are measured here
     prepare(config)
-    target = _make_target(settings, dataset, base_model, init_adapter)
-    plan = Plan(config.model_dump(mode="json"), target, str(folder / "trials"), settings.sweep.rungs, threads)
+    plan = Plan(
+        train_config=config.model_dump(mode="json"),
+        target=None if config.scores else _make_target(settings, dataset, base_model, init_adapter),
+        folder=str(folder / "trials"),
+        rungs=rungs_of(settings.sweep, sweep.scheduler),
+        threads=threads,
+        axes=axes_of(sweep.method, settings.sweep.kl_limit),
+    )
     defaults = {name: getattr(config, name) for name in sweep.space}
     return plan, defaults if contains(sweep.space, defaults) else {}
 
@@ -265,7 +281,6 @@ def _make_target(settings: Settings, dataset: Path, base_model: str, init_adapte
         max_new_tokens=chosen.max_new_tokens,
         batch_size=chosen.batch_size,
         kl_samples=settings.sweep.kl_samples,
-        kl_limit=settings.sweep.kl_limit,
         seed=settings.sweep.seed,
     )
 
@@ -286,11 +301,11 @@ def _is_version(base: str) -> bool:
 
 def _log_result(run: tracking.Run, found: SweepResult) -> None:
     run.log_dict(found.to_json(), "sweep.json")
-    run.log_text(report.markdown(found.trials, found.chosen), "pareto.md")
-    run.log_bytes(report.plot(found.trials, found.chosen, found.kl_limit), "pareto.png")
+    run.log_text(report.markdown(found.trials, found.chosen, found.axes), "pareto.md")
+    run.log_bytes(report.plot(found.trials, found.chosen, found.axes), "pareto.png")
     if found.chosen:
-        best = {"chosen.win_rate": found.chosen.win_rate, "chosen.kl": found.chosen.kl}
-        run.log_metrics(best)
+        best = {found.axes.value: found.chosen.value, found.axes.cost: found.chosen.cost}
+        run.log_metrics({f"chosen.{name}": value for name, value in best.items()})
         run.set_tags({"rayloop.chosen": json.dumps(found.chosen.config)})
 
 

@@ -1,13 +1,18 @@
-"""One trial of a sweep, inside a Ray Tune actor: the plain `train()` in a thread, measured at each rung.
+"""One trial of a sweep, inside a Ray Tune actor: the plain training in a thread, measured at each rung.
 
-The actor is used again for the next trial, so torch and its friends are imported once. For that a trial
-must be stoppable: the training's reporter raises in its thread as soon as the scheduler has had enough,
-and the actor is free within one step.
+The actor is used again for the next trial: torch and its friends are imported once, the data is tokenised once, and
+the model that trials are compared with stays loaded. For that a trial must be stoppable: the training waits at
+each rung until it is told to go on, and its reporter raises in its thread as soon as the scheduler has had enough.
+
+Successive halving has its rungs where each is `reduction` times as far as the one before; a population (PBT) has
+them at equal distances, and at each a trial may go on from the checkpoint of a better one.
 """
 
 import functools
+import json
 import math
 import queue
+import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -18,9 +23,12 @@ from typing import Any
 import ray.tune
 
 from cluster.errors import DatasetError, HealthGateError
-from tune.objective import Measurement, Target, measure
+from cluster.settings.training import SweepSettings
+from tune.objective import Axes, Measurement, Target, measure, measure_scorer
 
 FAILED_SCORE = -1e9  # finite: the scheduler takes percentiles of scores
+SAVED = "training"  # folder of the training's checkpoint within Tune's
+ADOPTED = "adopted"  # the same, of a trial that another goes on from
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,24 @@ class Plan:
 
     train_config: dict[str, Any]
     """Fields of `TrainConfig`; a trial's point replaces some, and each has its own `out`."""
-    target: Target
+    target: Target | None
+    """What a model that answers is measured on."""
     folder: str
     """One sub-folder a trial is made here."""
-    rungs: int
+    rungs: tuple[float, ...]
+    """Shares of the training at which it is measured; the last is 1."""
     threads: int
+    axes: Axes
+
+
+def rungs_of(settings: SweepSettings, scheduler: str) -> tuple[float, ...]:
+    """Where trials are measured under a scheduler."""
+    count = settings.rungs
+    if scheduler == "none":
+        return (1.0,)
+    if scheduler == "pbt":
+        return tuple((place + 1) / count for place in range(count))
+    return tuple(settings.reduction ** -(count - 1 - place) for place in range(count))
 
 
 class StoppedError(Exception):
@@ -44,26 +65,33 @@ class SweepTrial(ray.tune.Trainable):  # type: ignore[misc]  # Ray is untyped he
     """Each `step` runs the training on to its next rung, or to its end."""
 
     def setup(self, config: dict[str, Any], plan: Plan | None = None) -> None:
-        """Start the first trial of this actor."""
+        """The first trial of this actor."""
         assert plan is not None
         self.plan = plan
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Stop what runs and start the next trial in the same actor."""
+        """Stop what runs; the next trial is in the same actor."""
         self.running.stop()
         self._begin(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
         """What the training measured at its next rung."""
+        self.running.go_on()
         return self.running.next()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Nothing: the training keeps checkpoints of its own, and goes on from them."""
+        """A copy of the training's checkpoint, for a trial that goes on from this one."""
+        found = self.running.last_checkpoint()
+        if found is not None:
+            shutil.copytree(found, Path(checkpoint_dir) / SAVED)
 
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing: see `save_checkpoint`."""
+    def load_checkpoint(self, checkpoint: str) -> None:
+        """Go on from the checkpoint of a trial; from its own, a training goes on by itself."""
+        saved = Path(checkpoint) / SAVED
+        if saved.is_dir():
+            self.running.adopt(saved)
 
     def cleanup(self) -> None:
         """Stop what runs."""
@@ -71,7 +99,6 @@ class SweepTrial(ray.tune.Trainable):  # type: ignore[misc]  # Ray is untyped he
 
     def _begin(self, point: dict[str, Any]) -> None:
         self.running = RunningTrial(self.plan, point, Path(self.plan.folder) / self.trial_id)
-        self.running.start()
 
 
 class RunningTrial:
@@ -80,23 +107,39 @@ class RunningTrial:
     def __init__(self, plan: Plan, point: Mapping[str, Any], folder: Path) -> None:
         self.plan, self.point, self.folder = plan, dict(point), folder
         self.results: queue.Queue[dict[str, Any]] = queue.Queue()
-        self.stopped = threading.Event()
-        self.started = time.monotonic()
-        self.share, self.rung = 0.0, 1
+        self.stopped, self.told = threading.Event(), threading.Semaphore(0)
+        self.begun_at = time.monotonic()
+        self.share, self.targets = 0.0, [0]
         self.thread = threading.Thread(target=self._run, name="training", daemon=True)
 
-    def start(self) -> None:
-        """Begin to train."""
-        self.thread.start()
+    def go_on(self) -> None:
+        """Begin to train, or go on from the rung where the training waits."""
+        if self.thread.ident is None:
+            self.thread.start()
+        else:
+            self.told.release()
 
     def stop(self) -> None:
         """End the training within one step."""
         self.stopped.set()
-        self.thread.join()
+        self.told.release()
+        if self.thread.ident is not None:
+            self.thread.join()
 
     def next(self) -> dict[str, Any]:
         """The next result; waits for it."""
         return self.results.get()
+
+    def last_checkpoint(self) -> Path | None:
+        """The training's newest checkpoint."""
+        from train.checkpoint import last_checkpoint
+
+        return last_checkpoint(self.folder / "checkpoints")
+
+    def adopt(self, saved: Path) -> None:
+        """Keep a checkpoint to begin from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(saved, self.folder / ADOPTED, dirs_exist_ok=True)
 
     def progress(self, step: int, steps: int, values: Mapping[str, float]) -> None:
         """The training's reporter: one step is done."""
@@ -105,16 +148,18 @@ class RunningTrial:
             raise StoppedError
 
     def checkpoint(self, folder: Path, step: int) -> None:
-        """The training's reporter: a checkpoint was written; at a rung it is measured."""
-        if step % self.rung == 0:
-            self._put(measured(self.plan, str(folder)), done=False)
+        """The training's reporter: a checkpoint was written; at a rung it is measured, and the training waits."""
+        if self.targets and step >= self.targets[0]:
+            self.targets = [target for target in self.targets if target > step]
+            self._put(measured(self.plan, str(folder), self.point), done=False)
+            self.told.acquire()
         if self.stopped.is_set():
             raise StoppedError
 
     def _run(self) -> None:
         try:
             result = self._train()
-            found = measured(self.plan, str(result.adapter_dir))
+            found = measured(self.plan, str(result.adapter_dir), self.point)
             self.share = 1.0
             self._put(found, done=True, adapter_dir=str(result.adapter_dir), steps=result.steps)
         except StoppedError:
@@ -125,36 +170,68 @@ class RunningTrial:
             self._fail(f"{type(error).__name__}: {error}")
 
     def _train(self) -> Any:
-        from train.checkpoint import last_checkpoint
-        from train.config import TrainConfig
-        from train.run import prepare, train
+        from train.run import train_prepared
 
-        config = TrainConfig(**{**self.plan.train_config, **self.point, "out": self.folder})
-        steps = prepare(config).steps
-        self.rung = max(1, math.ceil(steps / self.plan.rungs))
-        config = config.model_copy(update={"save_steps": self.rung})
-        return train(config, reporter=self, resume_from=last_checkpoint(config.out / "checkpoints"))
+        prepared = prepared_for(self.plan, self.point, self.folder)
+        resume_from = self._resume_from(prepared)
+        reached = int(resume_from.name.removeprefix("step-")) if resume_from else 0
+        targets = sorted({math.ceil(prepared.steps * share) for share in self.plan.rungs[:-1]})
+        self.targets = [target for target in targets if reached < target < prepared.steps]
+        return train_prepared(prepared, self, resume_from, time.monotonic())
+
+    def _resume_from(self, prepared: Any) -> Path | None:
+        """The training's own checkpoint, or that of a trial whose place it has taken."""
+        from train.checkpoint import adopt
+
+        own, adopted = self.last_checkpoint(), self.folder / ADOPTED
+        if adopted.is_dir():
+            if own is None or json.loads((own / "state.json").read_text())["config"] != prepared.digest:
+                own = adopt(adopted, self.folder / "checkpoints", prepared.digest, prepared.config.learning_rate)
+            shutil.rmtree(adopted)
+        return own
 
     def _put(self, found: Measurement, *, done: bool, **more: Any) -> None:
-        values = {
-            "win_rate": found.win_rate,
-            "reward": found.reward,
-            "kl": found.kl,
-            "score": found.score(self.plan.target.kl_limit),
-            "progress": self.share,
-            "seconds": time.monotonic() - self.started,
-        }
+        axes = self.plan.axes
+        values = {axes.value: found.value, axes.cost: found.cost, "value": found.value, "cost": found.cost}
+        values |= {"reward": found.reward} if found.reward is not None else {}
+        values |= {"score": found.score(axes.limit), **self._progress()}
         self.results.put({**values, **more, "failed": "", "done": done})
 
     def _fail(self, reason: str) -> None:
-        values = {"score": FAILED_SCORE, "progress": self.share, "seconds": time.monotonic() - self.started}
-        self.results.put({**values, "failed": reason or "failed", "done": True})
+        self.results.put({"score": FAILED_SCORE, **self._progress(), "failed": reason or "failed", "done": True})
+
+    def _progress(self) -> dict[str, float]:
+        return {"progress": self.share, "seconds": time.monotonic() - self.begun_at}
 
 
-def measured(plan: Plan, adapter_dir: str) -> Measurement:
-    """Measure an adapter with the start model this process keeps loaded."""
-    start = _start_model(plan.target.base_model, plan.target.init_adapter, plan.threads)
-    return measure(plan.target, adapter_dir, start, plan.threads)
+def measured(plan: Plan, adapter_dir: str, point: Mapping[str, Any]) -> Measurement:
+    """Measure an adapter with what this process keeps loaded."""
+    if plan.target is not None:
+        start = _start_model(plan.target.base_model, plan.target.init_adapter, plan.threads)
+        return measure(plan.target, adapter_dir, start, plan.threads)
+    prepared = prepared_for(plan, point, Path(adapter_dir))
+    base, table = prepared.config.base_model, prepared.data.validation
+    return measure_scorer(prepared.config.method, adapter_dir, base, table, prepared.encoder)
+
+
+def prepared_for(plan: Plan, point: Mapping[str, Any], out: Path) -> Any:
+    """A trial's run, on token ids that all trials of this process share."""
+    from train.config import TrainConfig
+    from train.run import prepare_like
+
+    config = TrainConfig(**{**plan.train_config, **point, "out": out})
+    shared = _shared(json.dumps(plan.train_config, sort_keys=True))
+    steps = prepare_like(shared, config).steps
+    every = max(1, min(math.ceil(steps * share) for share in plan.rungs))
+    return prepare_like(shared, config.model_copy(update={"save_steps": every}))
+
+
+@functools.lru_cache(maxsize=1)
+def _shared(train_config: str) -> Any:
+    from train.config import TrainConfig
+    from train.run import prepare
+
+    return prepare(TrainConfig.model_validate_json(train_config))
 
 
 @functools.cache

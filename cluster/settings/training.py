@@ -342,8 +342,10 @@ class SweepSettings(Section):
     gpus_per_trial: float = Field(0.0, ge=0)
     """GPUs of a trial."""
     rungs: int = Field(2, ge=1, le=20)
-    """Measurements in the course of a trial; at each but the last the worse trials stop."""
+    """Measurements in the course of a trial; at each but the last the worse trials stop, or copy better ones."""
     reduction: float = Field(2.0, gt=1)
-    """ASHA lets one in this many go on from a rung."""
+    """ASHA lets one in this many go on from a rung, and each rung is this many times as far as the one before."""
+    exploit_share: float = Field(0.25, gt=0, le=0.5)
+    """PBT: at each rung this share of the trials, the worst, goes on from one of as many best."""
     seed: int = Field(0, ge=0)
     """Seed of the search and of sampling."""

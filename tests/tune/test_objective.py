@@ -19,7 +19,6 @@ TARGET = Target(
     max_new_tokens=16,
     batch_size=32,
     kl_samples=4,
-    kl_limit=0.1,
     seed=0,
 )
 
@@ -34,7 +33,7 @@ def test_grade_counts_wins_against_the_start() -> None:
 
 
 def test_score_prefers_any_trial_within_the_limit() -> None:
-    near, far, farther = Measurement(0.3, 0.5, 0.1), Measurement(0.9, 0.9, 0.11), Measurement(1.0, 1.0, 0.5)
+    near, far, farther = Measurement(0.3, 0.1), Measurement(0.9, 0.11), Measurement(1.0, 0.5)
     assert near.score(0.1) == 0.3
     assert near.score(0.1) > far.score(0.1) > farther.score(0.1)
 

@@ -1,12 +1,16 @@
 """The Pareto front and the choice under the constraint."""
 
 import io
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tune.objective import axes_of
 from tune.report import Trial, choose, markdown, pareto_front, plot, print_sweep
+
+AXES = axes_of("dpo", 0.1)
 
 
 def trial(number: int, win_rate: float | None, kl: float | None, status: str = "completed") -> Trial:
@@ -42,21 +46,20 @@ def test_nothing_beats_a_point_of_the_front(found: list[tuple[float, float]]) ->
     for best in front:
         for other in trials:
             assert (
-                other.win_rate is not None
-                and other.kl is not None
-                and best.win_rate is not None
-                and best.kl is not None
+                other.value is not None and other.cost is not None and best.value is not None and best.cost is not None
             )
-            better = other.win_rate >= best.win_rate and other.kl <= best.kl
-            assert not (better and (other.win_rate > best.win_rate or other.kl < best.kl))
+            better = other.value >= best.value and other.cost <= best.cost
+            assert not (better and (other.value > best.value or other.cost < best.cost))
 
 
 def test_report_shows_the_choice_and_every_trial() -> None:
     console = Console(width=160, record=True, file=io.StringIO())
-    print_sweep(TRIALS, TRIALS[1], 0.1, console)
-    print_sweep(TRIALS, None, 0.001, console)
+    print_sweep(TRIALS, TRIALS[1], AXES, console)
+    print_sweep(TRIALS, None, replace(AXES, limit=0.001), console)
     text = console.export_text()
     assert "→" in text and "no trial keeps KL <= 0.001" in text and "stopped" in text
-    table = markdown(TRIALS, TRIALS[1])
+    table = markdown(TRIALS, TRIALS[1], AXES)
     assert table.count("\n") == 8 and "| chosen | 1 |" in table and "| Pareto | 3 |" in table
-    assert plot(TRIALS, TRIALS[1], 0.1).startswith(b"\x89PNG") and plot([], None, 0.1).startswith(b"\x89PNG")
+    assert plot(TRIALS, TRIALS[1], AXES).startswith(b"\x89PNG") and plot([], None, axes_of("reward", 0.1)).startswith(
+        b"\x89PNG"
+    )

@@ -15,7 +15,11 @@ from cluster import tracking
 from cluster.errors import InputError, NotFoundError
 from cluster.settings import Settings, load_settings
 from tests.datasets import write_feedback_dataset
+from tune.objective import axes_of
 from tune.sweep import new_sweep, read_sweep, resume_sweep, run_sweep, sweep_folder
+from tune.trial import Plan, rungs_of
+
+EMPTY = Plan({}, None, "", (0.5, 1.0), 1, axes_of("dpo", 0.1))
 
 
 def sweep_settings(settings: Settings) -> Settings:
@@ -29,6 +33,9 @@ def test_new_sweep_refuses_unknown_fields_and_methods(settings: Settings) -> Non
     for method, ranges, message in (("dpo", {"rank": "1:2"}, "no field"), ("ppo", {}, "must be one of")):
         with pytest.raises(InputError, match=message):
             new_sweep(settings, method=method, dataset="d", base="b", ranges=ranges)
+    for scheduler, ranges, message in (("best", {}, "must be one of"), ("pbt", {"epochs": "1,2"}, "needs one of")):
+        with pytest.raises(InputError, match=message):
+            new_sweep(settings, method="sft", dataset="d", base="b", ranges=ranges, scheduler=scheduler, grid=True)
     sweep = new_sweep(settings, method="sft", dataset="d", base="b", ranges={"batch_size": "8,16"})
     assert list(sweep.space) == ["learning_rate", "batch_size"]
 
@@ -56,12 +63,12 @@ def test_sweep_on_the_toy(mlflow_settings: Settings, toy_base: Path, ray_session
     done = [trial for trial in found.trials if trial.measured]
     assert done and all(trial.status in ("completed", "stopped") for trial in found.trials)
     assert all(Path(str(trial.adapter_dir), "adapter_model.safetensors").is_file() for trial in done)
-    assert all(trial.kl is not None and trial.kl > -0.01 for trial in done)
+    assert all(trial.cost is not None and trial.cost > -0.01 for trial in done)
     _check_runs(settings, found)
 
     again = resume_sweep(settings, sweep.sweep_id)
     assert [t.config for t in again.trials] == [t.config for t in found.trials]
-    assert [t.win_rate for t in again.trials] == [t.win_rate for t in found.trials]
+    assert [t.value for t in again.trials] == [t.value for t in found.trials]
 
 
 SCRIPT = """
@@ -110,9 +117,33 @@ def _check_runs(settings: Settings, found: Any) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+def test_a_population_of_reward_models_goes_on_from_the_better_ones(
+    mlflow_settings: Settings, toy_base: Path, ray_session: None
+) -> None:
+    """Half of them start at a rate that teaches nothing; at the end all know what the others learned."""
+    settings = sweep_settings(mlflow_settings)
+    settings = settings.model_copy(update={"sweep": settings.sweep.model_copy(update={"rungs": 3})})
+    made = write_feedback_dataset(settings.home / "datasets", users=60)
+    ranges = {"learning_rate": "1e-7,1e-2", "seed": "0,1"}
+    places: dict[str, Any] = {"dataset": made.dataset_id, "base": str(toy_base), "overrides": {"epochs": 3.0}}
+    sweep = new_sweep(settings, method="reward", ranges=ranges, grid=True, scheduler="pbt", **places)
+    found = run_sweep(settings, sweep)
+    assert [trial.status for trial in found.trials] == ["completed"] * 4
+    values = [trial.value for trial in found.trials if trial.value is not None]
+    assert len(values) == 4 and min(values) > 0.75  # a rate of 1e-7 alone stays near one half
+    assert found.axes.names == ("pair accuracy", "calibration error") and found.chosen is not None
+    client = tracking.client(settings)
+    runs = client.search_runs(
+        [client.get_run(found.run_id).info.experiment_id], f"tags.mlflow.parentRunId = '{found.run_id}'"
+    )
+    assert len(runs) == 4
+    assert all({"pair_accuracy", "rate/learning_rate"} <= set(run.data.metrics) for run in runs)
+
+
+@pytest.mark.ray
 def test_a_stopped_training_frees_its_actor_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tune.objective import Target
-    from tune.trial import Plan, RunningTrial
+    from tune.trial import RunningTrial
 
     class Endless(RunningTrial):
         def _train(self) -> Any:
@@ -120,24 +151,52 @@ def test_a_stopped_training_frees_its_actor_within_a_step(tmp_path: Path, monkey
                 time.sleep(0.005)
                 self.progress(step, 100_000, {})
 
-    target = Target("", None, (), (), {}, 1, 1, 1, 0.1, 0)
-    running = Endless(Plan({}, target, str(tmp_path), 2, 1), {}, tmp_path / "t")
-    running.start()
+    running = Endless(EMPTY, {}, tmp_path / "t")
+    running.go_on()
     time.sleep(0.05)
     running.stop()
     assert not running.thread.is_alive() and running.results.empty()
 
 
 def test_a_training_that_breaks_is_a_failed_trial(tmp_path: Path) -> None:
-    from tune.objective import Target
-    from tune.trial import FAILED_SCORE, Plan, RunningTrial
+    from tune.trial import FAILED_SCORE, RunningTrial
 
     class Broken(RunningTrial):
         def _train(self) -> Any:
             raise ValueError("pairs are swapped")
 
-    target = Target("", None, (), (), {}, 1, 1, 1, 0.1, 0)
-    running = Broken(Plan({}, target, str(tmp_path), 2, 1), {}, tmp_path / "t")
-    running.start()
+    running = Broken(EMPTY, {}, tmp_path / "t")
+    running.go_on()
     result = running.next()
     assert result["done"] and result["failed"] == "pairs are swapped" and result["score"] == FAILED_SCORE
+
+
+def test_a_training_waits_at_its_rung_until_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tune.objective import Measurement
+    from tune.trial import RunningTrial
+
+    reached: list[int] = []
+
+    class Stepping(RunningTrial):
+        def _train(self) -> Any:
+            self.targets = [2, 4]
+            for step in range(1, 6):
+                reached.append(step)
+                self.progress(step, 5, {})
+                self.checkpoint(tmp_path, step)
+            raise ValueError("the end")
+
+    monkeypatch.setattr("tune.trial.measured", lambda *_: Measurement(0.5, 0.01))
+    running = Stepping(EMPTY, {}, tmp_path / "t")
+    for share, steps in ((0.4, [1, 2]), (0.8, [1, 2, 3, 4])):
+        running.go_on()
+        assert running.next()["progress"] == share and reached == steps
+    running.stop()
+    assert reached == [1, 2, 3, 4]
+
+
+def test_rungs_of_halving_grow_and_those_of_a_population_do_not(settings: Settings) -> None:
+    sweep = settings.sweep.model_copy(update={"rungs": 3, "reduction": 4.0})
+    assert rungs_of(sweep, "asha") == (1 / 16, 1 / 4, 1.0)
+    assert rungs_of(sweep, "pbt") == pytest.approx((1 / 3, 2 / 3, 1))
+    assert rungs_of(sweep, "none") == (1.0,)
