@@ -10,7 +10,9 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
@@ -18,6 +20,8 @@ from typing import TextIO
 import typer
 
 from cluster.errors import RayloopError
+
+TERMINATED = 128 + signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -131,12 +135,14 @@ def _listing() -> typer.Typer:
 def run_app(app: typer.Typer, arguments: Sequence[str] | None = None, prog_name: str | None = None) -> None:
     """Run a command line, printing deliberate errors on one line.
 
-    Exit codes: 0 success, 1 failure, 2 wrong input, 130 interrupted.
+    Exit codes: 0 success, 1 failure, 2 wrong input, 130 interrupted, 143 terminated.
     """
     line = list(sys.argv[1:] if arguments is None else arguments)
     own = line[: line.index("--")] if "--" in line else line
     try:
         with contextlib.ExitStack() as stack:
+            if threading.current_thread() is threading.main_thread():
+                stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminated))
             if "--json" in own:
                 stack.enter_context(contextlib.redirect_stdout(_OnlyJson(sys.stdout, sys.stderr)))
             app(args=line, prog_name=prog_name)
@@ -150,6 +156,11 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None, prog_name:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _terminated(*_: object) -> None:
+    """SIGTERM unwinds the stack, so that MLflow and the job table learn of the end."""
+    raise SystemExit(TERMINATED)
 
 
 if __name__ == "__main__":

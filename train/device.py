@@ -39,6 +39,13 @@ def resolve_device(device: str = "auto", precision: str = "auto", threads: int =
     return Device(kind, chosen, threads or cpu_cores(), "eager" if kind == "cpu" else "sdpa")  # type: ignore[arg-type]
 
 
+def num_workers() -> int:
+    """Processes that train together: those of the process group, where there is one."""
+    import torch.distributed as distributed
+
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
 def cpu_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

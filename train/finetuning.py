@@ -6,11 +6,7 @@ registration that was missing.
 """
 
 import logging
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from sqlalchemy.engine import Engine
@@ -32,7 +28,6 @@ from train.register import register_adapter
 log = logging.getLogger(__name__)
 
 SERVED_AS_TAG = "rayloop.fine_tuned_model"
-TERMINATED = 143
 
 
 def run_job(settings: Settings, database: Engine, job_id: str, token: str) -> str:
@@ -47,10 +42,9 @@ def run_job(settings: Settings, database: Engine, job_id: str, token: str) -> st
     settings = settings.model_copy(update={"tenant": job.tenant, "workspace": job.workspace})
     jobs = Jobs(database, job.tenant, job.workspace)
     try:
-        with _ended_by_signal():
-            if job.state != "completed":
-                _train(settings, jobs, job)
-            return _register(settings, database, jobs.get(job_id))
+        if job.state != "completed":
+            _train(settings, jobs, job)
+        return _register(settings, database, jobs.get(job_id))
     except BaseException as error:
         _settle(jobs, job_id, error)
         raise
@@ -123,17 +117,3 @@ def _settle(jobs: Jobs, job_id: str, error: BaseException) -> None:
         log.debug("the end of %s is recorded already: %s", job_id, other)
     if jobs.get(job_id).state == "failed":
         note(jobs.engine, job_id, f"The job failed: {text}", level="error")
-
-
-@contextmanager
-def _ended_by_signal() -> Iterator[None]:
-    """SIGTERM unwinds the stack, so that MLflow and the job table learn of the end."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -156,8 +156,9 @@ class Method:
     trainer: type[Any]
     arguments: Callable[[TrainConfig, Device, Sequence[Row], dict[str, Any]], Any]
     encode: Callable[[Encoder, Any], Encoded]
-    arrange: Callable[[Sequence[Row], TrainConfig], list[Row]]
-    """Puts rows in the order, and gives them the columns, that the trainer wants."""
+    arrange: Callable[[Sequence[Row], int, int], list[Row]]
+    """Puts rows in the order, and gives them the columns, that the trainer wants; from the rows, the seed, and
+    the number of rows that all workers read at a time."""
     monitored: str = "eval_loss"
     """What decides which weights are the best; a reward is better when it is higher."""
     task: Literal["CAUSAL_LM", "SEQ_CLS"] = "CAUSAL_LM"
@@ -224,15 +225,15 @@ def balanced_weight(rows: Sequence[Row], undesirable_weight: float) -> float:
     return max(1.0, undesirable_weight * (len(rows) - liked) / max(liked, 1))
 
 
-def _as_they_are(rows: Sequence[Row], config: TrainConfig) -> list[Row]:
+def _as_they_are(rows: Sequence[Row], seed: int, together: int) -> list[Row]:
     return list(rows)
 
 
-def _kto_order(rows: Sequence[Row], config: TrainConfig) -> list[Row]:
+def _kto_order(rows: Sequence[Row], seed: int, together: int) -> list[Row]:
     """KTO reads rows in order, so they are shuffled once, and paired within each batch of that order."""
     shuffled = list(rows)
-    random.Random(config.seed).shuffle(shuffled)
-    return with_kl_completions(shuffled, config.batch_size)
+    random.Random(seed).shuffle(shuffled)
+    return with_kl_completions(shuffled, together)
 
 
 METHODS: dict[str, Method] = {

@@ -23,7 +23,7 @@ from train import checkpoint
 from train.calibration import Calibration, calibrate
 from train.callbacks import BestKeeper, HealthCallback, ProgressCallback, Schedule
 from train.config import TrainConfig, check_model_dir
-from train.device import Device, resolve_device
+from train.device import Device, num_workers, resolve_device
 from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
 from train.files import own_folder, written_whole
 from train.health import HealthWatch, check_changed, check_swapped, check_truncation, warnings_for
@@ -120,16 +120,19 @@ class Prepared:
     warnings: list[str]
     digest: str
     """Configuration and data together: what a checkpoint belongs to."""
+    workers: int = 1
+    """Processes that share every step: each takes `batch_size` rows of it at a time."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of one pass on one worker; GRPO leaves out prompts that fill no step."""
-        answers, rows = self.config.batch_size * self.config.gradient_accumulation, len(self.rows.rows)
-        return rows * self.config.group_size // answers if self.config.method == "grpo" else math.ceil(rows / answers)
+        """Optimiser steps of one pass; GRPO leaves out prompts that fill no step."""
+        config, rows = self.config, len(self.rows.rows)
+        answers = config.batch_size * config.gradient_accumulation * self.workers
+        return rows * config.group_size // answers if config.method == "grpo" else math.ceil(rows / answers)
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the run on one worker."""
+        """Optimiser steps of the run."""
         return self.config.max_steps or math.ceil(self.steps_per_epoch * self.config.epochs)
 
 
@@ -154,7 +157,7 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     for warning in warnings:
         log.warning("%s", warning)
     digest = checkpoint.digest_of(config.digest(), rows.rows, validation.rows)
-    prepared = Prepared(config, device, data, tokenizer, encoder, rows, validation, warnings, digest)
+    prepared = Prepared(config, device, data, tokenizer, encoder, rows, validation, warnings, digest, num_workers())
     _check_steps(prepared)
     return prepared
 
@@ -162,7 +165,7 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
 def _check_steps(prepared: Prepared) -> None:
     config = prepared.config
     if not prepared.steps_per_epoch:
-        needed = config.batch_size * config.gradient_accumulation // config.group_size
+        needed = config.batch_size * config.gradient_accumulation * prepared.workers // config.group_size
         raise DatasetError(
             f"{len(prepared.rows.rows)} prompts are too few: one step takes {needed}; lower `training.batch_size`"
         )
@@ -187,8 +190,9 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
         torch.set_num_threads(prepared.device.threads)
     set_seed(config.seed)
     model = load_start(config, prepared.device)
-    rows = method.arrange(prepared.rows.rows, config)
-    held_out = method.arrange(prepared.validation.rows, config)
+    together = config.batch_size * prepared.workers
+    rows = method.arrange(prepared.rows.rows, config.seed, together)
+    held_out = method.arrange(prepared.validation.rows, config.seed, together)
     common = common_arguments(config, prepared.device, prepared.steps)
     trainer = method.trainer(
         model=model,

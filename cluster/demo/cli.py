@@ -1,7 +1,6 @@
 """`rayloop demo`: watch an agent get better from its own traffic, on this machine."""
 
 import json
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,7 +37,6 @@ def demo(
     from cluster.demo.run import run_demo
     from cluster.demo.story import Story
 
-    signal.signal(signal.SIGTERM, _interrupted)
     given: dict[str, Any] = {"seed": seed, "shuffle_feedback": shuffle_feedback, "keep_up": keep_up}
     given |= QUICK if quick else {}
     story = Story()
@@ -56,10 +54,6 @@ def exit_code(found: "Findings") -> int:
     if found.shuffled:
         return 0 if found.promoted is None else INCONCLUSIVE
     return 0 if found.promoted and found.rolled_back else INCONCLUSIVE
-
-
-def _interrupted(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _show(found: Any, paths: dict[str, Path], story: Any, outcome: str) -> None:

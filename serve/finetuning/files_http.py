@@ -1,22 +1,23 @@
 """`/v1/files`: upload, list, get, content, delete."""
 
 import asyncio
+import shutil
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import orjson
+from starlette.datastructures import FormData, UploadFile
 
 from cluster.settings import Settings
 from data.tuning_rows import check_file
 from data.uploads import StoredFile, Uploads
-from serve.finetuning.multipart import body_to_file, boundary_of, copy_value, read_fields, text_value
+from serve.finetuning.form import read_form
 from serve.finetuning.objects import Json, file_object, page
 from serve.finetuning.query import Query
 from serve.openai import JSON, ApiError, Headers, Receive, Scope, Send, header, send_response
 
 PURPOSE = "fine-tune"
-FORM_FIELDS = {"file", "purpose"}
+FORM_FIELDS = ("file", "purpose")
 SPARE_BYTES = 1 << 16  # of a form around its file
 MAX_PAGE = 10_000
 PIECE = 1 << 18
@@ -31,7 +32,7 @@ class FileRoutes:
 
     async def upload(self, uploads: Uploads, scope: Scope, receive: Receive) -> Json:
         """Take in one file; every line of it is checked before it gets an id."""
-        boundary, limits = boundary_of(scope), self.settings.finetuning
+        limits = self.settings.finetuning
         limit = round(limits.max_file_mb * 2**20) + SPARE_BYTES
         declared = header(scope, b"content-length")
         if declared is not None and declared.isdigit() and int(declared) > limit:
@@ -40,31 +41,30 @@ class FileRoutes:
             raise ApiError(429, "Too many files are being sent; try again later.", code="overloaded", retry_after_s=5.0)
         self._uploading += 1
         try:
-            with uploads.draft() as (path, body):
-                await body_to_file(receive, body, limit, limits.upload_timeout_s)
-                stored = await asyncio.to_thread(self._take_in, uploads, path, boundary)
+            form = await read_form(scope, receive, limit, limits.upload_timeout_s)
+            try:
+                stored = await asyncio.to_thread(self._take_in, uploads, form)
+            finally:
+                await form.close()
         finally:
             self._uploading -= 1
         return file_object(stored)
 
-    def _take_in(self, uploads: Uploads, body: Path, boundary: bytes) -> StoredFile:
-        fields = read_fields(body, boundary)
-        unknown = sorted(fields.keys() - FORM_FIELDS)
-        if unknown:
-            raise ApiError(400, f"The field {unknown[0]} is not supported.", code="invalid_value", param=unknown[0])
-        for name in ("file", "purpose"):
-            if name not in fields:
-                raise ApiError(400, f"The field {name} is missing.", code="missing_field", param=name)
-        purpose = text_value(body, fields["purpose"])
-        if purpose != PURPOSE:
-            message = f"purpose must be {PURPOSE}, not {purpose!r}."
+    def _take_in(self, uploads: Uploads, form: FormData) -> StoredFile:
+        given = _fields(form)
+        if given["purpose"] != PURPOSE:
+            message = f"purpose must be {PURPOSE}, not {str(given['purpose'])[:80]!r}."
             raise ApiError(400, message, code="invalid_value", param="purpose")
-        limits, filename = self.settings.finetuning, fields["file"].filename or "upload.jsonl"
+        limits, sent = self.settings.finetuning, given["file"]
+        if not isinstance(sent, UploadFile):
+            raise ApiError(400, "The field file must be a file with a name.", code="invalid_value", param="file")
         with uploads.draft() as (path, file):
-            copy_value(body, fields["file"], file)
+            shutil.copyfileobj(sent.file, file, PIECE)
+            file.flush()
             checked = check_file(path, min_rows=limits.min_examples, max_rows=limits.max_examples)
+            name = (sent.filename or "upload.jsonl").replace("%22", '"')  # as the HTML standard escapes it
             return uploads.keep(
-                path, filename, purpose, format=checked.format, rows=checked.rows, max_files=limits.max_files
+                path, name, PURPOSE, format=checked.format, rows=checked.rows, max_files=limits.max_files
             )
 
     async def list(self, uploads: Uploads, query: Query) -> Json:
@@ -90,6 +90,20 @@ class FileRoutes:
         """Forget it; a dataset that was made of it stays."""
         await asyncio.to_thread(uploads.delete, file_id)
         return {"id": file_id, "object": "file", "deleted": True}
+
+
+def _fields(form: FormData) -> dict[str, UploadFile | str]:
+    """The fields by name: each that is needed, once, and no other."""
+    names = [name for name, _ in form.multi_items()]
+    for name in names:
+        if name not in FORM_FIELDS:
+            raise ApiError(400, f"The field {name[:80]} is not supported.", code="invalid_value", param=name[:80])
+        if names.count(name) > 1:
+            raise ApiError(400, f"The field {name} comes twice.", code="invalid_value", param=name)
+    for name in FORM_FIELDS:
+        if name not in names:
+            raise ApiError(400, f"The field {name} is missing, or breaks off.", code="missing_field", param=name)
+    return dict(form.items())
 
 
 async def send_json(send: Send, document: Any, headers: Headers) -> None:

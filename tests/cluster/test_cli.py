@@ -69,3 +69,18 @@ def test_json_output_holds_nothing_but_the_object() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout == '{"a": 1}\n'
     assert run.stderr.splitlines() == ["(raylet) chatter", "{not json", "more chatter"]
+
+
+def test_sigterm_unwinds_what_a_command_has_open() -> None:
+    code = (
+        "import os, signal, typer; from cluster.cli import run_app; app = typer.Typer()\n"
+        "@app.command()\n"
+        "def go() -> None:\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM); signal.pause()\n"
+        "    finally:\n"
+        "        print('recorded', flush=True)\n"
+        "run_app(app, [], 'go')\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (143, "recorded\n", "")

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
+from safetensors.torch import load_file
 
 from cluster.errors import HealthGateError, InputError
+from cluster.settings.training import LoraSettings
 from tests.toys import toy_feedback, write_dataset
 from train.config import TrainConfig
 from train.run import train
@@ -25,6 +28,11 @@ class Heard:
 
     def __call__(self, event: Event) -> None:
         self.events.append(event)
+
+    def losses(self, run: int) -> list[float]:
+        """Training loss at each step of a run."""
+        said = [event.values or {} for event in self.events if event.run == run and event.kind == "progress"]
+        return [values["loss"] for values in said if "loss" in values]
 
     def results(self) -> list[dict[str, Any]]:
         return [dict(event.result) for event in self.events if event.result is not None]
@@ -53,6 +61,26 @@ def test_runs_on_ray_equal_runs_here_and_survive_a_killed_worker(
     results = {result["method"]: result["adapter_sha256"] for result in heard.results()}
     assert [results["sft"], results["dpo"]] == here
     assert len([e for e in heard.events if e.kind == "begin" and e.run == 1]) == 2
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+def test_two_workers_learn_what_one_learns_from_the_same_global_batch(
+    config_of: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    """Where every step is full and nothing is dropped out: workers draw masks each for itself."""
+    folder = write_dataset(tmp_path / "feedback", toy_feedback(80))  # three full steps of 20 an epoch
+    shape: dict[str, Any] = {"dataset": folder, "precision": "fp32", "lora": LoraSettings(dropout=0.0)}
+    methods = ("sft", "dpo", "kto")
+    alone, together = Heard(), Heard()
+    run_here([config_of(m, **shape, batch_size=20, out=tmp_path / f"one-{m}") for m in methods], alone)
+    halves = [config_of(m, **shape, batch_size=10, out=tmp_path / f"two-{m}") for m in methods]
+    run_on_ray(halves, workers=2, max_failures=0, on_event=together)
+    for run, method in enumerate(methods):
+        assert together.losses(run) == pytest.approx(alone.losses(run), rel=1e-4), method
+        one, two = (load_file(tmp_path / f"{n}-{method}" / "adapter" / ADAPTER_WEIGHTS) for n in ("one", "two"))
+        furthest = max(float((one[name] - two[name]).abs().max()) for name in one)
+        assert furthest < 0.01 * max(float(one[name].abs().max()) for name in one if "lora_B" in name), method
 
 
 def test_a_closed_gate_ends_its_run_and_not_the_next(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
