@@ -165,6 +165,11 @@ def _interaction(span: Span, trace: _Traces) -> Item:
     }
 
 
+def trace_session(trace_id: str) -> str:
+    """The session of spans that name neither user nor session: by it an erasure finds the steps of somebody's run."""
+    return f"trace-{trace_id}"
+
+
 def interaction_id(span: Span) -> str:
     """Under what feedback is given: as the agent says, else the provider's id of the answer, else the span's."""
     own = span.attributes.get("rayloop.interaction_id")
@@ -232,9 +237,11 @@ def _envelope(span: Span, trace: _Traces) -> Item:
         metadata |= {k.removeprefix(METADATA): v for k, v in each.attributes.items() if k.startswith(METADATA)}
     if (provider := _first([span], "gen_ai.provider.name", "gen_ai.system")) is not None:
         metadata.setdefault("provider", str(provider))
+    user = _first(around, "user.id", "enduser.id")
+    session = _identifier(_first(around, "gen_ai.conversation.id", "session.id"))
     return {
-        "user": _first(around, "user.id", "enduser.id"),
-        "session": _identifier(_first(around, "gen_ai.conversation.id", "session.id")),
+        "user": user,
+        "session": session or (trace_session(span.trace_id) if user is None else None),
         "agent": _identifier(_first(around, "rayloop.agent", "gen_ai.agent.name") or _service(span.resource)),
         "occurred_at": span.start_ns / 1e9 if span.start_ns else None,
         "latency_s": span.latency_s,

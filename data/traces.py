@@ -14,6 +14,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.genai import trace_session
 from data.source import EVENTS
 from data.stages import with_column
 from data.tool_turns import asked_for
@@ -78,7 +79,13 @@ def _name(event: Event) -> str:
 
 def _inherited(event: Event, runs: Sequence[Event]) -> dict[str, Any]:
     """What an event has from the runs above it. A step that names no agent has its service's name until then."""
-    known = {name: next(filter(None, (e[name] for e in (event, *runs))), None) for name in ("user_id", "session_id")}
+    around = (event, *runs)
+    sessions = [e["session_id"] for e in around if e["session_id"]]
+    named_sessions = [session for session in sessions if session != trace_session(event["body"].get("trace_id", ""))]
+    known = {
+        "user_id": next(filter(None, (e["user_id"] for e in around)), None),
+        "session_id": next(iter([*named_sessions, *sessions]), None),
+    }
     is_step = "span_id" in event["body"] and event["kind"] != "trajectory"
     named = (*runs, event) if is_step else (event, *runs)
     return known | {"agent": next(filter(None, (e["agent"] for e in named)), None)}

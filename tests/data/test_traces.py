@@ -6,12 +6,14 @@ from typing import Any
 import orjson
 import pyarrow as pa
 import pytest
+from sqlalchemy.engine import Engine
 
-from cluster.settings import load_settings
+from cluster.settings import Settings, load_settings
 from data.events import Event
 from data.genai import items_of
 from data.items import Identity, Parser
 from data.join import join_events, name_trajectories
+from data.log import EventLog
 from data.otlp import Span, from_json
 from data.traces import TRACE, add_trace, join_traces
 from tests.data.spans import AGENT_RUN, _span, export_json
@@ -136,3 +138,20 @@ def test_an_empty_block_keeps_its_schema() -> None:
     empty = block()
     assert join_traces(add_trace(empty)).schema.equals(empty.schema)
     assert isinstance(add_trace(empty), pa.Table)
+
+
+def test_erasing_the_user_of_a_run_takes_steps_that_came_without_a_user(
+    sqlite_database: Engine, settings: Settings
+) -> None:
+    from data.erase import Person, erase
+
+    log = EventLog(sqlite_database)
+    ada = next(e.user_id for e in events_of([AGENT]))
+    assert ada is not None
+    for request in ([RETRIEVAL, FIRST], [TOOL], [SECOND], [AGENT]):
+        log.append(events_of(request))
+    assert [r.event.user_id for r in log.scan()] == [None, None, None, ada]
+    erase(sqlite_database, settings, Person("default", ada))
+    assert all(r.erased for r in log.scan(kinds=["interaction", "tool_call", "trajectory"]))
+    (late,) = log.append(events_of([_span(9, 1, "chat", 3, 1, SECOND.attributes | {"gen_ai.response.id": "resp-9"})]))
+    assert late.status == "refused"

@@ -229,7 +229,13 @@ def test_routers_are_tried_and_read_back_over_http(live: tuple[Settings, Engine]
 
 
 def ask(api: ControlApi, path: str, secret: str | None = None, method: str = "GET") -> tuple[int, Any]:
-    """One request to an ASGI callable."""
+    """One request to an ASGI callable that answers in JSON."""
+    status, body = answer_of(api, path, secret, method)
+    return status, json.loads(body)
+
+
+def answer_of(api: ControlApi, path: str, secret: str | None = None, method: str = "GET") -> tuple[int, bytes]:
+    """Status and body of one request."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
@@ -241,7 +247,7 @@ def ask(api: ControlApi, path: str, secret: str | None = None, method: str = "GE
     headers = [(b"authorization", f"Bearer {secret}".encode())] if secret else []
     scope = {"type": "http", "method": method, "path": f"/control{path}", "root_path": "/control", "headers": headers}
     asyncio.run(api(scope, receive, send))
-    return sent[0]["status"], json.loads(sent[1]["body"])
+    return sent[0]["status"], sent[1]["body"]
 
 
 def test_control_shows_its_health_and_the_rollouts_of_the_keys_tenant(
@@ -261,6 +267,8 @@ def test_control_shows_its_health_and_the_rollouts_of_the_keys_tenant(
         assert ask(api, "/rollouts", other)[1]["data"] == []
         assert ask(api, "/rollouts")[0] == 401
         assert ask(api, "/nothing")[0] == 404
+        status, metrics = answer_of(api, "/metrics")
+        assert status == 200 and b"# TYPE rayloop_outlet_delivered_total counter" in metrics
         assert ask(api, "/rollouts", mine, "POST")[0] == 405
     finally:
         loop.stop()
