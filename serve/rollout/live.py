@@ -13,6 +13,7 @@ from sqlalchemy.engine import Engine
 from cluster.errors import NotFoundError
 from cluster.registry import Registry, Version
 from cluster.settings import Settings
+from cluster.settings.experiments import ApplicationSettings
 from serve import servables
 from serve.applications.document import application_name, is_ours
 from serve.applications.driver import Applications, Driver, Status
@@ -194,20 +195,20 @@ def controller_steps(engine: Engine, settings: Settings, keys: OwnKeys) -> Steps
 
 
 def applications(engine: Engine, settings: Settings) -> Applications | None:
-    """The applications of candidates, by the configured driver.
+    """The applications of candidates; `None` where no driver is configured."""
+    given = settings.rollout.applications
+    return None if given.driver == "none" else Applications(engine, lambda: make_driver(given), given.linger_s)
+
+
+def make_driver(given: ApplicationSettings) -> Driver:
+    """The configured driver.
 
     Raises:
-        ConfigError: the driver's API has no address.
+        ConfigError: its API has no address.
     """
-    given = settings.rollout.applications
-    if given.driver == "none":
-        return None
-    driver: Driver
-    if given.driver == "serve":
-        driver = ServeRestDriver(Api(given.dashboard_url or dashboard_url(), given.timeout_s), given.template)
-    else:
-        driver = RayServiceDriver(access(given), given)
-    return Applications(engine, driver, given.linger_s)
+    if given.driver == "rayservice":
+        return RayServiceDriver(access(given), given)
+    return ServeRestDriver(Api(given.dashboard_url or dashboard_url(), given.timeout_s), given.template)
 
 
 def _shown(error: Exception) -> str:
