@@ -139,12 +139,14 @@ class Evidence:
     def finite(self) -> "Evidence":
         """The same with readings that hold no proper numbers marked so: JSON has no word for them, and a decision
         must follow from what is recorded of it."""
-        several = {
-            name: tuple(_finite_reading(reading) for reading in getattr(self, name))
-            for name in ("guardrails", "optional_guardrails", "further_primaries")
-        }
-        response = _finite_reading(self.response) if self.response else None
-        return replace(self, primary=_finite_reading(self.primary), response=response, **several)
+        return replace(
+            self,
+            primary=_finite_reading(self.primary),
+            guardrails=tuple(map(_finite_reading, self.guardrails)),
+            optional_guardrails=tuple(map(_finite_reading, self.optional_guardrails)),
+            further_primaries=tuple(map(_finite_reading, self.further_primaries)),
+            response=_finite_reading(self.response) if self.response else None,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """A form that survives JSON and comes back with `from_json` unchanged."""
