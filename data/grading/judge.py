@@ -74,6 +74,8 @@ class SamplingParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_completions_tokens: int | None = Field(None, ge=1, le=32_768)
+    max_tokens: int | None = Field(None, ge=1, le=32_768)
+    """The same, by the name that older examples use."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     seed: int | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -81,11 +83,11 @@ class SamplingParams(BaseModel):
 
     def body(self) -> dict[str, Any]:
         """The fields of a chat completion request."""
-        given = self.model_dump(exclude_none=True, exclude={"max_completions_tokens"})
+        given = self.model_dump(exclude_none=True, exclude={"max_completions_tokens", "max_tokens"})
         return {
             "temperature": 0.0,
             "seed": 0,
-            "max_tokens": self.max_completions_tokens or MAX_REPLY_TOKENS,
+            "max_tokens": self.max_completions_tokens or self.max_tokens or MAX_REPLY_TOKENS,
         } | given
 
 
