@@ -40,8 +40,8 @@ ALIGNMENT: dict[str, Any] = {
             "content": [
                 {
                     "type": "input_text",
-                    "text": "Score how close the reference answer is to the model answer on a 0-1 scale. Return only the "
-                    "score.\n\nReference answer: {{item.reference_answer}}\n\nModel answer: {{sample.output_text}}",
+                    "text": "Score how close the reference answer is to the model answer on a 0-1 scale. "
+                    "Return only the score.\n\nReference answer: {{item.reference_answer}}\n\nModel answer: {{sample.output_text}}",
                 }
             ],
         }
