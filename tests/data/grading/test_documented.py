@@ -41,7 +41,8 @@ ALIGNMENT: dict[str, Any] = {
                 {
                     "type": "input_text",
                     "text": "Score how close the reference answer is to the model answer on a 0-1 scale. "
-                    "Return only the score.\n\nReference answer: {{item.reference_answer}}\n\nModel answer: {{sample.output_text}}",
+                    "Return only the score.\n\nReference answer: {{item.reference_answer}}\n\n"
+                    "Model answer: {{sample.output_text}}",
                 }
             ],
         }
