@@ -206,11 +206,11 @@ class ScoreModel(_Judge[ScoreModelConfig]):
         return _object("result", {"type": "number", "minimum": low, "maximum": high})
 
     def _read(self, question: Question, document: Any) -> Graded:
-        score, (low, high) = verdict_object(document).get("result"), self.config.range
-        known = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-        if not known or not low <= (score := float(score or 0)) <= high:
+        said, (low, high) = verdict_object(document).get("result"), self.config.range
+        score = float(said) if isinstance(said, int | float) and not isinstance(said, bool) else math.nan
+        if not low <= score <= high:  # nor is NaN
             raise AbstainError(
-                f"the judge's score {score!r:.60} is no number from {low:g} to {high:g}", "model_grader_parse_error"
+                f"the judge's score {said!r:.60} is no number from {low:g} to {high:g}", "model_grader_parse_error"
             )
         threshold = self.config.pass_threshold
         place = (score - low) / (high - low)
