@@ -27,6 +27,7 @@ from data.grading.types import (
     Question,
 )
 
+LARGEST = 1e300  # of a score; a longer integer is no float
 CHAT = "/v1/chat/completions"
 MAX_REPLY_TOKENS = 512  # of a judge that is told no number; a verdict is short
 PREAMBLE = (
@@ -207,7 +208,8 @@ class ScoreModel(_Judge[ScoreModelConfig]):
 
     def _read(self, question: Question, document: Any) -> Graded:
         said, (low, high) = verdict_object(document).get("result"), self.config.range
-        score = float(said) if isinstance(said, int | float) and not isinstance(said, bool) else math.nan
+        known = isinstance(said, int | float) and not isinstance(said, bool) and abs(said) < LARGEST
+        score = float(said or 0) if known else math.nan
         if not low <= score <= high:  # nor is NaN
             raise AbstainError(
                 f"the judge's score {said!r:.60} is no number from {low:g} to {high:g}", "model_grader_parse_error"
