@@ -340,6 +340,7 @@ def parse_completion(body: bytes) -> dict[str, Any]:
     prompt = request.get("prompt")
     if not isinstance(prompt, str | list) or not prompt:
         raise _wrong("prompt", prompt, "must be a text, a list of texts, or token ids")
+    request.pop("messages", None)  # belongs to a chat, where it is checked; the record must not take it for one
     return request
 
 
