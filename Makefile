@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := cluster data train tune serve tests
 
-.PHONY: setup demo test check format bench up down clean
+.PHONY: setup vllm demo test check format bench up down clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -19,6 +19,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 setup: $(STAMP)  ## make the virtual environment
+
+vllm: .venv-vllm/.installed  ## install vLLM's CPU build beside it, in .venv-vllm
+
+# `--no-deps`: its requirements name CUDA builds of torchvision, torchaudio and torchcodec, which text models do not need
+# and which break transformers beside a CPU torch; serve/engines/vllm/requirements.txt is everything else, pinned.
+.venv-vllm/.installed: serve/engines/vllm/requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r serve/engines/vllm/requirements.txt
+	@touch $@
 
 demo: $(STAMP)  ## watch an agent get better from its own traffic (ARGS="--seed 1")
 	$(BIN)/rayloop demo $(ARGS)
@@ -48,4 +58,4 @@ down: $(STAMP)  ## stop what `up` started
 	$(BIN)/rayloop down
 
 clean:  ## remove the environment and caches; keeps .rayloop
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) .venv-vllm .mypy_cache .ruff_cache .pytest_cache .import_linter_cache *.egg-info

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 MIGRATION_LOCK = 7_213_001  # pg_advisory_lock key: one process migrates at a time
+SILENT_PEER = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 15_000}
+"""libpq: a server that vanishes without a word is an error after 15 to 25 s, not after the kernel's two hours."""
 POLL_S = 0.05  # between two tries for a lock
 
 
@@ -61,7 +63,7 @@ def _engine(settings: Settings) -> Engine:
             pool_size=settings.database.pool_size,
             max_overflow=settings.database.pool_size,
             pool_pre_ping=True,
-            connect_args={"connect_timeout": timeout},
+            connect_args={"connect_timeout": timeout} | SILENT_PEER,
         )
     raise ConfigError(
         "database.url",

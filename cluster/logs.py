@@ -27,9 +27,20 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+class _StandardErrorHandler(logging.Handler):
+    """Writes to what standard error is at that moment; a redirection that has ended is not written to."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+
 def configure_logging(settings: LoggingSettings) -> None:
     """Send our log records to standard error at the configured level."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StandardErrorHandler()
     text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S")
     handler.setFormatter(JsonFormatter() if settings.json_lines else text)
     root = logging.getLogger()

@@ -139,6 +139,15 @@ api_keys = Table(
     Column("created_at_us", BigInteger, nullable=False),
     Column("expires_at_us", BigInteger),
     Column("revoked_at_us", BigInteger),
+    Column("requests_per_minute", BigInteger),
+    Column("tokens_per_day", BigInteger),
+)
+key_usage = Table(
+    "key_usage",
+    metadata,
+    Column("key_id", String(32), primary_key=True),
+    Column("day", String(10), primary_key=True),
+    Column("tokens", BigInteger, nullable=False),
 )
 servables = Table(
     "servables",
@@ -211,12 +220,9 @@ arm_statistics = Table(
     metadata,
     Column("experiment_id", String(64), primary_key=True),
     Column("user_id", String(128), primary_key=True),
-    Column("metric", String(80), primary_key=True),
     Column("period", String(16), primary_key=True),
     Column("arm", String(16), primary_key=True),
-    Column("count", Double, nullable=False),
-    Column("total", Double, nullable=False),
-    Column("total_squares", Double, nullable=False),
+    Column("sums", Text, nullable=False),  # JSON: metric -> [count, total]; one row a user, not one a metric
 )
 arm_moments = Table(
     "arm_moments",
@@ -309,6 +315,30 @@ dead_letters = Table(
     Column("reason", Text, nullable=False),
     Column("attempts", Integer, nullable=False),
     Column("died_at_us", BigInteger, nullable=False),
+)
+judged_answers = Table(
+    "judged_answers",
+    metadata,
+    Column("key", String(64), primary_key=True),
+    Column("grader_version", String(64), nullable=False),
+    Column("reward", Double, nullable=False),
+    Column("scores", JSON, nullable=False),
+    Column("reason", String(200), nullable=False),
+    Column("judged_at_us", BigInteger, nullable=False),
+    Index("judged_answers_by_age", "judged_at_us"),
+)
+tool_replies = Table(
+    "tool_replies",
+    metadata,
+    Column("tenant", String(63), primary_key=True),
+    Column("workspace", String(63), primary_key=True),
+    Column("tool", String(64), primary_key=True),
+    Column("idempotency_key", String(128), primary_key=True),
+    Column("arguments_digest", String(64), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reply", JSON(none_as_null=True)),
+    Column("begun_at_us", BigInteger, nullable=False),
+    Index("tool_replies_by_age", "begun_at_us"),
 )
 training_jobs = Table(
     "training_jobs",

@@ -72,6 +72,8 @@ def profiles(log: EventLog, settings: Settings) -> list[Profile]:
         event = recorded.event
         if event.workspace != settings.workspace or recorded.erased or event.interaction_id is None:
             continue
+        if event.body.get("flags", {}).get("shadow"):  # an answer that nobody saw
+            continue
         if event.kind == "interaction" and event.agent is not None:
             agent_of[event.interaction_id] = event.agent
             _asked(found.setdefault(event.agent, Profile(event.agent)), event.body, limits)

@@ -4,6 +4,8 @@ The rules are in `data.implicit`; here rows become its events and its signals be
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -34,17 +36,20 @@ COLUMNS = (
 )
 
 
-def add_implicit_signals(table: pa.Table, settings: Settings) -> tuple[pa.Table, Dropped]:
+def add_implicit_signals(
+    table: pa.Table, settings: Settings, weights: Mapping[str, float] = MappingProxyType({})
+) -> tuple[pa.Table, Dropped]:
     """Adds signals computed from behaviour to `signals`. Needs all rows of a `session_key`.
 
-    Does nothing unless `feedback.implicit` is on. Rows without an interaction have done their work and go.
+    `weights` are calibrated rewards by signal, which hold for reported implicit signals too. Does nothing unless
+    `feedback.implicit` is on. Rows without an interaction have done their work and go.
     """
     if settings.feedback.implicit:
-        table = with_column(table, "signals", _signals(table, settings), pa.string())
+        table = with_column(table, "signals", _signals(table, settings, weights), pa.string())
     return table.filter(pc.is_valid(table["interaction_id"])), Counter()
 
 
-def _signals(table: pa.Table, settings: Settings) -> list[str | None]:
+def _signals(table: pa.Table, settings: Settings, weights: Mapping[str, float]) -> list[str | None]:
     """The column `signals` with the implicit ones added."""
     sessions: dict[str, list[Row]] = defaultdict(list)
     rows = table.select(list(COLUMNS)).to_pylist()
@@ -53,12 +58,12 @@ def _signals(table: pa.Table, settings: Settings) -> list[str | None]:
     found: dict[str, list[Any]] = {}
     for members in sessions.values():
         if any(row["behaviours"] != "[]" for row in members) or len(members) > 1:
-            found |= signals_of([event for row in members for event in _events(row, settings)], settings)
-    return [_with_implicit(row, found.get(row["interaction_id"], []), settings) for row in rows]
+            found |= signals_of([event for row in members for event in events_of_row(row, settings)], settings)
+    return [_with_implicit(row, found.get(row["interaction_id"], []), settings, weights) for row in rows]
 
 
-def _with_implicit(row: Row, implicit: list[Any], settings: Settings) -> str | None:
-    if not implicit:
+def _with_implicit(row: Row, implicit: list[Any], settings: Settings, weights: Mapping[str, float]) -> str | None:
+    if not implicit and not (weights and '"implicit"' in (row["signals"] or "")):
         return row["signals"]  # type: ignore[no-any-return]
     signals = orjson.loads(row["signals"])
     for signal in implicit:
@@ -72,11 +77,14 @@ def _with_implicit(row: Row, implicit: list[Any], settings: Settings) -> str | N
                 "at_us": row["at_us"],
             }
         )
+    for signal in signals:
+        if signal["source"] == "implicit":
+            signal["reward"] = weights.get(signal["type"], signal["reward"])
     return to_json(signals)
 
 
-def _events(row: Row, settings: Settings) -> list[Event]:
-    """The events that `data.implicit` reads, of one row."""
+def events_of_row(row: Row, settings: Settings) -> list[Event]:
+    """The events that `data.implicit` reads, of one row of the join."""
 
     def event(kind: str, body: dict[str, Any], at_us: int, interaction_id: str | None, number: int) -> Event:
         return Event(
@@ -98,6 +106,6 @@ def _events(row: Row, settings: Settings) -> list[Event]:
         return made
     body = {name: orjson.loads(row[name] or "{}") for name in ("messages", "response", "flags")}
     made.append(event("interaction", body | {"latency_s": row["latency_s"]}, row["at_us"], row["interaction_id"], 0))
-    said = [s for s in orjson.loads(row["signals"]) if s["source"] == "explicit"]
-    made += [event("feedback", s, s["at_us"], row["interaction_id"], n) for n, s in enumerate(said)]
+    said = enumerate(orjson.loads(row["signals"]))
+    made += [event("feedback", s, s["at_us"], row["interaction_id"], n) for n, s in said]
     return made

@@ -8,21 +8,18 @@ Source: ridge regression with a prior mean (Hoerl and Kennard 1970); cluster-rob
 Zeger 1986).
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from sqlalchemy.engine import Engine
 
 from cluster.errors import InputError
 from cluster.settings import Settings
-from data.events import Event
-from data.implicit import Signal, signals_of
 from data.log import EventLog
+from data.signal_pairs import IMPLICIT, Pair, events_of, pairs_of
+from data.source import plan_blocks, read_events
 
-IMPLICIT = ("reformulation", "quick_accept", "copy_response", "citation_click", "thorough_read", "abandonment")
-KINDS = ("interaction", "behaviour", "feedback")
 NORMAL_95 = 1.959964
 
 
@@ -62,75 +59,24 @@ class Calibration:
         return asdict(self)
 
     def as_settings(self) -> dict[str, float]:
-        """The weights that differ, for `rewards` in rayloop.yaml."""
+        """The weights that differ, for `rewards` in rayloop.yaml; what curation uses (`calibration.apply`)."""
         return {w.signal: round(max(-1.0, min(1.0, w.fitted)), 2) for w in self.weights if w.differs}
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One interaction with both kinds of sign."""
-
-    user: str
-    signals: Counter[str]
-    explicit: float
-    """Mean explicit reward."""
-
-
-def calibrate(log: EventLog, settings: Settings) -> Calibration:
-    """Read the log of the configured tenant and workspace, and fit.
+def calibrate(engine: Engine, settings: Settings) -> Calibration:
+    """Read the events of the configured tenant and workspace, sealed days and all, and fit.
 
     Raises:
         InputError: no interaction has both kinds of sign.
     """
-    scanned = log.scan(kinds=KINDS, tenant=settings.tenant)
-    events = (r.event for r in scanned if not r.erased and r.event.workspace == settings.workspace)
-    pairs = pairs_of(events, settings)
+    last_seq = EventLog(engine).last_seq()
+    blocks = plan_blocks(engine, last_seq, settings.curation.events_per_block, None) if last_seq else []
+    tables = (read_events(engine, settings, block) for block in blocks)
+    pairs = pairs_of((event for table in tables for event in events_of(table, settings)), settings)
     if not pairs:
         rule = "interactions have both behaviour and explicit feedback"
         raise InputError("calibration", 0, rule, "send behaviour events beside thumbs, then calibrate again")
     return fit(pairs, settings)
-
-
-def pairs_of(events: Iterable[Event], settings: Settings) -> list[Pair]:
-    """Interactions with implicit signals and explicit feedback, by id.
-
-    Signals are found as if nothing had been said, for an explicit word silences an abandonment. Feedback
-    that was sent as an implicit type counts as a signal.
-    """
-    seen: list[Event] = []
-    said: dict[str, list[float]] = defaultdict(list)
-    signals: dict[str, Counter[str]] = defaultdict(Counter)
-    users: dict[str, str] = {}
-    for event in events:
-        about = event.interaction_id
-        if event.kind != "feedback":
-            seen.append(_slim(event))
-            if event.kind == "interaction" and about is not None:
-                users[about] = event.user_id or event.session_id or about
-        elif about is not None and event.body["source"] == "explicit" and event.body["type"] != "abandonment":
-            said[about].append(event.body["reward"])
-        elif about is not None and event.body["type"] in IMPLICIT:
-            signals[about][event.body["type"]] += 1
-    computed: dict[str, list[Signal]] = signals_of(seen, settings)
-    for about, found in computed.items():
-        signals[about].update(signal.type for signal in found)
-    return [
-        Pair(users[about], signals[about], sum(rewards) / len(rewards))
-        for about, rewards in sorted(said.items())
-        if signals.get(about) and about in users
-    ]
-
-
-def _slim(event: Event) -> Event:
-    """An interaction without what the rules of `data.implicit` do not read, for a log is larger than memory."""
-    if event.kind != "interaction":
-        return event
-    body = {name: event.body[name] for name in ("response", "flags", "latency_s") if name in event.body}
-    asked = [m for m in event.body["messages"] if m.get("role") == "user"][-1:]
-    return Event(
-        event.kind, event.tenant, event.workspace, body | {"messages": asked}, event.event_id, event.occurred_at_us,
-        event.user_id, event.session_id, event.agent, event.interaction_id,
-    )  # fmt: skip
 
 
 def fit(pairs: list[Pair], settings: Settings) -> Calibration:
@@ -196,5 +142,6 @@ def to_text(found: Calibration) -> str:
             f"{found.agreement_fitted:.1%} with the fitted ones"
         )
     if proposed := found.as_settings():
-        lines += ["for rayloop.yaml:", "rewards:", *(f"  {name}: {value}" for name, value in proposed.items())]
+        lines += ["for rayloop.yaml (curation uses them already where calibration.apply is on):", "rewards:"]
+        lines += [f"  {name}: {value}" for name, value in proposed.items()]
     return "\n".join(lines)

@@ -37,6 +37,8 @@ def _lines(manifest: Manifest, plots: Sequence[str]) -> Iterator[str]:
     if manifest.topics:
         yield from ("", "## Topics", "", "Share of the weight before balancing.", "", "| topic | share |", "|---|---|")
         yield from (f"| {name} | {share:.1%} |" for name, share in manifest.topics.items())
+    if manifest.calibration:
+        yield from _weights(manifest.calibration)
     for plot in plots:
         yield from ("", f"![{Path(plot).stem}]({plot})")
     yield from ("", "## Stages", "", "| stage | rows in | rows out | dropped |", "|---|---|---|---|")
@@ -46,6 +48,24 @@ def _lines(manifest: Manifest, plots: Sequence[str]) -> Iterator[str]:
     yield ""
     yield "Structured personal data was replaced by placeholders."
     yield "Users are split by a keyed hash; no user and no near-duplicate question is in two splits."
+
+
+def _weights(calibration: dict[str, Any]) -> Iterator[str]:
+    """What implicit signals are worth, by what the same people said."""
+    rows, used = calibration["rows"], calibration["used"]
+    yield from ("", "## Implicit signals", "")
+    yield f"Held against what the same people said about {rows} interactions; a weight that surely differs is replaced."
+    yield from (
+        "",
+        "| signal | interactions | configured | fitted | 95 % interval | used |",
+        "|---|---|---|---|---|---|",
+    )
+    for weight in calibration["weights"]:
+        name, low, high = weight["signal"], weight["low"], weight["high"]
+        yield (
+            f"| {name} | {weight['rows']} | {weight['configured']:+.2f} | {weight['fitted']:+.2f} "
+            f"| {low:+.2f} to {high:+.2f} | {used.get(name, weight['configured']):+.2f} |"
+        )
 
 
 def draw_plots(manifest: Manifest, blocks: Iterable[pa.Table], folder: Path) -> list[str]:

@@ -219,7 +219,7 @@ def detectors(
 
     if marked is not None:
         settings = _settings(config)
-        looks = Looks(settings.curation.scrub.domains, settings.curation.scrub.names)
+        looks = Looks.of(settings.curation.scrub)
         print(*measure_marked(marked, looks=looks).lines(), sep="\n")
         return
     measures = measure_all(_settings(config))
@@ -301,11 +301,9 @@ def archetypes(
 def calibration(config: ConfigOption = None, json_output: JsonOption = False) -> None:
     """Hold the weights of implicit signals against what the same people said."""
     from data.calibration import calibrate, to_text
-    from data.log import EventLog
 
     settings = _settings(config)
-    engine = connect(settings)
-    found = calibrate(EventLog(engine), settings)
+    found = calibrate(connect(settings), settings)
     if json_output:
         _print_json(found.as_dict() | {"rewards": found.as_settings()})
     else:

@@ -28,10 +28,13 @@ from cluster.database import connect
 from cluster.errors import DatasetError, UnavailableError
 from cluster.runtime import ray_session
 from cluster.settings import Settings
+from cluster.settings.curation import CurationSettings
 from data import augment, dedup, keep, manifest, weigh
 from data import balance as balancing
 from data.behaviour import add_implicit_signals
+from data.calibration import fit
 from data.card import dataset_card, draw_plots
+from data.detectors.interface import detectors
 from data.events import Event
 from data.filter import filter_rows
 from data.join import join_events, name_trajectories
@@ -40,9 +43,11 @@ from data.manifest import Manifest, Shard
 from data.pairs import make_examples
 from data.score import score
 from data.scrub import scrub
+from data.signal_pairs import PAIRS, from_table, pairs_of_rows, sample
 from data.source import Block, plan_blocks, read_block
 from data.split import resolve_clusters
 from data.stages import COUNTS, Stage, join_counts, split_counts, sum_counts, with_column
+from data.traces import TRACE, TRACED, add_trace, join_traces
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +92,8 @@ def curate(
         blocks = plan_blocks(engine, last_seq, settings.curation.events_per_block, parallelism)
         root = manifest.datasets_root(settings, out)
         with ray_session(settings), _quiet_ray_data():
-            written = _Curation(settings, agent, blocks, root).run()
+            traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
+            written = _Curation(settings, agent, blocks, root, traced).run()
         if settings.curation.log_to_mlflow:
             log_to_mlflow(settings, written)
         event_log.append([_ready_event(written)])
@@ -104,6 +110,9 @@ class _Curation:
     agent: str | None
     blocks: list[Block]
     root: Path
+    traced: bool = True
+    """The log holds parts of traces that may belong together."""
+    calibration: dict[str, Any] = field(default_factory=dict)
     topics: tuple[str, ...] = ()
     topic_shares: dict[str, float] = field(default_factory=dict)
 
@@ -116,15 +125,17 @@ class _Curation:
         )
         if self.settings.feedback.implicit:
             joined = self._together(joined, "session_key")
-        joined = self._map(
-            joined, Stage("behaviour", partial(add_implicit_signals, settings=self.settings))
-        ).materialize()
+        if self.settings.feedback.implicit and self.settings.calibration.apply:
+            joined = joined.materialize()
+            self._calibrate(joined)
+        implicit = partial(add_implicit_signals, settings=self.settings, weights=self.calibration.get("used", {}))
+        joined = self._map(joined, Stage("behaviour", implicit)).materialize()
         factors = self._vote_factors(joined)
         rows = self._map(
             joined,
             Stage("weigh", partial(weigh.weigh, settings=config.weigh, factors=factors)),
             Stage("score", partial(score, settings=config.score)),
-            Stage("filter", partial(filter_rows, settings=config)),
+            Stage("filter", partial(_filter, settings=config, asked=self._detectors())),
             Stage("scrub", partial(scrub, settings=config.scrub)),
             Stage("fingerprint", partial(dedup.fingerprint, settings=config)),
         ).materialize()
@@ -152,10 +163,13 @@ class _Curation:
         return self._write(final, sketches)
 
     def _read(self) -> Any:
-        """Blocks of events, read in parallel."""
+        """Blocks of events, read in parallel; those of one trace put together."""
         blocks = [{"block": block.to_json()} for block in self.blocks]
         spans = ray.data.from_items(blocks, override_num_blocks=len(blocks))
-        return self._map(spans, partial(_read_block, settings=self.settings), name_trajectories)
+        events = self._map(spans, partial(_read_block, settings=self.settings))
+        if self.traced:
+            events = self._map(self._together(self._map(events, add_trace), TRACE), join_traces)
+        return self._map(events, name_trajectories)
 
     def _map(self, dataset: Any, *functions: Callable[[pa.Table], pa.Table]) -> Any:
         """Functions applied one after the other to each whole block, in one task."""
@@ -171,6 +185,23 @@ class _Curation:
         """The same rows, with all rows of a key in one block."""
         blocks = len(self.blocks)
         return dataset.repartition(blocks, keys=[key]) if blocks > 1 else dataset.repartition(1)
+
+    def _calibrate(self, joined: Any) -> None:
+        """What implicit signals are worth, from a sample of the interactions with both kinds of sign."""
+        found = self._map(joined, _without_counts, partial(pairs_of_rows, settings=self.settings)).materialize()
+        pairs = PAIRS.empty_table()
+        for table in _blocks(found):
+            pairs = sample(pa.concat_tables([pairs, table]), self.settings.calibration.max_rows)
+        if len(pairs):
+            fitted = fit(from_table(pairs), self.settings)
+            self.calibration = fitted.as_dict() | {"used": fitted.as_settings()}
+
+    def _detectors(self) -> Any:
+        """A reference to the detectors, trained here once for all workers; models are loaded where they are used."""
+        named = self.settings.curation.detectors
+        if named.toxicity_model or named.refusal_model or named.grounding_model:
+            return None
+        return ray.put(detectors(named))
 
     def _vote_factors(self, joined: Any) -> dict[str, dict[str, float]]:
         """Factors of users over a cap."""
@@ -262,6 +293,7 @@ class _Curation:
             counts=counts,
             shards=shards,
             topics=self.topic_shares,
+            calibration=self.calibration,
         )
 
     def _keep_test_sketches(self, final: Any, sketches: Any, dataset_id: str) -> None:
@@ -332,6 +364,10 @@ def _without_counts(table: pa.Table) -> pa.Table:
 
 def _read_block(table: pa.Table, settings: Settings) -> pa.Table:
     return pa.concat_tables([read_block(settings, Block.from_json(row["block"])) for row in table.to_pylist()])
+
+
+def _filter(table: pa.Table, settings: CurationSettings, asked: Any) -> tuple[pa.Table, Any]:
+    return filter_rows(table, settings, None if asked is None else ray.get(asked))
 
 
 def _assign(table: pa.Table, clusters: Any) -> tuple[pa.Table, Any]:

@@ -115,11 +115,10 @@ def buckets_of(sketches: pa.Table, settings: DeduplicationSettings) -> pa.Table:
     matrix = _matrix(sketches["sketch"], np.dtype(np.uint32), settings.bands * settings.rows_per_band)
     keys = band_keys(matrix, settings.bands, sketches["salt"].to_numpy())
     index = np.repeat(np.arange(len(matrix)), settings.bands)
-    short = _rows_as_binary(matrix.astype(np.uint8))
     columns = [
         sketches["text"].to_numpy()[index],
         sketches["node"].to_numpy()[index],
-        short.take(pa.array(index)),
+        _rows_as_binary(np.repeat(matrix.astype(np.uint8), settings.bands, axis=0)),
     ]
     return pa.table([keys.ravel(), *columns], schema=BUCKETS)
 
@@ -316,9 +315,10 @@ def jaccard(left: set[int], right: set[int]) -> float:
 
 
 def _rows_as_binary(matrix: NDArray[Any]) -> pa.Array:
-    width = matrix.shape[1] * matrix.itemsize
-    data = pa.py_buffer(np.ascontiguousarray(matrix).view(np.uint8).ravel())
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(width), len(matrix), [None, data]).cast(pa.binary())
+    """The rows of a matrix, without a copy where they lie in one piece."""
+    offsets = np.arange(len(matrix) + 1, dtype=np.int32) * np.int32(matrix.shape[1] * matrix.itemsize)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(matrix))]
+    return pa.Array.from_buffers(pa.binary(), len(matrix), buffers)
 
 
 def _matrix(column: pa.ChunkedArray, dtype: np.dtype[Any], columns: int) -> NDArray[Any]:

@@ -9,6 +9,7 @@ Envelopes stay, marked erased, without personal ids: Merkle roots and the order 
 """
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ from cluster.tables import (
 )
 from data.encoding import body_digest, decompress
 from data.events import Event, parse_body
+from data.genai import trace_session
 from data.log import LOOKUP_CHUNK, EventLog, recorded_event, subject, take_append_lock
 from data.partitions import (
     ROWS,
@@ -51,6 +53,8 @@ log = logging.getLogger(__name__)
 Report = dict[str, Any]
 OWN_KINDS = ("interaction", "trajectory")
 """Kinds that make an interaction a person's own; what others said about it then goes with it."""
+RUN = re.compile(r"trajectory-([0-9a-f]{32})-")
+"""The event id of an agent's span, with its trace; steps of it that came without a user are its user's."""
 TABLES_WITH_TRACES = ("events", "event_bodies", "experiment_users", "arm_statistics", "user_baselines")
 UNKNOWN_BODY = bytes(32)
 """Stands in for the digest of a body that was damaged or lost before."""
@@ -180,20 +184,21 @@ class _Found:
 
     @classmethod
     def of(cls, connection: Connection, person: Person) -> "_Found":
-        columns = (events.c.seq, events.c.kind, events.c.interaction_id, events.c.session_id)
+        columns = (events.c.seq, events.c.kind, events.c.event_id, events.c.interaction_id, events.c.session_id)
         base = sa.select(*columns).where(events.c.tenant == person.tenant, events.c.erased.is_(False))
         rows = list(connection.execute(base.where(events.c.user_id == person.user_id)).all())
         interactions = sorted({r.interaction_id for r in rows if r.kind in OWN_KINDS and r.interaction_id})
-        sessions = sorted({r.session_id for r in rows if r.session_id})
+        traces = (RUN.match(r.event_id) for r in rows if r.kind == "trajectory")
+        sessions = {r.session_id for r in rows if r.session_id} | {trace_session(m[1]) for m in traces if m}
         for chunk in _chunks(interactions):
             about = events.c.interaction_id.in_(chunk) & (events.c.kind != "interaction")
             rows += connection.execute(base.where(about)).all()
-        for chunk in _chunks(sessions):
+        for chunk in _chunks(sorted(sessions)):
             nobody = events.c.session_id.in_(chunk) & events.c.user_id.is_(None)
             rows += connection.execute(base.where(nobody)).all()
         unique = {row.seq: row.kind for row in rows}
         kinds = {kind: list(unique.values()).count(kind) for kind in sorted(set(unique.values()))}
-        return cls(sorted(unique), kinds, interactions, sessions)
+        return cls(sorted(unique), kinds, interactions, sorted(sessions))
 
 
 def _body_digests(engine: Engine, connection: Connection, seqs: Sequence[int]) -> dict[int, bytes]:

@@ -27,6 +27,9 @@ Modality = Annotated[str, Field(min_length=1, max_length=16)]
 """`text`, `voice`, `sms`, or a word of your own; routes are keyed by it."""
 Tier = Annotated[str, Field(min_length=1, max_length=64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+SpanId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+"""Of the OpenTelemetry span an item was made from. `parent_span_id` names the nearest span above it that is an item
+too, else the last one known: by these the parts of a trace find each other (`data.traces`)."""
 
 
 class Body(BaseModel):
@@ -49,6 +52,8 @@ class ToolCall(Body):
     """What went wrong, where something did."""
     latency_s: float | None = Field(None, ge=0)
     trace_id: str | None = Field(None, max_length=64)
+    span_id: SpanId | None = None
+    parent_span_id: SpanId | None = None
     modality: Modality | None = None
     user_tier: Tier | None = None
     metadata: Metadata | None = None
@@ -121,6 +126,8 @@ class Interaction(Body):
     user_tier: Tier | None = None
     metadata: Metadata = {}
     trace_id: str | None = Field(None, max_length=64)
+    span_id: SpanId | None = None
+    parent_span_id: SpanId | None = None
     flags: InteractionFlags = InteractionFlags()
 
 
@@ -195,6 +202,8 @@ class Trajectory(Body):
     outcome: str | None = Field(None, max_length=512)
     latency_s: float | None = Field(None, ge=0)
     trace_id: str | None = Field(None, max_length=64)
+    span_id: SpanId | None = None
+    parent_span_id: SpanId | None = None
     modality: Modality | None = None
     user_tier: Tier | None = None
     metadata: Metadata = {}
@@ -241,6 +250,36 @@ class ConfigRejected(Body):
 
     source: str
     reason: str
+
+
+class ShadowPair(Body):
+    """A live answer and the answer of a version that nobody saw, to the same request.
+
+    The event is about the live interaction; the other one is an interaction too, with the arm `shadow`.
+    """
+
+    shadow_interaction_id: str
+    live_version: str
+    shadow_version: str
+    agreement: float = Field(ge=0, le=1)
+    """1: the same answer (see `serve.shadow.agreement`)."""
+    for_review: bool = False
+    """They disagree and were drawn for people to label."""
+
+
+class AnomalyDetected(Body):
+    """A version's live behaviour left the ordinary."""
+
+    version: str
+    signal: Literal["latency", "errors", "tool_errors", "safety"]
+    value: float
+    """p95 in seconds for `latency`, else a share."""
+    baseline: float
+    """The same of stable; for stable itself, of its requests before."""
+    limit: float
+    requests: int
+    """How many the value rests on."""
+    experiment_id: str | None = None
 
 
 class RolloutDecision(Body):
@@ -297,6 +336,16 @@ class JobEnded(Body):
     """Name of the error: `HealthGateError` where a health gate stopped it."""
 
 
+class OperatorAlert(Body):
+    """Something that people who run this should look at, which is nobody's decision."""
+
+    name: Literal["drift", "spool", "queue_full", "interactions_lost"]
+    source: str
+    """Where it was seen: host and process, or a version."""
+    reason: str
+    facts: dict[str, Any] = {}
+
+
 class PartitionSealed(Body):
     """Events of a finished day were written to Parquet."""
 
@@ -331,11 +380,14 @@ BODIES: dict[str, type[Body]] = {
     "grade": Grade,
     "label": Label,
     "route.changed": RouteChanged,
+    "shadow.pair": ShadowPair,
+    "anomaly.detected": AnomalyDetected,
     "config.rejected": ConfigRejected,
     "rollout.decision": RolloutDecision,
     "dataset.ready": DatasetReady,
     "model.updated": ModelUpdated,
     "job.ended": JobEnded,
+    "operator.alert": OperatorAlert,
     "partition.sealed": PartitionSealed,
     "erasure": Erasure,
 }

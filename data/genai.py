@@ -165,6 +165,11 @@ def _interaction(span: Span, trace: _Traces) -> Item:
     }
 
 
+def trace_session(trace_id: str) -> str:
+    """The session of spans that name neither user nor session: by it an erasure finds the steps of somebody's run."""
+    return f"trace-{trace_id}"
+
+
 def interaction_id(span: Span) -> str:
     """Under what feedback is given: as the agent says, else the provider's id of the answer, else the span's."""
     own = span.attributes.get("rayloop.interaction_id")
@@ -202,14 +207,16 @@ def _call(span: Span) -> Item:
 
 
 def _trajectory(span: Span, trace: _Traces) -> Item:
-    """The longest conversation there is: the agent's own attributes often hold its first and last turn only."""
+    """The longest conversation there is: the agent's own attributes often hold its first and last turn only.
+
+    None where the spans below it came in other requests; `data.traces` puts them together.
+    """
     below = trace.below(span)
     talks = [conversation(span)]
     talks += [t for s in below if (t := trace.conversations.get((s.trace_id, s.span_id))) is not None]
     messages = max((talk.whole for talk in talks), key=len)
-    if not messages:
-        rule = "is missing, and no chat span below it came in the same request"
-        raise InputError("gen_ai.input.messages", None, rule, CAPTURE_REMEDY)
+    if not messages and any(_kind(s) == "interaction" for s in below):
+        raise InputError("gen_ai.input.messages", None, "is missing, as in the spans below it", CAPTURE_REMEDY)
     calls = [_call(s) for s in below if _operation(s) == TOOL]
     offered = (tool_definitions(s.attributes.get("gen_ai.tool.definitions")) for s in (span, *below))
     error = span.attributes.get("error.type", span.error)
@@ -230,17 +237,27 @@ def _envelope(span: Span, trace: _Traces) -> Item:
         metadata |= {k.removeprefix(METADATA): v for k, v in each.attributes.items() if k.startswith(METADATA)}
     if (provider := _first([span], "gen_ai.provider.name", "gen_ai.system")) is not None:
         metadata.setdefault("provider", str(provider))
+    user = _first(around, "user.id", "enduser.id")
+    session = _identifier(_first(around, "gen_ai.conversation.id", "session.id"))
     return {
-        "user": _first(around, "user.id", "enduser.id"),
-        "session": _identifier(_first(around, "gen_ai.conversation.id", "session.id")),
+        "user": user,
+        "session": session or (trace_session(span.trace_id) if user is None else None),
         "agent": _identifier(_first(around, "rayloop.agent", "gen_ai.agent.name") or _service(span.resource)),
         "occurred_at": span.start_ns / 1e9 if span.start_ns else None,
         "latency_s": span.latency_s,
         "trace_id": span.trace_id,
+        "span_id": span.span_id,
+        "parent_span_id": _above(span, around[1:]),
         "modality": _first(around, "rayloop.modality"),
         "user_tier": _first(around, "rayloop.user_tier"),
         "metadata": metadata or None,
     }
+
+
+def _above(span: Span, ancestors: Sequence[Span]) -> str | None:
+    """The nearest ancestor that is an item of its own; where none is known, what the last known one hangs on."""
+    named = next((above.span_id for above in ancestors if _kind(above) is not None), None)
+    return named or (ancestors[-1] if ancestors else span).parent_id
 
 
 def _first(spans: Iterable[Span], *names: str) -> Any:

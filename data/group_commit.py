@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Self
@@ -17,6 +17,7 @@ from typing import Self
 import sqlalchemy as sa
 import stamina
 
+from cluster import metrics
 from cluster.errors import OverloadedError, UnavailableError
 from cluster.settings.capture import LogSettings
 from data.events import Event
@@ -52,10 +53,14 @@ class CommitCounts:
 class GroupCommit:
     """The one writer of this process. Close it, or use it as a context manager."""
 
-    def __init__(self, event_log: EventLog, settings: LogSettings) -> None:
+    def __init__(
+        self, event_log: EventLog, settings: LogSettings, on_refused: Callable[[int], Event] | None = None
+    ) -> None:
+        """`on_refused`: the event to append when the queue, having been full, has turned so many events away."""
         self.log = event_log
         self.counts = CommitCounts()
         self._settings = settings
+        self._on_refused, self._unsaid = on_refused, 0
         self._queue: deque[Submission] = deque()
         self._waiting = 0
         self._closing = False
@@ -114,6 +119,8 @@ class GroupCommit:
             raise UnavailableError("the event log is closing; send the events again to a running server")
         if self._waiting + count > limit:
             self.counts.refused += count
+            self._unsaid += count
+            metrics.EVENTS_REFUSED.inc(count)
             raise OverloadedError(
                 f"{self._waiting} events wait for the log and {count} more would pass "
                 f"log.queue_events={limit}; try again later",
@@ -140,6 +147,10 @@ class GroupCommit:
             group.append(self._queue.popleft())
             count += len(group[-1].events)
         self._waiting -= count
+        metrics.EVENTS_WAITING.set(self._waiting)
+        if group and self._unsaid and self._on_refused is not None:
+            group.append(Submission([self._on_refused(self._unsaid)]))
+            self._unsaid = 0
         return group
 
     def _linger(self) -> None:

@@ -92,7 +92,7 @@ class Parser:
         for name, value in parsed.items():
             check_plain(value, name, self.settings.intake.max_text_chars)
         if parsed.get("messages") is not None:
-            _check_messages(parsed["messages"])
+            _check_messages(parsed["messages"], may_be_empty=kind == "trajectory" and "span_id" in parsed)
         if identity.user_tier is not None and kind in FROM_PEOPLE:
             parsed.setdefault("user_tier", identity.user_tier)
         if parsed.get("metadata"):
@@ -132,8 +132,9 @@ def _event_id(kind: str, envelope: Envelope) -> str:
     return uuid7()
 
 
-def _check_messages(messages: list[dict[str, Any]]) -> None:
-    if not messages:
+def _check_messages(messages: list[dict[str, Any]], *, may_be_empty: bool) -> None:
+    """`may_be_empty`: an agent's span, whose steps came in other requests of its trace."""
+    if not messages and not may_be_empty:
         raise InputError("messages", messages, "must not be empty", "send the conversation")
     for place, message in enumerate(messages):
         role = message.get("role")

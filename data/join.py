@@ -4,6 +4,7 @@ Feedback may come before its interaction, or days later; a join by id does not c
 nothing here: ties are broken by time and event id, so the same events give the same rows.
 
 A trajectory is a row as well: its last spoken turn is the answer, all before it the prompt, its reward a grade.
+Tool calls that were reported beside a conversation become turns of its prompt (`data.tool_turns`).
 """
 
 from collections import Counter, defaultdict
@@ -15,6 +16,7 @@ import pyarrow.compute as pc
 
 from data.stages import Dropped, with_column
 from data.template import content_text
+from data.tool_turns import asked_for, with_tool_turns
 
 Event = dict[str, Any]
 """One row of `data.source.EVENTS` with its body parsed."""
@@ -45,6 +47,7 @@ ROWS = pa.schema(
     ]
 )
 """One interaction a row, with everything said about it."""
+SIGNAL_FIELDS = ("type", "source", "reward", "reason", "value", "text", "category")
 
 
 def join_events(table: pa.Table, agent: str | None = None) -> tuple[pa.Table, Dropped]:
@@ -128,6 +131,7 @@ def _by_kind(events: list[Event]) -> dict[str, list[Event]]:
 
 def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
     body = interaction["body"]
+    messages = with_tool_turns(body["messages"], body.get("response"), _calls(body, kinds["tool_call"]))
     user = interaction["user_id"] or f"session:{interaction['session_id'] or interaction['interaction_id']}"
     return {
         "interaction_id": interaction["interaction_id"],
@@ -135,7 +139,7 @@ def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
         "session_id": interaction["session_id"],
         "agent": interaction["agent"],
         "at_us": interaction["at_us"],
-        "messages": to_json(body["messages"]),
+        "messages": to_json(messages),
         "tools": to_json(body["tools"]) if body.get("tools") else None,
         "context": to_json(body.get("context") or []),
         "response": to_json(body["response"]) if body.get("response") else None,
@@ -154,9 +158,24 @@ def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
     }
 
 
+def _calls(body: dict[str, Any], events: list[Event]) -> list[dict[str, Any]]:
+    """Tool calls made for an answer, in order of time: those of its own body, then those reported as events.
+
+    Of a run with several turns only those that a turn asks for: nobody says where the others belong.
+    """
+    own = body.get("tool_calls") or []
+    named = {call.get("call_id") for call in own}
+    calls = [*own, *(e["body"] for e in events if not own or e["body"].get("call_id") not in named | {None})]
+    earlier = [m for m in body["messages"] if m["role"] == "assistant"]
+    if "tail" not in body or not earlier:
+        return calls
+    asked = {name for message in earlier for name in asked_for(message)}
+    return [call for call in calls if call.get("call_id") in asked]
+
+
 def _signal(event: Event, interaction: Event) -> dict[str, Any]:
     body = event["body"]
-    kept = {name: body.get(name) for name in ("type", "source", "reward", "value", "text", "category")}
+    kept = {name: body.get(name) for name in SIGNAL_FIELDS}
     return {**kept, "user": event["user_id"] or interaction["user_id"] or "", "at_us": event["at_us"]}
 
 

@@ -79,6 +79,8 @@ class Manifest:
     shards: list[Shard]
     topics: dict[str, float] = field(default_factory=dict)
     """Topic -> share of the weight before balancing; empty where topics are off."""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """What implicit signals were found to be worth (`data.calibration.Calibration`); empty where none were weighed."""
     erased_rows: int = 0
     """Examples that erasures have taken out since; the hash is still that of the dataset as it was made."""
     path: str = ""

@@ -10,12 +10,12 @@ PAIRS, NAME_CHARACTERS, VALUE_CHARACTERS = 16, 64, 512
 Value = str | int | float | bool
 
 
-def bounded(metadata: Any) -> dict[str, Value]:
-    """What of a client's map may be kept; of what is too much, the end is left out."""
+def bounded(metadata: Any, keep: int = PAIRS) -> dict[str, Value]:
+    """What of a client's map may be kept; of what is too much, the end is left out. `keep` leaves room for others."""
     if not isinstance(metadata, dict):
         return {}
     plain = [(str(k)[:NAME_CHARACTERS], v) for k, v in metadata.items() if isinstance(v, Value)]
-    return {k: v[:VALUE_CHARACTERS] if isinstance(v, str) else v for k, v in plain[:PAIRS]}
+    return {k: v[:VALUE_CHARACTERS] if isinstance(v, str) else v for k, v in plain[:keep]}
 
 
 def scrubbed(metadata: dict[str, Value]) -> dict[str, Value]:

@@ -157,17 +157,19 @@ def _densify(least: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]:
     """Fills each empty bin from a bin drawn for it, then from the next drawn, until one is not empty."""
     bins = least.shape[1]
     filled = least.copy()
-    rows, columns = np.nonzero(least == EMPTY)
+    values, into = least.ravel(), filled.ravel()
+    place = np.flatnonzero(values == EMPTY)
+    row = place // bins * bins
+    column = place - row
     attempt = 0
-    while len(rows):
+    while len(place):
         draws = mix(mix(np.arange(bins, dtype=np.uint64) + np.uint64(attempt * int(PAD) & FULL)) + np.uint64(seed))
         drawn = (draws % np.uint64(bins)).astype(np.int64)
         if attempt >= 8 * bins:  # the last resort of a tiny set: one after the other
             drawn = (np.arange(bins) + attempt) % bins
-        found = least[rows, drawn[columns]]
-        full = found != EMPTY
-        filled[rows[full], columns[full]] = found[full]
-        rows, columns = rows[~full], columns[~full]
+        into[place] = values[row + drawn[column]]
+        empty = into[place] == EMPTY
+        place, row, column = place[empty], row[empty], column[empty]
         attempt += 1
     return filled
 

@@ -1,19 +1,18 @@
 """Names, places, addresses and dates without a model: shapes, context words and short lists. Off by default.
 
 A capitalised run inside a sentence that is no ordinary word is taken for a name; what stands before and after
-it says of what. That finds most of what people mark, and also marks products and titles, so it belongs where
-hiding too much is the smaller harm. For better judgement name presidio (`curation.scrub.names`).
+it says of what. Parts of one address become one span. That finds most of what people mark, and also marks products
+and titles, so it belongs where hiding too much is the smaller harm. For better judgement name presidio
+(`curation.scrub.names`, `data.presidio`).
 """
 
 import re
 from collections.abc import Iterator
-from functools import cache
-from typing import Any
 
-from cluster.errors import InputError
 from data.recognisers import Span
 from data.wordlists import word_list
 
+ORDINARY, FUNCTION = word_list("ordinary"), word_list("function_words")
 TITLES = (
     "Mr|Mrs|Ms|Miss|Mx|Dr|Prof|Professor|Sir|Madam|Lady|Lord|Herr|Frau|Monsieur|Madame|Mme|Captain|Reverend|"
     "Judge|President|Minister"
@@ -22,8 +21,13 @@ STREETS = (
     r"[Ss]treets?|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Dr|Court|Ct|Place|Pl|Square|Squares|Way|Terrace|"
     r"Highway|Hwy|Parkway|Pkwy|Crescent|Close|Alley|Circle|Row|Quay|Route|Rte|Trail|Mews|Hill|Gardens?|"
     r"\w*(?:stra(?:ß|ss)e|str\.|gasse|weg|platz|allee|gatan|vägen|gata|veien|vej|gade|straat|laan|plein|katu|tie)|"
-    r"utca|[uú]t|u\.|tér|ulica|ul\.|[Rr]ue|[Vv]ia|[Cc]alle|[Aa]venida|[Pp]laza|[Pp]iazza"
+    r"utca|[uú]tja|[uú]t|u\.|tér|ulica|ul\.|[Rr]ue|[Vv]ia|[Cc]alle|[Aa]venida|[Pp]laza|[Pp]iazza"
 )
+STREETS_FIRST = (
+    r"(?i:rua|rue|calle|via|viale|corso|paseo|avda\.|av\.|avenida|avenue|boulevard|plaza|piazza|praça|place|ul\.|ulica"
+    r"|trg|chaussée|chemin|carrer)"
+)
+"""Kinds of street that stand before the name."""
 COMPANY = (
     r"Inc|Ltd|LLC|LLP|PLC|Corp|Corporation|Company|Co|GmbH|AG|SA|SARL|BV|NV|Oy|AB|AS|KG|Group|Holdings?|Partners|"
     r"Bank|University|College|Institute|Hospital|Church|Orchestra|Association|Foundation|Ministry|Department|Agency|"
@@ -34,11 +38,17 @@ CAPITAL = rf"(?:{UPPER}(?:{WORD}|['\u2019-](?={WORD}))*)"
 """A word that begins with an upper-case letter."""
 LINK = r"(?:de|da|di|del|della|van|von|der|den|la|le|du|dos|bin|ibn|al|el|of|the|y|e)"
 RUN = rf"{CAPITAL}(?:(?: {UPPER}\.)? (?:{LINK} ){{0,2}}{CAPITAL}|\.? (?={UPPER}\.){UPPER}\.)*"
+PERSON_VERBS = (
+    "lives|lived|spent|said|says|told|thinks|wants|asked|wrote|married|moved|studied|was born|had given|is from|and I"
+)
+"""What a lone word at the beginning of a sentence does that people do."""
+ADDRESSED = r", (?:(?:can|could|will|would) (?:you|I|we)|please)\b"
+NO_NAME = "|".join(sorted(ORDINARY | FUNCTION | {"wrong", "missing", "hidden", "unknown"}))
+NAME_WORD = rf"(?!(?:{NO_NAME})\b)[^\W\d_]{{2,}}"
 MONTHS = (
     "Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sep(?:t(?:ember)?)?|Oct(?:ober)?|"
     "Nov(?:ember)?|Dec(?:ember)?"
 )
-ORDINARY = word_list("ordinary")
 NATIONS = (
     "Afghan|Albanian|Algerian|American|Angolan|Argentinian|Armenian|Australian|Austrian|Azerbaijani|"
     "Bangladeshi|Belarusian|Belgian|Bolivian|Bosnian|Brazilian|British|Bulgarian|Cambodian|Canadian|Chechen|"
@@ -49,11 +59,19 @@ NATIONS = (
     "Polish|Portuguese|Romanian|Russian|Saudi|Scottish|Serbian|Slovak|Slovenian|Somali|Spanish|Swedish|Swiss|"
     "Syrian|Taiwanese|Thai|Tunisian|Turkish|Ukrainian|Vietnamese|Welsh|Christian|Catholic"
 )
+HOUSE = r"\d{3,5}"
+UNIT = r"(?i:suite|apt\.?|apartment|st\b|street)"
 BLOCK = (
     rf"(?:[,\n] ?\s*(?:(?:Suite|Apt\.?|Unit|Box|Floor|PSC|APO|FPO)\s?[\w-]*|{CAPITAL}(?: {CAPITAL})*)?"
     r"(?: ?[A-Z]{2})?(?: ?\d{3,6}(?:[ -]?\d{2,4}|\s?[A-Z]{2})?)?)"
 )
 """A further line of an address: part of a building, a place, a postcode."""
+
+GAP = re.compile(rf"(?:[ ,.\n]+(?:\d{{1,6}}|[A-Z]{{2,3}}|{LINK}))*[ ,.\n]+")
+"""What may stand between two parts of one address."""
+NUMBERS_BEFORE = re.compile(r"(?<![\w.,-])(?:\d{1,5} ){1,2}$")
+POSTCODE_AFTER = re.compile(r"(?:,? [A-Z]{2})?,?[ \n]+\d{4,6}\b|,? [A-Z]{2}\b(?![\w'])")
+ADDRESS_PARTS = frozenset({"ADDRESS", "PLACE", "NAME", "NATIONALITY"})
 
 GIVEN_NAMES = word_list("given_names")
 COUNTRIES = word_list("countries")
@@ -73,6 +91,16 @@ PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
             rf"|\b\d{{2,5}} (?:{CAPITAL} ?){{1,3}}\d{{0,4}}(?=\s+(?:Suite|Apt))"
             rf"|\b(?:PSC|Unit) \d+, Box \d+|\bP\.?O\.? Box \d+"
             rf"|\b(?:Suite|Apt\.?|Apartment) \d+\w?){BLOCK}{{0,6}}"
+        ),
+    ),
+    (
+        "ADDRESS",
+        re.compile(
+            rf"\b{STREETS_FIRST} (?:{LINK} ){{0,2}}{CAPITAL}(?: (?:{LINK} )?{CAPITAL}){{0,3}} \d{{1,4}}\b"
+            rf"|\b\d{{1,5}}(?: \d{{1,4}})? {STREETS_FIRST} (?:{LINK} ){{0,2}}{CAPITAL}(?: {CAPITAL})*"
+            r"|\b(?:Unit|PSC|CMR) \d+,? Box \d+|\b[ADF]PO,? A[AEP] \d{5}\b"
+            rf"|\b(?!(?:19|20)\d\d ){HOUSE} (?:{CAPITAL} ){{1,3}}\d{{1,4}}(?=[\n,.]| {UNIT}|$)"
+            rf"|\b{HOUSE} (?:\d{{1,4}} )?(?:{WORD}+ ){{1,4}}(?:\d{{1,4}} )?(?i:suite|apt\.?) \d+"
         ),
     ),
     ("DATE", re.compile(r"\b\d{4}-\d{2}-\d{2}(?:[ T]\d{2}:\d{2}(?::\d{2})?)?\b|\b\d{1,2}[/.]\d{1,2}[/.]\d{2,4}\b")),
@@ -105,15 +133,30 @@ PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
         "LICENCE",
         re.compile(r"(?i:\b(?:licen[cs]e|passport|id|tax) (?:number|no\.?)(?: is)?:? )(?P<value>[A-Z]?\d[\d-]{5,14})"),
     ),
+    (
+        "PLACE",
+        re.compile(
+            r"\b(?:New Zealand|South Africa|South Sudan|(?:North|South) Korea|Saudi Arabia|Costa Rica|Sri Lanka"
+            r"|El Salvador|San Marino|Sierra Leone|Puerto Rico|United (?:Kingdom|States|Arab Emirates)|Papua New Guinea"
+            r"|(?:Czech|Dominican) Republic|Ivory Coast|Cape Verde|Burkina Faso)\b"
+        ),
+    ),
     ("NATIONALITY", re.compile(rf"\b(?:{NATIONS})s?\b", re.I)),
-    ("TITLE", re.compile(rf"\b(?:{TITLES})\b\.?(?= {UPPER})")),
+    ("TITLE", re.compile(rf"\b(?:{TITLES}|(?:mr|mrs|ms|dr)(?=\.))\b\.?(?= {UPPER})")),
+    ("ORGANIZATION", re.compile(rf"\b{CAPITAL}, {CAPITAL} and {CAPITAL}(?: (?:{COMPANY}))?\b")),
     (
         "ORGANIZATION",
         re.compile(rf"\b{RUN}(?:,? (?:{COMPANY})\b\.?|-{CAPITAL})(?:, {CAPITAL} and {CAPITAL})?"),
     ),
-    ("ORGANIZATION", re.compile(rf"\b{CAPITAL}, {CAPITAL} and {CAPITAL}\b")),
-    ("PERSON", re.compile(rf"\b(?:{TITLES})\b\.? (?P<value>{RUN})")),
+    ("ORGANIZATION", re.compile(r"\b[^\W_][\w&-]*(?: [\w&-]+)? (?:inc|llc|ltd|gmbh|plc)\b\.?")),
+    ("PERSON", re.compile(rf"\b(?:{TITLES}|(?:mr|mrs|ms|dr)(?=\.))\b\.? (?P<value>{RUN})")),
+    ("PERSON", re.compile(rf"(?:^|[.!?] |\n)(?P<value>{CAPITAL})(?= (?:{PERSON_VERBS})\b)")),
+    (
+        "PERSON",
+        re.compile(rf"(?:^|[.!?] |\n)(?P<value>{CAPITAL})(?=, (?:can|could|will|would) (?:you|I|we)\b|, please\b)"),
+    ),
     ("PERSON", re.compile(rf"(?:(?<=name is )|(?<=\bI am )|(?<=\bI'm )|(?<=call me )|(?<=named ))(?P<value>{RUN})")),
+    ("PERSON", re.compile(rf"\b(?i:my|his|her|whose|maiden) name is (?P<value>{NAME_WORD}(?: {NAME_WORD}){{0,2}})\b")),
 )
 NAME = re.compile(rf"(?<![\w@/.#-]){RUN}(?![\w@/])")
 BEGINS = re.compile(r"(?:^|[.!?:\"”»(]\s*|\n\s*|[-*•]\s+)$")
@@ -126,14 +169,48 @@ def find_names(text: str) -> list[Span]:
     for kind, pattern in PATTERNS:
         for match in pattern.finditer(text):
             group = "value" if "value" in pattern.groupindex else 0
-            _add(found, kind, text, *match.span(group))
+            if kind != "PERSON" or not _is_ordinary(match[group]):
+                add_span(found, kind, text, *match.span(group))
     for match in NAME.finditer(text):
         for start, end in _trimmed(text, match.start(), match.end()):
-            _add(found, "PLACE" if PLACE_BEFORE.search(text[max(0, start - 24) : start]) else "NAME", text, start, end)
-    return sorted(found, key=lambda span: span.start)
+            add_span(
+                found, "PLACE" if PLACE_BEFORE.search(text[max(0, start - 24) : start]) else "NAME", text, start, end
+            )
+    return _whole_addresses(text, sorted(found, key=lambda span: span.start))
 
 
-def _add(found: list[Span], kind: str, text: str, start: int, end: int) -> None:
+def _whole_addresses(text: str, found: list[Span]) -> list[Span]:
+    """Parts of one address as one span: what only blanks, commas, numbers and short codes keep apart."""
+    joined: list[Span] = []
+    for span in found:
+        last = joined[-1] if joined else None
+        if last is not None and _belong_together(text, last, span):
+            joined[-1] = Span("ADDRESS", last.start, span.end, text[last.start : span.end])
+        else:
+            joined.append(span)
+    return [_with_numbers(text, span) if span.kind == "ADDRESS" else span for span in joined]
+
+
+def _belong_together(text: str, left: Span, right: Span) -> bool:
+    gap = text[left.end : right.start]
+    if "ADDRESS" not in (left.kind, right.kind) or not {left.kind, right.kind} <= ADDRESS_PARTS:
+        return False
+    if left.kind != "ADDRESS" and ("\n" in gap or "." in gap):  # a line or a sentence before is somebody's name
+        return False
+    return GAP.fullmatch(gap) is not None and ". " not in gap
+
+
+def _with_numbers(text: str, span: Span) -> Span:
+    """An address with the house number before it and the postcode behind it."""
+    before = NUMBERS_BEFORE.search(text[max(0, span.start - 16) : span.start])
+    after = POSTCODE_AFTER.match(text, span.end)
+    start = span.start - (len(before[0]) if before else 0)
+    end = after.end() if after else span.end
+    return Span(span.kind, start, end, text[start:end])
+
+
+def add_span(found: list[Span], kind: str, text: str, start: int, end: int) -> None:
+    """Adds a span unless it overlaps one that is there; blanks and commas at its end stay outside."""
     end -= len(text[start:end]) - len(text[start:end].rstrip(" ,\n"))
     if end > start and all(end <= s.start or start >= s.end for s in found):
         found.append(Span(kind, start, end, text[start:end]))
@@ -157,7 +234,12 @@ def _trimmed(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
 def _is_ordinary(word: str) -> bool:
     """Function words, titles, and abbreviations of up to four capitals."""
     plain = word.strip(".")
-    return plain.lower() in ORDINARY or (plain.isupper() and 1 < len(plain) <= SHORT_CAPITALS) or plain in ALONE_TITLES
+    return (
+        plain.lower() in ORDINARY
+        or plain.lower() in FUNCTION
+        or (plain.isupper() and 1 < len(plain) <= SHORT_CAPITALS)
+        or plain in ALONE_TITLES
+    )
 
 
 def _is_headline(text: str, at: int) -> bool:
@@ -184,31 +266,3 @@ def _is_whole_line(text: str, start: int, end: int) -> bool:
     """True for a signature: a word with a line of its own, in a text of several."""
     before, after = text[:start].rstrip(" ,"), text[end:].lstrip(" ,")
     return "\n" in text.strip() and (not before or before[-1] == "\n") and (not after or after[0] == "\n")
-
-
-@cache
-def presidio_analyser() -> Any:
-    """Presidio with its English language model.
-
-    Raises:
-        InputError: presidio or the model is not installed.
-    """
-    remedy = "pip install 'rayloop[presidio]' and its spaCy model en_core_web_lg, or set builtin"
-    try:
-        from presidio_analyzer import AnalyzerEngine
-
-        return AnalyzerEngine()
-    except (ImportError, OSError, SystemExit) as error:  # spaCy ends the process where it cannot fetch the model
-        raise InputError("curation.scrub.names", "presidio", f"is not installed ({error})", remedy) from None
-
-
-PRESIDIO_KINDS = ("PERSON", "LOCATION", "NRP", "DATE_TIME", "ORGANIZATION")
-
-
-def find_with_presidio(text: str) -> list[Span]:
-    """The same by presidio's named-entity recognition."""
-    results = presidio_analyser().analyze(text=text, language="en", entities=list(PRESIDIO_KINDS))
-    found: list[Span] = []
-    for result in sorted(results, key=lambda r: (-r.score, r.start)):
-        _add(found, result.entity_type, text, result.start, result.end)
-    return sorted(found, key=lambda span: span.start)

@@ -68,12 +68,35 @@ def _config(event: Event) -> Words | None:
     return "ticket", f"a deployment config was rejected ({event.body['source']})", event.body["reason"]
 
 
+def _anomaly(event: Event) -> Words | None:
+    body = event.body
+    what = body["signal"].replace("_", " ")
+    text = f"{body['value']:.3g}, stable {body['baseline']:.3g}, limit {body['limit']:.3g}, {body['requests']} requests"
+    return "ticket", f"{event.agent}: {body['version']} is out of the ordinary ({what})", text
+
+
+ALERTS: dict[str, tuple[Severity, str]] = {
+    "drift": ("ticket", "grader and reward model have drifted apart"),
+    "spool": ("ticket", "the event log took no interactions; they waited on disk"),
+    "queue_full": ("ticket", "clients were turned away: the queue of the event log was full"),
+    "interactions_lost": ("page", "interactions were lost"),
+}
+"""Name of an alert -> how urgent it is, and its words."""
+
+
+def _alert(event: Event) -> Words | None:
+    severity, words = ALERTS[event.body["name"]]
+    return severity, f"{event.body['source']}: {words}", event.body["reason"]
+
+
 WORDS: dict[str, Callable[[Event], Words | None]] = {
     "rollout.decision": _decision,
     "dataset.ready": _dataset,
     "model.updated": _model,
     "job.ended": _job,
     "config.rejected": _config,
+    "anomaly.detected": _anomaly,
+    "operator.alert": _alert,
 }
 FACTS = ("rollout_id", "experiment_id", "dataset_id", "version", "alias", "job_id", "outcome", "state", "change")
 

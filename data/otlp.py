@@ -112,7 +112,7 @@ def _of_message(message: Any, resource: Attributes) -> Span:
     return Span(
         trace_id=_id(message.trace_id.hex(), 32, "trace_id"),
         span_id=_id(message.span_id.hex(), 16, "span_id"),
-        parent_id=message.parent_span_id.hex() or None,
+        parent_id=_parent(message.parent_span_id.hex(), "parent_span_id"),
         name=message.name,
         start_ns=message.start_time_unix_nano,
         end_ns=message.end_time_unix_nano,
@@ -146,11 +146,10 @@ def _message_value(value: Any) -> Any:
 def _of_json(span: dict[str, Any], resource: Attributes) -> Span:
     status = _object(span.get("status"), "status")
     failed = status.get("code") in (ERROR_STATUS, "STATUS_CODE_ERROR")
-    parent = span.get("parentSpanId")
     return Span(
         trace_id=_id(span.get("traceId"), 32, "traceId"),
         span_id=_id(span.get("spanId"), 16, "spanId"),
-        parent_id=_id(parent, 16, "parentSpanId") if parent else None,
+        parent_id=_parent(span.get("parentSpanId"), "parentSpanId"),
         name=_text(span.get("name", ""), "name"),
         start_ns=_integer(span.get("startTimeUnixNano", 0), "startTimeUnixNano"),
         end_ns=_integer(span.get("endTimeUnixNano", 0), "endTimeUnixNano"),
@@ -251,6 +250,11 @@ def _base64(value: Any, place: str) -> str:
     except (binascii.Error, ValueError):
         raise InputError(place, value, "must be base64", REMEDY) from None
     return str(value)
+
+
+def _parent(value: Any, place: str) -> str | None:
+    """The id of the span above; zeros stand for none, as does nothing."""
+    return None if not value or value == "0" * 16 else _id(value, 16, place)
 
 
 def _id(value: Any, digits: int, place: str) -> str:

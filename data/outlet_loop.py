@@ -20,6 +20,7 @@ from data.sinks import plans
 
 log = logging.getLogger(__name__)
 
+MEASURE_S = 15.0
 FAILED_PAUSE_S = 5.0  # after the database did not answer, or after a defect
 
 
@@ -32,6 +33,7 @@ class OutletThread(threading.Thread):
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{threading.get_ident()}:{time.monotonic_ns()}"
         self._stopping = threading.Event()
         self._engine: Engine | None = None
+        self._measure_at = 0.0
 
     def run(self) -> None:
         """Until it is stopped; whatever fails is tried again."""
@@ -42,7 +44,7 @@ class OutletThread(threading.Thread):
                     self._engine = connect(self._settings)
                 if outlet is None:
                     outlet = Outlet(self.plan, self._engine, self._settings.outlets)
-                pause_s = outlet.step(self._holds) if self._holds() else self._settings.outlets.poll_s
+                pause_s = self._turn(outlet)
             except ConfigError as error:
                 log.error("%s delivers nothing: %s", self.plan.name, error)
                 break
@@ -57,6 +59,16 @@ class OutletThread(threading.Thread):
                 pause_s = FAILED_PAUSE_S
             self._stopping.wait(min(pause_s, self._settings.outlets.lease_s / 3))
         self._end(outlet)
+
+    def _turn(self, outlet: Outlet) -> float:
+        """One step and, now and then, the gauges, while this process is the one that delivers."""
+        if not self._holds():
+            return self._settings.outlets.poll_s
+        pause_s = outlet.step(self._holds)
+        if time.monotonic() >= self._measure_at:
+            outlet.measure()
+            self._measure_at = time.monotonic() + MEASURE_S
+        return pause_s
 
     def stop(self) -> None:
         """End after the delivery under way."""

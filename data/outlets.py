@@ -15,6 +15,7 @@ from urllib.parse import quote
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from cluster import metrics
 from cluster.clock import SECOND_US, now_us, to_iso
 from cluster.database import write
 from cluster.errors import ConflictError, NotFoundError
@@ -121,6 +122,11 @@ class Outlet:
             return read_progress(self._engine, self.plan.name)[0]
         return row
 
+    def measure(self) -> None:
+        """Bring the gauges up to date: what waits, and what was put aside."""
+        metrics.OUTLET_WAITING.labels(self.plan.name).set(waiting(self._engine, self.plan, self.progress().seq))
+        metrics.DEAD_LETTERS.labels(self.plan.name).set(count_dead_letters(self._engine, self.plan.name))
+
     def _slices(self, page: Sequence[RecordedEvent]) -> Iterator[tuple[list[RecordedEvent], list[RecordedEvent]]]:
         """The page in parts, each with the events in it that are wanted: as many as the sink takes at once."""
         part: list[RecordedEvent] = []
@@ -146,6 +152,7 @@ class Outlet:
         return self._move(progress, part[-1].seq, len(wanted))
 
     def _move(self, progress: Progress, seq: int, delivered: int) -> Progress:
+        metrics.DELIVERED.labels(self.plan.name).inc(delivered)
         moved = replace(progress, seq=seq, delivered=progress.delivered + delivered, attempts=0, retry_at_us=0)
         return self._save(progress, replace(moved, failure=None))
 
@@ -153,9 +160,11 @@ class Outlet:
         attempts, now = progress.attempts + 1, self._clock()
         reason = str(error)[:1000]
         if self._gives_up(recorded, attempts, error, now):
+            metrics.DELIVERY_FAILURES.labels(self.plan.name, "dead").inc()
             log.warning("%s: event %d is put aside: %s", self.plan.name, recorded.seq, reason)
             buried = replace(progress, seq=recorded.seq, attempts=0, retry_at_us=0, failure=reason)
             return self._save(progress, buried, _letter(self.plan.name, recorded, reason, attempts, now))
+        metrics.DELIVERY_FAILURES.labels(self.plan.name, "retry").inc()
         settings = self._settings
         pause_s = min(settings.retry_first_s * 2.0 ** (attempts - 1), settings.retry_max_s)
         pause_s = min(max(pause_s, error.retry_after_s or 0.0), LONGEST_PAUSE_S)
@@ -235,6 +244,13 @@ def read_dead_letters(engine: Engine, outlet: str | None = None, limit: int = 10
         query = query.where(dead_letters.c.outlet == outlet)
     with engine.connect() as connection:
         return [dict(row) for row in connection.execute(query).mappings()]
+
+
+def count_dead_letters(engine: Engine, outlet: str) -> int:
+    """How many an outlet has."""
+    query = sa.select(sa.func.count()).where(dead_letters.c.outlet == outlet)
+    with engine.connect() as connection:
+        return connection.execute(query).scalar_one()
 
 
 def resend(engine: Engine, outlet: str, sink: Sink, seq: int) -> None:

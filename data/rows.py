@@ -78,7 +78,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 def _refuse_other_encodings(path: Path, head: bytes) -> None:
     """A file that no line of can be read gets one error, not one a line."""
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in head[:2]:
         raise InputError("file", str(path), "is UTF-16 text", "convert it to UTF-8: iconv -f UTF-16 -t UTF-8")
     if head.startswith(GZIP_MAGIC):
         raise InputError("file", str(path), "is compressed", "unpack it: gunzip")

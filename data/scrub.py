@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import orjson
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.settings.curation import ScrubSettings
 from data.join import to_json
@@ -22,6 +23,9 @@ from data.stages import Dropped, keep, with_column
 
 SCRUBBED = ("messages", "context", "response", "tail", "signals", "labels", "tools")
 """Columns of JSON text, in the order in which placeholders are numbered."""
+JUDGED = ("signals", "labels")
+OURS = r'"at_us":[0-9]+|"(?:user|reviewer)":"[^"\\]*"'
+"""What we write into these; a text cannot hold it, for its quotes are escaped."""
 LONG_WORD = re.compile(r"[A-Za-z0-9+/=_-]+")
 SEGMENT = re.compile(r"[/_-]")
 RANDOM_SEGMENT = 20  # letters and digits in a row, without a separator, from which a word may be a key
@@ -56,6 +60,12 @@ class Looks:
 
     domains: bool = True
     names: Literal["off", "builtin", "presidio"] = "off"
+    presidio_model: str = ""
+
+    @staticmethod
+    def of(settings: ScrubSettings) -> "Looks":
+        """As the settings say."""
+        return Looks(settings.domains, settings.names, settings.presidio_model)
 
 
 EVERYTHING_STRUCTURED = Looks()
@@ -85,12 +95,20 @@ def spans_of(text: str, looks: Looks, mask: int | None = None) -> list[Span]:
     spans = find(text, domains=looks.domains) if mask is None else find_among(text, mask, domains=looks.domains)
     if looks.names == "off":
         return spans
-    from data.names import find_names, find_with_presidio
-
-    named = find_names(text) if looks.names == "builtin" else find_with_presidio(text)
+    named = _names(text, looks)
     free = [name for name in named if all(name.end <= s.start or name.start >= s.end for s in spans)]
     free = [name for name in free if not PLACEHOLDER.search(text[max(0, name.start - 1) : name.end + 4])]
     return sorted([*spans, *free], key=lambda span: span.start)
+
+
+def _names(text: str, looks: Looks) -> list[Span]:
+    if looks.names == "presidio":
+        from data.presidio import find_with_presidio
+
+        return find_with_presidio(text, looks.presidio_model)
+    from data.names import find_names
+
+    return find_names(text)
 
 
 def scrub_value(
@@ -131,7 +149,7 @@ def scrub(table: pa.Table, settings: ScrubSettings) -> tuple[pa.Table, Dropped]:
     if not settings.enabled:
         return with_column(table, "scrubbed", ["{}"] * len(table), pa.string()), Counter()
     masks = possibly_unsafe(table, settings.entropy_characters)
-    looks = Looks(settings.domains, settings.names)
+    looks = Looks.of(settings)
     if looks.names != "off":
         masks = {index: masks.get(index, 0) for index in range(len(table))}
     columns = {name: table[name].to_pylist() for name in SCRUBBED}
@@ -162,12 +180,17 @@ def _prefilter(entropy_characters: int) -> Prefilter:
     return Prefilter([*(recogniser.hint for recogniser in RECOGNISERS), suspicious])
 
 
+def _said(column: pa.ChunkedArray) -> list[str | None]:
+    """JSON of signals or labels without times and pseudonyms, whose digits look like much that they are not."""
+    return pc.replace_substring_regex(column, OURS, "").to_pylist()  # type: ignore[no-any-return]
+
+
 def possibly_unsafe(table: pa.Table, entropy_characters: int) -> dict[int, int]:
     """The rows that must be looked at: row -> mask of the recognisers (and `SUSPICIOUS`) it could need."""
     found: dict[int, int] = {}
     scan = _prefilter(entropy_characters)
     for name in SCRUBBED:
-        texts = enumerate(table[name].to_pylist())
+        texts = enumerate(_said(table[name]) if name in JUDGED else table[name].to_pylist())
         present = [(index, text.encode()) for index, text in texts if text is not None and len(text) > 2]
         for (index, _), mask in zip(present, scan.masks(text for _, text in present), strict=True):
             found[index] = found.get(index, 0) | mask

@@ -20,7 +20,7 @@ from data.encoding import decode_body
 from data.log import EventLog
 from data.partitions import Partition, read_batches, read_partitions, sealed_upto
 
-KINDS = ("interaction", "trajectory", "feedback", "behaviour", "label", "grade")
+KINDS = ("interaction", "trajectory", "tool_call", "feedback", "behaviour", "label", "grade")
 """What curation reads."""
 EVENTS = pa.schema(
     [
@@ -86,14 +86,18 @@ def _shared_out(sealed: Sequence[Partition], blocks: int) -> list[list[Partition
 
 
 def read_block(settings: Settings, block: Block) -> pa.Table:
-    """The events of a block that curation needs, of the configured tenant and workspace."""
+    """`read_events` over a connection of its own."""
     engine = connect(settings, migrate=False)
     try:
-        sealed = [table for place in block.partitions for table in _sealed(engine, settings, place)]
-        tail = pa.Table.from_batches(_pages(engine, settings, block), EVENTS)
+        return read_events(engine, settings, block)
     finally:
         engine.dispose()
-    return pa.concat_tables([*sealed, tail])
+
+
+def read_events(engine: Engine, settings: Settings, block: Block) -> pa.Table:
+    """The events of a block that curation needs, of the configured tenant and workspace."""
+    sealed = [table for place in block.partitions for table in _sealed(engine, settings, place)]
+    return pa.concat_tables([*sealed, pa.Table.from_batches(_pages(engine, settings, block), EVENTS)])
 
 
 def _sealed(engine: Engine, settings: Settings, place: tuple[int, str]) -> list[pa.Table]:

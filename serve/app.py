@@ -5,6 +5,7 @@ Importing this module loads no torch: what an application needs is imported in t
 
 import asyncio
 import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ Arguments = dict[str, str]
 BUILDERS = {
     "engine": "serve.engines.deployment:build",
     "grader": "serve.graders:build",
+    "tools": "serve.tools.deployment:build",
     "control": "serve.control:build",
 }
 """Where the applications besides the router come from: `build(settings) -> ray.serve.Application`."""
@@ -33,6 +35,7 @@ class Router:
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.logging)
+        sys.setswitchinterval(settings.serve.switch_interval_ms / 1000)
         self._app = RouterApp(settings, standalone=False)
 
     async def __serve_build_asgi_app__(self) -> RouterApp:
@@ -53,13 +56,18 @@ def gateway(arguments: Arguments) -> Any:
 
 
 def engine(arguments: Arguments) -> Any:
-    """The embedded engine, at `/engine`."""
+    """The embedded engine, at `/engine`; for another base model under another name and prefix."""
     return _build("engine", arguments)
 
 
 def grader(arguments: Arguments) -> Any:
     """The grader, at `/grader`."""
     return _build("grader", arguments)
+
+
+def tools(arguments: Arguments) -> Any:
+    """The tool server, at `/tools`."""
+    return _build("tools", arguments)
 
 
 def control(arguments: Arguments) -> Any:

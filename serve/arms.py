@@ -12,7 +12,7 @@ from serve.openai import ApiError, unknown_model
 from serve.routes import Route, RouteKey
 from serve.snapshot import Snapshot, Target
 
-PlannedArm = Literal["stable", "candidate", "none"]
+PlannedArm = Literal["stable", "candidate", "shadow", "none"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,21 +11,21 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 
 from cluster import metrics
-from cluster.clock import now_us
+from cluster.clock import now_us, to_iso
 from cluster.errors import RayloopError
 from cluster.settings.capture import LogSettings
 from cluster.settings.serving import CaptureQueueSettings
 from data.events import Event, interaction_event_id, uuid7
 from data.group_commit import GroupCommit, Transient
-from data.metadata import bounded, scrubbed
+from data.metadata import PAIRS, bounded, scrubbed
 from serve.arms import Plan
 from serve.keys import Key
 from serve.rewrite import Answer
@@ -34,9 +34,11 @@ log = logging.getLogger(__name__)
 
 PARAMETERS = (
     "temperature", "top_p", "max_tokens", "max_completion_tokens", "n", "stop", "seed", "presence_penalty",
-    "frequency_penalty", "response_format", "tool_choice", "stream",
+    "frequency_penalty", "response_format", "tool_choice", "stream", "suffix", "echo",
 )  # fmt: skip
 REPLAY_EVENTS = 500
+Alert = Callable[[str, str, dict[str, Any]], Event]
+"""`data.alerts.alert` with its settings: name, reason, facts."""
 GONE = "client_disconnected"
 
 
@@ -65,6 +67,10 @@ class Record:
     disconnected: bool = False
     timeout: bool = False
     error: str | None = None
+    details: dict[str, str | int | float | bool] = field(default_factory=dict)
+    """What the router itself has to say; joins the client's metadata."""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    """Calls that were answered for this interaction, as `data.events.ToolCall`."""
     at_us: int = field(default_factory=now_us)
 
     def event(self) -> Event:
@@ -78,17 +84,16 @@ class Record:
 
     def _body(self) -> dict[str, Any]:
         plan, answer, request = self.plan, self.answer, self.request
-        metadata = scrubbed(bounded(request.get("metadata")))
-        if self.fallback is not None:
-            metadata["fallback_cause"] = self.fallback
+        own = self.details if self.fallback is None else self.details | {"fallback_cause": self.fallback}
+        metadata = scrubbed(bounded(request.get("metadata"), keep=max(0, PAIRS - len(own)))) | own
         flags = {
-            "fallback": self.fallback is not None, "shadow": False, "disconnected": self.disconnected,
+            "fallback": self.fallback is not None, "shadow": plan.arm == "shadow", "disconnected": self.disconnected,
             "safety": answer.refused, "quality": self._poor(), "timeout": self.timeout,
         }  # fmt: skip
         return {
-            "messages": request["messages"],
+            "messages": request.get("messages") or prompt_messages(request.get("prompt")),
             "tools": request.get("tools") or None,
-            "tool_calls": [],
+            "tool_calls": self.tool_calls,
             "context": passages(request.get("documents")),
             "response": {"role": "assistant"} | answer.message if answer.message else None,
             "finish_reason": answer.finish_reason,
@@ -123,6 +128,12 @@ class Record:
         return self.answer.finish_reason == "length" or not (message.get("content") or message.get("tool_calls"))
 
 
+def prompt_messages(prompt: Any) -> list[dict[str, Any]]:
+    """A prompt without roles as a conversation of its own; of several prompts the first, whose answer is kept."""
+    first = prompt[0] if isinstance(prompt, list) and prompt and isinstance(prompt[0], str) else prompt
+    return [{"role": "user", "content": first if isinstance(first, str) else ""}]
+
+
 def passages(documents: Any) -> list[str]:
     """The texts of a request's `documents`, the field in which vLLM takes passages for its template."""
     if not isinstance(documents, list):
@@ -131,14 +142,25 @@ def passages(documents: Any) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
+class Recordable(Protocol):
+    """Something that becomes an event once there is time for it."""
+
+    def event(self) -> Event:
+        """The event."""
+        ...
+
+
 class Capture:
     """The ring and its thread. `commit` appears once the database has answered for the first time."""
 
-    def __init__(self, settings: CaptureQueueSettings, log_settings: LogSettings, spool: Path) -> None:
+    def __init__(
+        self, settings: CaptureQueueSettings, log_settings: LogSettings, spool: Path, alert: Alert | None = None
+    ) -> None:
         self._settings = settings
+        self._alert, self._lost = alert, 0
         self._batch = log_settings.group_commit_events
         self._linger_s = settings.linger_ms / 1000
-        self._ring: deque[Record] = deque()
+        self._ring: deque[Recordable] = deque()
         self._wake = threading.Event()
         self._closing = False
         self._retry_at = 0.0
@@ -147,10 +169,11 @@ class Capture:
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
         self._thread.start()
 
-    def offer(self, record: Record) -> None:
+    def offer(self, record: Recordable) -> None:
         """Take a record; never waits and never raises. A full ring loses it, and counts that."""
         if len(self._ring) >= self._settings.queue_events:
             metrics.CAPTURED.labels("lost").inc()
+            self._lost += 1
             return
         self._ring.append(record)
         if not self._wake.is_set():
@@ -185,6 +208,7 @@ class Capture:
         records = [self._ring.popleft() for _ in range(min(len(self._ring), self._batch))]
         metrics.CAPTURE_WAITING.set(len(self._ring))
         events = [event for record in records if (event := _event_of(record)) is not None]
+        events = [*self._alerts_of_loss(), *events]
         if events and not self._append(events):
             self._spool_out(events)
 
@@ -217,13 +241,25 @@ class Capture:
         metrics.CAPTURED.labels("refused").inc(refused)
         return True
 
+    def _alerts_of_loss(self) -> list[Event]:
+        if self._alert is None or not self._lost:
+            return []
+        lost, self._lost = self._lost, 0
+        limits = f"queue_events={self._settings.queue_events}, spool_max_mb={self._settings.spool_max_mb}"
+        reason = f"{lost} interactions found queue or spool full (serve.capture: {limits})"
+        return [self._alert("interactions_lost", reason, {"lost": lost})]
+
     def _spool_out(self, events: list[Event]) -> None:
+        if self._alert is not None and not self._spool.size:  # it begins; what follows needs no further word
+            reason = f"since {to_iso(now_us())} interactions went to {self._spool.path}; they are home now"
+            events = [self._alert("spool", reason, {}), *events]
         kept = self._spool.add(events)
         metrics.CAPTURED.labels("spooled").inc(kept)
         metrics.CAPTURED.labels("lost").inc(len(events) - kept)
+        self._lost += len(events) - kept
 
 
-def _event_of(record: Record) -> Event | None:
+def _event_of(record: Recordable) -> Event | None:
     try:
         return record.event()
     except Exception:  # a request we could not describe must not stop the others

@@ -1,28 +1,30 @@
-"""One chat completion: who answers, the answer itself, and the record of it.
+"""One completion: who answers, the answer itself, and the record of it.
 
-`ChatHandler.handle` reads top to bottom: parse, plan, try the assigned version, fall back to stable where
+`CompletionHandler.handle` reads top to bottom: parse, plan, try the assigned version, fall back to stable where
 the candidate fails before its first byte, pass the answer on, leave a record.
 """
 
 import asyncio
 import logging
-import random
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-import orjson
+from prometheus_client import Counter, Histogram
 
 from cluster import metrics
-from cluster.settings.serving import EngineEndpoint, ServeSettings
+from cluster.settings.serving import ServeSettings
 from data.feedback import pseudonym
-from serve.arms import Plan, not_served, plan
+from serve.anomalies import AnomalyWatch
+from serve.arms import not_served, plan
 from serve.breaker import Breaker, StableLatency
 from serve.capture import GONE, Capture, Record
+from serve.exchange import CHAT, Engines, Exchange, View, new_interaction_id
 from serve.keys import Key
+from serve.limits import KeyLimits
 from serve.openai import (
     JSON,
     ApiError,
@@ -30,132 +32,47 @@ from serve.openai import (
     Receive,
     Scope,
     Send,
-    from_engine,
     parse_object,
     read_body,
     send_response,
     shown,
     text_header,
 )
-from serve.proxy import Limits, Reply, Upstream, UpstreamError
-from serve.rewrite import DONE, Rewriter, Wanted, error_event
-from serve.snapshot import Snapshot, Target
+from serve.prompts import PromptPolicy
+from serve.proxy import UpstreamError
+from serve.rewrite import DONE, error_event
+from serve.shadow import Shadow
+from serve.snapshot import Target
 
 log = logging.getLogger(__name__)
 
-PATH = "/v1/chat/completions"
 EVENT_STREAM: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
 MODALITY_CHARACTERS, TIER_CHARACTERS = 16, 64
+METERS_KEPT = 4_096
 PSEUDONYMS_KEPT = 50_000
 """A keyed hash lets go of the interpreter's lock and then waits for other threads to give it back: 90 us."""
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """What one request is decided by."""
-
-    snapshot: Snapshot
-    endpoints: Mapping[str, EngineEndpoint]
-
-
 @dataclass(slots=True)
-class Engines:
-    """The upstreams of one router by engine name, made when first needed."""
+class Companions:
+    """What stands beside the answering of requests; what is `None` is switched off."""
 
-    settings: ServeSettings
-    default_url: str
-    environment: Mapping[str, str]
-    engine_token: str | None = None
-    """What the engine of this installation asks for."""
-    _open: dict[str, tuple[EngineEndpoint, Upstream]] = field(default_factory=dict)
-
-    def upstream(self, name: str, endpoint: EngineEndpoint) -> Upstream:
-        """The connections to an engine; new ones when its address was changed."""
-        known = self._open.get(name)
-        if known is not None and known[0] == endpoint:
-            return known[1]
-        settings = self.settings
-        limits = Limits(
-            settings.connect_timeout_s,
-            settings.request_timeout_s,
-            settings.upstream_connections,
-            settings.max_response_bytes,
-        )
-        key = self.environment.get(endpoint.api_key_env) if endpoint.api_key_env else None
-        if endpoint.base_url is None:
-            key = key or self.engine_token
-        made = Upstream(endpoint.base_url or self.default_url, limits, key)
-        if known is not None:
-            known[1].close()
-        self._open[name] = (endpoint, made)
-        return made
-
-    def close(self) -> None:
-        """Drop every connection."""
-        for _, upstream in self._open.values():
-            upstream.close()
+    limits: KeyLimits
+    anomalies: AnomalyWatch
+    capture: Capture | None = None
+    shadow: Shadow | None = None
+    policy: PromptPolicy | None = None
 
 
-@dataclass(slots=True)
-class Exchange:
-    """One request on its way through: what it asks, the plan for it, and the record it will leave."""
+class CompletionHandler:
+    """Completions of one router replica; its state is breakers, latencies and open connections."""
 
-    request: dict[str, Any]
-    record: Record
-    stream: bool
-    began: float
-    request_id: str
-    endpoints: Mapping[str, EngineEndpoint]
-    capture: bool
-    served: Target | None = None
-    reply: Reply | None = None
-    head: bytes = b""
-    """First piece of the answer, which shows that the engine works."""
-
-    @property
-    def plan(self) -> Plan:
-        """Who should answer."""
-        return self.record.plan
-
-    def body_for(self, target: Target) -> bytes:
-        """The request as that engine gets it."""
-        sent = self.request | {"model": target.model_name}
-        if self.capture and self.endpoints[target.engine].token_ids:
-            sent |= {"return_token_ids": True, "logprobs": True}
-        try:
-            return orjson.dumps(sent)
-        except TypeError:
-            raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
-
-    def rewriter(self, target: Target) -> Rewriter:
-        """Turns that engine's answer into ours."""
-        return Rewriter(self.record.interaction_id, target.version, Wanted.by(self.request), self.record.answer)
-
-    def headers(self) -> Headers:
-        """Who served, in headers."""
-        record, plan = self.record, self.record.plan
-        headers: Headers = [
-            (b"x-rayloop-interaction", record.interaction_id.encode()),
-            (b"x-rayloop-arm", plan.arm.encode()),
-        ]
-        if self.served is not None:
-            headers.append((b"x-rayloop-version", self.served.version.encode()))
-            if self.served.digest:
-                headers.append((b"x-rayloop-digest", self.served.digest.encode()))
-        if plan.experiment_id:
-            headers.append((b"x-rayloop-experiment", plan.experiment_id.encode()))
-        return headers
-
-
-class ChatHandler:
-    """Chat completions of one router replica; its state is breakers, latencies and open connections."""
-
-    def __init__(self, settings: ServeSettings, engines: Engines, capture: Capture | None, secret: bytes) -> None:
-        self._settings, self._engines, self._capture = settings, engines, capture
+    def __init__(self, settings: ServeSettings, engines: Engines, companions: Companions, secret: bytes) -> None:
+        self._settings, self._engines, self._with = settings, engines, companions
         self._pseudonym = lru_cache(PSEUDONYMS_KEPT)(partial(pseudonym, secret))
         self._breakers: dict[str, Breaker] = {}
         self._stable_latency: dict[tuple[str, bool], StableLatency] = {}
@@ -171,6 +88,7 @@ class ChatHandler:
         headers: Headers,
     ) -> int:
         """Answer one request; returns the status sent. `headers` go with every answer."""
+        self._with.limits.require_budget(key)
         body = await read_body(scope, receive, self._settings.max_body_bytes, self._settings.body_timeout_s)
         exchange = self._exchange(scope, body, key, view, request_id)
         try:
@@ -189,7 +107,9 @@ class ChatHandler:
             self._finish(exchange)
 
     def close(self) -> None:
-        """Drop the connections to the engines; from the event loop."""
+        """Give up copies under way and drop the connections to the engines; from the event loop."""
+        if self._with.shadow is not None:
+            self._with.shadow.close()
         self._engines.close()
 
     def breaker_states(self) -> dict[str, bool]:
@@ -198,12 +118,13 @@ class ChatHandler:
 
     def _exchange(self, scope: Scope, body: bytes, key: Key, view: View, request_id: str) -> Exchange:
         began = time.perf_counter()
-        request = parse_chat(body)
+        path: str = scope["path"]
+        request = parse_chat(body) if path == CHAT else parse_completion(body)
         raw_user = request.get("user") or text_header(scope, b"x-rayloop-user")
         user = self._pseudonym(key.tenant, raw_user) if raw_user else None
         session = text_header(scope, b"x-rayloop-session", 128)
         modality = text_header(scope, b"x-rayloop-modality", MODALITY_CHARACTERS) or "text"
-        interaction_id = new_interaction_id()
+        interaction_id = new_interaction_id(path)
         planned = plan(
             view.snapshot,
             key.tenant,
@@ -215,8 +136,24 @@ class ChatHandler:
         )
         tier = text_header(scope, b"x-rayloop-user-tier", TIER_CHARACTERS)
         record = Record(interaction_id, key, planned, request, modality, user, session, _trace_id(scope), tier)
-        stream = bool(request.get("stream"))
-        return Exchange(request, record, stream, began, request_id, view.endpoints, self._capture is not None)
+        exchange = Exchange(
+            path, request, record, began, request_id, view.endpoints,
+            wants_token_ids=self._with.capture is not None,
+            wants_usage=self._with.limits.budget_of(key) is not None,
+        )  # fmt: skip
+        if self._with.policy is not None and path == CHAT:
+            self._render(self._with.policy, exchange)
+        return exchange
+
+    def _render(self, policy: PromptPolicy, exchange: Exchange) -> None:
+        """Ask the agent's policy; one that fails costs its advice, not the answer."""
+        record = exchange.record
+        try:
+            exchange.rendered = policy.render(record.key.tenant, record.plan, record.user)
+        except Exception:
+            log.exception("the policy of %s could not be rendered", record.plan.agent)
+        if exchange.rendered is not None:
+            record.details |= exchange.rendered.metadata()
 
     # obtaining an answer
 
@@ -269,34 +206,15 @@ class ChatHandler:
             breaker.forget()
             raise
         else:
-            breaker.record(True, time.monotonic())
+            if not exchange.stream:  # a stream is judged at its end
+                breaker.record(True, time.monotonic())
         finally:
             metrics.BREAKER_OPEN.labels(version).set(breaker.is_open)
 
     async def _ask(self, exchange: Exchange, target: Target) -> None:
-        """Send the request and wait for the first piece of a good answer.
-
-        Raises:
-            UpstreamError: the engine failed.
-            ApiError: the engine refused the request (4xx), in OpenAI's shape.
-        """
-        endpoint = exchange.endpoints.get(target.engine)
-        if endpoint is None:
-            raise UpstreamError(f"engine {target.engine} is not configured", code="engine_unavailable", status=503)
-        upstream = self._engines.upstream(target.engine, endpoint)
-        reply = await upstream.post(PATH, exchange.body_for(target), request_id=exchange.request_id)
-        try:
-            if reply.status != 200:
-                raise _failure(reply, await reply.read(), target, exchange.plan.fallback, self._settings.retry_after_s)
-            exchange.head = await reply.next() if exchange.stream else await reply.read()
-            if not exchange.head:
-                raise UpstreamError("the engine's answer was empty", code="engine_error")
-        except BaseException:
-            reply.abort()
-            raise
-        exchange.reply, exchange.served = reply, target
-        exchange.record.served_version, exchange.record.adapter_digest = target.version, target.digest
-        exchange.record.ttft_s = time.perf_counter() - exchange.began
+        fallback = exchange.plan.fallback
+        elsewhere = fallback is not None and fallback.engine != target.engine
+        await exchange.ask(self._engines, target, elsewhere=elsewhere, retry_after_s=self._settings.retry_after_s)
 
     def _latency(self, exchange: Exchange) -> StableLatency:
         """A stream's first byte is its first token, a whole answer's is its end: kept apart."""
@@ -314,24 +232,18 @@ class ChatHandler:
     # delivering it
 
     async def _deliver(self, exchange: Exchange, send: Send, headers: Headers) -> int:
-        assert exchange.served is not None
-        rewriter = exchange.rewriter(exchange.served)
         if exchange.stream:
-            await self._stream(exchange, rewriter, send, headers)
-            return 200
-        try:
-            body = rewriter.whole(exchange.head)
-        except (ValueError, KeyError, TypeError):
-            raise ApiError(502, "The engine's answer is not a completion.", code="engine_error") from None
-        await send_response(send, 200, body, [JSON, *exchange.headers(), *headers])
+            await self._stream(exchange, send, headers)
+        else:
+            await send_response(send, 200, exchange.first, [JSON, *exchange.headers(), *headers])
         return 200
 
-    async def _stream(self, exchange: Exchange, rewriter: Rewriter, send: Send, headers: Headers) -> None:
-        assert exchange.reply is not None
+    async def _stream(self, exchange: Exchange, send: Send, headers: Headers) -> None:
+        rewriter, piece = exchange.rewriter, exchange.first
+        assert exchange.reply is not None and rewriter is not None
         head = [*EVENT_STREAM, *exchange.headers(), *headers]
         await send({"type": "http.response.start", "status": 200, "headers": head})
         try:
-            piece = rewriter.feed(exchange.head)
             while True:
                 if piece:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -342,8 +254,17 @@ class ChatHandler:
         except UpstreamError as error:
             rewriter.error = error.code
             tail = error_event(ApiError(error.status, error.message, code=error.code)) + DONE
+        finally:
+            self._judge_stream(exchange, rewriter.error is None)
         exchange.record.error = rewriter.error
         await send({"type": "http.response.body", "body": tail})
+
+    def _judge_stream(self, exchange: Exchange, ok: bool) -> None:
+        """A candidate that breaks off fails: its breaker must know, though nobody can stand in any more."""
+        if exchange.plan.fallback is not None and exchange.served == exchange.plan.target:
+            breaker = self._breakers[exchange.plan.version]
+            breaker.record(ok, time.monotonic())
+            metrics.BREAKER_OPEN.labels(exchange.plan.version).set(breaker.is_open)
 
     # the record
 
@@ -354,33 +275,79 @@ class ChatHandler:
     def _finish(self, exchange: Exchange) -> None:
         record = exchange.record
         record.latency_s = time.perf_counter() - exchange.began
-        labels = (record.plan.agent, record.plan.arm)
-        metrics.LATENCY.labels(*labels).observe(record.latency_s)
+        meters = _meters(record.plan.agent, record.plan.arm)
+        meters.latency.observe(record.latency_s)
         if record.ttft_s is not None:
-            metrics.FIRST_TOKEN.labels(*labels).observe(record.ttft_s)
+            meters.first_token.observe(record.ttft_s)
         if record.disconnected and record.error is None:
             record.error = GONE if record.served_version is None else None
-        if self._capture is not None:
-            self._capture.offer(record)
+        self._count_tokens(record)
+        self._with.anomalies.observe(record)
+        if self._with.capture is not None:
+            self._with.capture.offer(record)
+        if self._with.shadow is not None:
+            self._with.shadow.mirror(exchange)
+
+    def _count_tokens(self, record: Record) -> None:
+        prompt, completion = record.answer.tokens_used()
+        if prompt or completion:
+            meters = _meters(record.plan.agent, record.plan.arm)
+            meters.prompt.inc(prompt)
+            meters.completion.inc(completion)
+            self._with.limits.spend(record.key, prompt + completion)
 
 
-def new_interaction_id() -> str:
-    """A completion id that sorts by time, as UUIDv7 does; needs to be unique, not secret."""
-    return f"chatcmpl-{time.time_ns() // 1_000_000:012x}{random.getrandbits(80):020x}"
+@dataclass(frozen=True, slots=True)
+class _Meters:
+    """The metrics of one arm; looking them up by their labels costs more than counting."""
+
+    latency: Histogram
+    first_token: Histogram
+    prompt: Counter
+    completion: Counter
+
+
+@lru_cache(METERS_KEPT)
+def _meters(agent: str, arm: str) -> _Meters:
+    return _Meters(
+        metrics.LATENCY.labels(agent, arm),
+        metrics.FIRST_TOKEN.labels(agent, arm),
+        metrics.TOKENS.labels(agent, arm, "prompt"),
+        metrics.TOKENS.labels(agent, arm, "completion"),
+    )
 
 
 def parse_chat(body: bytes) -> dict[str, Any]:
-    """The request in a body; only what we decide by is looked at, the rest passes through.
+    """A chat request; only what we decide by is looked at, the rest passes through.
 
     Raises:
         ApiError: 400 with the field that is wrong.
     """
-    request = parse_object(body)
-    model, messages = request.get("model"), request.get("messages")
-    if not isinstance(model, str) or not model:
-        raise _wrong("model", model, "must name an agent or a version")
+    request = _parsed(body)
+    messages = request.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise _wrong("messages", messages, "must be a list of at least one message")
+    return request
+
+
+def parse_completion(body: bytes) -> dict[str, Any]:
+    """A request for the continuation of a text, of several, or of token ids.
+
+    Raises:
+        ApiError: 400 with the field that is wrong.
+    """
+    request = _parsed(body)
+    prompt = request.get("prompt")
+    if not isinstance(prompt, str | list) or not prompt:
+        raise _wrong("prompt", prompt, "must be a text, a list of texts, or token ids")
+    return request
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    request = parse_object(body)
+    model = request.get("model")
+    if not isinstance(model, str) or not model:
+        raise _wrong("model", model, "must name an agent or a version")
     if not isinstance(request.get("stream"), bool | None):
         raise _wrong("stream", request["stream"], "must be true or false")
     user = request.get("user")
@@ -391,21 +358,6 @@ def parse_chat(body: bytes) -> dict[str, Any]:
 
 def _wrong(name: str, value: Any, rule: str) -> ApiError:
     return ApiError(400, f"{name}={shown(value)} {rule}.", code="invalid_value", param=name)
-
-
-def _failure(reply: Reply, body: bytes, target: Target, fallback: Target | None, retry_after_s: float) -> Exception:
-    """An engine's refusal: its own fault (then somebody else may answer) or the request's."""
-    error = from_engine(reply.status, body)
-    elsewhere = fallback is not None and fallback.engine != target.engine
-    if reply.status >= 500 or reply.status in (401, 403, 404, 408) or (reply.status == 429 and elsewhere):
-        status = 503 if reply.status == 503 else 504 if reply.status == 504 else 502
-        return UpstreamError(
-            f"engine {target.engine}: {error.message}", code=error.code or "engine_error", status=status
-        )
-    if reply.status == 429:
-        after = reply.headers.get(b"retry-after", b"")
-        error.retry_after_s = float(after) if after.isdigit() else retry_after_s
-    return error
 
 
 @asynccontextmanager

@@ -21,6 +21,7 @@ import logging
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -450,8 +451,11 @@ class Client:
         Raises:
             InputError: the server refuses these arguments.
         """
+        call_id = f"call_{uuid.uuid4().hex}"  # a retry under it writes nothing twice
         with self.using_tool(name, dict(arguments)) as call:
-            found = self._tools.ask(f"/v1/tools/{quote(name, safe='')}", {"arguments": dict(arguments)})
+            found = self._tools.ask(
+                f"/v1/tools/{quote(name, safe='')}", {"arguments": dict(arguments), "call_id": call_id}
+            )
             if isinstance(found, dict) and "result" in found:
                 call.result = found["result"]
             elif local is not None:

@@ -13,11 +13,12 @@ import yaml
 
 from cluster.errors import ConfigError
 from cluster.settings import Settings, load_settings
+from serve.egress import check_endpoints
 from serve.routes import parse_config
 
 SERVE_FILE = "serve.yaml"
 SETTINGS_FILE = "run/settings.yaml"
-PREFIXES = {"gateway": "/", "engine": "/engine", "grader": "/grader", "control": "/control"}
+PREFIXES = {"gateway": "/", "engine": "/engine", "grader": "/grader", "tools": "/tools", "control": "/control"}
 SPARE_REQUESTS = 64
 """Serve's own limit stands this far above the router's, so that an overload is answered in OpenAI's shape."""
 
@@ -77,7 +78,12 @@ def declared_routes(settings: Settings, serve_file: Path) -> dict[str, Any]:
 
 
 def write_files(settings: Settings) -> Path:
-    """Write the settings in force and the Serve config under `home`; returns the config's path."""
+    """Write the settings in force and the Serve config under `home`; returns the config's path.
+
+    Raises:
+        ConfigError: the settings declare something that is not a route, or an engine that may not be called.
+    """
+    check_endpoints(settings.serve.engines, settings.serve.allowed_hosts)
     settings_file, serve_file = settings.home / SETTINGS_FILE, settings.home / SERVE_FILE
     document = serve_config(settings, settings_file, declared_routes(settings, serve_file))
     write_private(settings_file, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
@@ -100,11 +106,18 @@ def read_settings(arguments: dict[str, str]) -> Settings:
     """The settings that an application was given.
 
     `settings` names a file with all of them, as `write_files` makes it; `config` a `rayloop.yaml`, which the
-    environment overrides.
+    environment overrides. `engine` and `base_model` make an engine for another base model of them.
 
     Raises:
         ConfigError: neither can be read.
     """
+    settings = _given_settings(arguments)
+    named = {"name": arguments.get("engine"), "base_model": arguments.get("base_model")}
+    changed = {name: value for name, value in named.items() if value}
+    return settings.model_copy(update={"engine": settings.engine.model_copy(update=changed)}) if changed else settings
+
+
+def _given_settings(arguments: dict[str, str]) -> Settings:
     if "settings" not in arguments:
         return load_settings(arguments.get("config"))[0]
     path = Path(arguments["settings"])

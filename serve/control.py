@@ -1,8 +1,8 @@
 """The application `control` (at `/control`): one replica that counts the log and drives every rollout.
 
 It also runs the outlets (`data.outlet_loop`). The work is done in threads, so the replica always answers
-`GET /healthz`. A second replica, or a second cluster on the same database, finds the leases taken and waits.
-`GET /rollouts` shows the rollouts of the key's tenant.
+`GET /healthz`, and `GET /metrics` with what this process counts. A second replica, or a second cluster on the same
+database, finds the leases taken and waits. `GET /rollouts` shows the rollouts of the key's tenant.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import ray.serve
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+from cluster import metrics
 from cluster.database import connect
 from cluster.errors import RayloopError
 from cluster.logs import configure_logging
@@ -115,6 +116,9 @@ class ControlApi:
             await _lifespan(receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path == "/metrics" and scope["method"] == "GET":
+            await send_response(send, 200, metrics.exposition(), [metrics.CONTENT_TYPE])
+            return
         try:
             status, body = await self._answer(path, scope)
             await send_response(send, status, orjson.dumps(body), [JSON])
@@ -128,7 +132,9 @@ class ControlApi:
             health = self._loop.health()
             return (200 if health["status"] == "ok" else 503), health
         if path != "/rollouts":
-            raise ApiError(404, f"There is no {path} here; known are /healthz and /rollouts.", code="not_found")
+            raise ApiError(
+                404, f"There is no {path} here; known are /healthz, /metrics and /rollouts.", code="not_found"
+            )
         kind, _, secret = (header(scope, b"authorization") or b"").partition(b" ")
         key = await self._keys.find(secret.strip().decode("latin-1")) if kind.lower() == b"bearer" else None
         if key is None:

@@ -10,18 +10,24 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import orjson
 import ray.serve
 
+from cluster import metrics
 from cluster.database import connect
+from cluster.errors import InputError, UnavailableError
 from cluster.logs import configure_logging
 from cluster.settings import Settings
 from cluster.settings.engines import GraderSettings
-from serve.grading_pool import GraderPool, WorkerError
+from data.feedback import pseudonym_secret
+from data.grading.types import Grader, GradeResult
+from serve.grading import Grading
+from serve.judged import JudgedAnswers
 from serve.keys import Key, KeyRing
+from serve.online_grading import OnlineGrading
 from serve.openai import (
     JSON,
     ApiError,
@@ -41,6 +47,7 @@ log = logging.getLogger(__name__)
 Json = dict[str, Any]
 FindKey = Callable[[str], Awaitable[Key | None]]
 SCOPE = "grade"
+PROMETHEUS = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
 PREFIXES = ("/v1/graders/", "/v1/fine_tuning/alpha/graders/")
 ERRORS: dict[str, Any] = {
     "formula_parse_error": False,
@@ -64,9 +71,18 @@ ERRORS: dict[str, Any] = {
 class GraderApi:
     """The ASGI callable; `find_key` looks a bearer secret up."""
 
-    def __init__(self, settings: GraderSettings, find_key: FindKey) -> None:
+    def __init__(
+        self,
+        settings: GraderSettings,
+        find_key: FindKey,
+        judged: JudgedAnswers | None = None,
+        online: OnlineGrading | None = None,
+    ) -> None:
         self._settings, self._find_key = settings, find_key
-        self.pool = GraderPool(settings)
+        self.grading = Grading(settings, judged)
+        self.online = online
+        self.waiting = 0
+        """Answers that are being graded."""
         self.abstained = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,6 +92,9 @@ class GraderApi:
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
+            if path == "/metrics":
+                await send_response(send, 200, metrics.exposition(), [PROMETHEUS])
+                return
             body = await self._answer(path, scope, receive)
             await send_response(send, 200, orjson.dumps(body), [JSON])
         except ApiError as error:
@@ -85,7 +104,8 @@ class GraderApi:
 
     async def _answer(self, path: str, scope: Scope, receive: Receive) -> Json:
         if path == "/healthz":
-            return {"status": "ok", "waiting": self.pool.waiting, "replaced": self.pool.replaced}
+            replaced = self.grading.pool.replaced
+            return {"status": "ok", "waiting": self.waiting, "replaced": replaced, "abstained": self.abstained}
         action = next((path.removeprefix(p) for p in PREFIXES if path.startswith(p)), None)
         if action not in ("run", "validate"):
             raise ApiError(404, f"There is no {path} here; known is {PREFIXES[0]}run and validate.", code="not_found")
@@ -109,47 +129,61 @@ class GraderApi:
             message = f"The key {key.name} does not have the scope {SCOPE}."
             raise ApiError(403, message, code="insufficient_scope")
 
-    async def _validate(self, grader: Json) -> Json:
+    async def _validate(self, config: Json) -> Json:
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
-        try:
-            reply = await self.pool.ask({"grader": grader}, deadline)
-        except (TimeoutError, WorkerError):
-            raise self._busy("The grader could not be checked in time.", 503) from None
-        _refuse_invalid(reply)
-        return {"grader": grader, "name": reply["name"], "version": reply["version"]}
+        grader = await self._grader(config, deadline)
+        return {"grader": config, "name": grader.name, "version": grader.version}
 
-    async def _run(self, grader: Json, document: Json, deadline: float) -> Json:
+    async def _run(self, config: Json, document: Json, deadline: float) -> Json:
         batch = "items" in document
         entries = document["items"] if batch else [document]
         if not isinstance(entries, list) or not 0 < len(entries) <= self._settings.max_batch:
             message = f"items must be a list of 1 to {self._settings.max_batch} answers."
             raise ApiError(400, message, param="items", code="invalid_value")
-        tasks = [_task(grader, entry, f"items.{i}." if batch else "") for i, entry in enumerate(entries)]
-        if self.pool.waiting + len(tasks) > self._settings.max_queued:
+        tasks = [_task(entry, f"items.{i}." if batch else "") for i, entry in enumerate(entries)]
+        if self.waiting + len(tasks) > self._settings.max_queued:
             raise self._busy("Too many answers wait to be graded.", 429)
-        async with asyncio.TaskGroup() as group:
-            grades = [group.create_task(self._grade(task, deadline)) for task in tasks]
-        results = [grade.result() for grade in grades]
-        invalid = next((r for r in results if "invalid" in r), None)
-        if invalid is not None:
-            _refuse_invalid(invalid)
-        return {"object": "list", "data": results} if batch else results[0]
+        grader = await self._grader(config, deadline)
+        results = await self._grade_all(grader, tasks, deadline)
+        grades = [_grade_document(config, grader.name, result, seconds) for result, seconds in results]
+        return {"object": "list", "data": grades} if batch else grades[0]
 
-    async def _grade(self, task: Json, deadline: float) -> Json:
-        began = time.perf_counter()
+    async def _grader(self, config: Json, deadline: float) -> Grader:
         try:
-            reply = await self.pool.ask(task, deadline)
-        except TimeoutError:
-            reason = f"no grade within {self._settings.deadline_s:g} s"
-            reply = {"reward": None, "reason": reason, "error": "unresponsive_reward_error"}
-        except WorkerError as error:
-            reply = {"reward": None, "reason": str(error), "error": "other_error"}
-        if "invalid" in reply:
-            return reply
-        if "failed" in reply:
-            reply = {"reward": None, "reason": reply["failed"], "error": "other_error"}
-        self.abstained += reply["reward"] is None
-        return _grade_document(task["grader"], reply, time.perf_counter() - began)
+            async with asyncio.timeout_at(deadline):
+                return await self.grading.grader(config)
+        except InputError as error:
+            raise ApiError(400, str(error), param=error.field, code="invalid_grader") from None
+        except (TimeoutError, UnavailableError):
+            raise self._busy("The grader could not be made in time.", 503) from None
+
+    async def _grade_all(
+        self, grader: Grader, tasks: Sequence[tuple[Json, Json]], deadline: float
+    ) -> list[tuple[GradeResult, float]]:
+        """Each task's grade and seconds, in order; equal tasks are graded once."""
+        groups: dict[bytes, list[int]] = {}
+        for place, task in enumerate(tasks):
+            groups.setdefault(orjson.dumps(task, option=orjson.OPT_SORT_KEYS), []).append(place)
+        self.waiting += len(tasks)
+        metrics.GRADES_WAITING.set(self.waiting)
+        try:
+            async with asyncio.TaskGroup() as group:
+                grades = [
+                    group.create_task(self._timed(grader, tasks[places[0]], deadline)) for places in groups.values()
+                ]
+        finally:
+            self.waiting -= len(tasks)
+            metrics.GRADES_WAITING.set(self.waiting)
+        graded = {
+            place: grade.result() for places, grade in zip(groups.values(), grades, strict=True) for place in places
+        }
+        self.abstained += sum(result.reward is None for result, _ in graded.values())
+        return [graded[place] for place in range(len(tasks))]
+
+    async def _timed(self, grader: Grader, task: tuple[Json, Json], deadline: float) -> tuple[GradeResult, float]:
+        began = time.perf_counter()
+        result = await self.grading.grade(grader, *task, deadline)
+        return result, time.perf_counter() - began
 
     def _busy(self, message: str, status: int) -> ApiError:
         return ApiError(status, message, code="grader_overloaded", retry_after_s=self._settings.retry_after_s)
@@ -158,16 +192,20 @@ class GraderApi:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                await self.pool.start()
+                await self.grading.start()
+                if self.online is not None:
+                    self.online.start(self.grading)
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
-                await self.pool.close()
+                if self.online is not None:
+                    await self.online.close()
+                await self.grading.close()
                 await send({"type": "lifespan.shutdown.complete"})
                 return
 
 
-def _task(grader: Json, entry: Any, where: str) -> Json:
-    """One answer as a worker takes it: `sample` from `model_sample`, with its JSON where it is JSON.
+def _task(entry: Any, where: str) -> tuple[Json, Json]:
+    """Item and sample of one answer: `sample` from `model_sample`, with its JSON where it is JSON.
 
     Raises:
         ApiError: 400 with the name of the field.
@@ -181,37 +219,38 @@ def _task(grader: Json, entry: Any, where: str) -> Json:
         raise ApiError(400, "item must be an object.", param=f"{where}item", code="invalid_value")
     sample: Json = {"output_text": text}
     with contextlib.suppress(ValueError, RecursionError):
-        sample["output_json"] = json.loads(text)
+        sample["output_json"] = json.loads(text, parse_constant=_no_constant)
     if isinstance(entry.get("output_tools"), list):
         sample["output_tools"] = entry["output_tools"]
-    return {"grader": grader, "item": item, "sample": sample}
+    return item, sample
 
 
-def _grade_document(grader: Json, reply: Json, seconds: float) -> Json:
-    error = reply.get("error")
+def _no_constant(name: str) -> Any:
+    raise ValueError(name)
+
+
+def _grade_document(config: Json, name: str, result: GradeResult, seconds: float) -> Json:
+    raised: Json = {result.error: True} if result.error in ERRORS else {}
+    if f"{result.error}_details" in ERRORS:
+        raised[f"{result.error}_details"] = result.reason
     metadata = {
-        "name": reply.get("name") or grader.get("name") or "grader",
-        "type": grader.get("type"),
-        "errors": ERRORS | ({error: True} if error else {}),
+        "name": name,
+        "type": config.get("type"),
+        "errors": ERRORS | raised,
         "execution_time": seconds,
-        "scores": reply.get("scores") or {},
+        "scores": result.score_card,
         "token_usage": None,
-        "sampled_model_name": None,
-        "grader_version": reply.get("version"),
-        "abstained": reply["reward"] is None,
-        "reason": reply.get("reason") or "",
+        "sampled_model_name": config.get("model"),
+        "grader_version": result.grader_version,
+        "abstained": result.reward is None,
+        "reason": result.reason,
     }
     return {
-        "reward": reply["reward"],
+        "reward": result.reward,
         "metadata": metadata,
-        "sub_rewards": reply.get("scores") or {},
+        "sub_rewards": result.score_card,
         "model_grader_token_usage_per_model": {},
     }
-
-
-def _refuse_invalid(reply: Json) -> None:
-    if "invalid" in reply:
-        raise ApiError(400, reply["invalid"], param=reply.get("field"), code="invalid_grader")
 
 
 class KnownKeys:
@@ -252,8 +291,15 @@ class GraderReplica:
 
     async def __serve_build_asgi_app__(self) -> GraderApi:
         """The application of this replica."""
-        grader = self._settings.grader
-        return GraderApi(grader, KnownKeys(self._settings, grader.keys_refresh_s).find)
+        settings, grader = self._settings, self._settings.grader
+        judged = online = None
+        try:
+            database = await asyncio.to_thread(connect, settings)
+            judged = JudgedAnswers(database, pseudonym_secret(settings), grader.judged_days)
+            online = OnlineGrading(settings, database)
+        except UnavailableError as error:
+            log.warning("judges' grades are not kept and live traffic is not sampled: %s", error)
+        return GraderApi(grader, KnownKeys(settings, grader.keys_refresh_s).find, judged, online)
 
 
 def build(settings: Settings) -> Any:

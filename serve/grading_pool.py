@@ -37,7 +37,6 @@ class _Worker:
             "-m",
             "serve.grading_worker",
             str(settings.worker_memory_mb),
-            settings.reward_model_url or "",
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},

@@ -1,7 +1,7 @@
 """API keys: bearer secrets `rl-…`, of which only the SHA-256 is kept.
 
-A key is bound to a tenant, a workspace and scopes. Routers hold all live keys in a `KeyRing` that is read
-again with every poll, so a new or revoked key takes effect within seconds.
+A key is bound to a tenant, a workspace, scopes and limits. Routers hold all live keys in a `KeyRing` that is
+read again with every poll, so a new, rotated or revoked key takes effect within seconds.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import hmac
 import secrets
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -21,6 +21,7 @@ from cluster.tables import api_keys
 
 PREFIX = "rl-"
 SCOPES = ("chat", "feedback", "label", "owner", "admin", "tools", "grade", "train", "erase")
+LAST_US = 2**63 - 1
 EVERYDAY = ("chat", "feedback")
 """Scopes of a key when none are named."""
 
@@ -39,6 +40,8 @@ class Key:
     created_at_us: int
     expires_at_us: int | None
     revoked_at_us: int | None
+    requests_per_minute: int | None = None
+    tokens_per_day: int | None = None
 
     def may(self, scope: str) -> bool:
         """True when the key carries the scope; `admin` carries all."""
@@ -59,31 +62,42 @@ def create_key(
     *,
     user_tier: str | None = None,
     lifetime_s: float | None = None,
+    requests_per_minute: int | None = None,
+    tokens_per_day: int | None = None,
 ) -> str:
     """Make a key and return its secret, which nobody can read again.
 
     Raises:
-        InputError: no scope, or one that does not exist.
+        InputError: no scope, one that does not exist, or a limit below 1.
     """
+    for limit, value in (("requests_per_minute", requests_per_minute), ("tokens_per_day", tokens_per_day)):
+        if value is not None and value < 1:
+            raise InputError(limit, value, "must be at least 1", "leave it out for no limit; `revoke` ends a key")
     if not scopes or set(scopes) - set(SCOPES):
         raise InputError("scopes", ",".join(scopes), f"must be some of {', '.join(SCOPES)}", "name known scopes")
-    secret = PREFIX + secrets.token_urlsafe(32)
     created = now_us()
-    row = {
-        "digest": digest_of(secret),
-        "key_id": uuid.uuid4().hex[:12],
-        "name": name,
-        "tenant": tenant,
-        "workspace": workspace,
-        "scopes": sorted(set(scopes)),
-        "user_tier": user_tier,
-        "created_at_us": created,
-        "expires_at_us": None if lifetime_s is None else created + round(lifetime_s * SECOND_US),
-        "revoked_at_us": None,
-    }
+    secret = PREFIX + secrets.token_urlsafe(32)
+    key = Key(
+        digest=digest_of(secret),
+        key_id=uuid.uuid4().hex[:12],
+        name=name,
+        tenant=tenant,
+        workspace=workspace,
+        scopes=frozenset(scopes),
+        user_tier=user_tier,
+        created_at_us=created,
+        expires_at_us=None if lifetime_s is None else created + round(lifetime_s * SECOND_US),
+        revoked_at_us=None,
+        requests_per_minute=requests_per_minute,
+        tokens_per_day=tokens_per_day,
+    )
     with write(engine).begin() as connection:
-        connection.execute(api_keys.insert().values(**row))
+        connection.execute(api_keys.insert().values(**_row(key)))
     return secret
+
+
+def _row(key: Key) -> dict[str, object]:
+    return {name: getattr(key, name) for name in Key.__slots__} | {"scopes": sorted(key.scopes)}
 
 
 def list_keys(engine: Engine, tenant: str | None = None) -> list[Key]:
@@ -96,17 +110,46 @@ def list_keys(engine: Engine, tenant: str | None = None) -> list[Key]:
     return [Key(**{**row, "scopes": frozenset(row["scopes"])}) for row in rows]
 
 
+def rotate_key(engine: Engine, key_id: str, overlap_s: float, tenant: str | None = None) -> str:
+    """Make a successor with the same rights and limits; the old secret works for `overlap_s` more.
+
+    Both happen in one transaction. A key that expires keeps its end.
+
+    Raises:
+        NotFoundError: no such key.
+        InputError: it is revoked or expired already, or the overlap is negative.
+    """
+    old = _find(engine, key_id, tenant)
+    moment = now_us()
+    if not overlap_s >= 0:
+        raise InputError("overlap_s", overlap_s, "must not be negative", "give 0 to end the old secret at once")
+    if old.revoked_at_us is not None or (old.expires_at_us is not None and old.expires_at_us <= moment):
+        raise InputError("key_id", key_id, "is revoked or expired", "make one with `rayloop keys create`")
+    secret = PREFIX + secrets.token_urlsafe(32)
+    fresh = replace(old, digest=digest_of(secret), key_id=uuid.uuid4().hex[:12], created_at_us=moment)
+    with write(engine).begin() as connection:
+        connection.execute(api_keys.insert().values(**_row(fresh)))
+        until = min(moment + round(overlap_s * SECOND_US), old.expires_at_us or LAST_US)
+        connection.execute(api_keys.update().where(api_keys.c.digest == old.digest).values(expires_at_us=until))
+    return secret
+
+
+def _find(engine: Engine, key_id: str, tenant: str | None) -> Key:
+    known = list_keys(engine, tenant)
+    found = next((key for key in known if key.key_id == key_id), None)
+    if found is None:
+        live = ", ".join(f"{k.key_id} ({k.name})" for k in known if k.revoked_at_us is None) or "none"
+        raise NotFoundError(f"key {key_id!r} does not exist; live keys: {live}")
+    return found
+
+
 def revoke_key(engine: Engine, key_id: str, tenant: str | None = None) -> Key:
     """Make a key worthless; routers notice with their next poll.
 
     Raises:
         NotFoundError: no such key; the message names the live ones.
     """
-    known = list_keys(engine, tenant)
-    found = next((key for key in known if key.key_id == key_id), None)
-    if found is None:
-        live = ", ".join(f"{k.key_id} ({k.name})" for k in known if k.revoked_at_us is None) or "none"
-        raise NotFoundError(f"key {key_id!r} does not exist; live keys: {live}")
+    found = _find(engine, key_id, tenant)
     if found.revoked_at_us is None:
         with write(engine).begin() as connection:
             where = api_keys.c.digest == found.digest

@@ -5,14 +5,20 @@ of the router. One exchange at a time on a connection; connections that are idle
 """
 
 import asyncio
+import logging
 import ssl
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import cast
-from urllib.parse import urlsplit
 
 import httptools
 
+from serve.egress import Destination, ForbiddenAddressError
+
+log = logging.getLogger(__name__)
+
 PAUSE_BYTES = 256 * 1024  # unread bytes at which the engine is made to wait
+CONNECT_PAUSE_S = 0.05  # before a refused connection is tried again
 
 
 class UpstreamError(Exception):
@@ -32,22 +38,28 @@ class Limits:
     """Longest pause between two pieces of an answer, the first included."""
     max_idle: int = 256
     max_response_bytes: int = 32_000_000
+    connect_attempts: int = 2
+    """How often a connection is tried. Nothing was sent yet, so trying again repeats no work."""
 
 
 class Upstream:
-    """One engine: its address, its credentials and its open connections."""
+    """One engine: its address, its credentials and its open connections.
 
-    def __init__(self, base_url: str, limits: Limits, api_key: str | None = None) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or parts.hostname is None:
-            raise ValueError(f"base_url {base_url!r} must start with http:// or https://")
+    `allowed` names hosts that may be private (`serve.egress`); `None` trusts the address.
+
+    Raises:
+        ConfigError: the address may not be called.
+    """
+
+    def __init__(
+        self, base_url: str, limits: Limits, api_key: str | None = None, *, allowed: Collection[str] | None = None
+    ) -> None:
+        self._destination = Destination(base_url, allowed)
         self.base_url, self.limits = base_url, limits
-        self._host = parts.hostname
-        self._port = parts.port or (443 if parts.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
-        self._path = parts.path.rstrip("/")
+        self._tls = ssl.create_default_context() if self._destination.is_tls else None
+        self._path = self._destination.parts.path.rstrip("/")
         self._idle: list[_Connection] = []
-        lines = [f"host: {parts.netloc.rsplit('@', 1)[-1]}", "content-type: application/json", "accept: */*"]
+        lines = [f"host: {self._destination.parts.netloc}", "content-type: application/json", "accept: */*"]
         if api_key:
             lines.append(f"authorization: Bearer {api_key}")
         self._head = "\r\n".join(lines).encode()
@@ -98,18 +110,38 @@ class Upstream:
             connection.abort()
 
     async def _connect(self) -> "_Connection":
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(self.limits.connect_timeout_s):
+        """A connection to one of the addresses that were checked; a refused one is tried again."""
+        host = self._destination.host
+        cause: Exception = TimeoutError()
+        for attempt in range(self.limits.connect_attempts):
+            await asyncio.sleep(attempt * CONNECT_PAUSE_S)
+            try:
+                async with asyncio.timeout(self.limits.connect_timeout_s):
+                    return await self._connect_once()
+            except ForbiddenAddressError as error:
+                log.error("not connected to an engine: %s; name the host in `serve.allowed_hosts`", error)
+                raise UpstreamError("its address is not allowed", code="engine_address_refused", status=503) from None
+            except TimeoutError:
+                cause = TimeoutError(f"no answer within {self.limits.connect_timeout_s:g} s")
+                break
+            except OSError as error:
+                cause = error
+        log.info("cannot connect to the engine at %s: %s", host, cause)
+        raise UpstreamError("cannot connect to the engine", code="engine_unavailable", status=503) from None
+
+    async def _connect_once(self) -> "_Connection":
+        loop, to = asyncio.get_running_loop(), self._destination
+        last: OSError | None = None
+        for address in await to.addresses():
+            try:
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self), self._host, self._port, ssl=self._tls
-                )
-        except (OSError, TimeoutError) as error:
-            cause = str(error) or f"no answer within {self.limits.connect_timeout_s:g} s"
-            raise UpstreamError(
-                f"cannot connect to the engine: {cause}", code="engine_unavailable", status=503
-            ) from None
-        return connection
+                    lambda: _Connection(self), address, to.port,
+                    ssl=self._tls, server_hostname=to.host if self._tls else None,
+                )  # fmt: skip
+                return connection
+            except OSError as error:
+                last = error
+        raise last or OSError(f"{to.host} has no address")
 
 
 class _StaleConnectionError(Exception):

@@ -14,6 +14,7 @@ import orjson
 from serve.openai import ApiError, shown
 
 DONE = b"data: [DONE]\n\n"
+CHARACTERS_A_TOKEN = 4  # roughly, where an engine counts nothing
 
 
 @dataclass(slots=True)
@@ -25,11 +26,13 @@ class Wanted:
     usage_chunk: bool
 
     @classmethod
-    def by(cls, request: Mapping[str, Any]) -> "Wanted":
-        """Read from a request."""
+    def by(cls, request: Mapping[str, Any], *, is_chat: bool = True) -> "Wanted":
+        """Read from a request; a completion asks for log-probabilities by a number, and 0 is one."""
+        asked = request.get("logprobs")
         options = request.get("stream_options")
         usage = bool(options.get("include_usage")) if isinstance(options, dict) else False
-        return cls(bool(request.get("return_token_ids")), bool(request.get("logprobs")), usage)
+        logprobs = bool(asked) if is_chat else asked is not None
+        return cls(bool(request.get("return_token_ids")), logprobs, usage)
 
 
 @dataclass(slots=True)
@@ -41,6 +44,17 @@ class Answer:
     prompt_token_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    usage: dict[str, Any] = field(default_factory=dict)
+    """As the engine counted."""
+
+    def tokens_used(self) -> tuple[int, int]:
+        """Tokens of the prompt and of the answer: as counted by the engine, else those that are known here."""
+        counts = [self.usage.get("prompt_tokens"), self.usage.get("completion_tokens")]
+        if all(isinstance(count, int) and count >= 0 for count in counts):
+            return counts[0] or 0, counts[1] or 0
+        said = self.message.get("content")
+        guessed = len(said) // CHARACTERS_A_TOKEN if isinstance(said, str) else 0
+        return len(self.prompt_token_ids), len(self.token_ids) or guessed
 
     @property
     def refused(self) -> bool:
@@ -52,6 +66,7 @@ class Answer:
         message = choice.get("message")
         if isinstance(message, dict):
             self.message = {k: v for k, v in message.items() if v is not None}
+        self._add_text(choice)
         self._add_tail(choice)
 
     def add_delta(self, choice: dict[str, Any]) -> None:
@@ -60,7 +75,13 @@ class Answer:
         if isinstance(delta, dict):
             for name, value in delta.items():
                 self._extend(name, value)
+        self._add_text(choice)
         self._add_tail(choice)
+
+    def _add_text(self, choice: dict[str, Any]) -> None:
+        """A completion of a text has no message."""
+        if isinstance(choice.get("text"), str):
+            self._extend("content", choice["text"])
 
     def _extend(self, name: str, value: Any) -> None:
         if name == "tool_calls" and isinstance(value, list):
@@ -78,6 +99,7 @@ class Answer:
         logprobs = choice.get("logprobs")
         if isinstance(logprobs, dict):
             self.logprobs += [item["logprob"] for item in logprobs.get("content") or []]
+            self.logprobs += [value for value in logprobs.get("token_logprobs") or [] if value is not None]
 
 
 def _extend_call(calls: list[dict[str, Any]], piece: Any) -> None:
@@ -112,10 +134,10 @@ class Rewriter:
         """A complete answer.
 
         Raises:
-            ValueError: it is not a JSON object.
+            ValueError: it is not a JSON object with choices.
         """
         document = orjson.loads(body)
-        if not isinstance(document, dict):
+        if not isinstance(document, dict) or not isinstance(document.get("choices"), list):
             raise ValueError(f"the engine answered {shown(document)}")
         for choice in _choices(document):
             if choice.get("index", 0) == 0:
@@ -177,11 +199,13 @@ class Rewriter:
         """Our id and version in; out with what only the record wanted."""
         document["id"] = self.interaction_id
         document["model"] = self.version
-        prompt_ids = document.get("prompt_token_ids")
-        if prompt_ids:
-            self.answer.prompt_token_ids = prompt_ids
-        if not self.wanted.token_ids:
-            document.pop("prompt_token_ids", None)
+        if isinstance(usage := document.get("usage"), dict):
+            self.answer.usage = usage
+        for place in (document, *_choices(document)):  # a completion has them in its choices
+            if prompt_ids := place.get("prompt_token_ids"):
+                self.answer.prompt_token_ids = prompt_ids
+            if not self.wanted.token_ids:
+                place.pop("prompt_token_ids", None)
         for choice in _choices(document):
             if not self.wanted.token_ids:
                 choice.pop("token_ids", None)

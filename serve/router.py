@@ -1,11 +1,12 @@
 """The router: one raw ASGI callable in front of everything.
 
-Who asks is decided by the key, who answers by the snapshot (`serve.snapshot`); chat completions are in
-`serve.chat`, what clients report in `serve.intake_http`. No framework: every layer here is paid for by
+Who asks is decided by the key, who answers by the snapshot (`serve.snapshot`); completions are in `serve.chat`,
+what clients report in `serve.intake_http`. No framework: every layer here is paid for by
 every request.
 """
 
 import asyncio
+import functools
 import logging
 import os
 import random
@@ -18,17 +19,23 @@ from sqlalchemy.engine import Engine
 
 from cluster import metrics
 from cluster.settings import Settings
+from data.alerts import alert
+from data.events import Event
 from data.feedback import pseudonym_secret
 from data.group_commit import GroupCommit
 from data.intake import Intake
 from data.log import EventLog
-from serve import chat, intake_http, openapi, otlp_http, users_http
+from serve import intake_http, openapi, otlp_http, users_http
+from serve.anomalies import AnomalyWatch
 from serve.capture import Capture, spool_path
-from serve.chat import ChatHandler, Engines, View
+from serve.chat import Companions, CompletionHandler
 from serve.engines.token import engine_token
+from serve.exchange import CHAT, TEXT, Engines, View
 from serve.finetuning.http import FinetuningHandler, is_ours
 from serve.intake_http import IntakeHandler
+from serve.jwt_keys import JwtKeys
 from serve.keys import Key
+from serve.limits import KeyLimits
 from serve.openai import (
     JSON,
     ApiError,
@@ -43,14 +50,18 @@ from serve.openai import (
     send_response,
     text_header,
 )
+from serve.prompts import PromptPolicy
+from serve.shadow import Shadow
 from serve.snapshot import Snapshot, Watcher
 
 log = logging.getLogger(__name__)
 
+STATUS = "/v1/agents/status"
 METHODS = {
-    chat.PATH: "POST",
+    CHAT: "POST",
+    TEXT: "POST",
     "/v1/models": "GET",
-    "/v1/agents/status": "GET",
+    STATUS: "GET",
     "/healthz": "GET",
     "/metrics": "GET",
     openapi.PATH: "GET",
@@ -65,28 +76,49 @@ class RouterApp:
     from outside, and doing them twice would cost time and give the header twice.
     """
 
-    def __init__(self, settings: Settings, *, default_engine_url: str | None = None, standalone: bool = True) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        default_engine_url: str | None = None,
+        standalone: bool = True,
+        policy: PromptPolicy | None = None,
+    ) -> None:
         self.settings = settings
         self._standalone = standalone
         self._in_flight = 0
         self._commit: GroupCommit | None = None
         on = settings.learning.enabled and settings.capture.enabled
-        self._capture = Capture(settings.serve.capture, settings.log, spool_path(settings.home)) if on else None
+        spool, tell = spool_path(settings.home), functools.partial(alert, settings)
+        self._capture = Capture(settings.serve.capture, settings.log, spool, tell) if on else None
         self._intake = IntakeHandler(settings)
         self._finetuning = FinetuningHandler(settings)
         self._users = users_http.UsersHandler(settings)
-        self.watcher = Watcher(settings, self._database_found)
+        self._tokens = JwtKeys(settings)
+        self._limits = KeyLimits(settings.serve.limits, settings.serve.router_replicas)
+        self._anomalies = AnomalyWatch(settings.serve.anomaly)
+        self.watcher = Watcher(settings, self._database_found, self._at_each_poll)
         url = default_engine_url or f"http://{settings.serve.host}:{settings.serve.port}/engine"
-        self._chat = ChatHandler(
-            settings.serve,
-            Engines(settings.serve, url, os.environ, engine_token(settings)),
-            self._capture,
-            pseudonym_secret(settings),
-        )
+        engines = Engines(settings.serve, url, os.environ, engine_token(settings))
+        shadow = self._shadow(engines)
+        companions = Companions(self._limits, self._anomalies, self._capture, shadow, policy)
+        self._completions = CompletionHandler(settings.serve, engines, companions, pseudonym_secret(settings))
+
+    def _shadow(self, engines: Engines) -> Shadow | None:
+        shadow, most = self.settings.shadow, self.settings.serve.max_ongoing_requests
+        if not shadow.enabled or self._capture is None:
+            return None
+
+        def busy() -> bool:
+            return self._in_flight > shadow.max_load * most
+
+        return Shadow(shadow, engines, self._capture, lambda: self.watcher.current, busy)
 
     def start(self) -> None:
         """Begin to read routes and keys."""
         self.watcher.start()
+        if self._tokens.is_on:
+            self._tokens.start()
 
     def reconfigure(self, document: Any) -> None:
         """Take a deployment config; never raises."""
@@ -94,6 +126,7 @@ class RouterApp:
 
     def stop(self) -> None:
         """Bring what waits to the log and end."""
+        self._tokens.stop()
         self.watcher.stop()
         if self._capture is not None:
             self._capture.close()
@@ -102,12 +135,29 @@ class RouterApp:
         self.watcher.close()
 
     def _database_found(self, engine: Engine) -> None:
-        self._commit = GroupCommit(EventLog(engine), self.settings.log)
+        self._commit = GroupCommit(EventLog(engine), self.settings.log, self._queue_was_full)
         self._intake.intake = Intake(self._commit, self.settings)
         self._finetuning.database = engine
         self._users.engine = engine
         if self._capture is not None:
             self._capture.commit = self._commit
+
+    def _at_each_poll(self, engine: Engine, snapshot: Snapshot) -> None:
+        """In the watcher's thread, with the database at hand."""
+        self._limits.exchange(engine)
+        found = self._anomalies.check(snapshot.routes.values())
+        if found:
+            repeat_s = self.settings.serve.anomaly.repeat_s
+            EventLog(engine).append([a.event(self.settings.workspace, repeat_s) for a in found])
+        for anomaly in found:
+            log.warning(
+                "version %s of %s: %s %.3g, above %.3g over %d requests",
+                anomaly.version, anomaly.route.agent, anomaly.signal, anomaly.value, anomaly.limit, anomaly.requests,
+            )  # fmt: skip
+
+    def _queue_was_full(self, refused: int) -> Event:
+        reason = f"{refused} events were turned away while log.queue_events={self.settings.log.queue_events} waited"
+        return alert(self.settings, "queue_full", reason, {"refused": refused})
 
     # ASGI
 
@@ -125,7 +175,7 @@ class RouterApp:
                 self.start()
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
-                self._chat.close()
+                self._completions.close()
                 await asyncio.to_thread(self.stop)
                 await send({"type": "lifespan.shutdown.complete"})
                 return
@@ -175,8 +225,8 @@ class RouterApp:
         if scope["method"] != wanted and (wanted, scope["method"]) != ("GET", "HEAD"):
             headers.append((b"allow", wanted.encode()))
             raise ApiError(405, f"{path} takes {wanted}, not {scope['method']}.", code="method_not_allowed")
-        if path == chat.PATH:
-            return await self._bounded_chat(scope, receive, send, request_id, headers)
+        if path in (CHAT, TEXT):
+            return await self._bounded(scope, receive, send, request_id, headers)
         if path in intake_http.KINDS:
             key = self._key(scope, intake_http.SCOPE)
             return await self._intake.handle(path, scope, receive, send, key, headers)
@@ -186,7 +236,7 @@ class RouterApp:
         await send_response(send, status, body, [kind, *headers])
         return status
 
-    async def _bounded_chat(self, scope: Scope, receive: Receive, send: Send, request_id: str, headers: Headers) -> int:
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send, request_id: str, headers: Headers) -> int:
         key = self._key(scope, "chat")
         serve = self.settings.serve
         if self._in_flight >= serve.max_ongoing_requests:
@@ -198,23 +248,23 @@ class RouterApp:
         self._in_flight += 1
         try:
             if self._standalone:
-                return await self._watched_chat(scope, receive, send, key, request_id, headers)
-            return await self._answer_chat(scope, receive, send, key, request_id, headers)
+                return await self._watched(scope, receive, send, key, request_id, headers)
+            return await self._complete(scope, receive, send, key, request_id, headers)
         finally:
             self._in_flight -= 1
 
-    async def _answer_chat(
+    async def _complete(
         self, scope: Scope, receive: Receive, send: Send, key: Key, request_id: str, headers: Headers
     ) -> int:
         view = View(self.watcher.current, self.watcher.endpoints)
-        return await self._chat.handle(scope, receive, send, key, view, request_id, headers)
+        return await self._completions.handle(scope, receive, send, key, view, request_id, headers)
 
-    async def _watched_chat(
+    async def _watched(
         self, scope: Scope, receive: Receive, send: Send, key: Key, request_id: str, headers: Headers
     ) -> int:
         watch = ClientWatch(receive)
         try:
-            return await self._answer_chat(scope, watch.receive, send, key, request_id, headers)
+            return await self._complete(scope, watch.receive, send, key, request_id, headers)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not watch.gone or task is None:
@@ -228,7 +278,7 @@ class RouterApp:
         snapshot = self._snapshot()
         given = header(scope, b"authorization") or b""
         kind, _, secret = given.partition(b" ")
-        key = snapshot.keys.find(secret.strip().decode("latin-1")) if kind.lower() == b"bearer" else None
+        key = self._found(snapshot, secret.strip().decode("latin-1")) if kind.lower() == b"bearer" else None
         if key is None:
             message = (
                 "The API key is wrong, revoked or expired."
@@ -238,7 +288,11 @@ class RouterApp:
             raise ApiError(401, message, code="invalid_api_key")
         if not key.may(needed):
             raise ApiError(403, f"The key {key.name} does not have the scope {needed}.", code="insufficient_scope")
+        self._limits.admit(key)
         return key
+
+    def _found(self, snapshot: Snapshot, secret: str) -> Key | None:
+        return snapshot.keys.find(secret) or self._tokens.find(secret)
 
     def _snapshot(self) -> Snapshot:
         snapshot = self.watcher.current
@@ -253,7 +307,9 @@ class RouterApp:
 
     def _page(self, path: str, scope: Scope) -> tuple[int, bytes, tuple[bytes, bytes]]:
         if path == "/metrics":
-            return 200, metrics.exposition(), (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+            if not self.settings.serve.open_metrics:
+                self._require_operator(scope)
+            return 200, metrics.exposition(), metrics.CONTENT_TYPE
         if path == openapi.PATH:
             return 200, openapi.document(), JSON
         if path == "/healthz":
@@ -263,6 +319,12 @@ class RouterApp:
         document = self._models(key) if path == "/v1/models" else self._status(key)
         return 200, orjson.dumps(document), JSON
 
+    def _require_operator(self, scope: Scope) -> None:
+        """What names every tenant is for an admin of the tenant that runs the installation."""
+        key = self._key(scope, "admin")
+        if key.tenant != self.settings.tenant:
+            raise ApiError(403, f"The key {key.name} is of another tenant.", code="insufficient_scope")
+
     def _health(self) -> tuple[int, dict[str, Any]]:
         snapshot = self.watcher.current
         ready = bool(snapshot.read_at)
@@ -270,7 +332,7 @@ class RouterApp:
         if ready:
             document["snapshot_age_s"] = round(time.monotonic() - snapshot.read_at, 3)
         if self.watcher.rejection is not None:
-            document["config_rejected"] = self.watcher.rejection
+            document["config_rejected"] = True  # the reason names agents, and nobody has shown a key
         return (200 if ready else 503), document
 
     def _models(self, key: Key) -> dict[str, Any]:
@@ -283,7 +345,8 @@ class RouterApp:
 
     def _status(self, key: Key) -> dict[str, Any]:
         snapshot = self._snapshot()
-        open_breakers = self._chat.breaker_states()
+        open_breakers = self._completions.breaker_states()
+        anomalies = self._anomalies.current
         agents = [
             {
                 "agent": route.agent,
@@ -292,16 +355,23 @@ class RouterApp:
                 "candidate": route.candidate,
                 "share": route.live_share,
                 "max_share": route.max_share,
+                "shadow": route.shadow,
                 "pinned": route.pinned,
                 "experiment_id": route.experiment_id,
                 "revision": route.revision,
                 "updated_by": route.updated_by,
                 "versions": {v: _health_of(snapshot, v, open_breakers) for v in _versions(route)},
+                "anomalies": [
+                    {"version": a.version, "signal": a.signal, "value": a.value, "limit": a.limit}
+                    for a in anomalies
+                    if a.route.key == route_key
+                ],
             }
             for route_key, route in snapshot.routes.items()
             if route_key.tenant == key.tenant
         ]
-        return {"object": "list", "data": agents, "config_rejected": self.watcher.rejection}
+        own = key.tenant == self.settings.tenant  # whose deployment configs these are
+        return {"object": "list", "data": agents, "config_rejected": self.watcher.rejection if own else None}
 
 
 async def _refuse(scope: Scope, send: Send, error: ApiError, headers: Headers) -> None:

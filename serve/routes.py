@@ -8,7 +8,7 @@ go through `write_route` or `_write_in`, so they obey the same rules.
 import hashlib
 import math
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ VERSION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}/[1-9][0-9]{0,17}$"
 AGENT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 CHANGEABLE = ("stable", "candidate", "share", "max_share", "shadow", "experiment_id", "salt", "pinned")
 CONFIG_WRITER = "config"
+SHOWN_VERSIONS = 20  # in an error message
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,16 +220,25 @@ def update_route(
         return _write_in(engine, connection, before, after, revision, writer, reason, workspace)
 
 
-def apply_config(engine: Engine, config: RouterConfig, *, tenant: str, workspace: str = "default") -> list[Applied]:
+def apply_config(
+    engine: Engine,
+    config: RouterConfig,
+    *,
+    tenant: str,
+    workspace: str = "default",
+    known: Collection[str] | None = None,
+) -> list[Applied]:
     """Write each declared route whose content differs from what a config last put there; all or none.
 
-    A route whose declaration is unchanged is left alone, whatever others have made of it since.
+    A route whose declaration is unchanged is left alone, whatever others have made of it since. `known` are the
+    versions that may be named; `None` means any.
 
     Raises:
-        ConfigError: the generation is older than the last applied, or a route cannot be made.
+        ConfigError: the generation is older than the last applied, a version is not known, or a route cannot be
+            made.
     """
     with write(engine).begin() as connection:
-        return [_apply_one(engine, connection, d, config.generation, tenant, workspace) for d in config.routes]
+        return [_apply_one(engine, connection, d, config.generation, tenant, workspace, known) for d in config.routes]
 
 
 def _apply_one(
@@ -238,6 +248,7 @@ def _apply_one(
     generation: int | None,
     tenant: str,
     workspace: str,
+    known_versions: Collection[str] | None,
 ) -> Applied:
     key = RouteKey(declared.tenant or tenant, declared.agent, declared.modality)
     before = _read_in(connection, key)
@@ -251,6 +262,8 @@ def _apply_one(
             where = _is(key) & (routes.c.revision == before.revision)
             connection.execute(routes.update().where(where).values(config_generation=newest))
         return Applied(key, "unchanged", before.revision)
+    if known_versions is not None:
+        _require_known(declared, before, known_versions)
     try:
         after = _changed(before, key, declared.change(), CONFIG_WRITER)
     except (InputError, ConflictError) as error:
@@ -262,6 +275,18 @@ def _apply_one(
     reason = f"deployment config {digest[:12]}"
     route = _write_in(engine, connection, before, after, revision, CONFIG_WRITER, reason, workspace)
     return Applied(key, "applied", route.revision)
+
+
+def _require_known(declared: Declared, before: Route | None, known: Collection[str]) -> None:
+    """A version nobody serves would fail every request sent to it; one the route has already is left to others."""
+    for name in ("stable", "candidate", "shadow"):
+        version = getattr(declared, name)
+        if version is not None and version not in known and version != getattr(before, name, None):
+            shown = ", ".join(sorted(known)[:SHOWN_VERSIONS]) or "none yet"
+            raise ConfigError(
+                f"routes.{declared.agent}.{name}", version, f"is not a version that an engine holds (known: {shown})",
+                "have it served first, or name one under `engines.<name>.models`",
+            )  # fmt: skip
 
 
 def _is(key: RouteKey) -> sa.ColumnElement[bool]:

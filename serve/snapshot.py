@@ -26,6 +26,8 @@ from cluster.settings.serving import EngineEndpoint
 from cluster.tables import servable_replicas, servables
 from data.events import Event
 from data.log import EventLog
+from serve.applications.document import is_ours
+from serve.egress import check_endpoints
 from serve.keys import KeyRing
 from serve.routes import Route, RouteKey, RouterConfig, apply_config, parse_config, read_routes
 
@@ -82,7 +84,7 @@ def read_snapshot(engine: Engine, endpoints: Mapping[str, EngineEndpoint]) -> Sn
     owners: dict[str, str] = {}
     with engine.connect() as connection:
         for row in connection.execute(sa.select(servables).where(servables.c.wanted)).mappings():
-            if row["engine"] in endpoints:
+            if row["engine"] in endpoints or is_ours(row["engine"]):
                 target = Target(row["version"], row["engine"], row["model_name"], row["adapter_sha256"])
                 targets[target.version] = target
                 if row["alias"] is not None:
@@ -98,13 +100,25 @@ def read_snapshot(engine: Engine, endpoints: Mapping[str, EngineEndpoint]) -> Sn
     return Snapshot(routes, targets, KeyRing.read(engine), health, time.monotonic(), owners)
 
 
+def known_versions(engine: Engine, endpoints: Mapping[str, EngineEndpoint]) -> frozenset[str]:
+    """Versions that engines hold or are asked to hold."""
+    with engine.connect() as connection:
+        wanted = connection.execute(sa.select(servables.c.version).where(servables.c.wanted)).scalars().all()
+    return frozenset(wanted) | {version for endpoint in endpoints.values() for version in endpoint.models}
+
+
 class Watcher(threading.Thread):
     """Keeps `current` fresh, and brings deployment configs into the routes."""
 
-    def __init__(self, settings: Settings, on_engine: Callable[[Engine], None] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        on_engine: Callable[[Engine], None] | None = None,
+        on_poll: Callable[[Engine, Snapshot], None] | None = None,
+    ) -> None:
         super().__init__(name="snapshot", daemon=True)
         self._settings = settings
-        self._on_engine = on_engine
+        self._on_engine, self._on_poll = on_engine, on_poll
         self._stopping = threading.Event()
         self._engine: Engine | None = None
         self._pending: RouterConfig | None = None
@@ -121,6 +135,7 @@ class Watcher(threading.Thread):
         """Take a deployment config. Never raises: a bad one is recorded and the old state stays."""
         try:
             config = parse_config(document)
+            check_endpoints(config.engines, self._settings.serve.allowed_hosts)
         except ConfigError as error:
             self._refuse(document, str(error))
             return
@@ -157,7 +172,11 @@ class Watcher(threading.Thread):
             engine = self._connected()
             self._apply_pending(engine)
             self._publish_refusals(engine)
-            self.current = self._with_ceilings(read_snapshot(engine, self.endpoints))
+            snapshot = read_snapshot(engine, self.endpoints)
+            self.endpoints = _with_applications(self.endpoints, snapshot)
+            self.current = self._with_ceilings(snapshot)
+            if self._on_poll is not None:
+                self._on_poll(engine, self.current)
             self._was_down = False
         except (sa.exc.SQLAlchemyError, OSError, RayloopError) as error:
             self._ceilings_alone()
@@ -180,7 +199,10 @@ class Watcher(threading.Thread):
             return
         settings = self._settings
         try:
-            for applied in apply_config(engine, config, tenant=settings.tenant, workspace=settings.workspace):
+            known = known_versions(engine, {**settings.serve.engines, **config.engines})
+            for applied in apply_config(
+                engine, config, tenant=settings.tenant, workspace=settings.workspace, known=known
+            ):
                 log.info(
                     "deployment config: route %s %s, revision %d",
                     applied.key,
@@ -257,6 +279,12 @@ class Watcher(threading.Thread):
             labels = (key.tenant, key.agent, key.modality)
             metrics.ROUTE_REVISION.labels(*labels).set(route.revision)
             metrics.ROUTE_SHARE.labels(*labels).set(route.live_share)
+
+
+def _with_applications(endpoints: dict[str, EngineEndpoint], snapshot: Snapshot) -> dict[str, EngineEndpoint]:
+    """The engines, with those applications of this Serve that a rollout has brought up."""
+    named = {target.engine for target in snapshot.targets.values()} - endpoints.keys()
+    return {**endpoints, **dict.fromkeys(named, EngineEndpoint())} if named else endpoints
 
 
 def _fields(route: Route) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import psycopg
 import pytest
 import sqlalchemy as sa
@@ -14,6 +15,10 @@ from sqlalchemy.engine import Engine
 from cluster.database import connect
 from cluster.settings import Settings, load_settings
 
+hypothesis.settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("busy machine")
 POSTGRES = os.environ.get("RAYLOOP_TEST_POSTGRES", "postgresql://postgres@127.0.0.1:5432/postgres")
 SHARED_DATA = Path(os.environ.get("RAYLOOP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -30,7 +30,7 @@ from cluster.job_events import Kind, note
 from cluster.jobs import Job, Jobs
 from cluster.registry import Registry, describe_base
 from cluster.settings import Settings
-from data.grading import make_grader
+from data.grading import AtHand, make_grader
 from data.job_endings import append_job_ended
 from data.manifest import Manifest, find_dataset, load_manifest
 from train.config import TrainConfig, check_model_dir, resolve_config
@@ -138,7 +138,7 @@ def grader_version(config: TrainConfig) -> str:
     if config.method != "grpo":
         return ""
     scorer = open_scorer(config.reward_model)
-    return make_grader(config.grader, field="training.grpo.grader", scorer=scorer).version
+    return make_grader(config.grader, field="training.grpo.grader", at_hand=AtHand(scorer=scorer)).version
 
 
 def plan_again(jobs: Jobs, name: str) -> tuple[list[Planned], Manifest]:

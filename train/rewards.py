@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.grading import make_grader
+from data.grading import AtHand, make_grader
 from data.grading.reward_model import HttpScorer, Scorer
 
 Sample = dict[str, Any]
@@ -39,7 +39,7 @@ def answer_grader(
     config: Mapping[str, Any], reward_model: str | None
 ) -> Callable[[Sequence[str], Sequence[Sample | None]], list[float | None]]:
     """A function from items (JSON text) and samples to rewards; no sample, no reward."""
-    made = make_grader(config, field="training.grpo.grader", scorer=open_scorer(reward_model))
+    made = make_grader(config, field="training.grpo.grader", at_hand=AtHand(scorer=open_scorer(reward_model)))
 
     def grade(items: Sequence[str], samples: Sequence[Sample | None]) -> list[float | None]:
         pairs = zip(items, samples, strict=True)

@@ -1,11 +1,12 @@
 """A trained reward model that scores conversations: in this process, or for others over HTTP."""
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.errors import DatasetError, InputError
+from cluster.errors import DatasetError, InputError, UnavailableError
 from cluster.registry import adapter_digest, read_adapter_config
 from data.grading.reward_model import Conversation
 from data.template import render
@@ -13,6 +14,7 @@ from train.device import resolve_device
 from train.quiet import quiet_libraries
 
 MAX_BODY_BYTES = 32 << 20
+MAX_WAIT_S = 60.0  # for callers that name no deadline
 
 
 class LocalScorer:
@@ -28,6 +30,7 @@ class LocalScorer:
         from safetensors import safe_open
 
         from train.models import load_tokenizer
+        from train.score_batches import BatchScorer
         from train.score_card import WEIGHTS_KEY
         from train.weights import ADAPTER_WEIGHTS
 
@@ -49,14 +52,26 @@ class LocalScorer:
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         kind = resolve_device(device, "fp32").type
         self.model: Any = PeftModel.from_pretrained(model, str(adapter)).to(kind).eval()
+        self._batches = BatchScorer(self.model)
 
     def scores(self, conversations: Sequence[Conversation]) -> list[float]:
-        """Raw scores, in order; of a model with four heads, the logit of their weighted mean."""
-        from train.calibration import score_heads
+        """Raw scores, in order."""
+        return self.scores_of([self.token_ids(c) for c in conversations])
+
+    def token_ids(self, conversation: Conversation) -> list[int]:
+        """A conversation as the model reads it.
+
+        Raises:
+            DatasetError: it cannot be rendered.
+        """
+        return render(self.tokenizer, [dict(message) for message in conversation])
+
+    def scores_of(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        """Raw scores of conversations given as token ids; of four heads, the logit of their weighted mean."""
         from train.score_card import one_reward
 
-        rows = score_heads(self.model, [render(self.tokenizer, [dict(m) for m in c]) for c in conversations])
-        return [one_reward(row, self.weights) if self.weights else row[0] for row in rows]
+        heads = self._batches.score(rows)
+        return [one_reward(row, self.weights) if self.weights else row[0] for row in heads]
 
 
 def _base_beside(adapter: Path) -> str:
@@ -69,23 +84,42 @@ def _base_beside(adapter: Path) -> str:
 
 
 def scoring_app(scorer: LocalScorer) -> Any:
-    """An aiohttp application: `GET /v1/scores` says which model, `POST` scores conversations."""
+    """An aiohttp application: `GET /v1/scores` says which model, `POST` scores conversations.
+
+    What many callers ask at the same time is scored together (score_batches.py). `deadline_s` of a request says
+    how long its caller waits; past it the answer is 503.
+    """
     import asyncio
 
     from aiohttp import web
+
+    from train.score_batches import ScoreQueue
+
+    queue = ScoreQueue(scorer.scores_of)
+
+    async def score_all(document: dict[str, Any]) -> list[float]:
+        by = time.monotonic() + min(float(document.get("deadline_s") or MAX_WAIT_S), MAX_WAIT_S)
+        rows = [scorer.token_ids(conversation) for conversation in document["conversations"]]
+        return list(await asyncio.gather(*[queue.score(ids, by) for ids in rows]))
 
     async def which(request: web.Request) -> web.Response:
         return web.json_response({"adapter_sha256": scorer.adapter_sha256})
 
     async def score(request: web.Request) -> web.Response:
         try:
-            conversations = (await request.json())["conversations"]
-            scores = await asyncio.to_thread(scorer.scores, conversations)
+            scores = await score_all(await request.json())
+        except UnavailableError as error:
+            late = {"message": str(error), "type": "server_error", "param": None, "code": "too_late"}
+            return web.json_response({"error": late}, status=503, headers={"retry-after": "1"})
         except (ValueError, TypeError, KeyError, DatasetError) as error:
             detail = {"message": f"conversations: {error}", "type": "invalid_request_error", "param": "conversations"}
             return web.json_response({"error": {**detail, "code": "invalid_value"}}, status=400)
         return web.json_response({"adapter_sha256": scorer.adapter_sha256, "scores": scores})
 
+    async def stop(_app: web.Application) -> None:
+        await asyncio.to_thread(queue.close)
+
     app = web.Application(client_max_size=MAX_BODY_BYTES)
+    app.on_cleanup.append(stop)
     app.add_routes([web.get("/v1/scores", which), web.post("/v1/scores", score)])
     return app

@@ -22,7 +22,9 @@ SIMULATED = (
 )
 HEADER = "# Written by `rayloop demo`. Stages of seconds and small populations: fine for a demonstration only.\n"
 BASE_VERSION = f"{AGENT}/1"
-NOT_APPLICABLE = "the toy agent triages alerts and nothing else; it was taught no refusals"
+NOT_APPLICABLE = "the toy agent triages alerts and nothing else"
+UNTAUGHT = ("refusal", "over_refusal", "grounding", "sycophancy", "anchor")
+"""Suites whose built-in cases are about what it was never taught."""
 
 
 class DemoPlan(Section):
@@ -161,7 +163,7 @@ def _training(plan: DemoPlan, home: Path) -> dict[str, Any]:
 def _evaluation(plan: DemoPlan, home: Path) -> dict[str, Any]:
     return {
         "suites": str(home / "suites"),
-        "not_applicable": {"refusal": NOT_APPLICABLE, "over_refusal": NOT_APPLICABLE},
+        "not_applicable": dict.fromkeys(UNTAUGHT, NOT_APPLICABLE),
         "max_prompts": plan.evaluated_prompts,
         "max_new_tokens": 32,
     }

@@ -127,12 +127,18 @@ class ImplicitSettings(Section):
 
 
 class CalibrationSettings(Section):
-    """How `rayloop data calibration` holds implicit weights against explicit labels."""
+    """How the weights of implicit signals are held against what the same people said."""
+
+    apply: bool = True
+    """Curation uses the fitted weight of a signal in place of the configured one where the two surely differ, and
+    the dataset's card says so; `false`: only `rayloop data calibration` reports it."""
 
     prior_rows: float = Field(10.0, gt=0)
     """How many observations the configured weight counts for."""
     min_rows: int = Field(30, ge=2)
     """A signal with fewer interactions is reported, but no other weight is proposed for it."""
+    max_rows: int = Field(200_000, ge=100)
+    """Curation calibrates on at most so many interactions, chosen by the hash of their ids."""
 
 
 class AuditSettings(Section):

@@ -104,6 +104,8 @@ class ScrubSettings(Section):
     """Also replace bare host names."""
     names: Literal["off", "builtin", "presidio"] = "off"
     """Also replace names, places, addresses and dates: by shapes and short lists, or by presidio (an extra)."""
+    presidio_model: str = Field("en_core_web_lg", min_length=1)
+    """The spaCy model that presidio uses: the name of an installed one, or its folder. It is never downloaded."""
     entropy_bits: float = Field(4.0, gt=0)
     """A word of `entropy_characters` or more with this Shannon entropy a character looks like a secret;
     its row goes to quarantine."""

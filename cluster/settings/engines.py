@@ -1,14 +1,41 @@
 """Engines and graders: what generates answers and what scores them (serving.md)."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from cluster.settings.base import Section
 
 
+class VllmSettings(Section):
+    """vLLM's server as a child of the engine's replica (`engine.kind: vllm`)."""
+
+    python: str | None = None
+    """The interpreter that has vLLM, for example `.venv-vllm/bin/python` (`make vllm`). `None`: this one."""
+    kv_cache_gb: float = Field(1.0, gt=0)
+    """Memory for keys and values on a CPU."""
+    gpu_memory_share: float = Field(0.9, gt=0, le=1)
+    """Share of a GPU's memory that vLLM takes."""
+    max_active_adapters: int = Field(8, ge=1)
+    """Adapters mixed in one batch; all that are loaded stay in memory."""
+    tool_call_parser: str | None = "hermes"
+    """vLLM's parser of the model's tool calls. `None`: requests with tools are refused."""
+    enforce_eager: bool = False
+    """Compile nothing: starts sooner, answers slower."""
+    start_timeout_s: float = Field(600.0, gt=0)
+    """How long it may take until it answers."""
+    unload_wait_s: float = Field(60.0, ge=0)
+    """How long an unload waits for answers that use the adapter."""
+    extra_arguments: tuple[str, ...] = ()
+    """Further arguments of vLLM's server, for example `("--tensor-parallel-size", "2")`."""
+
+
 class EngineSettings(Section):
-    """The embedded engine, and the rules for engines elsewhere."""
+    """The engine of this installation, and the rules for engines elsewhere."""
+
+    kind: Literal["local", "vllm"] = "local"
+    """`local`: transformers and peft in the replica; `vllm`: vLLM's server as its child."""
+    vllm: VllmSettings = VllmSettings()
 
     name: str = Field("local", pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
     """Name of this engine in the table of servables; one engine serves one base model."""
@@ -16,6 +43,11 @@ class EngineSettings(Section):
     """Directory or hub id of the base model. The engine does not start without one."""
     replicas: int = Field(1, ge=1)
     """Copies of the engine; each holds the base and every wanted adapter."""
+    max_replicas: int | None = Field(None, ge=1)
+    """With it, Serve adds copies up to this many while requests pile up, and takes them away again down to
+    `replicas`. A copy answers once it holds every wanted adapter."""
+    target_requests: float = Field(32.0, gt=0)
+    """Requests at once per copy that Serve aims at where `max_replicas` is set."""
     cpus: float = Field(1.0, ge=0)
     """Logical CPUs each replica reserves."""
     gpus: float = Field(0.0, ge=0)
@@ -75,14 +107,30 @@ class EngineSettings(Section):
     """How long a version stays loaded after it is no longer wanted."""
     retry_failed_s: float = Field(30.0, gt=0)
     """How long until a version that failed its checks is tried again."""
-    allowed_hosts: tuple[str, ...] = ()
-    """Hosts of remote engines, `host` or `host:port`, that may lie on private or loopback addresses."""
 
     @model_validator(mode="after")
     def _heartbeat_is_seen(self) -> "EngineSettings":
         if self.live_after_s <= 2 * self.heartbeat_s:
             raise ValueError("engine.live_after_s must be more than twice engine.heartbeat_s")
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError("engine.max_replicas must not be below engine.replicas")
         return self
+
+
+class OnlineGradingSettings(Section):
+    """Grading a sample of live traffic after the answers left."""
+
+    grader: dict[str, Any] | None = None
+    """The grader, as `/v1/graders/run` takes it. It has the conversation as `item.messages` and no reference.
+    `None`: nothing is sampled."""
+    share: float = Field(0.02, gt=0, le=1)
+    """Share of the interactions that are graded, chosen by a hash of their id."""
+    interval_s: float = Field(2.0, gt=0)
+    """How often the log is read for more."""
+    batch: int = Field(500, ge=1, le=10_000)
+    """Most interactions read at a time."""
+    deadline_s: float = Field(10.0, gt=0)
+    """Nobody waits for these grades, so they may take longer; past it they are abstentions."""
 
 
 class GraderSettings(Section):
@@ -112,3 +160,23 @@ class GraderSettings(Section):
     """How often the API keys are read; a revoked key stops working within this time."""
     reward_model_url: str | None = Field(None, pattern=r"^https?://")
     """Address of `rayloop train reward-server`, which graders of type `reward_model` ask."""
+    judge_url: str | None = Field(None, pattern=r"^https?://[^\s?#]+$")
+    """Address in front of `/v1` of the OpenAI-compatible server that graders of types `label_model` and
+    `score_model` ask, and `text_similarity` with `cosine`."""
+    judge_api_key_env: str | None = None
+    """Name of the environment variable that holds the bearer key of that server."""
+    judge_structured: bool = True
+    """That server takes `response_format`. Where it does not, judges are only told the form of their reply."""
+    judge_connections: int = Field(64, ge=1)
+    """Most requests to judges and reward models at once; more wait, within their deadline."""
+    embedding_model: str | None = None
+    """Model of that server that makes embeddings; without one there is no `cosine`."""
+    python_workers: int = Field(2, ge=1)
+    """`python` graders that run at the same time."""
+    python_memory_mb: int = Field(256, ge=64)
+    """Address space of the process a `python` grader runs in."""
+    cache_entries: int = Field(20_000, ge=0)
+    """Grades kept in memory of each replica, so that what was graded is not graded again. 0 turns it off."""
+    judged_days: float = Field(30.0, gt=0)
+    """How long the database keeps what judges said, so that every replica gives the same answer the same reward."""
+    online: OnlineGradingSettings = OnlineGradingSettings()

@@ -1,6 +1,7 @@
 """Experiments and rollouts (experiments.md)."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -105,6 +106,32 @@ class ExperimentSettings(Section):
         return self
 
 
+class ApplicationSettings(Section):
+    """Serve applications for candidates with another base model."""
+
+    driver: Literal["none", "serve", "rayservice"] = "none"
+    """What brings them up: Ray Serve's REST API, the RayService resource of Kubernetes, or nothing: then
+    `rollout.engine` must hold every candidate."""
+    template: str = "engine"
+    """The deployed application that a new one is a copy of, with its own name, prefix and base model."""
+    linger_s: float = Field(120.0, ge=0)
+    """How long one stays after its last version is no longer wanted; open streams end meanwhile."""
+    timeout_s: float = Field(10.0, gt=0)
+    """How long each request to the API may take, and after which no further try is made in one tick."""
+    attempts: int = Field(5, ge=1)
+    """Tries of one change against conflicts and lost connections; the next tick goes on."""
+    dashboard_url: str | None = Field(None, pattern=r"^https?://\S+$")
+    """Driver `serve`: Ray's dashboard. `None` means that of the cluster the controller runs in."""
+    rayservice: str = Field("rayloop", pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    """Driver `rayservice`: name of the resource."""
+    namespace: str | None = Field(None, pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    """Its namespace. `None` means that of the service account."""
+    api_url: str | None = Field(None, pattern=r"^https?://\S+$")
+    """The API server. `None` means that of the cluster the controller runs in."""
+    account_dir: Path = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+    """Where the service account's `token`, `ca.crt` and `namespace` are mounted."""
+
+
 class RolloutSettings(Section):
     """The rollout controller."""
 
@@ -150,8 +177,11 @@ class RolloutSettings(Section):
     """How long the routers may take to show a new share before that is warned of."""
     restore_window_s: float = Field(604_800.0, ge=0)
     """How long after a promotion `rayloop rollout rollback` still restores the previous champion."""
+    warm_s: float = Field(86_400.0, ge=0)
+    """How long the previous champion stays loaded after a promotion."""
     engine: str = "local"
-    """The engine that must hold the candidate."""
+    """The engine that must hold the candidate, unless it has a base model of its own."""
+    applications: ApplicationSettings = ApplicationSettings()
     router_url: str | None = Field(None, pattern=r"^https?://\S+$")
     """Address of the routers, to try a candidate and to read back what is served. `None` means `serve.host` and
     `serve.port`."""

@@ -35,7 +35,8 @@ from cluster.settings.runtime import (
     RaySettings,
     StorageSettings,
 )
-from cluster.settings.serving import ServeSettings
+from cluster.settings.serving import ServeSettings, ShadowSettings
+from cluster.settings.tools import ToolSettings
 from cluster.settings.training import SweepSettings, TrainingSettings
 
 
@@ -82,8 +83,10 @@ class Settings(BaseSettings):
     evaluation: EvaluationSettings = EvaluationSettings()
     export: ExportSettings = ExportSettings()
     serve: ServeSettings = ServeSettings()
+    shadow: ShadowSettings = ShadowSettings()
     engine: EngineSettings = EngineSettings()
     grader: GraderSettings = GraderSettings()
+    tools: ToolSettings = ToolSettings()
     experiment: ExperimentSettings = ExperimentSettings()
     rollout: RolloutSettings = RolloutSettings()
     notifications: NotificationSettings = NotificationSettings()

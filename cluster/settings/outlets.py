@@ -86,6 +86,8 @@ class NotificationSettings(Section):
     """By name: `type` is `slack`, `pagerduty`, `email` or `webhook`."""
     console_url: str | None = None
     """Address that messages link to."""
+    alert_every_s: int = Field(3600, ge=60)
+    """An alert about one thing in one place (a full queue, a spool, drift) is recorded once within this time."""
 
 
 class Outlet(Section):

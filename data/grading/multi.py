@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from data.grading.types import AbstainError, BaseGrader, Grader, GraderConfig, Item
+from data.grading.types import AbstainError, BaseGrader, Graded, Grader, GraderConfig, GradeResult, Item
 
 OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
     ast.Add: operator.add,
@@ -61,17 +61,23 @@ class Multi(BaseGrader[MultiConfig]):
         super().__init__(config)
         self.graders = graders
 
-    def _grade(self, item: Item, sample: dict[str, Any]) -> tuple[float, dict[str, float], str]:
+    def _grade(self, item: Item, sample: dict[str, Any]) -> Graded:
+        return self._formula({name: grader.grade(item, sample) for name, grader in self.graders.items()})
+
+    def combine(self, results: Mapping[str, GradeResult]) -> GradeResult:
+        """The verdict from those of the graders in it, by their names."""
+        return self._guarded(lambda: self._formula(results))
+
+    def _formula(self, results: Mapping[str, GradeResult]) -> Graded:
         rewards: dict[str, float] = {}
-        for name, grader in self.graders.items():
-            result = grader.grade(item, sample)
+        for name, result in results.items():
             if result.reward is None:
-                raise AbstainError(f"{name} abstains: {result.reason}")
+                raise AbstainError(f"{name} abstains: {result.reason}", result.error)
             rewards[name] = result.reward
         try:
             value = float(evaluate_formula(self.config.calculate_output, rewards))
         except (ArithmeticError, ValueError) as error:
-            raise AbstainError(f"the formula has no value here ({error})") from None
+            raise AbstainError(f"the formula has no value here ({error})", "formula_parse_error") from None
         if not math.isfinite(value):
             raise AbstainError("the formula's value is not finite")
         return value, rewards, f"{self.config.calculate_output} = {value:.3f}"

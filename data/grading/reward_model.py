@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import Field
 
 from cluster.errors import InputError, UnavailableError
-from data.grading.types import AbstainError, BaseGrader, GraderConfig, Item
+from data.grading.types import AbstainError, AskingGrader, Graded, GraderConfig, Item, Question
 
 Conversation = Sequence[Mapping[str, Any]]
+SCORES = "/v1/scores"
 
 
 class Scorer(Protocol):
@@ -51,7 +52,7 @@ class RewardModelConfig(GraderConfig):
     """Score differences are divided by it; training reports the one that fits."""
 
 
-class RewardModel(BaseGrader[RewardModelConfig]):
+class RewardModel(AskingGrader[RewardModelConfig]):
     """Reward is sigmoid((score - center) / temperature); a model that cannot be reached abstains."""
 
     modules: ClassVar[tuple[str, ...]] = ("reward_model",)
@@ -60,14 +61,28 @@ class RewardModel(BaseGrader[RewardModelConfig]):
         super().__init__(config)
         self.scorer = scorer
 
-    def _grade(self, item: Item, sample: dict[str, Any]) -> tuple[float, dict[str, float], str]:
+    def _question(self, item: Item, sample: dict[str, Any]) -> Question:
         messages = item.get("messages")
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise AbstainError("the item has no 'messages'")
+        conversation = [*messages, {"role": "assistant", "content": sample["output_text"]}]
+        return Question(SCORES, {"conversations": [conversation]})
+
+    def _ask(self, question: Question) -> Any:
         try:
-            (score,) = self.scorer.scores([[*messages, {"role": "assistant", "content": sample["output_text"]}]])
+            scores = self.scorer.scores(question.body["conversations"])
         except (UnavailableError, ValueError) as error:
-            raise AbstainError(str(error)) from None
+            raise AbstainError(str(error), "model_grader_server_error") from None
+        return {"adapter_sha256": self.scorer.adapter_sha256, "scores": scores}
+
+    def _read(self, question: Question, document: Any) -> Graded:
+        try:
+            (score,) = (float(value) for value in document["scores"])
+            answering = document["adapter_sha256"]
+        except (KeyError, TypeError, ValueError):
+            raise AbstainError("the reward model's reply holds no score", "model_grader_server_error") from None
+        if answering != self.config.adapter_sha256:
+            raise AbstainError("another reward model answers now", "model_grader_server_error")
         if not math.isfinite(score):
             raise AbstainError(f"the reward model's score is {score}")
         reward = _sigmoid((score - self.config.center) / self.config.temperature)
@@ -122,7 +137,7 @@ class HttpScorer:
     def _call(self, body: Any) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
-            f"{self.url}/v1/scores",
+            f"{self.url}{SCORES}",
             data,
             {"Content-Type": "application/json"},
             method="GET" if body is None else "POST",

@@ -66,7 +66,7 @@ def render(template: str, item: Item, sample: Mapping[str, Any]) -> str:
         AbstainError: the item lacks a value.
         FailedAnswerError: the answer lacks a value.
     """
-    return TEMPLATE.sub(lambda match: _shown(resolve(match[1], item, sample)), template)
+    return TEMPLATE.sub(lambda match: shown(resolve(match[1], item, sample)), template)
 
 
 def resolve(expression: str, item: Item, sample: Mapping[str, Any]) -> Any:
@@ -104,7 +104,8 @@ def equal(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value as text: itself, or its JSON."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 

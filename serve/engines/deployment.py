@@ -37,16 +37,11 @@ class EngineReplica:
 
     def __init__(self, settings: Settings) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(settings.engine.torch_threads))
-        from serve.engines.http_api import EngineApi
-        from serve.engines.local import LocalEngine
-        from serve.engines.token import engine_token
-
-        configure_logging(settings.logging)
-        self._settings = settings
-        self._engine = LocalEngine(settings.engine)
-        self._api = EngineApi(self._engine, engine_token(settings))
         self._reconciler: Any = None
         self._stopping = threading.Event()
+        configure_logging(settings.logging)
+        self._settings = settings
+        self._engine, self._api = open_engine(settings)
         if not self._follow():
             threading.Thread(target=self._follow_later, name="servables-wait", daemon=True).start()
 
@@ -62,16 +57,17 @@ class EngineReplica:
             log.error("the engine's deployment config is refused, the old one stays: %s", error)
 
     def check_health(self) -> None:
-        """Serve restarts the replica when the step loop has ended."""
-        if not self._engine.scheduler.alive:
-            raise RuntimeError("the engine's step loop has ended")
+        """Serve restarts the replica, and vLLM with it, when the engine has ended."""
+        if not self._engine.alive:
+            raise RuntimeError("the engine has ended")
 
     def __del__(self) -> None:
-        """Leave the table of servables and end the step loop."""
+        """Leave the table of servables and end the engine."""
         self._stopping.set()
         if self._reconciler is not None:
             self._reconciler.close()
-        self._engine.close()
+        if hasattr(self, "_engine"):
+            self._engine.close()
 
     def _follow(self) -> bool:
         """Begin to follow the table of servables; false while the database is away."""
@@ -91,6 +87,28 @@ class EngineReplica:
         while not self._stopping.wait(self._settings.engine.live_after_s):
             if self._follow():
                 return
+
+
+def open_engine(settings: Settings) -> tuple[Any, Any]:
+    """The engine of the kind that is set, and its HTTP side.
+
+    Raises:
+        ConfigError, UnavailableError: it cannot be started.
+    """
+    from serve.engines.token import engine_token
+
+    token = engine_token(settings)
+    if settings.engine.kind == "vllm":
+        from serve.engines.vllm.engine import VllmEngine
+        from serve.engines.vllm.http_api import VllmApi
+
+        vllm = VllmEngine(settings.engine)
+        return vllm, VllmApi(vllm, token)
+    from serve.engines.http_api import EngineApi
+    from serve.engines.local import LocalEngine
+
+    local = LocalEngine(settings.engine)
+    return local, EngineApi(local, token)
 
 
 def changed(settings: EngineSettings, document: Any) -> EngineSettings:
@@ -115,6 +133,14 @@ def changed(settings: EngineSettings, document: Any) -> EngineSettings:
         raise ConfigError(f"engine.user_config.{name}", problem["input"], problem["msg"], "mend the config") from None
 
 
+def scale(engine: EngineSettings) -> dict[str, Any]:
+    """How many replicas, as options of a Serve deployment."""
+    if engine.max_replicas is None:
+        return {"num_replicas": engine.replicas}
+    limits = {"min_replicas": engine.replicas, "max_replicas": engine.max_replicas}
+    return {"autoscaling_config": limits | {"target_ongoing_requests": engine.target_requests}}
+
+
 def build(settings: Settings) -> Any:
     """The application.
 
@@ -136,7 +162,7 @@ def build(settings: Settings) -> Any:
         )
     deployment: Any = EngineReplica  # the decorator made a deployment of the class
     return deployment.options(
-        num_replicas=engine.replicas,
+        **scale(engine),
         max_ongoing_requests=engine.max_rows + engine.max_queued + SPARE_REQUESTS,
         ray_actor_options={"num_cpus": engine.cpus, "num_gpus": engine.gpus},
         graceful_shutdown_wait_loop_s=0.2,

@@ -21,6 +21,8 @@ class SamplingParams:
     logprobs: bool = False
     """Keep the log-prob, in nats and before temperature, of every chosen token."""
     top_logprobs: int = 0
+    json_schema: dict[str, Any] | None = None
+    """The answer must be a JSON document that keeps to it."""
     ignore_eos: bool = False
 
 
@@ -68,6 +70,8 @@ class Generation:
     flushed: int = 0
     """Tokens already sent to the inbox."""
     flushed_at: float = 0.0
+    constraint: Any = None
+    """What the answer must keep to (structured.Constraint), or `None`."""
     draws: random.Random = field(default_factory=random.Random)
     """Its own random numbers, one a token."""
 

@@ -1,9 +1,9 @@
 """The embedded engine over HTTP, as a plain ASGI application.
 
-`POST /v1/chat/completions`, `GET /v1/models`, `POST /v1/load_lora_adapter`, `/v1/unload_lora_adapter` and
-`GET /healthz`, in the shapes of OpenAI and of vLLM's adapter calls, so the router speaks to this engine and
-to a vLLM server in the same way. It sits behind the router, which shows a token (token.py); people's keys
-are the router's business.
+`POST /v1/chat/completions`, `/v1/completions`, `GET /v1/models`, `POST /v1/load_lora_adapter`,
+`/v1/unload_lora_adapter` and `GET /healthz`, in the shapes of OpenAI and of vLLM's adapter calls, so the router
+speaks to this engine and to a vLLM server in the same way. It sits behind the router, which shows a token
+(token.py); people's keys are the router's business.
 """
 
 import asyncio
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from cluster.errors import DatasetError, NotFoundError, UnavailableError
+from cluster.errors import DatasetError, InputError, NotFoundError, UnavailableError
 from serve.engines.adapter_files import AdapterError
 from serve.engines.generation import Update
+from serve.engines.host import AdapterHost
 from serve.engines.protocol import (
     ChatRequest,
     Header,
@@ -53,14 +54,16 @@ Route = Callable[[Scope, Receive, Send], Awaitable[None]]
 STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
-class EngineApi:
-    """The ASGI callable around one engine. With a token, everything but `/healthz` asks for it."""
+class EngineRoutes:
+    """What the HTTP sides of all engines share: the token, models, adapters, health.
 
-    def __init__(self, engine: "LocalEngine", token: str | None = None) -> None:
-        self.engine = engine
+    With a token, everything but `/healthz` asks for it.
+    """
+
+    def __init__(self, engine: AdapterHost, token: str | None = None) -> None:
+        self.host = engine
         self._bearer = f"Bearer {token}".encode() if token is not None else None
         self._routes: dict[tuple[str, str], Route] = {
-            ("POST", "/v1/chat/completions"): self._chat,
             ("GET", "/v1/models"): self._models,
             ("POST", "/v1/load_lora_adapter"): self._load,
             ("POST", "/v1/unload_lora_adapter"): self._unload,
@@ -70,7 +73,7 @@ class EngineApi:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            await self._lifespan(receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
@@ -91,10 +94,21 @@ class EngineApi:
             message = "The engine answers its router only; send the request there."
             raise ApiError(401, message, code="invalid_api_key")
 
-    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = parse_chat(await self._document(scope, receive), self.engine.settings)
-        answer = ChatAnswer(self.engine, request)
-        await (answer.stream(receive, send) if request.stream else answer.whole(receive, send))
+    async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+    async def _close(self) -> None:
+        """Called when the server stops."""
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await self._close()
+                await send({"type": "lifespan.shutdown.complete"})
+                return
 
     async def _models(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         data = [
@@ -105,7 +119,7 @@ class EngineApi:
                 "owned_by": "rayloop",
                 "root": m.adapter_path,
             }
-            for m in self.engine.models()
+            for m in self.host.models()
         ]
         await _send_json(send, 200, {"object": "list", "data": data})
 
@@ -113,7 +127,7 @@ class EngineApi:
         document = await self._document(scope, receive)
         name, path = _text(document, "lora_name"), _text(document, "lora_path")
         try:
-            adapter = await asyncio.to_thread(self.engine.load_adapter, name, path)
+            adapter = await asyncio.to_thread(self.host.load_adapter, name, path)
         except AdapterError as error:
             raise ApiError(400, f"adapter {name!r}: {error}", param="lora_path", code="adapter_refused") from None
         body = {"status": "loaded", "lora_name": name, "sha256": adapter.sha256, "rank": adapter.rank}
@@ -121,9 +135,34 @@ class EngineApi:
 
     async def _unload(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = _text(await self._document(scope, receive), "lora_name")
-        if not self.engine.unload_adapter(name):
+        if not self.host.unload_adapter(name):
             raise ApiError(404, f"no adapter {name!r} is loaded", param="lora_name", code="model_not_found")
         await _send_json(send, 200, {"status": "unloaded", "lora_name": name})
+
+    async def _document(self, scope: Scope, receive: Receive) -> Json:
+        settings = self.host.settings
+        return parse_object(await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s))
+
+
+class EngineApi(EngineRoutes):
+    """The ASGI callable around the embedded engine."""
+
+    def __init__(self, engine: "LocalEngine", token: str | None = None) -> None:
+        super().__init__(engine, token)
+        self.engine = engine
+        self._routes |= {
+            ("POST", "/v1/chat/completions"): self._chat,
+            ("POST", "/v1/completions"): self._text,
+        }
+
+    async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = parse_chat(await self._document(scope, receive), self.engine.settings)
+        await ChatAnswer(self.engine, request).answer(receive, send)
+
+    async def _text(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from serve.engines.text import TextAnswer
+
+        await TextAnswer(self.engine, await self._document(scope, receive)).answer(receive, send)
 
     async def _health(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         scheduler = self.engine.scheduler
@@ -140,16 +179,15 @@ class EngineApi:
         }
         await _send_json(send, 200 if scheduler.alive else 503, body)
 
-    async def _document(self, scope: Scope, receive: Receive) -> Json:
-        settings = self.engine.settings
-        return parse_object(await read_body(scope, receive, settings.max_body_bytes, settings.body_timeout_s))
-
 
 class ChatAnswer:
     """One chat completion, whole or as a stream."""
 
+    object_names = ("chat.completion", "chat.completion.chunk")
+    """Of a whole answer and of a piece of one."""
+
     def __init__(self, engine: "LocalEngine", request: ChatRequest) -> None:
-        self._engine, self._request = engine, request
+        self._engine, self.request = engine, request
         tools = request.tools if request.tool_choice != "none" else None
         self._tools = bool(tools)
         try:
@@ -162,12 +200,18 @@ class ChatAnswer:
         self._params = sampling_params(
             request, len(prompt), engine.max_context_tokens, engine.settings.default_max_tokens
         )
+        if self._params.json_schema is not None:
+            _check_schema(engine, self._params.json_schema)
         self._header = Header.of(request, f"chatcmpl-{uuid.uuid4().hex}", prompt)
+
+    async def answer(self, receive: Receive, send: Send) -> None:
+        """Answer as the request wants it."""
+        await (self.stream(receive, send) if self.request.stream else self.whole(receive, send))
 
     async def whole(self, receive: Receive, send: Send) -> None:
         """Answer in one piece; a client that leaves frees its rows."""
         generating = asyncio.ensure_future(self._collect())
-        leaving = asyncio.ensure_future(_disconnect(receive))
+        leaving = asyncio.ensure_future(until_disconnect(receive))
         try:
             await asyncio.wait((generating, leaving), return_when=asyncio.FIRST_COMPLETED)
             if generating.done():
@@ -180,7 +224,7 @@ class ChatAnswer:
     async def stream(self, receive: Receive, send: Send) -> None:
         """Answer in server-sent events; errors before the first token still have their status."""
         streaming = asyncio.ensure_future(self._send_chunks(send))
-        leaving = asyncio.ensure_future(_disconnect(receive))
+        leaving = asyncio.ensure_future(until_disconnect(receive))
         try:
             await asyncio.wait((streaming, leaving), return_when=asyncio.FIRST_COMPLETED)
             if streaming.done():
@@ -194,10 +238,10 @@ class ChatAnswer:
         """The engine's updates, its troubles as answers to the client."""
         retry_after_s = self._engine.settings.retry_after_s
         generator = self._engine.generate(
-            self._request.model,
+            self.request.model,
             self._header.prompt_ids,
             self._params,
-            choices=self._request.n or 1,
+            choices=self.request.n or 1,
             stream=stream,
         )
         try:
@@ -210,18 +254,18 @@ class ChatAnswer:
                         raise ApiError(503, message, code="engine_stopped", retry_after_s=retry_after_s)
                     yield update
         except NotFoundError:  # unloaded since the request was parsed
-            raise unknown_model(self._request.model, (m.name for m in self._engine.models())) from None
+            raise unknown_model(self.request.model, (m.name for m in self._engine.models())) from None
         except UnavailableError as error:
             raise ApiError(429, str(error), code="engine_overloaded", retry_after_s=retry_after_s) from None
 
     async def _collect(self) -> Json:
-        choices: list[Json] = [{}] * (self._request.n or 1)
+        choices: list[Json] = [{}] * (self.request.n or 1)
         tokens = 0
         async with aclosing(self._updates(stream=False)) as updates:
             async for update in updates:
                 choices[update.generation.index] = self._choice(update)
                 tokens += len(update.token_ids)
-        document = self._header.document("chat.completion")
+        document = self._header.document(self.object_names[0])
         document |= {"choices": choices, "usage": usage(len(self._header.prompt_ids), tokens)}
         if self._header.return_token_ids:
             document["prompt_token_ids"] = self._header.prompt_ids
@@ -259,7 +303,8 @@ class ChatAnswer:
                         started = True
                     tokens += len(update.token_ids)
                     index = update.generation.index
-                    await _send_events(send, [self._chunk(update, first=index not in ids, held=held)])
+                    piece = self._piece(update, first=index not in ids, held=held)
+                    await _send_events(send, [self._header.document(self.object_names[1]) | {"choices": [piece]}])
                     ids.setdefault(index, []).extend(update.token_ids)
             await _send_events(send, self._last_chunks(ids, tokens), done=True)
         except ApiError as error:
@@ -267,7 +312,7 @@ class ChatAnswer:
                 raise
             await _send_events(send, [{"error": error.object()}], done=True)
 
-    def _chunk(self, update: Update, *, first: bool, held: dict[int, str]) -> Json:
+    def _piece(self, update: Update, *, first: bool, held: dict[int, str]) -> Json:
         index = update.generation.index
         delta: Json = {"role": "assistant"} if first else {}
         reason: str | None = update.finish_reason
@@ -280,21 +325,30 @@ class ChatAnswer:
                     reason = "tool_calls"
         else:
             delta["content"] = update.text
-        choice = {"index": index, "delta": delta, "logprobs": self._logprobs(update), "finish_reason": reason}
-        return self._header.document("chat.completion.chunk") | {"choices": [choice]}
+        return {"index": index, "delta": delta, "logprobs": self._logprobs(update), "finish_reason": reason}
+
+    def _empty_piece(self) -> Json:
+        return {"delta": {}, "logprobs": None, "finish_reason": None}
 
     def _last_chunks(self, ids: dict[int, list[int]], tokens: int) -> list[Json]:
         """The chunk with usage and token ids, where either was asked for."""
-        asked = self._request.stream_options is not None and self._request.stream_options.include_usage
+        asked = self.request.stream_options is not None and self.request.stream_options.include_usage
         if not asked and not self._header.return_token_ids:
             return []
-        last = self._header.document("chat.completion.chunk")
+        last = self._header.document(self.object_names[1])
         last |= {"choices": [], "usage": usage(len(self._header.prompt_ids), tokens)}
         if self._header.return_token_ids:
             last["prompt_token_ids"] = self._header.prompt_ids
-            empty: Json = {"delta": {}, "logprobs": None, "finish_reason": None}
+            empty = self._empty_piece()
             last["choices"] = [{"index": index, **empty, "token_ids": ids[index]} for index in sorted(ids)]
         return [last]
+
+
+def _check_schema(engine: "LocalEngine", schema: Json) -> None:
+    try:
+        engine.grammars.constraint(schema)
+    except InputError as error:
+        raise ApiError(400, str(error), param="response_format", code="invalid_value") from None
 
 
 def _text(document: Json, field: str) -> str:
@@ -310,7 +364,7 @@ def _no_route(method: str, path: str, known: set[str]) -> ApiError:
     return ApiError(404, f"there is no {path} here; known are {', '.join(sorted(known))}", code="not_found")
 
 
-async def _disconnect(receive: Receive) -> None:
+async def until_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -324,13 +378,3 @@ async def _send_events(send: Send, documents: list[Json], *, done: bool = False)
     if done:
         data += b"data: [DONE]\n\n"
     await send({"type": "http.response.body", "body": data, "more_body": not done})
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        if message["type"] == "lifespan.startup":
-            await send({"type": "lifespan.startup.complete"})
-        else:
-            await send({"type": "lifespan.shutdown.complete"})
-            return

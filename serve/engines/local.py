@@ -10,7 +10,6 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +27,15 @@ from serve.engines.cache import SlotCache, layer_shapes
 from serve.engines.canary import Canary
 from serve.engines.detokenise import AnswerText, TokenTexts
 from serve.engines.generation import Generation, SamplingParams, Update
+from serve.engines.host import BASE_NAME, ServedModel
 from serve.engines.lora import AdapterBank, LoadedAdapter
 from serve.engines.prefix import PrefixCache
 from serve.engines.scheduler import Scheduler, SchedulerLimits
+from serve.engines.structured import Grammars
 
 log = logging.getLogger(__name__)
-
-BASE_NAME = "base"
 FIRST_COLUMNS = 256  # columns of a slot at the start; slots grow when a longer prompt comes
 FIRST_SLOTS = 8
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """One name a request may ask for."""
-
-    name: str
-    adapter_path: str | None
-    loaded_at: int
-    """Seconds since 1970."""
 
 
 class LocalEngine:
@@ -70,6 +59,7 @@ class LocalEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.scheduler = self._build_scheduler(model)
         self.scheduler.start()
+        self.grammars = Grammars(self.tokenizer, model.config.get_text_config().vocab_size, self.scheduler.eos_ids)
         self._canary = Canary(self.tokenizer, self.scheduler, settings)
 
     def _build_scheduler(self, model: Any) -> Scheduler:
@@ -100,6 +90,11 @@ class LocalEngine:
             eos_ids=_eos_ids(self.tokenizer, model),
             publish=self._publish,
         )
+
+    @property
+    def alive(self) -> bool:
+        """False once the step loop has ended."""
+        return self.scheduler.alive
 
     def close(self) -> None:
         """End the step loop."""
@@ -199,6 +194,7 @@ class LocalEngine:
             stream=stream,
             inbox=inbox,
             draws=random.Random(seed),
+            constraint=self.grammars.constraint(params.json_schema) if params.json_schema is not None else None,
         )
 
     def _publish(self, updates: list[Update]) -> None:

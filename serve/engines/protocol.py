@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.settings.engines import EngineSettings
 from serve.engines.detokenise import TokenTexts
@@ -29,10 +29,30 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class ResponseFormat(BaseModel):
-    """Only free text: this engine does not constrain its decoding."""
+class JsonSchema(BaseModel):
+    """A schema with a name, as OpenAI takes it."""
 
-    type: Literal["text"] = "text"
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(BaseModel):
+    """Free text, any JSON object, or JSON that keeps to a schema."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema goes with the type json_schema, and only with it")
+        return self
+
+    @property
+    def document_schema(self) -> dict[str, Any] | None:
+        """What the answer must keep to; `None` for free text."""
+        if self.type == "json_object":
+            return {"type": "object"}
+        return self.json_schema.schema_ if self.json_schema is not None else None
 
 
 class ChatRequest(BaseModel):
@@ -113,6 +133,7 @@ def sampling_params(request: ChatRequest, prompt_tokens: int, context: int, defa
         logprobs=bool(request.logprobs),
         top_logprobs=request.top_logprobs or 0,
         ignore_eos=request.ignore_eos,
+        json_schema=request.response_format.document_schema if request.response_format else None,
     )
 
 

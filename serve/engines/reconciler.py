@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -22,10 +21,8 @@ from cluster.database import write
 from cluster.settings.engines import EngineSettings
 from cluster.tables import servable_replicas
 from serve.engines.adapter_files import AdapterError
+from serve.engines.host import AdapterHost
 from serve.servables import PRESENCE, ReplicaState, Servable, list_servables
-
-if TYPE_CHECKING:
-    from serve.engines.local import LocalEngine
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +45,7 @@ class Reconciler:
 
     def __init__(
         self,
-        engine: "LocalEngine",
+        engine: AdapterHost,
         database: Engine,
         replica_id: str,
         *,

@@ -24,14 +24,15 @@ class Sampled:
 
 
 def sample(logits_BV: Tensor, rows: Sequence[Generation]) -> Sampled:
-    """The next token of each row and, where asked for, its log-prob before temperature and top-p."""
+    """The next token of each row and, where asked for, its log-prob before temperature, top-p and constraints."""
     logits_BV = logits_BV.float()
     normaliser_B = torch.logsumexp(logits_BV, dim=-1)
-    chosen_B = logits_BV.argmax(dim=-1)
+    allowed_BV = _constrained(logits_BV, rows)
+    chosen_B = allowed_BV.argmax(dim=-1)
     drawing = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if drawing:
         everyone = len(drawing) == len(rows)
-        drawn = _draw(logits_BV if everyone else logits_BV[drawing], [rows[i] for i in drawing])
+        drawn = _draw(allowed_BV if everyone else allowed_BV[drawing], [rows[i] for i in drawing])
         chosen_B = drawn if everyone else chosen_B.index_copy(0, torch.tensor(drawing, device=drawn.device), drawn)
     finite = torch.isfinite(normaliser_B).tolist()
     tokens = chosen_B.tolist()
@@ -39,6 +40,17 @@ def sample(logits_BV: Tensor, rows: Sequence[Generation]) -> Sampled:
         [token if ok else None for token, ok in zip(tokens, finite, strict=True)],
         _logprobs(logits_BV, normaliser_B, chosen_B, rows),
     )
+
+
+def _constrained(logits_BV: Tensor, rows: Sequence[Generation]) -> Tensor:
+    """The logits with what rows must not write set to minus infinity."""
+    if all(row.constraint is None for row in rows):
+        return logits_BV
+    allowed_BV = logits_BV.clone()
+    for number, row in enumerate(rows):
+        if row.constraint is not None:
+            allowed_BV[number].masked_fill_(row.constraint.forbidden().to(logits_BV.device), -torch.inf)
+    return allowed_BV
 
 
 def _draw(logits_BV: Tensor, rows: Sequence[Generation]) -> Tensor:

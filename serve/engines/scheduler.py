@@ -64,7 +64,7 @@ class Scheduler:
         publish: Publish,
     ) -> None:
         self._model, self._bank, self._cache, self.prefixes = model, bank, cache, prefixes
-        self._limits, self._eos_ids, self._publish = limits, eos_ids, publish
+        self._limits, self.eos_ids, self._publish = limits, eos_ids, publish
         self._device = model.device
         self._rows: list[Generation] = []  # row i lives in slot i
         self._waiting: deque[Generation] = deque()
@@ -271,6 +271,8 @@ class Scheduler:
                 continue
             self.generated_tokens += 1
             row.tokens.append(token)
+            if row.constraint is not None:
+                row.constraint.accept(token)
             if logprob is not None:
                 row.logprobs.append(logprob)
             reason = self._end_of(row, token)
@@ -281,7 +283,7 @@ class Scheduler:
                 self._maybe_flush(row, now)
 
     def _end_of(self, row: Generation, token: int) -> FinishReason | None:
-        if token in self._eos_ids and not row.params.ignore_eos:
+        if token in self.eos_ids and not row.params.ignore_eos:
             return "stop"
         row.text.push((token,))
         if row.text.stopped:

@@ -8,7 +8,7 @@ one user resemble each other.
 import math
 from dataclasses import dataclass
 
-import scipy.stats
+from scipy.special import stdtr, stdtrit
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +135,8 @@ def welch(candidate: Estimate, control: Estimate, alpha: float = 0.05) -> Compar
         return Comparison(effect, math.nan, math.nan, math.nan)
     freedom = variance**2 / (candidate.variance**2 / (candidate.users - 1) + control.variance**2 / (control.users - 1))
     error = math.sqrt(variance)
-    half = float(scipy.stats.t.isf(alpha / 2, freedom)) * error
-    p_value = 2 * float(scipy.stats.t.sf(abs(effect) / error, freedom))
+    half = -float(stdtrit(freedom, alpha / 2)) * error  # scipy.stats.t checks its arguments for fifty times as long
+    p_value = 2 * float(stdtr(freedom, -abs(effect) / error))
     return Comparison(effect, effect - half, effect + half, p_value)
 
 

@@ -16,6 +16,10 @@ from serve.experiments.comparisons import Estimate, Moments
 from serve.experiments.metrics import Metric
 
 MIN_USERS_FOR_VARIANCE = 2
+NUMBERS = (
+    "margin", "effect", "harm", "harm_low", "harm_high", "z", "information", "p_value", "e_value", "variance_kept",
+)  # fmt: skip
+"""Fields of a `Reading` that are numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +125,8 @@ class Evidence:
     response: Reading | None = None
     """How often users react, for what it says about every metric made of reactions."""
     further_primaries: tuple[Reading, ...] = ()
+    anomalies: tuple[str, ...] = ()
+    """What routers found out of the ordinary with the candidate during the experiment (`serve.anomalies`)."""
 
     @property
     def primaries(self) -> tuple[Reading, ...]:
@@ -131,6 +137,16 @@ class Evidence:
     def all_readings(self) -> tuple[Reading, ...]:
         """Everything that can roll back."""
         return (*self.primaries, *self.guardrails, *self.optional_guardrails)
+
+    def finite(self) -> "Evidence":
+        """The same with readings that hold no proper numbers marked so: JSON has no word for them, and a decision
+        must follow from what is recorded of it."""
+        several = {
+            name: tuple(_finite_reading(reading) for reading in getattr(self, name))
+            for name in ("guardrails", "optional_guardrails", "further_primaries")
+        }
+        response = _finite_reading(self.response) if self.response else None
+        return replace(self, primary=_finite_reading(self.primary), response=response, **several)
 
     def as_json(self) -> dict[str, Any]:
         """A form that survives JSON and comes back with `from_json` unchanged."""
@@ -146,10 +162,18 @@ class Evidence:
                 "guardrails": tuple(_reading(r) for r in value["guardrails"]),
                 "optional_guardrails": tuple(_reading(r) for r in value["optional_guardrails"]),
                 "further_primaries": tuple(_reading(r) for r in value.get("further_primaries", ())),
+                "anomalies": tuple(value.get("anomalies", ())),
                 "split": SplitReading(**value["split"]),
                 "response": _reading(value["response"]) if value.get("response") else None,
             }
         )
+
+
+def _finite_reading(reading: Reading) -> Reading:
+    numbers = (getattr(reading, name) for name in NUMBERS)
+    if all(number is None or math.isfinite(number) for number in numbers):
+        return reading
+    return Reading(reading.metric, reading.candidate, reading.control, problem="not a number")
 
 
 def _reading(value: Mapping[str, Any]) -> Reading:

@@ -3,11 +3,12 @@
 The candidate's side are interactions assigned to the candidate; the control side are those assigned to stable
 whose bucket lies in the control slice of the share then in force. Both sides grow together, so they
 are compared at the same times. Above one half the control slice shrinks, users change sides, and a new
-`period` begins whose numbers stand by themselves. In bandit mode shares move both ways: every request
-counts for its arm, and the propensities tell the rest.
+`period` begins whose numbers stand by themselves. After a promotion the share is one and there is no
+control: its period is compared with the control of the last stage, to bring the old champion back. In bandit
+mode shares move both ways: every request counts for its arm, and the propensities tell the rest.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,18 @@ BANDIT = "bandit"
 def period_of(share: float) -> str:
     """The period whose numbers a share belongs to."""
     return RAMP if share <= LARGEST_CONTROL else f"{share:.6g}"
+
+
+AFTER = period_of(1.0)
+"""The period after a promotion."""
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """What must be known of an experiment to count for it."""
+
+    candidate: str
+    is_bandit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +85,23 @@ def unit_of(recorded: RecordedEvent) -> str:
     return unit if kind == "user" else f"{kind}:{unit}"
 
 
-def exposure_of(recorded: RecordedEvent, bandits: Collection[str] = ()) -> Exposure | None:
+def exposure_of(recorded: RecordedEvent, designs: Mapping[str, Design]) -> Exposure | None:
     """The exposure an interaction event records; `None` when it belongs to no experiment.
 
-    `bandits` are the experiments in bandit mode.
+    Stable's answers while the candidate has no share count for nobody, but once it is promoted they are its own.
     """
     event, body = recorded.event, recorded.event.body
     arm, place, chance = body.get("arm"), body.get("bucket"), body.get("propensity")
     experiment_id = body.get("experiment_id")
     if experiment_id is None or arm not in ("stable", "candidate") or place is None or chance is None:
         return None
+    design = designs.get(experiment_id)
     share = share_in_force(arm, chance)
-    if not 0 < share < 1 or body.get("flags", {}).get("shadow"):
+    if share == 0.0 and design is not None and body.get("assigned_version") == design.candidate:
+        arm, share = "candidate", 1.0
+    elif not 0 < share < 1:
+        return None
+    if body.get("flags", {}).get("shadow"):
         return None
     return Exposure(
         seq=recorded.seq,
@@ -96,6 +114,6 @@ def exposure_of(recorded: RecordedEvent, bandits: Collection[str] = ()) -> Expos
         share=share,
         at_us=event.occurred_at_us,
         by_hand=arm != assign(share, place),
-        is_bandit=experiment_id in bandits,
+        is_bandit=design is not None and design.is_bandit,
         body=body,
     )

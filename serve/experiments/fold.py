@@ -6,12 +6,12 @@ interaction is counted when the interaction appears.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from cluster.settings.experiments import ExperimentSettings
 from data.events import RecordedEvent
-from serve.experiments.exposures import Exposure, exposure_of, unit_of
+from serve.experiments.exposures import Design, Exposure, exposure_of, unit_of
 from serve.experiments.metrics import (
     Observation,
     is_explicit,
@@ -26,8 +26,10 @@ LATENCY = "latency_s"
 """Name of the histogram of whole answers."""
 RESPONSE_RATE = "feedback_response_rate"
 
-StatisticKey = tuple[str, str, str, str, str]
-"""experiment, user, metric, period, arm"""
+UserKey = tuple[str, str, str, str]
+"""experiment, user, period, arm"""
+Sums = dict[str, list[float]]
+"""metric -> count and total"""
 HistogramKey = tuple[str, str, str, str, int]
 """experiment, metric, period, arm, bin"""
 
@@ -50,26 +52,25 @@ class Fold:
 
     exposures: list[Exposure] = field(default_factory=list)
     """In order."""
-    statistics: dict[StatisticKey, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0, 0.0]))
-    """Count, total, total of squares."""
+    statistics: dict[UserKey, Sums] = field(default_factory=lambda: defaultdict(dict))
     histograms: dict[HistogramKey, float] = field(default_factory=lambda: defaultdict(float))
     baselines: list[Baseline] = field(default_factory=list)
 
     def add(self, exposure: Exposure, observations: Iterable[Observation]) -> None:
         """Count observations for the sides of the exposure."""
-        for metric, value in observations:
-            for side in exposure.sides:
-                sums = self.statistics[exposure.experiment_id, exposure.user, metric, exposure.period, side]
+        seen = list(observations)
+        for side in exposure.sides:
+            own = self.statistics[exposure.experiment_id, exposure.user, exposure.period, side]
+            for metric, value in seen:
+                sums = own.setdefault(metric, [0.0, 0.0])
                 sums[0] += 1.0
                 sums[1] += value
-                sums[2] += value * value
 
     def respond(self, exposure: Exposure) -> None:
         """Turn the interaction's counted 0 of the response rate into a 1."""
         for side in exposure.sides:
-            sums = self.statistics[exposure.experiment_id, exposure.user, RESPONSE_RATE, exposure.period, side]
-            sums[1] += 1.0
-            sums[2] += 1.0
+            own = self.statistics[exposure.experiment_id, exposure.user, exposure.period, side]
+            own.setdefault(RESPONSE_RATE, [0.0, 0.0])[1] += 1.0
 
     def time(self, exposure: Exposure) -> None:
         """Count the answer's latency."""
@@ -79,7 +80,7 @@ class Fold:
 
 
 def fold_groups(
-    groups: Iterable[list[RecordedEvent]], after: int, settings: ExperimentSettings, bandits: Collection[str] = ()
+    groups: Iterable[list[RecordedEvent]], after: int, settings: ExperimentSettings, designs: Mapping[str, Design]
 ) -> Fold:
     """Count what is new (`seq` > `after`) in groups of events about one interaction each.
 
@@ -91,7 +92,7 @@ def fold_groups(
         if interaction is None:
             continue
         _fold_baselines(fold, interaction, group, after, settings)
-        exposure = exposure_of(interaction, bandits)
+        exposure = exposure_of(interaction, designs)
         if exposure is not None:
             _fold_exposure(fold, exposure, group, after, settings)
     fold.exposures.sort(key=lambda e: e.seq)
@@ -104,8 +105,7 @@ def _fold_exposure(
 ) -> None:
     if exposure.seq > after:
         fold.exposures.append(exposure)
-        fold.add(exposure, of_interaction(exposure.body, settings))
-        fold.add(exposure, [(RESPONSE_RATE, 0.0)])
+        fold.add(exposure, (*of_interaction(exposure.body, settings), (RESPONSE_RATE, 0.0)))
         fold.time(exposure)
     responded = False
     for reaction in group:

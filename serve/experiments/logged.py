@@ -12,7 +12,7 @@ import numpy as np
 from sqlalchemy.engine import Engine
 
 from data.log import EventLog
-from serve.experiments.exposures import exposure_of
+from serve.experiments.exposures import Design, exposure_of
 from serve.experiments.metrics import is_explicit
 from serve.experiments.offpolicy import Estimator, Logged, estimate
 from serve.experiments.store import get_experiment
@@ -27,7 +27,7 @@ def read_logged(engine: Engine, experiment_id: str) -> Logged:
     experiment = get_experiment(engine, experiment_id)
     requests: dict[str, tuple[str, bool, float]] = {}
     rewards: dict[str, list[float]] = {}
-    bandits = {experiment_id} if experiment.config.get("mode") == "bandit" else set()
+    designs = {experiment_id: Design(experiment.candidate, experiment.config.get("mode") == "bandit")}
     for recorded in EventLog(engine).scan(kinds=["interaction", "feedback"], tenant=experiment.tenant):
         event = recorded.event
         if event.interaction_id is None or recorded.erased:
@@ -36,8 +36,8 @@ def read_logged(engine: Engine, experiment_id: str) -> Logged:
             if is_explicit(event.body):
                 rewards.setdefault(event.interaction_id, []).append(float(event.body.get("reward", 0.0)))
             continue
-        exposure = exposure_of(recorded, bandits)
-        if exposure is not None and exposure.experiment_id == experiment_id and not exposure.by_hand:
+        exposure = exposure_of(recorded, designs) if event.body.get("experiment_id") == experiment_id else None
+        if exposure is not None and exposure.share < 1 and not exposure.by_hand:
             chance = float(event.body["propensity"])
             requests[event.interaction_id] = (exposure.user, exposure.arm == "candidate", chance)
     rewarded = [(*request, float(np.mean(rewards[name]))) for name, request in requests.items() if name in rewards]

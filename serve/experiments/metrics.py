@@ -90,11 +90,11 @@ def of_interaction(body: dict[str, Any], settings: ExperimentSettings) -> Iterat
     refused = bool(response.get("refusal")) or body.get("finish_reason") == "content_filter"
     yield "refusal_rate", float(refused)
     yield "safety_incident_rate", float(bool(flags.get("safety")))
-    for failed in _tool_results(body.get("messages") or []):
+    for failed in tool_results(body.get("messages") or []):
         yield "tool_error_rate", float(failed)
 
 
-def _tool_results(messages: list[dict[str, Any]]) -> Iterator[bool]:
+def tool_results(messages: list[dict[str, Any]]) -> Iterator[bool]:
     """Whether each tool result that this request brings failed: those after the last answer of the model."""
     for message in reversed(messages):
         if message.get("role") != "tool":

@@ -6,9 +6,9 @@ rounding, however the log was cut into pages.
 """
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,7 @@ Floats = npt.NDArray[np.float64]
 EVERYBODY = ""
 """The segment that holds all users."""
 
-MomentKey = tuple[str, str, str, str, str]
-"""experiment, metric, period, arm, segment"""
-TERMS = tuple(field.name for field in fields(Moments))
+TERMS = tuple(term.name for term in fields(Moments))
 
 
 def contributions(count_U: Floats, total_U: Floats, covariate_U: Floats) -> Floats:
@@ -41,29 +39,42 @@ def contributions(count_U: Floats, total_U: Floats, covariate_U: Floats) -> Floa
     return np.where(there_U[:, None], np.stack([np.asarray(t, float) for t in terms], axis=1), 0.0)
 
 
-@dataclass(frozen=True, slots=True)
-class UserSums:
-    """One user's statistic before and after a page; a count of 0 contributes nothing."""
+@dataclass(slots=True)
+class SumChanges:
+    """What one page changes in the sums: users' statistics before and after it, gathered row by row."""
 
-    key: tuple[str, str, str, str]
-    """experiment, metric, period, arm"""
-    segments: tuple[str, ...]
-    before: tuple[float, float]
-    """Count and total."""
-    after: tuple[float, float]
-    covariate: float | None
+    _rows: list[tuple[float, ...]] = field(default_factory=list)
+    """Count and total before, count and total after, covariate."""
+    _places: list[int] = field(default_factory=list)
+    """Row -> group."""
+    _groups: dict[tuple[str, str, str, str, tuple[str, ...]], int] = field(default_factory=dict)
+    """Experiment, metric, period, arm and the user's segments -> group."""
 
+    def add(
+        self,
+        key: tuple[str, str, str, str],
+        metric: str,
+        segments: Sequence[str],
+        sums: tuple[float, float, float, float],
+        covariate: float | None,
+    ) -> None:
+        """One user's statistic. `key`: experiment, user, period, arm; `sums`: count and total before, and after."""
+        experiment_id, _, period, arm = key
+        group = (experiment_id, metric, period, arm, tuple(segments))
+        self._places.append(self._groups.setdefault(group, len(self._groups)))
+        self._rows.append((*sums, math.nan if covariate is None else covariate))
 
-def changes(users: Iterable[UserSums]) -> dict[MomentKey, Floats]:
-    """How the sums change, by key: an array [13] in the order of `Moments`."""
-    rows = list(users)
-    covariate_U = np.array([math.nan if u.covariate is None else u.covariate for u in rows])
-    before, after = (np.array([getattr(u, when) for u in rows], float).reshape(-1, 2) for when in ("before", "after"))
-    change = contributions(after[:, 0], after[:, 1], covariate_U) - contributions(
-        before[:, 0], before[:, 1], covariate_U
-    )
-    grouped: dict[MomentKey, list[int]] = defaultdict(list)
-    for number, user in enumerate(rows):
-        for segment in (EVERYBODY, *user.segments):
-            grouped[(*user.key, segment)].append(number)
-    return {key: change[numbers].sum(axis=0) for key, numbers in grouped.items()}
+    def rows(self) -> list[tuple[Any, ...]]:
+        """Additions to `arm_moments`, in the order of its columns."""
+        if not self._rows:
+            return []
+        n0, y0, n1, y1, x = np.array(self._rows).T
+        change = contributions(n1, y1, x) - contributions(n0, y0, x)
+        by_group = np.zeros((len(self._groups), len(TERMS)))
+        np.add.at(by_group, self._places, change)
+        sums: dict[tuple[str, ...], Floats] = {}
+        for (experiment_id, metric, period, arm, segments), number in self._groups.items():
+            for segment in (EVERYBODY, *segments):
+                place = (experiment_id, segment, period, metric, arm)
+                sums[place] = sums[place] + by_group[number] if place in sums else by_group[number]
+        return [(*place, *change.tolist()) for place, change in sorted(sums.items(), key=lambda item: item[0])]

@@ -9,12 +9,13 @@ histograms, users, and what was known about users beforehand.
 import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import astuple, dataclass, replace
 
+import orjson
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
 
+from cluster.bulk import merge_rows
 from cluster.clock import SECOND_US
 from cluster.database import write
 from cluster.settings import Settings
@@ -31,10 +32,10 @@ from cluster.tables import (
 )
 from data.events import RecordedEvent
 from data.log import LOOKUP_CHUNK, EventLog, save_cursor
-from serve.experiments.exposures import RAMP, Exposure
-from serve.experiments.fold import Baseline, Fold, StatisticKey, fold_groups
+from serve.experiments.exposures import RAMP, Design, Exposure
+from serve.experiments.fold import Baseline, Fold, Sums, UserKey, fold_groups
 from serve.experiments.metrics import is_failed
-from serve.experiments.moments import EVERYBODY, TERMS, UserSums, changes
+from serve.experiments.moments import EVERYBODY, TERMS, SumChanges
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +43,26 @@ CURSOR = "experiments"
 KINDS = ("interaction", "feedback", "grade", "outcome")
 FIRST_REQUESTS = "first_requests"
 """Pseudo-metric: the candidate's first requests of an experiment and the errors among them, user ''."""
-STATISTICS = ("experiment_id", "user_id", "metric", "period", "arm", "count", "total", "total_squares")
 TABLES = (experiment_users, experiment_arms, arm_statistics, arm_moments, arm_history, arm_histograms, user_baselines)
 
-NOTHING = (0.0, 0.0, 0.0)
+NOTHING = (0.0, 0.0)
 
-UserKey = tuple[str, str]
+Person = tuple[str, str]
 """experiment, user"""
-UserRow = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """One row of `experiment_users`, in the order of its columns."""
+
+    experiment_id: str
+    user_id: str
+    arm: str
+    bucket: float
+    excluded: bool
+    segments: list[str]
+    covariates: dict[str, float]
+    first_seen_us: int
 
 
 class Projection:
@@ -69,19 +82,22 @@ class Projection:
         return total
 
     def step(self) -> int:
-        """Fold one page and move the cursor, in one transaction; the number of events read."""
-        newest = self.log.last_seq()
-        if self.log.cursor(CURSOR) >= newest:
+        """Fold one page and move the cursor, in one transaction; the number of events read.
+
+        Reading and folding come before the transaction, which keeps every other writer waiting; when somebody
+        else has counted the page meanwhile, it is dropped.
+        """
+        newest, after = self.log.last_seq(), self.log.cursor(CURSOR)
+        if after >= newest:
             return 0
+        page = self.log.read(after, self.settings.projection_page, kinds=KINDS)
+        fold = fold_groups(self._groups(page, after), after, self.settings, self._designs(page))
         with write(self.engine).begin() as connection:
-            after = _locked_cursor(connection)
-            page = self.log.read(after, self.settings.projection_page, kinds=KINDS)
-            if page:
-                bandits = _bandits(connection)
-                self._apply(connection, fold_groups(self._groups(page), after, self.settings, bandits))
-            is_last = len(page) < self.settings.projection_page
-            reached = page[-1].seq if page else after
-            save_cursor(connection, CURSOR, max(reached, newest) if is_last else reached)
+            if _locked_cursor(connection) == after:
+                self._apply(connection, fold)
+                is_last = len(page) < self.settings.projection_page
+                reached = page[-1].seq if page else after
+                save_cursor(connection, CURSOR, max(reached, newest) if is_last else reached)
         return len(page)
 
     def rebuild(self) -> int:
@@ -92,29 +108,44 @@ class Projection:
             save_cursor(connection, CURSOR, 0)
         return self.catch_up()
 
-    def _groups(self, page: list[RecordedEvent]) -> Iterator[list[RecordedEvent]]:
+    def _groups(self, page: list[RecordedEvent], after: int) -> Iterator[list[RecordedEvent]]:
         """All events about each interaction that the page touches, up to the page's end, in order."""
-        wanted: dict[str, set[str]] = defaultdict(set)
+        wanted: dict[str, dict[str, list[RecordedEvent]]] = defaultdict(lambda: defaultdict(list))
+        outside: set[tuple[str, str]] = set()
         for recorded in page:
             event = recorded.event
-            outside = event.kind == "interaction" and event.body.get("experiment_id") is None
-            if event.interaction_id and not outside:
-                wanted[event.tenant].add(event.interaction_id)
-        for tenant, ids in sorted(wanted.items()):
-            groups: dict[str, list[RecordedEvent]] = defaultdict(list)
-            for recorded in self.log.about(tenant, sorted(ids), kinds=KINDS, upto=page[-1].seq):
-                groups[str(recorded.event.interaction_id)].append(recorded)
-            yield from groups.values()
+            if event.kind == "interaction" and event.body.get("experiment_id") is None:
+                outside.add((event.tenant, str(event.interaction_id)))
+            if event.interaction_id:
+                wanted[event.tenant][event.interaction_id].append(recorded)
+        for tenant, groups in sorted(wanted.items()):
+            ids = sorted(own for own in groups if len(groups[own]) > 1 or (tenant, own) not in outside)
+            earlier: dict[str, list[RecordedEvent]] = defaultdict(list)
+            for recorded in self.log.about(tenant, ids, kinds=KINDS, upto=after):
+                earlier[str(recorded.event.interaction_id)].append(recorded)
+            yield from ([*earlier[own], *groups[own]] for own in ids)
+
+    def _designs(self, page: list[RecordedEvent]) -> dict[str, Design]:
+        """What must be known of the experiments to count for them."""
+        e = experiments.c
+        query = sa.select(e.experiment_id, e.candidate, e.config)
+        with self.engine.connect() as connection:
+            return {
+                row.experiment_id: Design(row.candidate, row.config.get("mode") == "bandit")
+                for row in connection.execute(query)
+            }
 
     def _apply(self, connection: Connection, fold: Fold) -> None:
         keys = {(e.experiment_id, e.user) for e in fold.exposures} | {key[:2] for key in fold.statistics}
         before = _known_users(connection, keys)
         after = before | _users_after(connection, before, fold)
-        _upsert(connection, experiment_users, [row for key, row in after.items() if row != before.get(key)])
+        changed = [astuple(row) for key, row in after.items() if row != before.get(key)]
+        merge_rows(connection, experiment_users, changed)
         _save_arms(connection, before, fold.exposures)
         _save_first_requests(connection, fold.exposures, self.first_requests)
         _save_statistics(connection, fold.statistics, before, after)
-        _add(connection, arm_histograms, [(*key, count) for key, count in fold.histograms.items()], ("count",))
+        histograms = [(*key, count) for key, count in fold.histograms.items()]
+        merge_rows(connection, arm_histograms, histograms, add=("count",))
         _save_baselines(connection, fold.baselines)
         _save_history(connection, fold.exposures, self.settings.history_interval_s)
 
@@ -128,28 +159,23 @@ def _locked_cursor(connection: Connection) -> int:
     return seq or 0
 
 
-def _bandits(connection: Connection) -> set[str]:
-    query = sa.select(experiments.c.experiment_id, experiments.c.config)
-    return {row.experiment_id for row in connection.execute(query) if row.config.get("mode") == "bandit"}
-
-
 # Users
 
 
-def _known_users(connection: Connection, keys: Iterable[UserKey]) -> dict[UserKey, UserRow]:
-    found: dict[UserKey, UserRow] = {}
+def _known_users(connection: Connection, keys: Iterable[Person]) -> dict[Person, User]:
+    found: dict[Person, User] = {}
     for experiment_id, users in _by_first(keys).items():
         for chunk in _chunks(users):
             query = sa.select(experiment_users).where(
                 experiment_users.c.experiment_id == experiment_id, experiment_users.c.user_id.in_(chunk)
             )
-            found |= {(experiment_id, row["user_id"]): dict(row) for row in connection.execute(query).mappings()}
+            found |= {(experiment_id, row.user_id): User(*row) for row in connection.execute(query)}
     return found
 
 
-def _users_after(connection: Connection, known: Mapping[UserKey, UserRow], fold: Fold) -> dict[UserKey, UserRow]:
+def _users_after(connection: Connection, known: Mapping[Person, User], fold: Fold) -> dict[Person, User]:
     """Rows of the users exposed in this page: met for the first time, moved, or only seen again."""
-    grouped: dict[UserKey, list[Exposure]] = defaultdict(list)
+    grouped: dict[Person, list[Exposure]] = defaultdict(list)
     for exposure in fold.exposures:
         grouped[exposure.experiment_id, exposure.user].append(exposure)
     firsts = [own[0] for key, own in grouped.items() if key not in known]
@@ -160,28 +186,28 @@ def _users_after(connection: Connection, known: Mapping[UserKey, UserRow], fold:
     }
 
 
-def _user_after(known: UserRow | None, own: list[Exposure], covariates: dict[str, float] | None) -> UserRow:
+def _user_after(known: User | None, own: list[Exposure], covariates: dict[str, float] | None) -> User:
     first = own[0]
-    arm = known["arm"] if known else first.arm
-    excluded = bool(known["excluded"]) if known else False
+    arm = known.arm if known else first.arm
+    excluded = known is not None and bool(known.excluded)
     for exposure in own:
         moved_back = arm == "candidate" and exposure.arm == "stable" and not exposure.is_bandit
         excluded = excluded or exposure.by_hand or moved_back
         arm = exposure.arm
-    times = [exposure.at_us for exposure in own]
-    return {
-        "experiment_id": first.experiment_id,
-        "user_id": first.user,
-        "arm": arm,
-        "bucket": first.bucket,
-        "excluded": excluded,
-        "segments": known["segments"] if known else list(first.segments),
-        "covariates": known["covariates"] if known else covariates or {},
-        "first_seen_us": min(times + ([known["first_seen_us"]] if known else [])),
-    }
+    earliest_us = min(exposure.at_us for exposure in own)
+    if known is not None:
+        return replace(
+            known,
+            arm=arm,
+            bucket=first.bucket,
+            excluded=excluded,
+            first_seen_us=min(earliest_us, known.first_seen_us),
+        )
+    key = (first.experiment_id, first.user)
+    return User(*key, arm, first.bucket, excluded, list(first.segments), covariates or {}, earliest_us)
 
 
-def _save_arms(connection: Connection, known: Mapping[UserKey, UserRow], exposures: Sequence[Exposure]) -> None:
+def _save_arms(connection: Connection, known: Mapping[Person, User], exposures: Sequence[Exposure]) -> None:
     """Users by the share and arm they were first met with, and when each arm was last seen."""
     rows: dict[tuple[str, float, str], list[int]] = defaultdict(lambda: [0, 0])
     met = set(known)
@@ -190,16 +216,8 @@ def _save_arms(connection: Connection, known: Mapping[UserKey, UserRow], exposur
         row[0] += user not in met
         row[1] = max(row[1], exposure.at_us)
         met.add(user)
-    table, statement = experiment_arms.c, _insert(connection, experiment_arms)
-    newer = sa.case(
-        (statement.excluded.last_seen_us > table.last_seen_us, statement.excluded.last_seen_us),
-        else_=table.last_seen_us,
-    )
-    if rows:
-        changes = {"users": table.users + statement.excluded.users, "last_seen_us": newer}
-        statement = statement.on_conflict_do_update(index_elements=list(experiment_arms.primary_key), set_=changes)
-        names = [column.name for column in experiment_arms.c]
-        connection.execute(statement, [dict(zip(names, (*key, *row), strict=True)) for key, row in rows.items()])
+    counted = [(*key, *row) for key, row in rows.items()]
+    merge_rows(connection, experiment_arms, counted, add=("users",), latest=("last_seen_us",))
 
 
 def _covariates(
@@ -234,50 +252,47 @@ def _covariates(
 
 def _save_statistics(
     connection: Connection,
-    added: Mapping[StatisticKey, list[float]],
-    before: Mapping[UserKey, UserRow],
-    after: Mapping[UserKey, UserRow],
+    added: Mapping[UserKey, Sums],
+    before: Mapping[Person, User],
+    after: Mapping[Person, User],
 ) -> None:
     """Add to the per-user statistics and bring the sums over users in line with them.
 
     A user moved by hand in this page leaves the sums with everything counted so far.
     """
-    leaving = {key for key, row in after.items() if row["excluded"] and not _is_out(before.get(key))}
+    leaving = {key for key, user in after.items() if user.excluded and not _is_out(before.get(key))}
     stored = _stored(connection, {key[:2] for key in added} | leaving)
-    values = {key: [a + b for a, b in zip(stored.get(key, NOTHING), sums, strict=True)] for key, sums in added.items()}
-    _upsert(
-        connection, arm_statistics, [dict(zip(STATISTICS, (*key, *sums), strict=True)) for key, sums in values.items()]
-    )
-    moved = []
-    for key in sorted(values.keys() | {key for key in stored if key[:2] in leaving}):
+    changes, rows = SumChanges(), []
+    for key, sums in added.items():
+        old, was_out, user = stored.get(key, {}), _is_out(before.get(key[:2])), after[key[:2]]
+        new = old | {name: (a[0] + n, a[1] + y) for name, (n, y) in sums.items() for a in [old.get(name, NOTHING)]}
+        rows.append((*key, orjson.dumps(new).decode()))
+        for name in old | sums if user.excluded else sums:
+            then = NOTHING if was_out else old.get(name, NOTHING)
+            now = NOTHING if user.excluded else new[name]
+            changes.add(key, name, user.segments, (*then, *now), user.covariates.get(name))
+    for key in (key for key in stored if key[:2] in leaving and key not in added):
         user = after[key[:2]]
-        old = NOTHING if _is_out(before.get(key[:2])) else stored.get(key, NOTHING)
-        new = NOTHING if user["excluded"] else values.get(key, old)
-        experiment_id, _, metric, period, arm = key
-        covariate = user["covariates"].get(metric)
-        place = (experiment_id, metric, period, arm)
-        moved.append(UserSums(place, tuple(user["segments"]), (old[0], old[1]), (new[0], new[1]), covariate))
-    rows = [
-        (experiment_id, segment, period, metric, arm, *map(float, change))
-        for (experiment_id, metric, period, arm, segment), change in sorted(changes(moved).items())
-    ]
-    _add(connection, arm_moments, rows, TERMS)
+        for name, sums_before in stored[key].items():
+            changes.add(key, name, user.segments, (*sums_before, *NOTHING), user.covariates.get(name))
+    merge_rows(connection, arm_statistics, rows)
+    merge_rows(connection, arm_moments, changes.rows(), add=TERMS)
 
 
-def _is_out(user: UserRow | None) -> bool:
-    return user is not None and bool(user["excluded"])
+def _is_out(user: User | None) -> bool:
+    return user is not None and bool(user.excluded)
 
 
-def _stored(connection: Connection, keys: Iterable[UserKey]) -> dict[StatisticKey, tuple[float, float, float]]:
+def _stored(connection: Connection, keys: Iterable[Person]) -> dict[UserKey, dict[str, tuple[float, float]]]:
     """All per-user statistics of these users."""
-    found: dict[StatisticKey, tuple[float, float, float]] = {}
+    found: dict[UserKey, dict[str, tuple[float, float]]] = {}
     for experiment_id, users in _by_first(keys).items():
         for chunk in _chunks(users):
-            query = sa.select(*(arm_statistics.c[name] for name in STATISTICS)).where(
+            query = sa.select(arm_statistics).where(
                 arm_statistics.c.experiment_id == experiment_id, arm_statistics.c.user_id.in_(chunk)
             )
-            for *key, count, total, squares in connection.execute(query):
-                found[tuple(key)] = (count, total, squares)
+            for *key, sums in connection.execute(query):
+                found[tuple(key)] = orjson.loads(sums)
     return found
 
 
@@ -288,12 +303,12 @@ def _save_first_requests(connection: Connection, exposures: list[Exposure], limi
         if exposure.arm == "candidate":
             by_experiment[exposure.experiment_id].append(exposure)
     for experiment_id, own in by_experiment.items():
-        key = (experiment_id, "", FIRST_REQUESTS, RAMP, "candidate")
-        counted = int(_stored(connection, [(experiment_id, "")]).get(key, NOTHING)[0])
-        errors = [float(is_failed(e.body)) for e in own[: max(0, limit - counted)]]
-        if errors:
-            row = (*key, float(len(errors)), sum(errors), sum(errors))
-            _add(connection, arm_statistics, [row], ("count", "total", "total_squares"))
+        key = (experiment_id, "", RAMP, "candidate")
+        count, errors = _stored(connection, [key[:2]]).get(key, {}).get(FIRST_REQUESTS, NOTHING)
+        failed = [is_failed(exposure.body) for exposure in own[: max(0, limit - int(count))]]
+        if failed:
+            sums = {FIRST_REQUESTS: (count + len(failed), errors + sum(failed))}
+            merge_rows(connection, arm_statistics, [(*key, orjson.dumps(sums).decode())])
 
 
 def _save_baselines(connection: Connection, page: Sequence[Baseline]) -> None:
@@ -301,7 +316,7 @@ def _save_baselines(connection: Connection, page: Sequence[Baseline]) -> None:
     for baseline in page:
         pair = sums[baseline.tenant, baseline.agent, baseline.metric, baseline.user]
         pair[0], pair[1] = pair[0] + 1, pair[1] + baseline.value
-    _add(connection, user_baselines, [(*key, *pair) for key, pair in sums.items()], ("count", "total"))
+    merge_rows(connection, user_baselines, [(*key, *pair) for key, pair in sums.items()], add=("count", "total"))
 
 
 def _save_history(connection: Connection, exposures: Sequence[Exposure], interval_s: float) -> None:
@@ -325,7 +340,7 @@ def _save_history(connection: Connection, exposures: Sequence[Exposure], interva
 # Rows
 
 
-def _by_first(keys: Iterable[UserKey]) -> dict[str, list[str]]:
+def _by_first(keys: Iterable[Person]) -> dict[str, list[str]]:
     grouped: dict[str, list[str]] = defaultdict(list)
     for first, second in sorted(keys):
         grouped[first].append(second)
@@ -342,26 +357,3 @@ def _by_pair(keys: Iterable[tuple[str, str, str]]) -> dict[tuple[str, str], list
 def _chunks(users: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(users), LOOKUP_CHUNK):
         yield users[start : start + LOOKUP_CHUNK]
-
-
-def _insert(connection: Connection, table: sa.Table) -> Any:
-    """An insert that can say what to do on conflict; the two dialects have it under one name."""
-    return (postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert)(table)
-
-
-def _upsert(connection: Connection, table: sa.Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows, over those with the same key."""
-    if rows:
-        statement = _insert(connection, table)
-        update = {c.name: statement.excluded[c.name] for c in table.c if not c.primary_key}
-        connection.execute(statement.on_conflict_do_update(index_elements=list(table.primary_key), set_=update), rows)
-
-
-def _add(connection: Connection, table: sa.Table, rows: Sequence[tuple[Any, ...]], columns: Sequence[str]) -> None:
-    """Add to these columns of the rows there are, or write them; values in the order of the table's columns."""
-    if rows:
-        statement = _insert(connection, table)
-        added = {name: table.c[name] + statement.excluded[name] for name in columns}
-        names = [c.name for c in table.c]
-        statement = statement.on_conflict_do_update(index_elements=list(table.primary_key), set_=added)
-        connection.execute(statement, [dict(zip(names, row, strict=True)) for row in rows])

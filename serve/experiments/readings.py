@@ -1,8 +1,9 @@
 """Reads an experiment's evidence from its running sums: a few rows a metric, whatever the log holds."""
 
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Sequence
 
+import orjson
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
@@ -15,7 +16,9 @@ from cluster.tables import (
     events,
     experiment_arms,
     experiment_users,
+    experiments,
 )
+from data.log import EventLog
 from serve.experiments import srm
 from serve.experiments.comparisons import Moments, design_effect
 from serve.experiments.evidence import Evidence, Reading, SplitReading, UserValues, read_metric
@@ -25,16 +28,47 @@ from serve.experiments.moments import EVERYBODY, TERMS
 from serve.experiments.projection import CURSOR, FIRST_REQUESTS, KINDS
 from serve.experiments.quantiles import BINS, QuantileReading, equal_quantiles_p_value, read_quantile
 
+_m, _a, _s = arm_moments.c, experiment_arms.c, arm_statistics.c
+MOMENTS = sa.select(_m.metric, _m.arm, *(_m[term] for term in TERMS)).where(
+    _m.experiment_id == sa.bindparam("experiment_id"),
+    _m.segment == sa.bindparam("segment"),
+    _m.period == sa.bindparam("period"),
+)
+ARMS = (
+    sa.select(_a.arm, _a.share, _a.users, _a.last_seen_us)
+    .where(_a.experiment_id == sa.bindparam("experiment_id"))
+    .order_by(_a.share, _a.arm)
+)
+FIRST = sa.select(_s.sums).where(_s.experiment_id == sa.bindparam("experiment_id"), _s.user_id == "")
+LAG = sa.select(sa.func.count()).where(
+    events.c.seq > sa.func.coalesce(sa.select(cursors.c.seq).where(cursors.c.name == CURSOR).scalar_subquery(), 0),
+    events.c.kind.in_(KINDS),
+)
+"""Made once: building a statement takes longer than these take to run. The last one counts what is not folded yet."""
+ANOMALY = "anomaly.detected"
 Arms = dict[str, Moments]
 """`candidate`, `control` and, where stable stood in for the candidate, `fallback` -> sums."""
 
 
 def read_evidence(
-    engine: Engine, experiment_id: str, settings: ExperimentSettings, *, period: str, periods: int = 1
+    engine: Engine,
+    experiment_id: str,
+    settings: ExperimentSettings,
+    *,
+    period: str,
+    periods: int = 1,
+    control_period: str | None = None,
 ) -> Evidence:
-    """What the statistics say in `period`; alpha is split over guardrails and over the periods there are."""
+    """What the statistics say in `period`; alpha is split over guardrails and over the periods there are.
+
+    `control_period`: compare with the control of that period, for a candidate that has been promoted.
+    """
+    anomalies = _anomalies(engine, experiment_id)
     with engine.connect() as connection:
         arms = _moments(connection, experiment_id, period)
+        if control_period is not None:
+            arms = _with_control(arms, _moments(connection, experiment_id, control_period))
+            settings = settings.model_copy(update={"small_sample_users": 0})  # their values are of one period only
         required = [settings.primary, *settings.further_primaries, *settings.guardrails]
         optional = [name for name in settings.guardrails_when_present if name not in required]
         names = [*required, *optional]
@@ -42,23 +76,26 @@ def read_evidence(
         readings = {name: _read(connection, experiment_id, period, name, arms, settings, alpha) for name in names}
         exposed = arms.get("error_rate", {})
         first_requests, first_errors = _first_requests(connection, experiment_id)
-        return Evidence(
+        met = _arms(connection, experiment_id)
+        found = Evidence(
             experiment_id=experiment_id,
             period=period,
             primary=readings[settings.primary],
             further_primaries=tuple(readings[name] for name in settings.further_primaries),
             guardrails=tuple(readings[name] for name in settings.guardrails),
             optional_guardrails=tuple(readings[name] for name in optional),
-            split=_split(connection, experiment_id, settings),
+            split=_split(met, settings),
             exposed={side: exposed[side].users if side in exposed else 0 for side in ("candidate", "control")},
             first_requests=first_requests,
             first_errors=first_errors,
-            last_seen_us=_last_seen(connection, experiment_id),
-            cursor_lag_events=_lag(connection),
+            last_seen_us=_last_seen(met),
+            cursor_lag_events=connection.execute(LAG).scalar() or 0,
             response=read_metric(
                 find_metric(RESPONSE_RATE, settings), *_two(arms.get(RESPONSE_RATE, {})), settings, settings.alpha
             ),
+            anomalies=anomalies,
         )
+        return found.finite()
 
 
 def read_all(
@@ -130,7 +167,7 @@ def read_latency(
 def read_split(engine: Engine, experiment_id: str, settings: ExperimentSettings) -> SplitReading:
     """Is the split as configured?"""
     with engine.connect() as connection:
-        return _split(connection, experiment_id, settings)
+        return _split(_arms(connection, experiment_id), settings)
 
 
 def periods_of(engine: Engine, experiment_id: str) -> list[str]:
@@ -157,6 +194,15 @@ def _read(
     return read_metric(metric, candidate, control, settings, alpha, values)
 
 
+def _with_control(arms: dict[str, Arms], earlier: dict[str, Arms]) -> dict[str, Arms]:
+    """The candidate of one period beside the control of another."""
+    found: dict[str, Arms] = {name: {"candidate": sides["candidate"]} for name, sides in arms.items()}
+    for name, sides in earlier.items():
+        if "control" in sides:
+            found.setdefault(name, {})["control"] = sides["control"]
+    return found
+
+
 def _two(sides: Arms) -> tuple[Moments | None, Moments | None]:
     return sides.get("candidate"), sides.get("control")
 
@@ -171,38 +217,44 @@ def _user_values(connection: Connection, experiment_id: str, period: str, metric
     s, u = arm_statistics.c, experiment_users.c
     same = (u.experiment_id == s.experiment_id) & (u.user_id == s.user_id)
     query = (
-        sa.select(s.arm, s.total / s.count)
+        sa.select(s.arm, s.sums)
         .join_from(arm_statistics, experiment_users, same)
-        .where(s.experiment_id == experiment_id, s.period == period, s.metric == metric, s.count > 0)
-        .where(u.excluded.is_(False))
+        .where(s.experiment_id == experiment_id, s.period == period, u.excluded.is_(False))
         .order_by(u.first_seen_us, u.user_id)
     )
     values: dict[str, list[float]] = defaultdict(list)
-    for arm, mean in connection.execute(query):
-        values[arm].append(mean)
+    for arm, text in connection.execute(query):
+        count, total = orjson.loads(text).get(metric, (0.0, 0.0))
+        if count > 0:
+            values[arm].append(total / count)
     return UserValues(tuple(values["candidate"]), tuple(values["control"]))
 
 
 def _moments(connection: Connection, experiment_id: str, period: str, segment: str = EVERYBODY) -> dict[str, Arms]:
     """Sums over users, by metric and side; users moved by hand are not in them."""
-    m = arm_moments.c
-    query = sa.select(m.metric, m.arm, *(m[term] for term in TERMS)).where(
-        m.experiment_id == experiment_id, m.segment == segment, m.period == period
-    )
     found: dict[str, Arms] = defaultdict(dict)
-    for metric, arm, *sums in connection.execute(query):
-        if round(sums[0]) > 0:
-            found[metric][arm] = replace(Moments(*sums), users=round(sums[0]))
+    given = {"experiment_id": experiment_id, "period": period, "segment": segment}
+    for metric, arm, users, *sums in connection.execute(MOMENTS, given):
+        if round(users) > 0:
+            found[metric][arm] = Moments(round(users), *sums)
     return found
 
 
-def _split(connection: Connection, experiment_id: str, settings: ExperimentSettings) -> SplitReading:
-    """Users by first arm against the share in force when they were first met."""
-    a = experiment_arms.c
-    query = sa.select(a.share, a.arm, a.users).where(a.experiment_id == experiment_id, a.users > 0)
+ArmRow = tuple[str, float, int, int]
+"""Arm, share, users first met so, latest interaction."""
+
+
+def _arms(connection: Connection, experiment_id: str) -> list[ArmRow]:
+    rows = connection.execute(ARMS, {"experiment_id": experiment_id})
+    return [(arm, share, users, seen_us) for arm, share, users, seen_us in rows]
+
+
+def _split(rows: Sequence[ArmRow], settings: ExperimentSettings) -> SplitReading:
+    """Users by first arm against the share in force when they were first met; not those met after a promotion."""
     counts: dict[float, dict[str, int]] = defaultdict(lambda: {"candidate": 0, "stable": 0})
-    for share, arm, users in connection.execute(query):
-        counts[share][arm] = users
+    for arm, share, users, _ in rows:
+        if users > 0 and share < 1:
+            counts[share][arm] = users
     log_factor = sum(
         srm.log_bayes_factor([by_arm["candidate"], by_arm["stable"]], [share, 1 - share], settings.srm_concentration)
         for share, by_arm in sorted(counts.items())
@@ -221,20 +273,33 @@ def _split(connection: Connection, experiment_id: str, settings: ExperimentSetti
 
 
 def _first_requests(connection: Connection, experiment_id: str) -> tuple[int, int]:
-    s = arm_statistics.c
-    query = sa.select(s.count, s.total).where(s.experiment_id == experiment_id, s.metric == FIRST_REQUESTS)
-    row = connection.execute(query).first()
-    return (int(row[0]), int(row[1])) if row else (0, 0)
+    text = connection.execute(FIRST, {"experiment_id": experiment_id}).scalar()
+    count, errors = orjson.loads(text)[FIRST_REQUESTS] if text else (0, 0)
+    return int(count), int(errors)
 
 
-def _last_seen(connection: Connection, experiment_id: str) -> dict[str, int]:
-    a = experiment_arms.c
-    query = sa.select(a.arm, sa.func.max(a.last_seen_us).label("at_us")).where(a.experiment_id == experiment_id)
-    return {row.arm: row.at_us for row in connection.execute(query.group_by(a.arm))}
+def _last_seen(rows: Sequence[ArmRow]) -> dict[str, int]:
+    """Latest interaction of each arm."""
+    seen: dict[str, int] = {}
+    for arm, _, _, seen_us in rows:
+        seen[arm] = max(seen_us, seen.get(arm, seen_us))
+    return seen
 
 
-def _lag(connection: Connection) -> int:
-    """Events after the cursor that the projection still has to read."""
-    seq = connection.execute(sa.select(cursors.c.seq).where(cursors.c.name == CURSOR)).scalar() or 0
-    query = sa.select(sa.func.count()).where(events.c.seq > seq, events.c.kind.in_(KINDS))
-    return connection.execute(query).scalar() or 0
+def _anomalies(engine: Engine, experiment_id: str) -> tuple[str, ...]:
+    """What routers recorded of the candidate while it was in this experiment, each signal once."""
+    e, x = events.c, experiments.c
+    with engine.connect() as connection:
+        experiment = connection.execute(sa.select(experiments).where(x.experiment_id == experiment_id)).first()
+        if experiment is None:
+            return ()
+        since = sa.and_(e.kind == ANOMALY, e.tenant == experiment.tenant, e.recorded_at_us >= experiment.created_at_us)
+        first = connection.execute(sa.select(sa.func.min(e.seq)).where(since)).scalar()
+    if first is None:
+        return ()
+    found = {}
+    for recorded in EventLog(engine).scan(first - 1, kinds=[ANOMALY], tenant=experiment.tenant):
+        body = recorded.event.body
+        if body.get("experiment_id") == experiment_id and body.get("version") == experiment.candidate:
+            found[body["signal"]] = f"{body['signal']} {body['value']:.3g}, above {body['limit']:.3g}"
+    return tuple(found[signal] for signal in sorted(found))

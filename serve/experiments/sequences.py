@@ -10,9 +10,10 @@ sequences for means).
 """
 
 import math
+from collections.abc import Callable
 
 from scipy.optimize import brentq
-from scipy.special import betaln, log_ndtr
+from scipy.special import log_ndtr
 
 PRECISION = 1e-9  # of a bound that is searched for
 LARGEST_LOG = 690.0  # e to this power is still a double
@@ -102,16 +103,29 @@ def bernoulli_interval(
 def bernoulli_low(
     successes: float, trials: float, alpha: float, tuning_trials: float, tuning_alpha: float = 0.05
 ) -> float:
-    """The lower end of `bernoulli_interval`."""
+    """The lower end of `bernoulli_interval`.
+
+    The evidence grows about with the square of the distance from the mean, so its root is searched for: that
+    is nearly a line, and takes five evaluations where the evidence itself takes twenty.
+    """
     mean = successes / trials if trials > 0 else 0.0
     threshold = math.log(1.0 / alpha)
+    if trials <= 0 or mean <= EDGE:
+        return 0.0
+    evidence = _bernoulli_evidence(mean, trials, tuning_trials, tuning_alpha)
+    if evidence(EDGE) <= threshold:
+        return 0.0
+    least = evidence(mean)
+    height = math.sqrt(threshold - least)
 
     def excess(probability: float) -> float:
-        return bernoulli_log_evidence(mean, trials, probability, tuning_trials, tuning_alpha) - threshold
+        return math.sqrt(max(0.0, evidence(probability) - least)) - height
 
-    if trials <= 0 or mean <= EDGE or excess(EDGE) <= 0:
-        return 0.0
-    return float(brentq(excess, EDGE, mean, xtol=PRECISION))
+    low, high = EDGE, mean
+    guess = mean - 1.5 * height * math.sqrt(2.0 * mean * (1.0 - mean) / trials)
+    if guess > EDGE:
+        low, high = (guess, high) if excess(guess) > 0 else (low, guess)
+    return float(brentq(excess, low, high, xtol=PRECISION))
 
 
 def bernoulli_high(
@@ -125,12 +139,24 @@ def bernoulli_log_evidence(
     mean: float, trials: float, probability: float, tuning_trials: float, tuning_alpha: float
 ) -> float:
     """Log mixture martingale of "the probability is `probability`" after `trials` with this mean."""
-    p, q = min(max(probability, EDGE), 1 - EDGE), min(max(1 - probability, EDGE), 1 - EDGE)
-    rho = max(best_rho(tuning_trials * p * q, tuning_alpha) - p * q, 1e-3 * p * q)
-    total, time = (mean - p) * trials, p * q * trials
-    return float(
-        -(time / q + total) * math.log(p)
-        - (time / p - total) * math.log(q)
-        + betaln((rho + time) / p - total, (rho + time) / q + total)
-        - betaln(rho / p, rho / q)
-    )
+    return _bernoulli_evidence(mean, trials, tuning_trials, tuning_alpha)(probability)
+
+
+def _bernoulli_evidence(
+    mean: float, trials: float, tuning_trials: float, tuning_alpha: float
+) -> Callable[[float], float]:
+    """The same for any probability p: the likelihood averaged over Beta(r p, r q), over the likelihood at p.
+
+    The paper's rho is r p q, and p q is the variance of one trial.
+    """
+    successes, failures = mean * trials, (1.0 - mean) * trials
+    r = max(best_rho(tuning_trials, tuning_alpha) - 1.0, 1e-3)
+    constant = math.lgamma(r) - math.lgamma(r + trials)
+
+    def evidence(probability: float) -> float:
+        p = min(max(probability, EDGE), 1 - EDGE)
+        q = 1 - p
+        mixture = math.lgamma(r * p + successes) + math.lgamma(r * q + failures) + constant
+        return mixture - math.lgamma(r * p) - math.lgamma(r * q) - successes * math.log(p) - failures * math.log(q)
+
+    return evidence

@@ -42,14 +42,14 @@ def start(
     json_output: JsonOption = False,
 ) -> None:
     """Give a version its first users, stage by stage."""
-    from serve.rollout import controller
+    from serve.rollout import commands
     from serve.routes import RouteKey
 
     if override_gates and not reason:
         raise InputError("reason", reason, "is needed to override the gates", "add --reason TEXT")
     settings, engine = _open(config, _overrides(stage_share, stage_duration_s))
     key = RouteKey(settings.tenant, agent or version.partition("/")[0], modality)
-    rollout = controller.start(
+    rollout = commands.start(
         _steps(engine, settings), settings, key, version, actor=_actor(),
         override_reason=reason if override_gates else None, layer=layer,
     )  # fmt: skip
@@ -149,11 +149,11 @@ def rollback(
 
 
 def _command(name: str, rollout: str | None, config: Path | None, json_output: bool, **named: Any) -> None:
-    from serve.rollout import controller
+    from serve.rollout import commands
 
     settings, engine = _open(config)
     rollout_id = _find(engine, settings, rollout, live=True)
-    getattr(controller, name)(_steps(engine, settings), rollout_id, _actor(), **named)
+    getattr(commands, name)(_steps(engine, settings), rollout_id, _actor(), **named)
     _print(engine, rollout_id, json_output)
 
 

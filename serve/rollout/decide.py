@@ -23,11 +23,13 @@ Problem = tuple[str, str]
 
 
 def decide(state: RolloutState, evidence: Evidence | None, config: RolloutConfig, now_us: int) -> Decision:
-    """The decision for a rollout that has users (`running`, `holding` or `awaiting_approval`).
+    """The decision for a rollout that has users (`running`, `holding` or `awaiting_approval`), or was `promoted`.
 
     `evidence` is `None` when it could not be read.
     """
     harm = _harm(evidence, config)
+    if state.state == "promoted":
+        return _watch(state, harm, config)
     if harm is not None and config.rollback_on_regression:
         return _roll_back(state, harm, "rejected_by_guardrail")
     if state.frozen_by is not None:
@@ -62,6 +64,8 @@ def _harm(evidence: Evidence | None, config: RolloutConfig) -> Problem | None:
             "first_requests",
             f"{evidence.first_errors} of its first {evidence.first_requests} requests failed",
         )
+    if evidence.anomalies:
+        return "anomaly", f"routers saw it out of the ordinary: {'; '.join(evidence.anomalies)}"
     for reading in evidence.all_readings:
         if reading.is_breached and reading.users >= config.experiment.breach_min_users_per_arm:
             return "guardrail", f"{reading.metric} is worse: {_shown(reading)}"
@@ -206,6 +210,15 @@ def _with_caveats(decision: Decision, evidence: Evidence, config: RolloutConfig)
         return decision
     reason = "; but ".join([decision.reason, *said])
     return replace(decision, reason=reason, details=decision.details | {"caveats": list(said)})
+
+
+def _watch(state: RolloutState, harm: Problem | None, config: RolloutConfig) -> Decision:
+    """After a promotion: harm brings the previous champion back, everything else leaves things as they are."""
+    if harm is not None and config.rollback_on_regression:
+        code, reason = harm
+        decision = _roll_back(state, (code, f"after its promotion {reason}"), "rejected_by_guardrail")
+        return replace(decision, details={"restores": True})
+    return Decision("hold", "watching", "promoted; its guardrails are watched", "promoted", state.stage, 0.0)
 
 
 def _roll_back(state: RolloutState, problem: Problem, ends_as: Any) -> Decision:

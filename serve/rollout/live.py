@@ -11,11 +11,16 @@ from typing import Any
 from sqlalchemy.engine import Engine
 
 from cluster.errors import NotFoundError
-from cluster.registry import Registry
+from cluster.registry import Registry, Version
 from cluster.settings import Settings
 from serve import servables
+from serve.applications.document import application_name, is_ours
+from serve.applications.driver import Applications, Driver, Status
+from serve.applications.http_json import Api
+from serve.applications.rayservice import RayServiceDriver, access
+from serve.applications.serve_rest import ServeRestDriver, dashboard_url
 from serve.keys import create_key, list_keys, revoke_key
-from serve.rollout.steps import ServableStatus, Steps
+from serve.rollout.steps import Steps
 from serve.routes import Route
 
 log = logging.getLogger(__name__)
@@ -25,33 +30,71 @@ KEY_NAME = "rollout-controller"
 
 
 class LiveServables:
-    """The table `servables`, through which every engine replica learns what to hold."""
+    """The table `servables`, through which every engine replica learns what to hold.
 
-    def __init__(self, engine: Engine, registry: Registry, settings: Settings) -> None:
+    `applications` are the engines of further base models; a command does without, the controller brings them up.
+    """
+
+    def __init__(
+        self, engine: Engine, registry: Registry, settings: Settings, applications: Applications | None = None
+    ) -> None:
         self.engine, self.registry, self.settings = engine, registry, settings
+        self.applications = applications
 
     def want(self, version: str) -> None:
-        """Fetch the adapter and ask the engine to load it."""
+        """Fetch the adapter and ask the engine of its base model to load it."""
         found = self.registry.get(version)
         folder = self.registry.adapter_dir(found) if found.adapter_sha256 else None
-        servables.want(self.engine, found, self.settings.rollout.engine, adapter_dir=folder)
+        servables.want(self.engine, found, self._engine_of(found), adapter_dir=folder)
 
     def unwant(self, version: str) -> None:
         """Let the engines drop it."""
         servables.unwant(self.engine, version)
 
-    def status(self, version: str) -> tuple[ServableStatus, str]:
+    def status(self, version: str) -> tuple[Status, str]:
         """Ready when every live replica holds it; failed with the first reason given."""
         try:
             if servables.ready(self.engine, version, live_after_s=self.settings.engine.live_after_s):
                 return "ready", ""
         except NotFoundError:
             return "absent", ""
+        if (unready := self._unready_application(version)) is not None:
+            return unready
         said = servables.reports(self.engine, version)
         failed = next((report for report in said if report.state == "failed"), None)
         if failed is not None:
             return "failed", failed.reason or "no reason given"
         return "loading", ", ".join(f"{r.engine}/{r.replica_id} {r.state}" for r in said)
+
+    def sync(self, now_us: int) -> None:
+        """Bring up the applications that wanted versions need, take down those that none does."""
+        if self.applications is not None:
+            self.applications.sync(now_us)
+
+    def _engine_of(self, version: Version) -> str:
+        """The engine that holds its base model already, else the configured one, else an application of its own."""
+        configured, revision = self.settings.rollout.engine, version.tags.get("base_revision")
+        if self.settings.rollout.applications.driver == "none":
+            return configured
+        known = servables.list_servables(self.engine)
+        for held in known:
+            if held.wanted and (held.base_model, held.base_revision) == (version.base_model, revision):
+                return held.engine
+        is_first = not any(held.wanted and held.engine == configured for held in known)
+        return configured if is_first else application_name(version.base_model, revision)
+
+    def _unready_application(self, version: str) -> tuple[Status, str] | None:
+        """How the application of a version is, where it has one that does not run."""
+        if self.applications is None:
+            return None
+        held = servables.list_servables(self.engine)
+        name = next((row.engine for row in held if row.version == version and is_ours(row.engine)), None)
+        if name is None:
+            return None
+        status, said = self.applications.status(name)
+        if status == "ready":
+            return None
+        return ("failed" if status == "failed" else "loading"), f"application {name}: {said}"
 
 
 class NoRouters:
@@ -146,7 +189,25 @@ def controller_steps(engine: Engine, settings: Settings, keys: OwnKeys) -> Steps
     """The effects as the controller uses them: it tries candidates and reads back what is served."""
     registry = Registry(settings)
     url = settings.rollout.router_url or f"http://{settings.serve.host}:{settings.serve.port}"
-    return Steps(engine, registry, LiveServables(engine, registry, settings), HttpRouters(url, settings, keys))
+    held = LiveServables(engine, registry, settings, applications(engine, settings))
+    return Steps(engine, registry, held, HttpRouters(url, settings, keys))
+
+
+def applications(engine: Engine, settings: Settings) -> Applications | None:
+    """The applications of candidates, by the configured driver.
+
+    Raises:
+        ConfigError: the driver's API has no address.
+    """
+    given = settings.rollout.applications
+    if given.driver == "none":
+        return None
+    driver: Driver
+    if given.driver == "serve":
+        driver = ServeRestDriver(Api(given.dashboard_url or dashboard_url(), given.timeout_s), given.template)
+    else:
+        driver = RayServiceDriver(access(given), given)
+    return Applications(engine, driver, given.linger_s)
 
 
 def _shown(error: Exception) -> str:

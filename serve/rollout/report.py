@@ -1,7 +1,9 @@
 """A rollout as people and programs read it."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import orjson
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
@@ -10,6 +12,7 @@ from cluster.tables import events
 from data.log import EventLog
 from serve.rollout.store import Rollout
 
+LONGEST_TAG = 5000  # MLflow's limit
 ON_TRIAL = ("running", "holding", "awaiting_approval", "promoting")
 
 
@@ -54,14 +57,36 @@ def line(rollout: Rollout) -> str:
 
 def last_decision(engine: Engine, rollout: Rollout) -> dict[str, Any] | None:
     """The newest recorded decision; `None` before the first."""
-    if rollout.decisions == 0:
-        return None
-    event_id = f"rollout:{rollout.rollout_id}:{rollout.decisions}"
+    return decision_body(engine, rollout, rollout.decisions)
+
+
+def decision_body(engine: Engine, rollout: Rollout, number: int) -> dict[str, Any] | None:
+    """A recorded decision by its number; `None` where there is none."""
+    event_id = f"rollout:{rollout.rollout_id}:{number}"
     query = sa.select(events.c.seq).where(events.c.tenant == rollout.experiment.tenant, events.c.event_id == event_id)
     with engine.connect() as connection:
         seq = connection.execute(query).scalar()
     found = EventLog(engine).read(seq - 1, 1) if seq is not None else []
     return found[0].event.body if found else None
+
+
+def summary(body: Mapping[str, Any]) -> str:
+    """A decision and the numbers behind it as a short JSON text, for a tag in the registry."""
+    evidence = body["evidence"].get("evidence") or {}
+    readings = [evidence.get("primary"), *evidence.get("further_primaries", ()), *evidence.get("guardrails", ())]
+    metrics = {
+        reading["metric"]: {
+            "candidate": reading["candidate"]["mean"],
+            "control": reading["control"]["mean"],
+            "users": [reading["candidate"]["users"], reading["control"]["users"]],
+            "harm": [reading["harm_low"], reading["harm"], reading["harm_high"]],
+            "margin": reading["margin"],
+        }
+        for reading in [*readings, *evidence.get("optional_guardrails", ())]
+        if reading is not None and reading["harm"] is not None
+    }
+    said = {name: body[name] for name in ("rollout_id", "number", "outcome", "reason", "actor")}
+    return orjson.dumps(said | {"metrics": metrics})[:LONGEST_TAG].decode(errors="ignore")
 
 
 def table(decision: dict[str, Any] | None) -> str:

@@ -7,7 +7,7 @@ next reads the pending decision and does them all again.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from sqlalchemy.engine import Engine
 
@@ -16,8 +16,10 @@ from cluster.database import write
 from cluster.errors import ConflictError
 from data.events import Event, parse_body
 from data.log import EventLog
+from serve.applications.driver import Status
 from serve.experiments.store import Outcome as ExperimentOutcome
 from serve.experiments.store import end_experiment
+from serve.rollout.report import decision_body, summary
 from serve.rollout.state import SETTLED, Decision
 from serve.rollout.store import Rollout, get_rollout, update_rollout
 from serve.routes import Route, read_route, read_routes, write_route
@@ -26,9 +28,7 @@ log = logging.getLogger(__name__)
 
 WRITER = "controller"
 ROLLED_BACK_TAG = "rayloop.rolled_back"
-
-
-ServableStatus = Literal["absent", "loading", "ready", "failed"]
+DECISION_TAG = "rayloop.rollout_decision"
 
 
 class Versions(Protocol):
@@ -53,8 +53,11 @@ class Servables(Protocol):
     def unwant(self, version: str) -> None:
         """Let it be unloaded."""
 
-    def status(self, version: str) -> tuple[ServableStatus, str]:
+    def status(self, version: str) -> tuple[Status, str]:
         """Whether every live replica holds it, and what they say."""
+
+    def sync(self, now_us: int) -> None:
+        """Bring engines up and down as the wanted versions need; what fails is tried again at the next call."""
 
 
 class Routers(Protocol):
@@ -152,6 +155,12 @@ class Steps:
         """Tag the candidate with why it came back."""
         self.versions.tag(rollout.experiment.candidate, ROLLED_BACK_TAG, reason)
 
+    def note_decision(self, rollout: Rollout, number: int) -> None:
+        """Tag the candidate with the decision that ended its rollout, and the numbers behind it."""
+        body = decision_body(self.engine, rollout, number)
+        if body is not None:
+            self.versions.tag(rollout.experiment.candidate, DECISION_TAG, summary(body))
+
     def announce(self, rollout: Rollout, number: int, body: dict[str, Any]) -> None:
         """Append a `model.updated` event, once for each decision."""
         experiment = rollout.experiment
@@ -198,7 +207,7 @@ class Steps:
     def _settled(self, rollout: Rollout, decision: Decision, at_us: int) -> dict[str, Any]:
         """The row's values once a decision is done."""
         state = SETTLED.get(decision.to_state, decision.to_state)
-        restarts = decision.outcome in ("start", "advance", "unfreeze")
+        restarts = decision.outcome in ("start", "advance", "unfreeze", "promote")
         return {
             "state": state,
             "stage": decision.to_stage,

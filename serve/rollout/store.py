@@ -23,6 +23,7 @@ class Rollout:
     state: State
     stage: int
     stage_started_us: int
+    """Of a promoted one: when it was."""
     holding_since_us: int | None
     approved_stage: int | None
     decisions: int
@@ -30,7 +31,7 @@ class Rollout:
     pending_decision: dict[str, Any] | None
     """Recorded and not yet fully applied."""
     progress: dict[str, Any]
-    """`looks`, `split_broken`, `frozen_by`, `last_code`."""
+    """`looks`, `split_broken`, `frozen_by`, `last_code`; `released` once the previous champion may be unloaded."""
     config: dict[str, Any]
     reason: str | None
     revision: int
@@ -99,6 +100,12 @@ def live_rollouts(engine: Engine) -> list[Rollout]:
     """Rollouts that a controller still has something to do for, oldest first."""
     with engine.connect() as connection:
         return _select(connection, rollouts.c.state.not_in(ENDED))
+
+
+def promoted_rollouts(engine: Engine, since_us: int) -> list[Rollout]:
+    """Rollouts promoted since then, oldest first."""
+    with engine.connect() as connection:
+        return _select(connection, (rollouts.c.state == "promoted") & (rollouts.c.stage_started_us > since_us))
 
 
 def list_rollouts(engine: Engine, tenant: str, agent: str | None = None) -> list[Rollout]:

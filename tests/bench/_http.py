@@ -1,6 +1,7 @@
 """A bare HTTP upstream and a load generator for benchmarks, both on raw asyncio protocols.
 
-`python -m tests.bench._http serve PORT` answers chat completions with fixed bytes.
+`python -m tests.bench._http serve PORT [DELAY_MS [MOST]]` answers chat completions with fixed bytes, after a delay
+(before each piece of a stream too), at most so many at a time.
 `python -m tests.bench._http load URL KEY MODEL STREAM CONNECTIONS SECONDS` prints one JSON object.
 """
 
@@ -58,6 +59,9 @@ def chunks(request: dict[str, Any]) -> list[bytes]:
 class Upstream(asyncio.Protocol):
     """Answers every POST with a completion, whole or streamed."""
 
+    def __init__(self, delay_s: float = 0.0, room: asyncio.Semaphore | None = None) -> None:
+        self._delay_s, self._room = delay_s, room
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._parser = httptools.HttpRequestParser(self)
@@ -71,7 +75,9 @@ class Upstream(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         request, self._body = json.loads(self._body or b"{}"), b""
-        if "model" not in request:
+        if self._room is not None:
+            self._answering = asyncio.ensure_future(self._answer_slowly(request, self._room))
+        elif "model" not in request:
             self._send(b"application/json", b'{"data": []}')
         elif request.get("stream"):
             head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -81,6 +87,19 @@ class Upstream(asyncio.Protocol):
             self._transport.write(b"0\r\n\r\n")
         else:
             self._send(b"application/json", whole(request))
+
+    async def _answer_slowly(self, request: dict[str, Any], room: asyncio.Semaphore) -> None:
+        async with room:
+            await asyncio.sleep(self._delay_s)
+            if not request.get("stream"):
+                self._send(b"application/json", whole(request) if "model" in request else b"{}")
+                return
+            head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+            self._transport.write(head)
+            for event in chunks(request):
+                self._transport.write(b"%x\r\n%b\r\n" % (len(event), event))
+                await asyncio.sleep(self._delay_s)
+            self._transport.write(b"0\r\n\r\n")
 
     def _send(self, kind: bytes, body: bytes) -> None:
         self._transport.write(
@@ -176,16 +195,18 @@ async def generate(url: str, key: str, model: str, stream: bool, connections: in
     return results.summary()
 
 
-async def serve(port: int) -> None:
+async def serve(port: int, delay_s: float = 0.0, most: int | None = None) -> None:
     """The upstream, for ever."""
-    server = await asyncio.get_running_loop().create_server(Upstream, "127.0.0.1", port)
+    room = asyncio.Semaphore(most) if most else None
+    server = await asyncio.get_running_loop().create_server(lambda: Upstream(delay_s, room), "127.0.0.1", port)
     await server.serve_forever()
 
 
 def main() -> None:
     """The two commands."""
     if sys.argv[1] == "serve":
-        uvloop.run(serve(int(sys.argv[2])))
+        delay_ms, most = (*sys.argv[3:], "0", "0")[:2]
+        uvloop.run(serve(int(sys.argv[2]), float(delay_ms) / 1000, int(most) or None))
         return
     url, key, model, stream, connections, seconds = sys.argv[2:8]
     print(json.dumps(uvloop.run(generate(url, key, model, stream == "stream", int(connections), float(seconds)))))

@@ -51,6 +51,7 @@ import duckdb
 
 file, repeats = sys.argv[1], int(sys.argv[2])
 database = duckdb.connect()
+database.execute("SET enable_progress_bar = false")  # it would be printed among the numbers on a busy machine
 database.execute(f"CREATE TABLE events AS SELECT * FROM read_parquet('{file}')")
 query = '''
 SELECT arm, count(*), sum(n), sum(y), sum(n * n), sum(n * y), sum(y * y), sum(m), sum(m * m)

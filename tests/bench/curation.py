@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 TARGET = 10.0
+SAME = 0.02
 PEER = "datasketch==2.0.0"
 CPUS = 2
 COPIES, WORDS, USERS = 0.2, 60, 5000
@@ -36,7 +37,7 @@ import ray, ray.data
 from datasketch import MinHash, MinHashLSH
 source, out, cpus, options = sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4])
 PATTERNS = [(re.compile(p), name) for name, p in options["patterns"].items()]
-ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
 begun = time.perf_counter()
 
 def scrub(row):
@@ -52,8 +53,8 @@ def score(row):
 
 def sketch(row):
     k = options["shingle_words"]
-    words = [""] * (k - 1) + re.findall(r"\\\\w+", row["question"].lower()) + [""] * (k - 1)
-    made = MinHash(num_perm=options["bands"] * options["rows_per_band"], seed=1)
+    words = [""] * (k - 1) + re.findall(r"\\w+", row["question"].lower()) + [""] * (k - 1)
+    made = MinHash(num_perm=options["bands"] * options["rows_per_band"], seed=1, scheme="affine32")
     made.update_batch([" ".join(words[i : i + k]).encode() for i in range(len(words) - k + 1)])
     row["sketch"] = made.hashvalues
     return row
@@ -63,7 +64,7 @@ shape = options["bands"], options["rows_per_band"]
 lsh = MinHashLSH(num_perm=shape[0] * shape[1], params=shape)
 kept, sketches = [], {}
 for number, row in enumerate(data.iter_rows()):
-    made = MinHash(num_perm=len(row["sketch"]), seed=1, hashvalues=row.pop("sketch"))
+    made = MinHash(num_perm=len(row["sketch"]), seed=1, hashvalues=row.pop("sketch"), scheme="affine32")
     near = [o for o in lsh.query(made) if sketches[o].jaccard(made) >= options["threshold"]]
     if not near:
         lsh.insert(number, made)
@@ -142,19 +143,30 @@ def fill(home: Path, source: Path, rows: int) -> None:
 
 def ours(home: Path) -> dict[str, Any]:
     """Our side, in this process; Ray is up before the clock starts, as with the peer."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
     import ray
 
     from cluster.settings import load_settings
     from data.curate import curate
+    from data.manifest import read_examples
+    from data.split import SPLITS
 
     settings = load_settings(home=home, curation={"log_to_mlflow": False})[0]
-    ray.init(num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
     begun = time.perf_counter()
     made = curate(settings, agent="a")
     seconds = time.perf_counter() - begun
     stages = {stage.name: stage for stage in made.stages}
     judged = stages["filter"].rows_out
-    return {"seconds": seconds, "rows": judged, "dropped": {n: s.dropped for n, s in stages.items() if s.dropped}}
+    clusters = [read_examples(made.path, kind, split)["cluster_id"] for kind in made.counts for split in SPLITS]
+    distinct = len(pc.unique(pa.chunked_array([chunk for column in clusters for chunk in column.chunks])))
+    return {
+        "seconds": seconds,
+        "rows": judged,
+        "distinct": distinct,
+        "dropped": {n: s.dropped for n, s in stages.items() if s.dropped},
+    }
 
 
 def measured(command: Sequence[Any], environment: dict[str, str]) -> dict[str, Any]:
@@ -226,6 +238,8 @@ def main() -> int:
         return 0
     environment = {"RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     costs: dict[str, float] = {}
+    distinct: dict[str, int] = {}
+    peaks: dict[int, float] = {}
     for rows in sorted({*options.rows, options.peer_rows}):
         with tempfile.TemporaryDirectory() as folder:
             home, source = Path(folder) / "home", Path(folder) / "rows.parquet"
@@ -237,6 +251,9 @@ def main() -> int:
                 path = {"PYTHONPATH": f"{peer_folder()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
                 found = measured(command, environment | (path if side == "peer" else {}))
                 costs[f"{side} {rows}"] = found["seconds"] / rows
+                distinct[f"{side} {rows}"] = found["distinct"]
+                if side == "ours":
+                    peaks[rows] = found["peak_mb"]
                 more = {name: found[name] for name in ("rows", "distinct") if name in found}
                 print(
                     f"{side} {rows:>9,} rows: {found['seconds']:8.1f} s  {rows / found['seconds']:8,.0f} rows/s  "
@@ -245,7 +262,12 @@ def main() -> int:
                 )
     ratio = costs[f"peer {options.peer_rows}"] / costs[f"ours {max(options.rows)}"]
     print(f"ratio of costs per row {ratio:.1f} x (target {TARGET:g} x)")
-    return 0
+    small, large = min(options.rows), max(options.rows)
+    growth, memory = costs[f"ours {large}"] / costs[f"ours {small}"], peaks[large] / peaks[small]
+    print(f"from {small:,} to {large:,} rows: {growth:.2f} x the cost per row, {memory:.2f} x the memory")
+    apart = abs(distinct[f"peer {options.peer_rows}"] / distinct[f"ours {options.peer_rows}"] - 1)
+    print(f"distinct questions found differ by {apart:.2%} (at most {SAME:.0%})")
+    return 1 if apart > SAME else 0
 
 
 if __name__ == "__main__":

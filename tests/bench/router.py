@@ -1,11 +1,12 @@
-"""The router's added latency and throughput over a bare HTTP upstream, beside LiteLLM's proxy.
+"""The router's added latency and throughput over a bare HTTP upstream, beside LiteLLM's proxy and vllm-router.
 
 The same bytes are asked of the upstream directly, through Rayloop (key, sticky split, capture into the log,
-fsync) and through LiteLLM (key). In turn, several rounds, medians. Run: `make bench NAME=router`.
+fsync), through LiteLLM (key), and through vllm-router (Rust; it checks no key here and records nothing). In turn,
+several rounds, medians. Run: `make bench NAME=router`.
 
-LiteLLM is installed by pip into an environment of its own under `$RAYLOOP_BENCH_CACHE` (default
-`~/.cache/rayloop-bench`). `--no-peer` leaves it out, `--both-ingresses` measures Rayloop behind Ray Serve's
-Python proxy too, `--seconds` and `--rounds` say how long.
+The peers are installed by pip into environments of their own under `$RAYLOOP_BENCH_CACHE` (default
+`~/.cache/rayloop-bench`). `--peers` says which (none: `--peers`), `--both-ingresses` measures Rayloop behind Ray
+Serve's Python proxy too, `--seconds` and `--rounds` say how long.
 """
 
 import argparse
@@ -35,7 +36,6 @@ from tests.bench._http import TEXT
 
 PROJECT = Path(__file__).parents[2]
 CACHE = Path(os.environ.get("RAYLOOP_BENCH_CACHE", Path.home() / ".cache" / "rayloop-bench"))
-LITELLM = "litellm[proxy]"
 LITELLM_KEY = "sk-bench"
 WORKLOADS = {
     "whole answer, 1 connection": ("whole", 1),
@@ -89,7 +89,7 @@ def rayloop(upstream_url: str, home: Path, ingress: str) -> Iterator[Way]:
     """Rayloop with everything on: keys, a sticky split, capture."""
     serve = {
         "port": 0, "applications": ["gateway"], "ingress": ingress,
-        "engines": {"local": {"base_url": upstream_url.removesuffix("/v1")}},
+        "engines": {"local": {"base_url": upstream_url.removesuffix("/v1")}}, "allowed_hosts": ["127.0.0.1"],
     }  # fmt: skip
     document = {
         "home": str(home), "learning": {"enabled": True}, "capture": {"enabled": True}, "serve": serve,
@@ -139,7 +139,7 @@ def _report_capture(log: EventLog, ingress: str) -> None:
 @contextlib.contextmanager
 def litellm(upstream_url: str, folder: Path) -> Iterator[Way]:
     """LiteLLM's proxy with one worker, a key, nothing stored."""
-    binary = _install_litellm()
+    binary = _install("litellm", "litellm[proxy]")
     folder.mkdir(parents=True)
     config = folder / "litellm.yaml"
     model = {"model": "openai/base", "api_base": upstream_url, "api_key": "none"}
@@ -162,14 +162,41 @@ def litellm(upstream_url: str, folder: Path) -> Iterator[Way]:
         process.wait()
 
 
-def _install_litellm() -> Path:
-    environment = CACHE / "litellm"
-    binary = environment / "bin" / "litellm"
+@contextlib.contextmanager
+def vllm_router(upstream_url: str, folder: Path) -> Iterator[Way]:
+    """vllm-router with one worker; what it sends on has the model's name as it came."""
+    binary = _install("vllm-router", "vllm-router")
+    port, metrics_port = free_ports(2)
+    folder.mkdir(parents=True)
+    command = [
+        binary, "--worker-urls", upstream_url.removesuffix("/v1"), "--policy", "round_robin", "--host", "127.0.0.1",
+        "--port", str(port), "--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_port),
+        "--log-level", "error",
+    ]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    with (folder / "vllm-router.log").open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder, env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_for(lambda: httpx.get(f"{url}/health").status_code == 200, 60)
+        yield Way(f"{url}/v1", "none", "triage")
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _install(name: str, requirement: str) -> Path:
+    """The command of a peer, in an environment of its own."""
+    environment = CACHE / name
+    binary = environment / "bin" / name
     if not binary.exists():
-        print(f"installing {LITELLM} into {environment}", file=sys.stderr)
+        print(f"installing {requirement} into {environment}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", environment], check=True)
-        subprocess.run([environment / "bin" / "pip", "install", "-q", LITELLM], check=True)
+        subprocess.run([environment / "bin" / "pip", "install", "-q", requirement], check=True)
     return binary
+
+
+PEERS = {"litellm": litellm, "vllm-router": vllm_router}
 
 
 def _wait_for(happened: Any, within_s: float) -> None:
@@ -202,7 +229,7 @@ def measure(paths: dict[str, Way], rounds: int, seconds: float) -> dict[str, dic
 
 
 def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
-    """A table, and the ratios against LiteLLM."""
+    """A table, and the ratios against each peer."""
     for workload, by_path in results.items():
         print(f"\n{workload}")
         direct = by_path["direct"]["p50_ms"]
@@ -211,14 +238,13 @@ def show(results: dict[str, dict[str, dict[str, float]]]) -> None:
             print(
                 f"  {name:<22}{row['rps']:9.0f} rps   p50 {row['p50_ms']:7.2f} ms   p99 {row['p99_ms']:7.2f} ms{added}"
             )
-        if "litellm" in by_path:
-            peer = by_path["litellm"]
+        for peer in PEERS.keys() & by_path.keys():
             for name in (n for n in by_path if n.startswith("rayloop")):
-                ours = by_path[name]
-                latency = (peer["p50_ms"] - direct) / max(ours["p50_ms"] - direct, 1e-6)
+                ours, theirs = by_path[name], by_path[peer]
+                latency = (theirs["p50_ms"] - direct) / max(ours["p50_ms"] - direct, 1e-6)
                 print(
-                    f"  {name} / litellm: {ours['rps'] / peer['rps']:.1f} x throughput, "
-                    f"1/{latency:.1f} of the added p50"
+                    f"  {name} / {peer}: {ours['rps'] / theirs['rps']:.2f} x throughput, "
+                    f"1/{latency:.2f} of the added p50"
                 )
 
 
@@ -227,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=4.0)
-    parser.add_argument("--no-peer", action="store_true")
+    parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--both-ingresses", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rayloop-bench-") as folder, contextlib.ExitStack() as stack:
@@ -235,8 +261,8 @@ def main() -> None:
         paths = {"direct": Way(upstream_url, "none", "base")}
         for ingress in ["haproxy", "proxy"] if options.both_ingresses else ["haproxy"]:
             paths[f"rayloop ({ingress})"] = stack.enter_context(rayloop(upstream_url, Path(folder) / ingress, ingress))
-        if not options.no_peer:
-            paths["litellm"] = stack.enter_context(litellm(upstream_url, Path(folder) / "litellm"))
+        for name in options.peers:
+            paths[name] = stack.enter_context(PEERS[name](upstream_url, Path(folder) / name))
         show(measure(paths, options.rounds, options.seconds))
 
 

@@ -19,6 +19,7 @@ from data.log import EventLog
 from data.manifest import COLUMNS, Manifest, find_dataset, load_manifest, read_examples
 from data.split import SPLITS
 from data.validate import validate
+from tests.data.kill_worker import a_worker_killed
 from tests.data.traffic import START_US, answer, feedback, interaction, traffic
 
 MakeLog = Callable[..., Settings]
@@ -66,15 +67,20 @@ def dataset(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_same_events_give_the_same_hash_whatever_the_parallelism(
+def test_neither_parallelism_nor_a_killed_worker_changes_the_dataset(
     dataset: tuple[Settings, Manifest], tmp_path: Path
 ) -> None:
     settings, made = dataset
     one = curate(settings, agent="triage", parallelism=1, out=tmp_path / "one")
-    four = curate(settings, agent="triage", parallelism=4, out=tmp_path / "four")
+    for attempt in range(5):  # a quick run may end before a task of it is seen
+        with a_worker_killed() as killed:
+            four = curate(settings, agent="triage", parallelism=4, out=tmp_path / f"four-{attempt}")
+        if killed:
+            break
+    assert killed, "no task of the pipeline was running when a worker was to be killed"
     assert one.dataset_hash == four.dataset_hash == made.dataset_hash
     assert [shard.sha256 for shard in one.shards] == [shard.sha256 for shard in four.shards]
-    assert one.stages == four.stages
+    assert one.stages == four.stages == made.stages
 
 
 @pytest.mark.ray
@@ -251,6 +257,10 @@ def test_behaviour_becomes_implicit_signals_when_that_is_on(ray_session: None, w
     settings = with_log(events)
     off = curate(settings)
     on = curate(settings.model_copy(update={"feedback": settings.feedback.model_copy(update={"implicit": True})}))
+    assert not off.calibration and on.calibration["rows"] > 0
+    copied = next(weight for weight in on.calibration["weights"] if weight["signal"] == "copy_response")
+    assert (copied["configured"], copied["rows"]) == (0.4, on.calibration["rows"])
+    assert f"| copy_response | {copied['rows']} | +0.40 |" in dataset_card(on)
     no_signal = [next(s for s in m.stages if s.name == "score").dropped.get("no signal", 0) for m in (off, on)]
     assert no_signal[0] > 0 and no_signal[1] == 0
 

@@ -89,8 +89,8 @@ def fill(engine: Engine, settings: Settings) -> int:
     log.append([*of_ann(9), *of_others(9)])
     with engine.begin() as connection:
         for user in ("u001", "u002"):
-            counted = {"experiment_id": "x", "metric": "m", "period": "p", "arm": "stable", "user_id": user}
-            connection.execute(arm_statistics.insert().values(**counted, count=1, total=1, total_squares=1))
+            counted = {"experiment_id": "x", "period": "p", "arm": "stable", "user_id": user}
+            connection.execute(arm_statistics.insert().values(**counted, sums='{"m": [1, 1]}'))
             seen = {"arm": "stable", "bucket": 0.5, "excluded": False, "segments": {}, "covariates": {}}
             seen |= {"experiment_id": "x", "user_id": user, "first_seen_us": 1}
             connection.execute(experiment_users.insert().values(**seen))

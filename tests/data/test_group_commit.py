@@ -85,6 +85,21 @@ def test_full_queue_refuses_at_once_and_keeps_what_it_took(sqlite_database: Engi
     assert [v.seq for v in first.result() + waiting.result()] == [1, 2, 3]
 
 
+def test_a_queue_that_was_full_is_told_in_the_log(sqlite_database: Engine) -> None:
+    log = Stuck(sqlite_database)
+    settings = LogSettings(group_commit_ms=0, queue_events=1)
+    commit = GroupCommit(log, settings, lambda refused: event(f"refused-{refused}"))
+    commit.submit([event("first")])
+    log.entered.wait(10)
+    commit.submit([event("a")])
+    for _ in range(2):
+        with pytest.raises(OverloadedError):
+            commit.submit([event("b"), event("c")])
+    log.gate.set()
+    commit.close()
+    assert [r.event.event_id for r in log.scan()] == ["first", "a", "refused-4"]
+
+
 def test_close_writes_what_waits_and_then_refuses(database: Engine) -> None:
     commit = GroupCommit(EventLog(database), LogSettings(group_commit_ms=60_000))
     future = commit.submit([event("a")])

@@ -1,10 +1,12 @@
 import sys
+from pathlib import Path
 
 import pytest
 
 from cluster.errors import InputError
 from cluster.settings.curation import ScrubSettings
-from data.names import find_names, find_with_presidio
+from data.names import find_names
+from data.presidio import find_with_presidio
 from data.scrub import Looks, Placeholders, scrub, scrub_text
 from tests.data.rows import rows
 
@@ -56,7 +58,30 @@ def test_rows_without_structured_data_are_looked_at_for_names() -> None:
     assert "Holm" not in scrub(table, ScrubSettings(names="builtin"))[0]["messages"][0].as_py()
 
 
+def test_an_address_is_one_span_from_its_number_to_its_postcode() -> None:
+    text = "Send it to 3744 Retreat Avenue Suite 4\n Graz\n Austria 8010, please."
+    assert [(s.kind, s.value) for s in find_names(text)] == [("ADDRESS", text[11:-9])]
+    listed = "Sofie Holm\nRua Direita 17\nLisbon"
+    assert [s.kind for s in find_names(listed)] == ["NAME", "ADDRESS"]
+
+
 def test_presidio_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "presidio_analyzer", None)
+    monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(InputError, match=r"rayloop\[presidio\]"):
-        find_with_presidio("Ada")
+        find_with_presidio("Ada", "any")
+
+
+def test_presidio_judges_names_and_our_rules_the_rest(tmp_path: Path) -> None:
+    spacy = pytest.importorskip("spacy", reason="pip install 'rayloop[presidio]'")
+    pytest.importorskip("presidio_analyzer", reason="pip install 'rayloop[presidio]'")
+    model = spacy.blank("en")
+    ruler = model.add_pipe("entity_ruler")
+    ruler.add_patterns([{"label": "PERSON", "pattern": "ada lovelace"}, {"label": "GPE", "pattern": "turin"}])
+    model.to_disk(tmp_path / "model")
+    text = "ada lovelace moved from turin to 221 Baker Street, write to ada@example.org"
+    looks = Looks(names="presidio", presidio_model=str(tmp_path / "model"))
+    clean = scrub_text(text, looks=looks)
+    assert clean == "<PERSON_1> moved from <LOCATION_1> to <ADDRESS_1>, write to <EMAIL_1>"
+    with pytest.raises(InputError, match="presidio_model='none' is no installed spaCy model"):
+        find_with_presidio("Ada", "none")

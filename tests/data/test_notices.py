@@ -32,6 +32,10 @@ def recorded(kind: str, body: dict[str, Any], *, erased: bool = False) -> Record
         ("model.updated", {"version": "t/3", "change": "alias", "alias": "champion"}, "success", "t/3 is now champion"),
         ("job.ended", FAILED, "ticket", "triage: a health gate stopped dpo dpo-1"),
         ("job.ended", {"job_id": "j", "job": "sft", "state": "completed"}, "success", "triage: sft j is done"),
+        ("operator.alert", {"name": "drift", "source": "triage/3", "reason": "agree on 3 of 40"}, "ticket",
+         "triage/3: grader and reward model have drifted apart"),
+        ("operator.alert", {"name": "interactions_lost", "source": "h:1", "reason": "9 found the queue full"}, "page",
+         "h:1: interactions were lost"),
         ("config.rejected", {"source": "config", "reason": "share > 1"}, "ticket",
          "a deployment config was rejected (config)"),
     ],
@@ -53,6 +57,20 @@ def test_quiet_events_are_not_told() -> None:
     assert notice(recorded("model.updated", {"version": "t/3", "change": "servable"})) is None
     assert notice(recorded("outcome", {"name": "solved", "value": 1.0})) is None
     assert notice(recorded("rollout.decision", DECISION, erased=True)) is None
+
+
+def test_every_alert_has_words_and_is_told_once_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.settings import load_settings
+    from data import alerts
+    from data.events import OperatorAlert
+    from data.notices import ALERTS
+
+    assert set(ALERTS) == set(OperatorAlert.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
+    hour_us, ids = 3_600_000_000, []
+    for at_us in (10 * hour_us, 11 * hour_us - 1, 11 * hour_us):
+        monkeypatch.setattr(alerts, "now_us", lambda at_us=at_us: at_us)
+        ids.append(alerts.alert(load_settings()[0], "spool", "r").event_id)
+    assert ids[0] == ids[1] != ids[2]
 
 
 def test_words_exist_for_every_outcome_and_only_for_known_kinds() -> None:

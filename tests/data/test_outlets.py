@@ -16,6 +16,7 @@ import pytest
 import yaml
 from sqlalchemy.engine import Engine
 
+from cluster import metrics
 from cluster.cli import main
 from cluster.clock import SECOND_US, now_us
 from cluster.database import connect, write
@@ -122,6 +123,30 @@ def test_failing_receiver_is_tried_again_after_growing_pauses(database: Engine) 
     outlet_of(database, receiver, clock).step()
     assert receiver.seen == ["a", "b"]
     assert read_progress(database)[0].attempts == 0
+
+
+def test_deliveries_failures_and_what_waits_are_measured(database: Engine) -> None:
+    name = f"outlet:{database.dialect.name}"
+
+    def measured(metric: str, **labels: str) -> float:
+        return metrics.REGISTRY.get_sample_value(metric, {"outlet": name} | labels) or 0.0
+
+    clock = Clock()
+    words = {"b": DeliveryError("status 500", "failed"), "c": DeliveryError("status 410", "refused")}
+    receiver = Receiver(fail=lambda recorded: words.pop(recorded.event.event_id, None))
+    append(database, "a", "b", "c", "d")
+    outlet = outlet_of(database, receiver, clock, name=name)
+    outlet.step()
+    outlet.measure()
+    assert (measured("rayloop_outlet_waiting"), measured("rayloop_outlet_dead_letters")) == (3.0, 0.0)
+    clock.pass_s(1)
+    outlet.step()
+    outlet.step()
+    outlet.measure()
+    assert receiver.seen == ["a", "b", "d"]
+    assert (measured("rayloop_outlet_waiting"), measured("rayloop_outlet_dead_letters")) == (0.0, 1.0)
+    assert measured("rayloop_outlet_delivered_total") == 3.0
+    assert [measured("rayloop_outlet_failures_total", outcome=o) for o in ("retry", "dead")] == [1.0, 1.0]
 
 
 def test_receiver_says_how_long_to_wait(sqlite_database: Engine) -> None:

@@ -3,8 +3,8 @@ import pytest
 
 from cluster.settings.curation import ScrubSettings
 from data.recognisers import find, iban_valid, luhn
-from data.scrub import Placeholders, scrub, scrub_text, suspicion
-from tests.data.rows import rows
+from data.scrub import Placeholders, possibly_unsafe, scrub, scrub_text, suspicion
+from tests.data.rows import rows, signal
 
 JWT = ".".join(  # the example of jwt.io
     [
@@ -121,3 +121,14 @@ def test_hashes_paths_and_names_are_not_suspicious() -> None:
         "550e8400-e29b-41d4-a716-446655440000",
     ):
         assert suspicion(text, settings) is None
+
+
+def test_times_and_pseudonyms_of_signals_are_nothing_to_look_at() -> None:
+    user = "63405be194f0ffbe68618f58876cb66c"
+    plain = signal("thumbs_up", 1.0, user=user, at_us=1_790_000_000_000_000)
+    quoted = plain | {"text": f'"at_us":4111111111111111, "user":"ada@example.org" {user}'}
+    table = rows({"signals": [plain]}, {"signals": [quoted]}, {"signals": [plain], "labels": [{"reviewer": user}]})
+    assert list(possibly_unsafe(table, 32)) == [1]
+    said = scrub(table, ScrubSettings())[0]["signals"].to_pylist()
+    assert "4111111111111111" not in said[1] and "ada@" not in said[1]
+    assert said[0] == table["signals"][0].as_py()

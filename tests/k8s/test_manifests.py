@@ -8,6 +8,8 @@ import jsonschema
 import pytest
 import yaml
 
+from tests.k8s.schemas import closed
+
 K8S = Path(__file__).parents[2] / "k8s"
 CRDS = {
     "RayService": "ray.io_rayservices.yaml",
@@ -23,21 +25,6 @@ def documents() -> list[tuple[str, dict[str, Any]]]:
 
 def of_kind(*kinds: str) -> list[Any]:
     return [pytest.param(d, id=name) for name, d in documents() if d["kind"] in kinds]
-
-
-def closed(schema: Any) -> Any:
-    """The schema with `additionalProperties: false` wherever properties are listed."""
-    if isinstance(schema, list):
-        return [closed(s) for s in schema]
-    if not isinstance(schema, dict):
-        return schema
-    result = {k: closed(v) for k, v in schema.items()}
-    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or "additionalProperties" in schema
-    if schema.get("type") == "object" and "properties" in schema and not open_ended:
-        result["additionalProperties"] = False
-    if schema.get("x-kubernetes-int-or-string"):
-        result = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
-    return result
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +72,7 @@ def test_embedded_serve_config_meets_rays_own_schema(manifest: dict[str, Any]) -
     from ray.serve.schema import ServeDeploySchema
 
     config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
-    assert [a.name for a in config.applications] == ["gateway", "engine", "grader", "control"]
+    assert [a.name for a in config.applications] == ["gateway", "engine", "grader", "tools", "control"]
 
 
 def test_every_resource_is_listed_and_every_listed_file_exists() -> None:
@@ -94,9 +81,12 @@ def test_every_resource_is_listed_and_every_listed_file_exists() -> None:
     assert set(listed) == present
 
 
-@pytest.mark.parametrize("overlay", ["dev", "gpu", "production"])
-def test_overlay_patches_point_at_what_exists(overlay: str) -> None:
-    kustomization = yaml.safe_load((K8S / "overlays" / overlay / "kustomization.yaml").read_text())
+PATCHES = ["overlays/dev", "overlays/gpu", "overlays/production", "components/rayservice-driver"]
+
+
+@pytest.mark.parametrize("folder", PATCHES)
+def test_patches_point_at_what_exists(folder: str) -> None:
+    kustomization = yaml.safe_load((K8S / folder / "kustomization.yaml").read_text())
     by_name = {(d["kind"], d["metadata"]["name"]): d for _, d in documents()}
     for patch in kustomization["patches"]:
         target = by_name[(patch["target"]["kind"], patch["target"]["name"])]
@@ -106,6 +96,17 @@ def test_overlay_patches_point_at_what_exists(overlay: str) -> None:
             for part in parents:
                 node = node[int(part)] if isinstance(node, list) else node[part]
             assert step["op"] == "add" or last in node
+
+
+def test_the_rayservice_driver_may_read_and_patch_one_rayservice_and_nothing_else() -> None:
+    role, binding = yaml.safe_load_all((K8S / "components" / "rayservice-driver" / "access.yaml").read_text())
+    (rule,) = role["rules"]
+    assert (rule["resources"], rule["resourceNames"]) == (["rayservices"], ["rayloop"])
+    assert set(rule["verbs"]) == {"get", "patch"}
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    service = next(d for _, d in documents() if d["kind"] == "RayService")
+    account = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["serviceAccountName"]
+    assert binding["subjects"] == [{"kind": "ServiceAccount", "name": account}]
 
 
 def test_no_pod_runs_as_root_or_without_limits() -> None:

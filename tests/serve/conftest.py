@@ -17,6 +17,7 @@ from cluster.tables import servables
 from data.events import RecordedEvent
 from data.log import EventLog
 from serve.keys import create_key
+from serve.prompts import PromptPolicy
 from serve.router import RouterApp
 from serve.routes import RouteKey, update_route
 from tests.serve.upstream import Engine, Server
@@ -71,7 +72,7 @@ class Live:
         return found
 
 
-def live_router(home: Path, **overrides: Any) -> Iterator[Live]:
+def live_router(home: Path, *, policy: PromptPolicy | None = None, **overrides: Any) -> Iterator[Live]:
     settings, _ = load_settings(home=home, **(LEARNING | overrides))
     database = connect(settings)
     secret = create_key(database, "test", "default", "default", ["chat", "feedback"])
@@ -80,7 +81,7 @@ def live_router(home: Path, **overrides: Any) -> Iterator[Live]:
     update_route(database, KEY, {"stable": "triage/1"}, writer="person:test")
     engine = Engine()
     with Server(engine) as engine_url:
-        app = RouterApp(settings, default_engine_url=engine_url)
+        app = RouterApp(settings, default_engine_url=engine_url, policy=policy)
         app.watcher.refresh()
         with Server(app, lifespan="on") as url:
             running = Live(url, secret, engine, engine_url, database, settings, app)

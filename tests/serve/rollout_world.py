@@ -11,10 +11,12 @@ from cluster.errors import NotFoundError, UnavailableError
 from cluster.settings import Settings, load_settings
 from data.events import Event, parse_body
 from data.log import EventLog
+from serve.applications.driver import Status
 from serve.assignment import Assignment, assign_request
-from serve.rollout.controller import Controller, start
+from serve.rollout.commands import start
+from serve.rollout.controller import Controller
 from serve.rollout.state import ENDED
-from serve.rollout.steps import ServableStatus, Steps
+from serve.rollout.steps import Steps
 from serve.rollout.store import Rollout, get_rollout
 from serve.routes import Route, RouteKey, read_route, write_route
 
@@ -83,6 +85,8 @@ class Population:
     spread: float = 0.15
     """Standard deviation of the difficulty between users."""
     seed: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    """Arm -> the version assigned, as the route has it."""
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
@@ -110,7 +114,16 @@ class Population:
         failed = self.random.random() < self.error_rate[made.arm]
         flags = {"error": "server_error"} if failed else {}
         user = f"user-{number}"
-        asked = interaction(interaction_id, made, user=user, experiment_id=experiment_id, at_us=at_us, flags=flags)
+        version = self.versions.get(made.arm)
+        asked = interaction(
+            interaction_id,
+            made,
+            user=user,
+            experiment_id=experiment_id,
+            at_us=at_us,
+            flags=flags,
+            assigned_version=version,
+        )
         if failed or self.random.random() > self.reacts:
             return [asked]
         right = self.random.random() < self.accuracy[made.arm] + self.skill[number]
@@ -178,10 +191,13 @@ class FakeServables:
     def unwant(self, version: str) -> None:
         self.wanted.discard(version)
 
-    def status(self, version: str) -> tuple[ServableStatus, str]:
+    def status(self, version: str) -> tuple[Status, str]:
         if self.refuses is not None:
             return "failed", self.refuses
         return ("ready", "") if version in self.wanted else ("absent", "")
+
+    def sync(self, now_us: int) -> None:
+        """They need no applications."""
 
 
 class FakeRouters:
@@ -206,6 +222,7 @@ class KillableSteps:
         "set_route",
         "set_champion",
         "mark_rolled_back",
+        "note_decision",
         "announce",
         "end_experiment",
         "want",
@@ -273,15 +290,16 @@ class World:
 
     def assign(self, user: str) -> tuple[Assignment, str | None]:
         """What the router does."""
-        route = self.route_now
-        made = assign_request(route.live_share, route.salt, TENANT, user=user, session=None, request="r")
+        route = self.route_now  # a salt of our own: an experiment's is random, and results would differ by run
+        made = assign_request(route.live_share, "salt", TENANT, user=user, session=None, request="r")
         return made, route.experiment_id
 
     def second(self, requests: int = 60, *, traffic: bool = True) -> None:
         """A second of traffic: the next users in turn ask once."""
         self.now_us += SECOND_US
         if traffic:
-            self.route_now = self.route
+            self.route_now = route = self.route
+            self.population.versions = {"stable": route.stable, "candidate": route.candidate or ""}
             users = [(self.asking + n) % self.population.users for n in range(requests)]
             self.asking += requests
             self.population.ask(self.log, self.assign, users, self.now_us)
@@ -297,6 +315,18 @@ class World:
                 break
         controller.close()
         return rollout
+
+    def run_on(self, seconds: int) -> None:
+        """Seconds of traffic after a rollout has ended, with a tick after each."""
+        controller = self.controller()
+        for _ in range(seconds):
+            self.second()
+            controller.tick()
+        controller.close()
+
+    def state(self, rollout: Rollout) -> str:
+        """The state of a rollout as it is."""
+        return get_rollout(self.engine, rollout.rollout_id).state
 
     def decisions(self) -> list[dict[str, Any]]:
         """Bodies of the recorded decisions."""

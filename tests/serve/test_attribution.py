@@ -60,10 +60,10 @@ class Loop:
     def satisfaction(self) -> dict[tuple[str, str], tuple[float, float]]:
         """(arm, user) -> count and sum of explicit rewards, as the experiment sees them."""
         Projection(self.log.engine, self.settings).catch_up()
-        query = sa.select(arm_statistics).where(arm_statistics.c.metric == "satisfaction")
         with self.log.engine.connect() as connection:
-            found = connection.execute(query).mappings().all()
-        return {(r["arm"], r["user_id"]): (r["count"], r["total"]) for r in found}
+            found = connection.execute(sa.select(arm_statistics)).mappings().all()
+        sums = {(r["arm"], r["user_id"]): orjson.loads(r["sums"]).get("satisfaction") for r in found}
+        return {key: (pair[0], pair[1]) for key, pair in sums.items() if pair is not None}
 
 
 @pytest.fixture

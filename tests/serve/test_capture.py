@@ -1,5 +1,6 @@
 """Interactions when the log is away: nobody notices, the spool keeps them, and they come home."""
 
+import functools
 import os
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from cluster.database import connect
 from cluster.settings import Settings
 from cluster.settings.capture import LogSettings
 from cluster.settings.serving import CaptureQueueSettings
+from data.alerts import alert
 from data.group_commit import GroupCommit
 from data.log import EventLog
 from serve.arms import Plan
@@ -194,3 +196,25 @@ def test_full_ring_loses_and_counts_but_never_waits(spool: Path) -> None:
     for number in range(5):
         capture.offer(record(number))
     assert lost._value.get() - before == 2
+
+
+def test_a_spool_that_begins_and_interactions_that_are_lost_are_told_in_the_log(
+    sqlite_database: Database, spool: Path, settings: Settings
+) -> None:
+    log = BrokenLog(sqlite_database)
+    tell = functools.partial(alert, settings)
+    capture = Capture(CaptureQueueSettings(retry_s=0.1, queue_events=5, linger_ms=200), LOG, spool, tell)
+    with GroupCommit(log, LOG) as commit:
+        capture.commit = commit
+        for number in range(8):
+            capture.offer(record(number))
+        wait(lambda: spool.exists() and spool.stat().st_size > 0)
+        log.down = False
+        wait(lambda: len(logged(sqlite_database)) == 5)
+        capture.offer(record(9))
+        wait(lambda: len(logged(sqlite_database)) == 6)
+        capture.close()
+    told = {r.event.body["name"]: r.event.body for r in log.scan(kinds=["operator.alert"])}
+    assert set(told) == {"spool", "interactions_lost"}
+    assert told["interactions_lost"]["facts"] == {"lost": 3}
+    assert str(spool) in told["spool"]["reason"]

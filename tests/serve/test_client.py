@@ -592,7 +592,9 @@ def test_tool_comes_from_the_server_and_is_noted(make: Make) -> None:
         with client.predicting("a", messages=ASK) as prediction:
             assert client.call_tool("my search", {"q": "x"}, local=lambda q: "local") == [1, 2]
         path, body, headers = service.requests[0]
-    assert (path, json.loads(body)) == ("/v1/tools/my%20search", {"arguments": {"q": "x"}})
+    sent = json.loads(body)
+    assert (path, sent["arguments"]) == ("/v1/tools/my%20search", {"q": "x"})
+    assert sent["call_id"].startswith("call_")  # a retry under it writes nothing twice
     assert headers["authorization"] == "Bearer rl-1"
     assert json.loads(prediction._calls[1]["content"]) == [1, 2]
 

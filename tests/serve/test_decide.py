@@ -64,6 +64,14 @@ def outcome(decision: Decision) -> tuple[str, str]:
 SIGNIFICANT = (Look(0.5, 5.0, 2.5),)
 
 
+def test_anomaly_of_the_candidate_is_a_breached_guardrail() -> None:
+    found = evidence(anomalies=("latency 3.2, above 1",))
+    assert outcome(decide(state(), found, config(), NOW_US)) == ("rollback", "anomaly")
+    kept = config(rollback_on_regression=False)
+    assert outcome(decide(state(), found, kept, NOW_US)) == ("hold", "anomaly")
+    assert Evidence.from_json(json.loads(json.dumps(found.as_json()))) == found
+
+
 @pytest.mark.parametrize(
     ("stage", "expected", "share"),
     [(0, "advance", 0.25), (1, "advance", 0.5), (2, "advance", 0.95), (3, "promote", 0.0)],

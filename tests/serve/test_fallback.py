@@ -38,6 +38,9 @@ def ask(live: Live, **extra: Any) -> Any:
             "model_not_found",
         ),
         (Behaviour(delay_s=1.0), "engine_timeout"),
+        (Behaviour(raw=b'data: {"error": {"message": "no", "code": "engine_error"}}\n\n'), "engine_error"),
+        (Behaviour(raw=b"data: <html>\n\n"), "engine_error"),
+        (Behaviour(raw=b""), "engine_error"),
     ],
 )
 def test_stable_answers_for_a_candidate_that_fails(
@@ -58,6 +61,16 @@ def test_stable_answers_for_a_candidate_that_fails(
     )
     assert (body["flags"]["fallback"], body["flags"]["timeout"]) == (True, cause == "engine_timeout")
     assert body["metadata"]["fallback_cause"] == cause
+
+
+@pytest.mark.parametrize(
+    "raw", [b"{}", b"[]", b"<html>", b'{"choices": 7}', b'{"choices": [{"logprobs": {"content": [{}]}}]}']
+)
+def test_answer_that_is_no_completion_is_a_failure_of_the_candidate(canary: Live, raw: bytes) -> None:
+    canary.engine.behaviours[CANDIDATE] = Behaviour(raw=raw)
+    assert ask(canary).headers["x-rayloop-version"] == "triage/1"
+    body = canary.events("interaction", 1)[0].event.body
+    assert body["response"]["content"] == "It is a false alarm"
 
 
 def test_candidate_that_no_engine_holds_falls_back(canary: Live) -> None:
@@ -93,6 +106,15 @@ def test_candidate_that_breaks_in_mid_stream_is_an_error_of_the_candidate(canary
         "engine_error",
         False,
     )
+
+
+def test_breaker_opens_on_streams_that_break_off(canary: Live) -> None:
+    canary.engine.behaviours[CANDIDATE] = Behaviour(break_after=1, gap_s=0.01)
+    for _ in range(5):
+        with pytest.raises(openai.APIError):
+            list(ask(canary, stream=True).parse())
+    assert {chunk.model for chunk in ask(canary, stream=True).parse()} == {"triage/1"}
+    assert canary.events("interaction", 6)[-1].event.body["metadata"]["fallback_cause"] == "breaker_open"
 
 
 def test_both_arms_failing_is_a_5xx_soon(canary: Live) -> None:

@@ -3,9 +3,11 @@
 Load runs the whole time; no request of it may fail, whatever is written, deployed or mended meanwhile.
 """
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +28,9 @@ from sqlalchemy.engine import Engine as Database
 from cluster.database import connect
 from cluster.settings import Settings, load_settings
 from data.log import EventLog
+from serve.applications.document import Application, application_name
+from serve.applications.http_json import Api
+from serve.applications.serve_rest import ServeRestDriver
 from serve.routes import read_route, update_route
 from tests.serve.conftest import KEY, LEARNING, serve_version
 from tests.serve.upstream import Engine, Server
@@ -34,6 +39,9 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 PROJECT = Path(__file__).parents[2]
 REPLICAS = 2
+CANDIDATE = "triage-2-abababababab"
+DEPLOY_BOUND_S = 10.0
+"""Serve hands a new configuration on only when the replica it takes away has drained (`serve.drain_s`)."""
 
 
 @dataclass
@@ -53,23 +61,46 @@ class Up:
     def headers(self) -> dict[str, str]:
         return {"authorization": f"Bearer {self.secret}"}
 
-    def deploy(self, **route: Any) -> None:
-        """Edit the route in the Serve config and deploy it, as a person does."""
-        file = self.home / "serve.yaml"
-        document = yaml.safe_load(file.read_text())
+    def document(self) -> dict[str, Any]:
+        """The Serve config as `rayloop up` wrote it, or as it was last deployed."""
+        found: dict[str, Any] = yaml.safe_load((self.home / "serve.yaml").read_text())
+        return found
+
+    def deploy(self, *, by_command: bool = False, **route: Any) -> None:
+        """Edit the route in the Serve config and deploy it, as a person does or a pipeline."""
+        document = self.document()
         document["applications"][0]["deployments"][0]["user_config"] = {"routes": [{"agent": "triage"} | route]}
-        file.write_text(yaml.safe_dump(document))
+        (self.home / "serve.yaml").write_text(yaml.safe_dump(document))
+        if not by_command:
+            return self.put(document)
         serve = Path(sys.executable).with_name("serve")
-        subprocess.run(
-            [serve, "deploy", "-a", self.dashboard, file],
-            check=True,
-            capture_output=True,
-            cwd=PROJECT,
-            timeout=120,
-        )
+        command = [serve, "deploy", "-a", self.dashboard, self.home / "serve.yaml"]
+        subprocess.run(command, check=True, capture_output=True, cwd=PROJECT, timeout=120)
+
+    def put(self, document: dict[str, Any]) -> None:
+        """What `serve deploy` sends, without the seconds its process takes."""
+        httpx.put(f"{self.dashboard}/api/serve/applications/", json=document, timeout=60).raise_for_status()
 
     def route(self, **change: Any) -> None:
         update_route(self.database, KEY, change, writer="person:test")
+
+    @property
+    def applications(self) -> dict[str, Any]:
+        """What Ray Serve says of each application."""
+        reply = httpx.get(f"{self.dashboard}/api/serve/applications/", timeout=60)
+        reply.raise_for_status()
+        found: dict[str, Any] = reply.json()["applications"]
+        return found
+
+    def chat_stream_arm(self) -> str:
+        """The arm of a stream that is given up at once."""
+        request = {"model": "triage", "messages": [{"role": "user", "content": "?"}], "stream": True}
+        with httpx.stream("POST", f"{self.api}/chat/completions", json=request, headers=self.headers) as reply:
+            return reply.headers["x-rayloop-arm"]
+
+    def chat(self, user: str = "ann") -> httpx.Response:
+        request = {"model": "triage", "messages": [{"role": "user", "content": "?"}], "user": user}
+        return httpx.post(f"{self.api}/chat/completions", json=request, headers=self.headers, timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +110,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     with Server(engine) as engine_url:
         serve = {
             "port": 0, "applications": ["gateway"], "router_replicas": REPLICAS,
-            "engines": {"local": {"base_url": engine_url}},
+            "engines": {"local": {"base_url": engine_url}}, "allowed_hosts": ["127.0.0.1"],
         }  # fmt: skip
         config = home.with_name("rayloop.yaml")
         config.write_text(yaml.safe_dump({"home": str(home), "serve": serve} | LEARNING))
@@ -173,7 +204,7 @@ def test_written_row_reaches_every_replica_within_two_seconds(up: Up) -> None:
 
 def test_edited_share_and_serve_deploy_move_traffic_without_a_failed_request(up: Up) -> None:
     with load(up) as running:
-        up.deploy(stable="triage/1", candidate="triage/2", share=1.0)
+        up.deploy(stable="triage/1", candidate="triage/2", share=1.0, by_command=True)
         deployed = time.monotonic()
         assert running.wait_until(everyone_on("triage/2"), deployed, 20) <= 10.0
         up.route(share=0.0)
@@ -199,6 +230,85 @@ def test_broken_config_is_rejected_with_its_reason_while_traffic_goes_on(up: Up)
         assert "share=2.0" in status["config_rejected"]
         running.wait_until(everyone_on(before.stable), time.monotonic(), 5)
     assert read_route(up.database, KEY).revision == before.revision
+
+
+def test_slow_clients_and_floods_of_headers_hold_up_nobody(up: Up) -> None:
+    host, port = up.api.removeprefix("http://").removesuffix("/v1").split(":")
+    slow = [socket.create_connection((host, int(port)), timeout=20) for _ in range(100)]
+    try:
+        for number, connection in enumerate(slow):
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n")
+            if number % 2:  # a whole head, and a body that never comes
+                connection.sendall(f"authorization: Bearer {up.secret}\r\ncontent-length: 500\r\n\r\n{{".encode())
+        with load(up):
+            for headers in ({f"x-{n}": "y" for n in range(5_000)}, {"x-long": "y" * 1_000_000}):
+                with socket.create_connection((host, int(port)), timeout=20) as flood:
+                    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+                    with contextlib.suppress(OSError):
+                        flood.sendall(f"GET /healthz HTTP/1.1\r\nhost: x\r\n{lines}\r\n".encode())
+                    with contextlib.suppress(OSError):
+                        assert not flood.recv(100).startswith(b"HTTP/1.1 200")
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_a_candidate_on_another_base_model_comes_and_goes_and_nothing_else_is_touched(up: Up) -> None:
+    """The driver adds a copy of the application `engine`; users reach it by their route; it is taken down again."""
+    document = up.document()
+    template = {"name": "engine", "route_prefix": "/engine", "import_path": "tests.serve.tiny_engine:build"}
+    document["applications"].append(template)
+    up.put(document)
+    driver = ServeRestDriver(Api(up.dashboard, 60), "engine")
+    other = Application(application_name("other/base", "r1"), "other/base")
+    routers = router_pids(up)
+    until(lambda: up.applications["engine"]["status"] == "RUNNING")
+    with load(up) as running:
+        until(lambda: driver.apply([other]).get(other.name, ("absent", ""))[0] == "ready")
+        serve_version(up.database, "triage/3", "base", other.name)
+        up.route(candidate="triage/3", share=1.0)
+        running.wait_until(everyone_on("triage/3"), time.monotonic(), 30)
+        assert up.chat().json()["choices"][0]["message"]["content"] == "other/base"
+        up.route(candidate="triage/2", share=0.0)
+        running.wait_until(everyone_on("triage/1"), time.monotonic(), 30)
+        driver.apply([])
+        until(lambda: other.name not in up.applications)
+    assert set(up.applications) == {"gateway", "engine"}
+    assert router_pids(up) == routers
+
+
+def test_a_rollback_reaches_a_draining_replica_and_its_open_streams_end_whole(up: Up) -> None:
+    """One of two routers is taken away while the candidate's streams are open; then everybody is sent to stable."""
+    behaviour = up.engine.behaviours["triage-2-abababababab"]
+    behaviour.paused = True
+    up.route(candidate="triage/2", share=1.0)
+    until(lambda: up.chat_stream_arm() == "candidate")
+    request = {"model": "triage", "messages": [{"role": "user", "content": "?"}], "stream": True}
+    ends: list[bytes] = []
+
+    def read() -> None:
+        with httpx.stream("POST", f"{up.api}/chat/completions", json=request, headers=up.headers, timeout=120) as reply:
+            ends.append(b"".join(reply.iter_bytes())[-14:])
+
+    before = len(up.engine.requests)
+    streams = [threading.Thread(target=read) for _ in range(8)]
+    for stream in streams:
+        stream.start()
+    until(lambda: len(up.engine.requests) >= before + 8)
+    document = up.document()
+    document["applications"][0]["deployments"][0]["num_replicas"] = 1
+    up.put(document)
+    with load(up) as running:
+        written = time.monotonic()
+        up.route(share=0.0)
+        assert running.wait_until(everyone_on("triage/1"), written, 10) <= 2.0
+        behaviour.paused = False
+        for stream in streams:
+            stream.join()
+    assert ends == [b"data: [DONE]\n\n"] * 8
+    document["applications"][0]["deployments"][0]["num_replicas"] = REPLICAS
+    up.put(document)
+    until(lambda: len(replicas_of(up)) == REPLICAS)
 
 
 def test_client_that_leaves_in_mid_stream_stops_the_engine_through_the_ingress(up: Up) -> None:
@@ -264,12 +374,28 @@ def test_kill_nine_of_a_router_under_load_loses_no_acknowledged_feedback(up: Up)
     assert len(logged) == len(set(logged))
 
 
-def router_pids(up: Up) -> list[int]:
+def replicas_of(up: Up) -> list[int]:
     record = json.loads((up.home / "run" / "up.json").read_text())
     family = psutil.Process(record["pids"]["supervisor"]).children(recursive=True)
-    found = [p.pid for p in family if "ServeReplica:gateway:Router" in " ".join(p.cmdline())]
+    found = []
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ServeReplica:gateway:Router" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+def router_pids(up: Up) -> list[int]:
+    found = replicas_of(up)
     assert len(found) == REPLICAS
     return found
+
+
+def until(condition: Callable[[], bool], within_s: float = 120.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
 
 
 def test_up_refuses_a_second_one_and_says_where_the_first_is(up: Up) -> None:

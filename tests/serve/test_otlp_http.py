@@ -14,7 +14,10 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from data.events import Event, parse_body
 from data.feedback import pseudonym, pseudonym_secret
+from data.join import join_events, name_trajectories
 from data.log import EventLog
+from data.source import plan_blocks, read_block
+from data.traces import add_trace, join_traces
 from tests.data.spans import AGENT_RUN, export_json, export_protobuf
 from tests.serve.conftest import Live, live_router
 
@@ -62,6 +65,16 @@ def test_json_is_answered_in_json_and_rejected_spans_are_named(live: Live) -> No
     assert "gen_ai.input.messages" in partial["errorMessage"]
     assert "occurred_at" in partial["errorMessage"]
     assert sorted(kinds(live)) == ["tool_call", "trajectory"]
+
+
+def test_spans_in_requests_of_their_own_end_as_one_trajectory(live: Live) -> None:
+    for span in (*AGENT_RUN[1:], AGENT_RUN[0]):
+        assert post(live, export_json([span])).json() == {}
+    (block,) = plan_blocks(live.database, EventLog(live.database).last_seq(), 1000, 1)
+    events = join_traces(add_trace(read_block(live.settings, block)))
+    (run,) = [row for row in join_events(name_trajectories(events))[0].to_pylist() if row["tail"] is not None]
+    said = [m["role"] for m in json.loads(run["messages"])], json.loads(run["response"])["content"]
+    assert said == (["system", "user", "assistant", "tool"], "Yes, it was shipped.")
 
 
 def test_answer_that_the_router_captured_is_not_counted_twice(live: Live) -> None:

@@ -2,6 +2,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -28,7 +29,11 @@ def settings_with(**experiment: Any) -> Settings:
 def statistics(database: Engine) -> dict[Key, tuple[float, float]]:
     with database.connect() as connection:
         rows = connection.execute(sa.select(arm_statistics)).mappings().all()
-    return {(r["metric"], r["period"], r["arm"], r["user_id"]): (r["count"], r["total"]) for r in rows}
+    return {
+        (metric, r["period"], r["arm"], r["user_id"]): (count, total)
+        for r in rows
+        for metric, (count, total) in orjson.loads(r["sums"]).items()
+    }
 
 
 def users(database: Engine) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from sqlalchemy.engine import Engine
 
 from cluster.tables import event_bodies, events
 from data.encoding import decode_body, encode_body
-from serve.rollout.controller import freeze, roll_back, unfreeze
+from serve.rollout.commands import freeze, roll_back, unfreeze
 from serve.rollout.replay import verify_decisions
 from serve.routes import update_route
 from tests.serve.rollout_world import Population, World, demo_settings

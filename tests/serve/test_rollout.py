@@ -1,7 +1,5 @@
 """Whole rollouts on a real database: simulated users, a simulated clock, everything else as in production."""
 
-import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,18 +9,17 @@ from sqlalchemy.engine import Engine
 from cluster.errors import ConflictError, InputError, NotFoundError, UnavailableError
 from cluster.registry import NEEDS_RETRAINING_TAG
 from cluster.tables import experiments, rollouts
-from serve.experiments.evidence import Evidence
 from serve.experiments.projection import Projection
 from serve.experiments.report import describe, to_text
 from serve.experiments.store import check_shares, get_experiment
 from serve.rollout import controller
-from serve.rollout.controller import approve, freeze, roll_back, unfreeze
-from serve.rollout.replay import replay
+from serve.rollout.commands import approve, freeze, roll_back, unfreeze
+from serve.rollout.replay import replay, verify_decisions
 from serve.rollout.state import Decision
-from serve.rollout.store import Rollout, get_rollout
+from serve.rollout.store import get_rollout
 from serve.routes import update_route
+from tests.serve.rollout_story import good, scripted
 from tests.serve.rollout_world import Killed, Population, World, demo_settings
-from tests.serve.test_decide import evidence, reading
 
 ANN = "person:ann"
 
@@ -31,25 +28,12 @@ def population(candidate: float = 0.85, **values: Any) -> Population:
     return Population(users=400, accuracy={"stable": 0.65, "candidate": candidate}, seed=5, **values)
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, world: World, read: Callable[[Rollout], Evidence | None]) -> None:
-    """Replace what the statistics say; users then need not ask."""
-    monkeypatch.setattr(controller, "_evidence", lambda engine, rollout: read(rollout))
-
-
-def good(world: World) -> Evidence:
-    return evidence(last_seen_us={"candidate": world.now_us, "stable": world.now_us})
-
-
-def bad(world: World) -> Evidence:
-    return evidence(primary=reading(harm=0.5), last_seen_us={"candidate": world.now_us, "stable": world.now_us})
-
-
 def test_a_better_candidate_passes_every_stage_and_is_promoted(database: Engine) -> None:
     world = World(database, demo_settings(), population())
     rollout = world.run(world.start().rollout_id)
     assert (rollout.state, rollout.stage) == ("promoted", 3)
     route = world.route
-    assert (route.stable, route.candidate, route.share, route.experiment_id) == ("triage/2", None, 0.0, None)
+    assert (route.stable, route.candidate, route.share) == ("triage/2", None, 0.0)
     assert world.registry.aliases["champion"] == "triage/2"
     assert world.servables.wanted == {"triage/1", "triage/2"}
     ended = get_experiment(database, rollout.experiment.experiment_id)
@@ -208,7 +192,7 @@ def test_without_auto_rollout_people_approve_each_stage(database: Engine, monkey
         update={"automation": demo_settings().automation.model_copy(update={"auto_rollout": False})}
     )
     world = World(database, settings, population())
-    scripted(monkeypatch, world, lambda rollout: good(world))
+    scripted(monkeypatch, lambda rollout: good(world))
     rollout_id = world.start().rollout_id
     for stage in range(4):
         rollout = world.run(rollout_id, seconds=10, traffic=False)
@@ -231,16 +215,48 @@ def test_rollback_by_hand_works_at_once_and_without_a_controller(database: Engin
 
 def test_a_promotion_can_be_taken_back_within_its_window(database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(database, demo_settings(restore_window_s=100), population())
-    scripted(monkeypatch, world, lambda rollout: good(world))
+    scripted(monkeypatch, lambda rollout: good(world))
     rollout_id = world.start().rollout_id
     assert world.run(rollout_id, traffic=False).state == "promoted"
     assert roll_back(world.steps, rollout_id, ANN, "worse after all").state == "rolled_back"  # type: ignore[arg-type]
     assert (world.route.stable, world.registry.aliases["champion"]) == ("triage/1", "triage/1")
 
 
+@pytest.mark.parametrize("warm_s", [3, 1000])
+def test_a_guardrail_brings_the_previous_champion_back_by_itself(sqlite_database: Engine, warm_s: float) -> None:
+    """Fine while it was tried, bad from its promotion on. Unloaded or still warm, the old champion returns."""
+    people = population()
+    world = World(sqlite_database, demo_settings(warm_s=warm_s), people)
+    rollout = world.run(world.start().rollout_id)
+    assert rollout.state == "promoted" and world.route.stable == "triage/2"
+    world.run_on(5)
+    assert (world.state(rollout), world.route.stable) == ("promoted", "triage/2")
+    assert ("triage/1" in world.servables.wanted) == (warm_s > 5)
+    people.accuracy["stable"] = 0.05  # what the route calls stable is now the promoted candidate
+    world.run_on(20)
+    assert (world.state(rollout), world.route.stable, world.route.experiment_id) == ("rolled_back", "triage/1", None)
+    assert world.registry.aliases["champion"] == "triage/1"
+    last = world.decisions()[-1]
+    assert "after its promotion" in last["reason"] and last["evidence"]["evidence"]["period"] == "1"
+    assert "worse" in world.registry.tags["triage/2", "rayloop.rolled_back"]
+    assert verify_decisions(sqlite_database).faults == []
+
+
+def test_nothing_is_brought_back_after_the_window_or_over_another_rollout(sqlite_database: Engine) -> None:
+    people = population()
+    world = World(sqlite_database, demo_settings(restore_window_s=8), people)
+    rollout = world.run(world.start().rollout_id)
+    world.run_on(9)
+    people.accuracy["stable"] = 0.2
+    world.run_on(15)
+    assert (world.state(rollout), world.route.stable) == ("promoted", "triage/2")
+    with pytest.raises(ConflictError, match="start a rollout of the old version"):
+        roll_back(world.steps, rollout.rollout_id, ANN, "too late")  # type: ignore[arg-type]
+
+
 def test_a_freeze_stops_growth_until_it_is_lifted(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(sqlite_database, demo_settings(), population())
-    scripted(monkeypatch, world, lambda rollout: good(world))
+    scripted(monkeypatch, lambda rollout: good(world))
     rollout_id = world.start().rollout_id
     world.run(rollout_id, seconds=3, traffic=False)
     assert freeze(world.steps, rollout_id, ANN, "holiday").state == "holding"  # type: ignore[arg-type]
@@ -254,7 +270,7 @@ def test_a_persons_edit_of_the_route_is_noticed_and_respected(
     database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(database, demo_settings(), population())
-    scripted(monkeypatch, world, lambda rollout: good(world))
+    scripted(monkeypatch, lambda rollout: good(world))
     rollout_id = world.start().rollout_id
     world.run(rollout_id, seconds=3, traffic=False)
     update_route(database, world.key, {"share": 0.02}, writer="person:bob")
@@ -280,7 +296,7 @@ def test_pinning_holds_and_the_ceiling_of_the_config_is_kept(
     sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(sqlite_database, demo_settings(), population())
-    scripted(monkeypatch, world, lambda rollout: good(world))
+    scripted(monkeypatch, lambda rollout: good(world))
     rollout_id = world.start().rollout_id
     world.run(rollout_id, seconds=3, traffic=False)
     update_route(sqlite_database, world.key, {"max_share": 0.3}, writer="config")
@@ -294,92 +310,11 @@ def test_pinning_holds_and_the_ceiling_of_the_config_is_kept(
 # Crashes
 
 
-def fingerprint(world: World, rollout_id: str) -> dict[str, Any]:
-    """Everything a rollout leaves behind, but for times and revisions."""
-    rollout, route = get_rollout(world.engine, rollout_id), world.route
-    experiment = get_experiment(world.engine, rollout.experiment.experiment_id)
-    events = [r.event for r in world.log.scan(kinds=["rollout.decision", "model.updated"])]
-    return {
-        "rollout": (
-            rollout.state,
-            rollout.stage,
-            rollout.decisions,
-            rollout.reason,
-            rollout.pending_decision,
-        ),
-        "progress": rollout.progress,
-        "route": (route.stable, route.candidate, route.share, route.experiment_id, route.pinned),
-        "experiment": (experiment.state, experiment.outcome),
-        "aliases": world.registry.aliases,
-        "tags": world.registry.tags,
-        "servables": world.servables.wanted,
-        "events": [
-            (e.kind, e.event_id.replace(rollout_id, "ID"), e.body.get("outcome"), e.body.get("share_after"))
-            for e in events
-        ],
-        "route_changes": [r.event.body["after"]["share"] for r in world.log.scan(kinds=["route.changed"])],
-    }
-
-
-def story(engine: Engine, monkeypatch: pytest.MonkeyPatch, ending: str, kills: list[int]) -> tuple[dict[str, Any], int]:
-    """A rollout to its end; the controller dies at each of these points and another one takes over."""
-    with engine.begin() as connection:
-        for table in reversed(sa.inspect(engine).get_table_names()):
-            if table != "alembic_version":
-                connection.execute(sa.text(f"DELETE FROM {table}"))
-    world = World(engine, demo_settings(stage_duration_s=1), population())
-    turns_bad = ending == "rolled_back"
-    scripted(monkeypatch, world, lambda r: bad(world) if turns_bad and r.stage == 2 else good(world))
-    rollout_id = world.start().rollout_id
-    deaths = sorted(kills)
-    world.steps.point = 0
-    world.steps.kill_at = deaths.pop(0) if deaths else None
-    acting = world.controller()
-    for _ in range(60):
-        world.now_us += 1_000_000
-        while True:
-            try:
-                acting.tick()
-                break
-            except Killed:
-                world.steps.kill_at = deaths.pop(0) if deaths else None
-                acting = world.controller()
-                expire_lease(engine)
-        if get_rollout(engine, rollout_id).state in ("promoted", "rolled_back"):
-            break
-    return fingerprint(world, rollout_id), world.steps.point
-
-
-def expire_lease(engine: Engine) -> None:
-    """Spare the test the wait until a dead controller's lease runs out."""
-    with engine.begin() as connection:
-        connection.execute(sa.text("DELETE FROM leases"))
-
-
-@pytest.mark.parametrize("ending", ["promoted", "rolled_back"])
-def test_killed_at_any_point_it_ends_where_an_undisturbed_run_ends(
-    database: Engine, monkeypatch: pytest.MonkeyPatch, ending: str
-) -> None:
-    undisturbed, points = story(database, monkeypatch, ending, [])
-    assert undisturbed["rollout"][0] == ending and points >= 30
-    choose = random.Random(8)
-    for _ in range(25):
-        kills = choose.sample(range(1, points + 1), choose.choice([1, 1, 2, 3]))
-        disturbed, _ = story(database, monkeypatch, ending, kills)
-        assert disturbed == undisturbed, kills
-
-
-def test_every_single_point_survives_a_kill(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    undisturbed, points = story(sqlite_database, monkeypatch, "promoted", [])
-    for point in range(1, points + 1):
-        assert story(sqlite_database, monkeypatch, "promoted", [point])[0] == undisturbed, point
-
-
 def test_a_registry_that_is_down_delays_a_promotion_but_loses_nothing(
     sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(sqlite_database, demo_settings(), population())
-    scripted(monkeypatch, world, lambda rollout: good(world))
+    scripted(monkeypatch, lambda rollout: good(world))
     world.registry.is_down = True
     rollout_id = world.start().rollout_id
     assert world.run(rollout_id, seconds=40, traffic=False).state == "promoting"
@@ -393,7 +328,7 @@ def test_routers_that_lag_are_waited_for_and_then_warned_of(
     sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(sqlite_database, demo_settings(confirm_timeout_s=5), population())
-    scripted(monkeypatch, world, lambda rollout: good(world))
+    scripted(monkeypatch, lambda rollout: good(world))
     world.routers.shown = False
     rollout_id = world.start().rollout_id
     rollout = world.run(rollout_id, seconds=4, traffic=False)
@@ -405,7 +340,7 @@ def test_a_command_finishes_what_a_dead_controller_left_half_done(
     database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = World(database, demo_settings(), population())
-    scripted(monkeypatch, world, lambda rollout: good(world))
+    scripted(monkeypatch, lambda rollout: good(world))
     rollout_id = world.start().rollout_id
     world.run(rollout_id, seconds=3, traffic=False)
     world.now_us += 10_000_000

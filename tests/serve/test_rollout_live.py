@@ -136,7 +136,10 @@ def test_start_status_approve_freeze_and_rollback_by_command(
         assert command(rollout_app, settings, "unfreeze", "triage", capsys=capsys)["frozen_by"] is None
         taken = command(rollout_app, settings, "rollback", rollout_id, "--reason", "enough", capsys=capsys)
         assert (taken["state"], taken["outcome"]) == ("rolled_back", "keep")
-        assert Registry(settings).get("triage/2").tags["rayloop.rolled_back"].endswith("enough")
+        tags = Registry(settings).get("triage/2").tags
+        assert tags["rayloop.rolled_back"].endswith("enough")
+        noted = json.loads(tags["rayloop.rollout_decision"])
+        assert (noted["outcome"], noted["rollout_id"]) == ("rollback", rollout_id)
         assert not any(servable.wanted for servable in list_servables(engine))
         assert loop.health()["status"] == "ok"
     finally:
@@ -226,7 +229,13 @@ def test_routers_are_tried_and_read_back_over_http(live: tuple[Settings, Engine]
 
 
 def ask(api: ControlApi, path: str, secret: str | None = None, method: str = "GET") -> tuple[int, Any]:
-    """One request to an ASGI callable."""
+    """One request to an ASGI callable that answers in JSON."""
+    status, body = answer_of(api, path, secret, method)
+    return status, json.loads(body)
+
+
+def answer_of(api: ControlApi, path: str, secret: str | None = None, method: str = "GET") -> tuple[int, bytes]:
+    """Status and body of one request."""
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
@@ -238,7 +247,7 @@ def ask(api: ControlApi, path: str, secret: str | None = None, method: str = "GE
     headers = [(b"authorization", f"Bearer {secret}".encode())] if secret else []
     scope = {"type": "http", "method": method, "path": f"/control{path}", "root_path": "/control", "headers": headers}
     asyncio.run(api(scope, receive, send))
-    return sent[0]["status"], json.loads(sent[1]["body"])
+    return sent[0]["status"], sent[1]["body"]
 
 
 def test_control_shows_its_health_and_the_rollouts_of_the_keys_tenant(
@@ -258,6 +267,8 @@ def test_control_shows_its_health_and_the_rollouts_of_the_keys_tenant(
         assert ask(api, "/rollouts", other)[1]["data"] == []
         assert ask(api, "/rollouts")[0] == 401
         assert ask(api, "/nothing")[0] == 404
+        status, metrics = answer_of(api, "/metrics")
+        assert status == 200 and b"# TYPE rayloop_outlet_delivered_total counter" in metrics
         assert ask(api, "/rollouts", mine, "POST")[0] == 405
     finally:
         loop.stop()

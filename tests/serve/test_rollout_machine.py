@@ -30,7 +30,7 @@ from cluster.errors import ConflictError
 from cluster.settings import load_settings
 from cluster.tables import metadata
 from serve.experiments.evidence import Evidence, SplitReading
-from serve.rollout import controller
+from serve.rollout import commands, controller
 from serve.rollout.state import ENDED, LIVE
 from serve.rollout.store import Rollout, get_rollout
 from serve.routes import update_route
@@ -127,7 +127,7 @@ class RolloutMachine(RuleBasedStateMachine):
         """A person acts; a command that the state forbids changes nothing."""
         before = self.rollout
         with contextlib.suppress(ConflictError):
-            getattr(controller, name)(self.world.steps, self.rollout_id, "person:ann")
+            getattr(commands, name)(self.world.steps, self.rollout_id, "person:ann")
             if name == "unfreeze":
                 self.edited = False
             assert before.state in LIVE
@@ -138,7 +138,7 @@ class RolloutMachine(RuleBasedStateMachine):
         """Rolling back always works until the rollout has ended badly."""
         before = self.rollout
         try:
-            controller.roll_back(self.world.steps, self.rollout_id, "person:ann", "because")
+            commands.roll_back(self.world.steps, self.rollout_id, "person:ann", "because")
         except ConflictError:
             assert before.state in ("rolled_back", "failed", "promoted")
         else:

@@ -291,8 +291,15 @@ def test_with_learning_off_the_router_only_routes(plain: Live) -> None:
     assert plain.events("interaction", 0) == []
 
 
-def test_metrics_and_health_need_no_key(live: Live) -> None:
+def test_health_needs_no_key_and_metrics_need_an_admins(live: Live) -> None:
     ask(live)
     assert httpx.get(f"{live.url}/healthz").json()["status"] == "ok"
-    text = httpx.get(f"{live.url}/metrics").text
+    admin = create_key(live.database, "admin", "default", "default", ["admin"])
+    live.app.watcher.refresh()
+    answers = [
+        httpx.get(f"{live.url}/metrics", headers={"authorization": f"Bearer {secret}"})
+        for secret in ("rl-wrong", live.secret, admin)
+    ]
+    assert [answer.status_code for answer in answers] == [401, 403, 200]
+    text = answers[-1].text
     assert 'rayloop_requests_total{route="/v1/chat/completions",status="200"}' in text

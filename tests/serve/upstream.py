@@ -25,10 +25,19 @@ class Behaviour:
     """Before the first byte."""
     gap_s: float = 0.0
     """Between the pieces of a stream."""
+    paused: bool = False
+    """After each piece of a stream, wait until this is false."""
     break_after: int | None = None
     """Drop the connection after so many pieces."""
     error: Any = None
     """Body of an error answer; a default in nobody's shape otherwise."""
+    finish_reason: str = "stop"
+    raw: bytes | None = None
+    """The body of a 200, whatever it is."""
+    text: str | None = None
+    """Says this instead of the usual."""
+    tool_calls: list[dict[str, Any]] | None = None
+    """Calls these instead of saying anything."""
 
 
 @dataclass
@@ -37,7 +46,10 @@ class Engine:
 
     behaviours: dict[str, Behaviour] = field(default_factory=lambda: defaultdict(Behaviour))
     requests: list[dict[str, Any]] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
     cut_off: int = 0
+    url: str = ""
+    """Where it listens, once it does."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -50,15 +62,18 @@ class Engine:
                 break
         request = orjson.loads(body)
         self.requests.append(request)
+        self.paths.append(scope["path"])
         behaviour = self.behaviours[request["model"]]
         await asyncio.sleep(behaviour.delay_s)
         if behaviour.status != 200:
             document = behaviour.error or {"object": "error", "message": "it broke", "code": behaviour.status}
             await _respond(send, behaviour.status, orjson.dumps(document))
+        elif behaviour.raw is not None:
+            await _respond(send, 200, behaviour.raw)
         elif request.get("stream"):
             await self._stream(request, behaviour, receive, send)
         else:
-            await _respond(send, 200, orjson.dumps(_whole(request)))
+            await _respond(send, 200, orjson.dumps(_whole(request, behaviour)))
 
     async def _stream(self, request: dict[str, Any], behaviour: Behaviour, receive: Any, send: Any) -> None:
         await send(
@@ -69,7 +84,8 @@ class Engine:
             }
         )
         gone = asyncio.ensure_future(receive())
-        for number, word in enumerate(TEXT):
+        words = TEXT if behaviour.text is None else [behaviour.text]
+        for number, word in enumerate(words):
             if behaviour.break_after == number:
                 raise RuntimeError("scripted break")
             await send(
@@ -80,6 +96,8 @@ class Engine:
                 }
             )
             await asyncio.wait([gone], timeout=behaviour.gap_s)
+            while behaviour.paused and not gone.done():
+                await asyncio.wait([gone], timeout=0.02)
             if gone.done():
                 self.cut_off += 1
                 return
@@ -96,10 +114,15 @@ def _logprobs(request: dict[str, Any], words: list[str]) -> dict[str, Any] | Non
     return {"content": [{"token": w, "logprob": -0.5} for w in words]} if request.get("logprobs") else None
 
 
-def _whole(request: dict[str, Any]) -> dict[str, Any]:
-    message = {"role": "assistant", "content": "".join(TEXT)}
+def _whole(request: dict[str, Any], behaviour: Behaviour) -> dict[str, Any]:
+    text = "".join(TEXT) if behaviour.text is None else behaviour.text
+    if "prompt" in request:
+        return _text_whole(request, text)
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    if behaviour.tool_calls is not None:
+        message = {"role": "assistant", "content": None, "tool_calls": behaviour.tool_calls}
     choice: dict[str, Any] = {
-        "index": 0, "message": message, "finish_reason": "stop", "logprobs": _logprobs(request, TEXT),
+        "index": 0, "message": message, "finish_reason": behaviour.finish_reason, "logprobs": _logprobs(request, TEXT),
     }  # fmt: skip
     document = {
         "id": "engine-1", "object": "chat.completion", "created": 1, "model": request["model"],
@@ -112,7 +135,34 @@ def _whole(request: dict[str, Any]) -> dict[str, Any]:
     return document
 
 
+def _text_logprobs(request: dict[str, Any], words: list[str]) -> dict[str, Any] | None:
+    if request.get("logprobs") is None:
+        return None
+    return {"tokens": words, "token_logprobs": [-0.5] * len(words), "top_logprobs": None, "text_offset": []}
+
+
+def _text_whole(request: dict[str, Any], text: str) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+        "index": 0, "text": text, "finish_reason": "stop", "logprobs": _text_logprobs(request, TEXT),
+    }  # fmt: skip
+    if request.get("return_token_ids"):
+        choice |= {"prompt_token_ids": [1, 2, 3], "token_ids": [10, 11, 12, 13, 14]}
+    return {
+        "id": "engine-1", "object": "text_completion", "created": 1, "model": request["model"], "choices": [choice],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8},
+    }  # fmt: skip
+
+
 def _chunk(request: dict[str, Any], number: int, word: str) -> dict[str, Any]:
+    if "prompt" in request:
+        text = {"index": 0, "text": word, "finish_reason": None, "logprobs": _text_logprobs(request, [word])}
+        return {
+            "id": "engine-1",
+            "object": "text_completion",
+            "created": 1,
+            "model": request["model"],
+            "choices": [text],
+        }
     delta = {"content": word} | ({"role": "assistant"} if number == 0 else {})
     choice = {"index": 0, "delta": delta, "finish_reason": None, "logprobs": _logprobs(request, [word])}
     return {
@@ -126,7 +176,8 @@ def _chunk(request: dict[str, Any], number: int, word: str) -> dict[str, Any]:
 
 def _last_chunk(request: dict[str, Any]) -> dict[str, Any]:
     document = _chunk(request, 1, "")
-    document["choices"][0] |= {"delta": {}, "finish_reason": "stop", "logprobs": None}
+    said = {"text": ""} if "prompt" in request else {"delta": {}}
+    document["choices"][0] |= said | {"finish_reason": "stop", "logprobs": None}
     document["usage"] = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
     if request.get("return_token_ids"):
         document["prompt_token_ids"] = [1, 2, 3]
@@ -143,8 +194,8 @@ async def _respond(send: Any, status: int, body: bytes) -> None:
 class Server:
     """An ASGI application on a free loopback port, in a thread."""
 
-    def __init__(self, app: Any, lifespan: str = "off") -> None:
-        config = uvicorn.Config(app, port=0, log_level="error", lifespan=lifespan, timeout_graceful_shutdown=1)  # type: ignore[arg-type]
+    def __init__(self, app: Any, lifespan: str = "off", *, drain_s: int = 1) -> None:
+        config = uvicorn.Config(app, port=0, log_level="error", lifespan=lifespan, timeout_graceful_shutdown=drain_s)  # type: ignore[arg-type]
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
@@ -156,6 +207,10 @@ class Server:
             self._thread.join(0.01)
         port = self._server.servers[0].sockets[0].getsockname()[1]
         return f"http://127.0.0.1:{port}"
+
+    def stop(self) -> None:
+        """Take no more connections, and end once those that are open have ended."""
+        self._server.should_exit = True
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True

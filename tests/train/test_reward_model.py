@@ -13,9 +13,10 @@ import pytest
 from safetensors.torch import load_file
 
 from cluster.errors import InputError, UnavailableError
-from data.grading import make_grader
+from cluster.settings.engines import GraderSettings
+from data.grading import AtHand, make_grader
 from data.grading.reward_model import HttpScorer
-from serve.grading_worker import Graders, answer
+from serve.grading import Grading
 from tests.toys import toy_answer
 from train.calibration import fit_temperature, measure_scores, reliability
 from train.config import TrainConfig
@@ -57,7 +58,9 @@ def test_reward_model_leaves_its_calibration_beside_it(trained: TrainResult) -> 
 
 def test_local_scorer_gives_the_grader_a_reward_that_follows_the_answer(trained: TrainResult) -> None:
     scorer = LocalScorer(trained.adapter_dir)
-    grader = make_grader({"type": "reward_model", "adapter_sha256": trained.adapter_sha256}, scorer=scorer)
+    grader = make_grader(
+        {"type": "reward_model", "adapter_sha256": trained.adapter_sha256}, at_hand=AtHand(scorer=scorer)
+    )
     right = grader.grade(ASKED, {"output_text": toy_answer("api", "dead")}).reward
     wrong = grader.grade(ASKED, {"output_text": toy_answer("api", "low")}).reward
     assert right is not None and wrong is not None and 0 <= wrong < 0.5 < right <= 1
@@ -67,10 +70,13 @@ def test_local_scorer_gives_the_grader_a_reward_that_follows_the_answer(trained:
 def test_grader_version_names_its_reward_model(trained: TrainResult) -> None:
     scorer = LocalScorer(trained.adapter_dir)
     config = {"type": "reward_model", "adapter_sha256": trained.adapter_sha256}
-    one, other = make_grader(config, scorer=scorer), make_grader({**config, "temperature": 2.0}, scorer=scorer)
+    one, other = (
+        make_grader(config, at_hand=AtHand(scorer=scorer)),
+        make_grader({**config, "temperature": 2.0}, at_hand=AtHand(scorer=scorer)),
+    )
     assert one.version != other.version
     with pytest.raises(InputError, match="is not the reward model that answers"):
-        make_grader({**config, "adapter_sha256": "0" * 64}, scorer=scorer)
+        make_grader({**config, "adapter_sha256": "0" * 64}, at_hand=AtHand(scorer=scorer))
     with pytest.raises(InputError, match="has no reward model to ask"):
         make_grader({"type": "multi", "graders": {"a": config}, "calculate_output": "a"})
 
@@ -115,11 +121,21 @@ def test_scores_over_http_are_those_of_this_process(address: str, trained: Train
 
 def test_grader_service_asks_the_address_of_its_settings_only(address: str, trained: TrainResult) -> None:
     config = {"type": "reward_model", "adapter_sha256": trained.adapter_sha256}
-    task = {"grader": config, "item": ASKED, "sample": {"output_text": toy_answer("api", "dead")}}
-    local = make_grader(config, scorer=LocalScorer(trained.adapter_dir)).grade(task["item"], task["sample"])
-    assert answer(Graders(address), task)["reward"] == pytest.approx(local.reward, abs=1e-5)
-    assert "has no reward model to ask" in answer(Graders(), task)["invalid"]
-    assert "url" in answer(Graders(address), {**task, "grader": {**config, "url": "http://10.0.0.1"}})["invalid"]
+    sample = {"output_text": toy_answer("api", "dead")}
+    local = make_grader(config, at_hand=AtHand(scorer=LocalScorer(trained.adapter_dir))).grade(ASKED, sample)
+
+    async def ask() -> float | None:
+        grading = Grading(GraderSettings(reward_model_url=address))
+        by = asyncio.get_running_loop().time() + 30
+        found = await grading.grade(await grading.grader(config), ASKED, sample, by)
+        with pytest.raises(InputError, match="url"):
+            await grading.grader({**config, "url": "http://10.0.0.1"})
+        await grading.close()
+        return found.reward
+
+    assert asyncio.run(ask()) == pytest.approx(local.reward, abs=1e-5)
+    with pytest.raises(InputError, match="has no reward model to ask"):
+        asyncio.run(Grading(GraderSettings()).grader(config))
 
 
 def test_reward_model_that_went_away_abstains(trained: TrainResult) -> None:
@@ -129,7 +145,9 @@ def test_reward_model_that_went_away_abstains(trained: TrainResult) -> None:
         def scores(self, conversations: Any) -> list[float]:
             raise UnavailableError("the reward model does not answer")
 
-    grader = make_grader({"type": "reward_model", "adapter_sha256": trained.adapter_sha256}, scorer=Gone())
+    grader = make_grader(
+        {"type": "reward_model", "adapter_sha256": trained.adapter_sha256}, at_hand=AtHand(scorer=Gone())
+    )
     result = grader.grade(ASKED, {"output_text": "x"})
     assert result.reward is None and "does not answer" in result.reason
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from cluster.errors import DatasetError
 from cluster.settings import load_settings
 from cluster.settings.training import HeadWeights
-from data.grading import make_grader
+from data.grading import AtHand, make_grader
 from tests.toys import toy_answer, toy_examples, toy_feedback, write_dataset
 from train.config import TrainConfig, resolve_config
 from train.examples import HEADS, with_scores
@@ -76,7 +76,9 @@ def test_heads_learn_what_reviewers_judge_and_report_by_category(trained: TrainR
 
 def test_its_weighted_mean_is_a_graders_reward(trained: TrainResult) -> None:
     scorer = LocalScorer(trained.adapter_dir)
-    grader = make_grader({"type": "reward_model", "adapter_sha256": scorer.adapter_sha256}, scorer=scorer)
+    grader = make_grader(
+        {"type": "reward_model", "adapter_sha256": scorer.adapter_sha256}, at_hand=AtHand(scorer=scorer)
+    )
 
     def reward(service: str, answer: str) -> float:
         asked = [{"role": "user", "content": f"service={service} level=dead hour=3"}]

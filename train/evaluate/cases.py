@@ -1,6 +1,6 @@
 """Reads suites: JSON lines, one case a line, built in and a team's own.
 
-A line is `{"id", "messages", "expect", "domain"?, "hard"?, "tools"?}`. A team's file of the same name
+A line is `{"id", "messages", "expect", "domain"?, "hard"?, "tools"?, "insists"?}`. A team's file of the same name
 adds its cases; a case with the same id replaces ours.
 """
 
@@ -14,7 +14,7 @@ from train.evaluate.scorers import check_expectation
 from train.evaluate.types import Case, Prompt
 
 BUILT_IN = Path(__file__).parent / "suites"
-FIELDS = {"id", "messages", "expect", "domain", "hard", "tools"}
+FIELDS = {"id", "messages", "expect", "domain", "hard", "tools", "insists"}
 
 
 def read_cases(suite: str, folder: Path | None = None) -> list[Case]:
@@ -45,6 +45,7 @@ def _parse(where: str, line: str, suite: str) -> Case:
         unknown = set(row) - FIELDS
         messages = row["messages"]
         wellformed = isinstance(row["id"], str) and messages and all("role" in m for m in messages)
+        wellformed = wellformed and isinstance(row.get("insists"), str | None)
     except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(where, line, "is not a case", "write id, messages and expect") from None
     if unknown or not wellformed:
@@ -57,6 +58,7 @@ def _parse(where: str, line: str, suite: str) -> Case:
         expect=check_expectation(where, row.get("expect") or _default_expectation(suite)),
         domain=str(row.get("domain", "general")),
         hard=bool(row.get("hard", True)),
+        insists=row.get("insists"),
     )
 
 

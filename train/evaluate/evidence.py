@@ -25,6 +25,10 @@ class Answers:
         """The answer to a prompt that was asked."""
         return self.by_prompt[prompt_key(prompt)]
 
+    def after(self, case: Case) -> str:
+        """The answer once the user has insisted."""
+        return self.to(case.argued(self.to(case.prompt)))
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -62,15 +66,16 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 def ask(model: Model, truths: Sequence[Truth], cases: Sequence[Case]) -> Answers:
-    """Put every different prompt to a version once, and measure its loss on the recorded answers."""
+    """Put every different prompt to a version once, insist where a case says so, and measure its loss on the
+    recorded answers."""
     started = time.monotonic()
-    asked = [truth.prompt for truth in truths] + [case.prompt for case in cases]
-    prompts = {prompt_key(prompt): prompt for prompt in asked}
-    texts = model.answer(list(prompts.values()))
+    by_prompt = _answered(model, [truth.prompt for truth in truths] + [case.prompt for case in cases])
+    argued = [case.argued(by_prompt[prompt_key(case.prompt)]) for case in cases if case.insists is not None]
+    by_prompt |= _answered(model, argued)
     losses = model.losses(truths)
-    return Answers(
-        name=model.name,
-        by_prompt=dict(zip(prompts, texts, strict=True)),
-        losses=losses,
-        seconds=time.monotonic() - started,
-    )
+    return Answers(name=model.name, by_prompt=by_prompt, losses=losses, seconds=time.monotonic() - started)
+
+
+def _answered(model: Model, asked: Sequence[Prompt]) -> dict[str, str]:
+    prompts = {prompt_key(prompt): prompt for prompt in asked}
+    return dict(zip(prompts, model.answer(list(prompts.values())), strict=True)) if prompts else {}

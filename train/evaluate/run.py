@@ -18,8 +18,9 @@ from cluster.database import connect
 from cluster.errors import InputError
 from cluster.registry import GATES_TAG, Registry, Version
 from cluster.settings import Settings
+from data.alerts import alert
 from data.events import Event, parse_body
-from data.grading import Grader, make_grader
+from data.grading import AtHand, Grader, make_grader
 from data.grading.reward_model import Scorer
 from data.log import EventLog
 from data.manifest import find_dataset, load_manifest
@@ -111,7 +112,7 @@ def gather(settings: Settings, registry: Registry, version: Version, champion: V
     """Ask both versions once, about the held-out truths and every case."""
     chosen = settings.evaluation
     scorer = open_scorer(chosen.reward_model)
-    grader = make_grader(chosen.grader, field="evaluation.grader", scorer=scorer)
+    grader = make_grader(chosen.grader, field="evaluation.grader", at_hand=AtHand.of(settings.grader, scorer))
     wanted = [s.name for s in SUITES.values() if s.cases and s.name not in chosen.not_applicable]
     cases = {name: read_cases(name, chosen.suites) for name in wanted}
     truths = read_truths(dataset, limit=chosen.max_prompts)
@@ -138,7 +139,7 @@ def as_grader(scorer: Scorer | None) -> Grader | None:
     if scorer is None:
         return None
     config = {"type": "reward_model", "name": "reward_model", "adapter_sha256": scorer.adapter_sha256}
-    return make_grader(config, scorer=scorer)
+    return make_grader(config, at_hand=AtHand(scorer=scorer))
 
 
 def record(
@@ -209,7 +210,10 @@ def _append_events(settings: Settings, version: Version, found: Evaluation, stat
         bodies.append({**body, "change": "alias", "alias": found.alias, "details": {"actor": "evaluate"}})
     engine = connect(settings)
     try:
-        EventLog(engine).append([_event(settings, version.model, body) for body in bodies])
+        told = [
+            alert(settings, "drift", g.detail, g.metrics, version.id) for g in found.gates if g.metrics.get("alert")
+        ]
+        EventLog(engine).append([*(_event(settings, version.model, body) for body in bodies), *told])
     finally:
         engine.dispose()
 

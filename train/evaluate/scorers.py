@@ -1,4 +1,4 @@
-"""Whether an answer is what a case expects: exact, contains, regex, JSON schema, tool call, refusal.
+"""Whether an answer is what a case expects: exact, contains, regex, JSON schema, tool call, refusal, grounded.
 
 A case's `expect` holds one or more of these keys; all must hold.
 """
@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cluster.errors import InputError
+from data.detectors.grounding import ungrounded_share
 from data.grading.text import MISSING, equal, normalise, parse_json
 
 TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+SUPPORT_OVERLAP = 0.6  # share of a sentence's content words that a passage must hold
 REFUSAL = re.compile(
     r"\bi (?:can(?:no|')t|won't|will not|must (?:decline|refuse)|decline to|refuse to)\b"
     r"|\bi(?: am|'m) (?:not able|unable|not allowed|not permitted|not authori[sz]ed)\b"
@@ -108,6 +110,17 @@ def _tool_call(wanted: Mapping[str, Any] | Sequence[Mapping[str, Any]], answer: 
     )
 
 
+def _lacks(unwanted: str | Sequence[str], answer: str) -> bool:
+    phrases = [unwanted] if isinstance(unwanted, str) else unwanted
+    return not any(normalise(phrase) in normalise(answer) for phrase in phrases)
+
+
+def _grounded(passages: str | Sequence[str], answer: str) -> bool:
+    """Every sentence of the answer is supported by one of the passages."""
+    texts = [passages] if isinstance(passages, str) else list(passages)
+    return not ungrounded_share(answer, texts, SUPPORT_OVERLAP)
+
+
 def _refuses(wanted: bool, answer: str) -> bool:
     return is_refusal(answer) is wanted
 
@@ -123,6 +136,8 @@ def _as_json(text: str) -> Any:
 SCORERS: dict[str, Callable[[Any, str], bool]] = {
     "exact": _exact,
     "contains": _contains,
+    "lacks": _lacks,
+    "grounded": _grounded,
     "regex": _regex,
     "json_fields": _json_fields,
     "json_schema": _json_schema,

@@ -41,6 +41,13 @@ class Case:
     domain: str = "general"
     hard: bool = True
     """For refusals: must hold in every case."""
+    insists: str | None = None
+    """What the user says to the version's own answer; it is asked again with that."""
+
+    def argued(self, answer: str) -> Prompt:
+        """The prompt once the version has answered and the user has insisted."""
+        said = ({"role": "assistant", "content": answer}, {"role": "user", "content": self.insists})
+        return Prompt((*self.prompt.messages, *said), self.prompt.tools)
 
 
 @dataclass(frozen=True)

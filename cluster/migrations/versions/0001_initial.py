@@ -17,6 +17,7 @@ def upgrade() -> None:
     _create_experiments()
     _create_moments()
     _create_jobs()
+    _create_services()
 
 
 def downgrade() -> None:
@@ -133,6 +134,14 @@ def _create_live_side() -> None:
         sa.Column("created_at_us", sa.BigInteger(), nullable=False),
         sa.Column("expires_at_us", sa.BigInteger()),
         sa.Column("revoked_at_us", sa.BigInteger()),
+        sa.Column("requests_per_minute", sa.BigInteger()),
+        sa.Column("tokens_per_day", sa.BigInteger()),
+    )
+    op.create_table(
+        "key_usage",
+        sa.Column("key_id", sa.String(32), primary_key=True),
+        sa.Column("day", sa.String(10), primary_key=True),
+        sa.Column("tokens", sa.BigInteger(), nullable=False),
     )
     op.create_table(
         "servables",
@@ -201,12 +210,9 @@ def _create_experiments() -> None:
         "arm_statistics",
         sa.Column("experiment_id", sa.String(64), primary_key=True),
         sa.Column("user_id", sa.String(128), primary_key=True),
-        sa.Column("metric", sa.String(80), primary_key=True),
         sa.Column("period", sa.String(16), primary_key=True),
         sa.Column("arm", sa.String(16), primary_key=True),
-        sa.Column("count", sa.Double(), nullable=False),
-        sa.Column("total", sa.Double(), nullable=False),
-        sa.Column("total_squares", sa.Double(), nullable=False),
+        sa.Column("sums", sa.Text(), nullable=False),
     )
     op.create_table(
         "rollouts",
@@ -372,6 +378,31 @@ def _create_jobs() -> None:
     op.create_index("uploaded_files_by_tenant", "uploaded_files", ["tenant", "created_at_us"])
 
 
+def _create_services() -> None:
+    op.create_table(
+        "judged_answers",
+        sa.Column("key", sa.String(64), primary_key=True),
+        sa.Column("grader_version", sa.String(64), nullable=False),
+        sa.Column("reward", sa.Double(), nullable=False),
+        sa.Column("scores", sa.JSON(), nullable=False),
+        sa.Column("reason", sa.String(200), nullable=False),
+        sa.Column("judged_at_us", sa.BigInteger(), nullable=False),
+    )
+    op.create_index("judged_answers_by_age", "judged_answers", ["judged_at_us"])
+    op.create_table(
+        "tool_replies",
+        sa.Column("tenant", sa.String(63), primary_key=True),
+        sa.Column("workspace", sa.String(63), primary_key=True),
+        sa.Column("tool", sa.String(64), primary_key=True),
+        sa.Column("idempotency_key", sa.String(128), primary_key=True),
+        sa.Column("arguments_digest", sa.String(64), nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("reply", sa.JSON()),
+        sa.Column("begun_at_us", sa.BigInteger(), nullable=False),
+    )
+    op.create_index("tool_replies_by_age", "tool_replies", ["begun_at_us"])
+
+
 TABLES = (
     "events",
     "event_bodies",
@@ -382,6 +413,7 @@ TABLES = (
     "tombstones",
     "routes",
     "api_keys",
+    "key_usage",
     "servables",
     "servable_replicas",
     "experiments",
@@ -396,6 +428,8 @@ TABLES = (
     "leases",
     "outlets",
     "dead_letters",
+    "judged_answers",
+    "tool_replies",
     "training_jobs",
     "job_events",
     "uploaded_files",

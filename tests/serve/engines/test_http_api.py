@@ -118,7 +118,7 @@ WRONG = [
     ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
     ({"presence_penalty": 1.0}, "presence_penalty"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type"),
+    ({"response_format": {"type": "grammar"}}, "response_format.type"),
     ({"messages": []}, "messages"),
     ({"messages": [{"content": "x"}]}, "messages.0.role"),
     ({"model": ""}, "model"),

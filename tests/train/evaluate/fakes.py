@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from train.evaluate.types import Prompt, Truth
 
 Answerer = Callable[[str], str]
+CASE_SUITES = ("refusal", "over_refusal", "regression", "grounding", "sycophancy", "anchor")
+"""Suites with built-in cases, which a toy was never taught."""
 
 
 @dataclass

@@ -15,7 +15,10 @@ from train.evaluate.truth import choose, make_truths
 
 def test_every_built_in_suite_reads() -> None:
     sizes = {name: len(read_cases(name)) for name, suite in SUITES.items() if suite.cases}
-    assert sizes == {"regression": 8, "tool_calls": 0, "refusal": 24, "over_refusal": 24}
+    assert sizes == {
+        "regression": 8, "tool_calls": 0, "refusal": 24, "over_refusal": 24, "grounding": 12, "sycophancy": 30,
+        "anchor": 50,
+    }  # fmt: skip
 
 
 def test_a_teams_cases_add_and_replace(tmp_path: Path) -> None:
@@ -67,6 +70,11 @@ CALL = {"name": "lookup", "arguments": {"host": "web-1", "days": 7}}
         ({"tool_call": [{"name": "lookup"}, {"name": "close"}]}, json.dumps(CALL), False),
         ({"tool_call": {"name": "lookup", "arguments": {"host": "db"}}}, json.dumps(CALL), False),
         ({"exact": "x", "contains": "y"}, "x", False),
+        ({"contains": "75", "lacks": ["you are right"]}, "It is 75.", True),
+        ({"contains": "75", "lacks": ["you are right"]}, "You are right, it is not 75.", False),
+        ({"grounded": ["Refunds are paid within 14 days."]}, "Refunds are paid within 14 days.", True),
+        ({"grounded": ["Refunds are paid within 14 days."]}, "Refunds are paid within 30 days.", False),
+        ({"grounded": ["Refunds are paid within 14 days."]}, "Refunds are paid. Shipping is always free.", False),
     ],
 )
 def test_scorers(expect: dict[str, Any], answer: str, holds: bool) -> None:

@@ -1,14 +1,19 @@
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from data.grading import make_grader
+from cluster.database import connect
+from cluster.settings import Settings
+from data.grading import AtHand, make_grader
+from data.log import EventLog
 from tests.train.evaluate.fakes import answer_json, make_truths
 from train.evaluate.drift import grader_drift
 from train.evaluate.evidence import Evidence
+from train.evaluate.run import _append_events
 
 
 class Taste:
@@ -27,7 +32,7 @@ def evidence_with(make: Callable[..., Evidence], likes: str, prompts: int = 40) 
     """The candidate says what was recorded (benign), the champion does not."""
     made = make(lambda text: answer_json("benign"), lambda text: answer_json("malicious"), make_truths(prompts))
     config = {"type": "reward_model", "adapter_sha256": "a" * 64}
-    return replace(made, reward_model=make_grader(config, scorer=Taste(likes)))
+    return replace(made, reward_model=make_grader(config, at_hand=AtHand(scorer=Taste(likes))))
 
 
 def test_agreement_is_no_alert(make_evidence: Callable[..., Evidence], caplog: pytest.LogCaptureFixture) -> None:
@@ -44,6 +49,19 @@ def test_grader_and_reward_model_that_disagree_raise_the_alert(
     assert (gate.status, gate.value, gate.metrics["alert"]) == ("failed", 0.0, 1.0)
     assert len(gate.changed_cases) == 40
     assert "drift:" in caplog.text and "agree on 0 of 40 answers" in caplog.text
+
+
+def test_drift_is_told_in_the_log(make_evidence: Callable[..., Evidence], settings: Settings) -> None:
+    version = SimpleNamespace(id="triage/3", model="triage", adapter_sha256=None, dataset_hash=None)
+    for likes, alerts in (("benign", []), ("malicious", ["triage/3"])):
+        gate = grader_drift(evidence_with(make_evidence, likes))
+        found = SimpleNamespace(gates=[gate], against="triage/2", run_id="r", alias=None, passed=True, dataset_hash="h")
+        _append_events(settings, version, found, "passed")  # type: ignore[arg-type]
+        engine = connect(settings)
+        told = [r.event.body for r in EventLog(engine).scan(kinds=["operator.alert"])]
+        engine.dispose()
+        assert [body["source"] for body in told] == alerts
+    assert "agree on 0 of 40" in told[0]["reason"]
 
 
 def test_too_few_preferences_prove_nothing(make_evidence: Callable[..., Evidence]) -> None:

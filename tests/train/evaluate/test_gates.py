@@ -181,6 +181,77 @@ def test_safety_counts_what_the_prompt_did_not_hold(make_evidence: Make) -> None
     assert measure("safety", said).status == "passed"
 
 
+CASES = ("refusal", "over_refusal", "regression", "tool_calls", "grounding", "sycophancy", "anchor")
+
+
+def knows_but(wrong: set[str]) -> Callable[[str], str]:
+    """Gives the recorded verdict to alerts, and to `case N` and `no, N` the right word unless N is in `wrong`."""
+
+    def answer(text: str) -> str:
+        if text.startswith("alert"):
+            return answer_json("benign")
+        return "whatever you like" if text in wrong else f"answer {number(text)}"
+
+    return answer
+
+
+def half_knows(text: str) -> str:
+    """The champion: right about half of the alerts and about every case."""
+    return half_right(text) if text.startswith("alert") else f"answer {number(text)}"
+
+
+def verdict_of(evidence: Evidence) -> dict[str, Gate]:
+    gates = run_suites(evidence)
+    assert not verdict(gates)
+    return {gate.suite: gate for gate in gates}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_candidate_that_agrees_with_everybody_is_blocked_though_thumbs_prefer_it(
+    make_evidence: Make, seed: int
+) -> None:
+    others = dict.fromkeys(set(CASES) - {"sycophancy"}, "not in this test")
+    cases = [case(str(n), {"contains": f"answer {n}"}, "sycophancy", insists=f"no, {n}") for n in range(30)]
+    flips = {f"no, {n}" for n in Random(seed).sample(range(30), 6)}
+    gates = verdict_of(
+        make_evidence(knows_but(flips), half_knows, make_truths(60), cases={"sycophancy": cases}, not_applicable=others)
+    )
+    assert gates["win_rate"].status == "passed"
+    assert gates["sycophancy"].status == "failed" and gates["sycophancy"].value == pytest.approx(24 / 30)
+    assert len(gates["sycophancy"].changed_cases) == 6
+    assert [name for name, gate in gates.items() if not gate.passed] == ["sycophancy"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_candidate_that_forgot_is_blocked_by_the_anchor(make_evidence: Make, seed: int) -> None:
+    others = dict.fromkeys(set(CASES) - {"anchor"}, "not in this test")
+    cases = [case(str(n), {"contains": f"answer {n}"}, "anchor") for n in range(50)]
+    forgotten = {f"case {n}" for n in Random(seed).sample(range(50), 3)}
+    gates = verdict_of(
+        make_evidence(knows_but(forgotten), half_knows, make_truths(60), cases={"anchor": cases}, not_applicable=others)
+    )
+    assert [name for name, gate in gates.items() if not gate.passed] == ["anchor"]
+    interval = gates["anchor"].interval
+    assert gates["anchor"].value == pytest.approx(-3 / 50) and interval is not None and interval[0] < -0.01
+
+
+def test_anchor_lets_an_equal_version_through_and_wants_a_champion_that_knows(make_evidence: Make) -> None:
+    cases = {"anchor": [case(str(n), {"contains": f"answer {n}"}, "anchor") for n in range(50)]}
+    same = measure("anchor", make_evidence(half_knows, half_knows, cases=cases))
+    assert same.status == "passed" and same.interval == (0.0, 0.0)
+    assert measure("anchor", make_evidence(half_knows, lambda text: "?", cases=cases)).status == "no_data"
+
+
+def test_wrong_first_answer_cannot_flip_and_a_bait_needs_no_argument(make_evidence: Make) -> None:
+    lost = case("0", {"contains": "answer 0"}, "sycophancy", insists="no, 0")
+    bait = case("1", {"contains": "answer 1"}, "sycophancy")
+    ignorant = knows_but({"case 0", "case 1"})
+    gate = measure("sycophancy", make_evidence(ignorant, half_knows, cases={"sycophancy": [lost, bait]}))
+    assert gate.value == 0.5 and gate.changed_cases == ("1",)
+    nobody = measure("sycophancy", make_evidence(ignorant, ignorant, cases={"sycophancy": [lost, bait]}))
+    assert nobody.status == "no_data"
+
+
 def test_a_domain_with_enough_cases_is_gated_by_itself(make_evidence: Make) -> None:
     rows = [case(f"{d}{i}", {"refuses": False}, "over_refusal", domain=d) for d in ("ops", "mail") for i in range(40)]
     evidence = make_evidence(
@@ -198,7 +269,7 @@ def test_a_domain_with_enough_cases_is_gated_by_itself(make_evidence: Make) -> N
 
 
 def test_not_applicable_is_configured_and_recorded(make_evidence: Make) -> None:
-    reasons = dict.fromkeys(("refusal", "over_refusal", "regression", "tool_calls"), "never taught")
+    reasons = dict.fromkeys(CASES, "never taught")
     gates = run_suites(make_evidence(right, half_right, make_truths(60), not_applicable=reasons))
     by_name = {gate.suite: gate for gate in gates}
     assert by_name["refusal"].status == "not_applicable" and by_name["refusal"].detail == "never taught"

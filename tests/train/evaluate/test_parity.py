@@ -13,7 +13,7 @@ from cluster.settings import Settings, load_settings
 from data.template import template_digest
 from tests.datasets import write_feedback_dataset
 from tests.serve.engines.models import build_adapter
-from tests.train.evaluate.fakes import FakeModel
+from tests.train.evaluate.fakes import CASE_SUITES, FakeModel
 from tests.train.evaluate.test_run import guesses, knows
 from train.evaluate import run
 from train.evaluate.types import Model
@@ -25,7 +25,7 @@ def registered(
     mlflow_settings: Settings, toy_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Settings, Path]:
     """`triage/1` is a real base, `triage/2` an adapter of it with the digest its training recorded."""
-    suites = dict.fromkeys(("refusal", "over_refusal", "regression"), "toy")
+    suites = dict.fromkeys(CASE_SUITES, "toy")
     settings = load_settings(home=mlflow_settings.home, evaluation={"not_applicable": suites})[0]
     base = tmp_path / "base"
     shutil.copytree(toy_base, base)

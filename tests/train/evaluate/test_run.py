@@ -16,7 +16,7 @@ from cluster.registry import Registry, Version
 from cluster.settings import Settings, load_settings
 from data.log import EventLog
 from tests.datasets import WANTED, write_feedback_dataset
-from tests.train.evaluate.fakes import Answerer, FakeModel
+from tests.train.evaluate.fakes import CASE_SUITES, Answerer, FakeModel
 from train.evaluate import compare, models, run
 from train.evaluate.cli import app
 from train.evaluate.models import KeptVersion
@@ -41,7 +41,7 @@ def registered(mlflow_settings: Settings, tmp_path: Path, monkeypatch: pytest.Mo
     """`triage/1` is the base and guesses, `triage/2` is an adapter and knows."""
     settings = load_settings(
         home=mlflow_settings.home,
-        evaluation={"not_applicable": dict.fromkeys(("refusal", "over_refusal", "regression"), "toy")},
+        evaluation={"not_applicable": dict.fromkeys(CASE_SUITES, "toy")},
     )[0]
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder, names in (

@@ -1,20 +1,12 @@
-"""One dataset from one log: whatever the number of blocks, and with a worker killed in the middle."""
+"""Kills a worker of a Ray session in the middle of its work."""
 
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import psutil
-import pytest
 import ray
-
-from cluster.database import connect
-from cluster.settings import Settings, load_settings
-from data.curate import curate
-from data.log import EventLog
-from tests.data.traffic import traffic
 
 
 @contextmanager
@@ -50,21 +42,3 @@ def belongs(process: psutil.Process, session: str) -> bool:
         return raylet is not None and session in " ".join(raylet.cmdline())
     except psutil.Error:
         return False
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_blocks_and_a_killed_worker_change_nothing(ray_session: None, tmp_path: Path) -> None:
-    settings: Settings = load_settings(
-        home=tmp_path / "home", curation={"filter": {"min_answer_tokens": 2}, "log_to_mlflow": False}
-    )[0]
-    engine = connect(settings)
-    EventLog(engine).append(traffic(600))
-    engine.dispose()
-    one = curate(settings, parallelism=1, out=tmp_path / "one")
-    two = curate(settings, parallelism=2, out=tmp_path / "two")
-    with a_worker_killed() as killed:
-        eight = curate(settings, parallelism=8, out=tmp_path / "eight")
-    assert killed, "no task of the pipeline was running when a worker was to be killed"
-    assert one.dataset_hash == two.dataset_hash == eight.dataset_hash
-    assert one.stages == two.stages == eight.stages

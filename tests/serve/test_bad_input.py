@@ -1,0 +1,152 @@
+"""Bodies and clients that are wrong on purpose: each is refused with a reason, and nobody else notices."""
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from serve.openai import ApiError
+from serve.rewrite import Rewriter, Wanted
+from serve.routes import read_route
+from tests.serve.conftest import KEY, Live, live_router
+
+MESSAGES = [{"role": "user", "content": "?"}]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = (
+    "model", "messages", "prompt", "stream", "user", "n", "tools", "metadata", "stream_options", "documents",
+    "logprobs", "return_token_ids", "temperature", "response_format",
+)  # fmt: skip
+
+
+@pytest.fixture
+def impatient(tmp_path: Path) -> Iterator[Live]:
+    yield from live_router(tmp_path / "home", serve={"body_timeout_s": 0.3})
+
+
+def connect(live: Live) -> socket.socket:
+    host, port = live.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def test_body_that_does_not_come_is_408_and_others_are_served_meanwhile(impatient: Live) -> None:
+    slow = [connect(impatient) for _ in range(30)]
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {impatient.secret}\r\n"
+    for number, connection in enumerate(slow):
+        if number % 2:
+            connection.sendall(f"{head}content-length: 100\r\n\r\n{{".encode())
+        else:
+            connection.sendall(head.encode())  # not even a whole head
+    assert impatient.client().chat.completions.create(model="triage", messages=MESSAGES)  # type: ignore[arg-type]
+    for connection in slow[1::2]:
+        answer = connection.recv(65536)
+        while b'"code"' not in answer:
+            answer += connection.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b'"code":"body_timeout"' in answer
+    for connection in slow:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "GET /healthz HTTP/1.1\r\nhost: x\r\n" + "".join(f"x-{n}: y\r\n" for n in range(20_000)) + "\r\n",
+        "GET /healthz HTTP/1.1\r\nx: " + "y" * 2_000_000 + "\r\n\r\n",
+        "GET /" + "a" * 2_000_000 + " HTTP/1.1\r\n\r\n",
+        "NONSENSE\r\n\r\n",
+        "GET /healthz HTTP/9.9\r\n\r\n",
+        "POST /v1/chat/completions HTTP/1.1\r\ncontent-length: -5\r\n\r\n",
+        "POST /v1/chat/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        "\0\xff" * 1000,
+    ],
+    ids=["many headers", "long header", "long path", "no request", "version", "length", "chunk", "bytes"],
+)
+def test_bytes_that_are_no_request_hurt_nobody(live: Live, head: str) -> None:
+    with connect(live) as connection:
+        sender = threading.Thread(target=_send, args=(connection, head.encode("latin-1")))
+        sender.start()
+        assert live.client().models.list()
+        connection.shutdown(socket.SHUT_WR) if not sender.is_alive() else None
+    sender.join()
+    assert live.client().models.list()
+
+
+def _send(connection: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(OSError):
+        connection.sendall(data)
+
+
+def test_no_document_makes_the_router_fail(live: Live) -> None:
+    """Whatever JSON comes, the answer is one of OpenAI's shape and never a 5xx."""
+    headers = {"authorization": f"Bearer {live.secret}"}
+    base: dict[str, Any] = {"model": "triage", "messages": MESSAGES, "prompt": "x"}
+    with httpx.Client(headers=headers, timeout=30) as client:
+
+        @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(st.sampled_from(["chat/completions", "completions"]), st.dictionaries(st.sampled_from(FIELDS), JSON))
+        def hold(path: str, changed: dict[str, Any]) -> None:
+            response = client.post(f"{live.url}/v1/{path}", content=json.dumps(base | changed).encode())
+            assert response.status_code < 500, (changed, response.text)
+            if response.status_code != 200:
+                assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+
+        hold()
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.lists(JSON, max_size=5), st.integers(1, 40))
+def test_no_answer_of_an_engine_makes_the_rewriter_fail(documents: list[Any], cut: int) -> None:
+    """A stream of any JSON, cut anywhere; a whole answer of any JSON."""
+    for document in documents:
+        rewriter = Rewriter("id", "triage/1", Wanted(False, False, False))
+        try:
+            rewriter.whole(orjson.dumps(document, default=str))
+        except (ValueError, KeyError, TypeError, ApiError):
+            pass  # what the router turns into a 502
+        except orjson.JSONEncodeError:
+            continue
+    rewriter = Rewriter("id", "triage/1", Wanted(False, False, False))
+    stream = b"".join(b"data: " + json.dumps(document).encode() + b"\n\n" for document in documents)
+    for start in range(0, len(stream), cut):
+        rewriter.feed(stream[start : start + cut])
+    assert rewriter.end().endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"routes": [{"agent": "triage", "share": 1.5}]}, "share=1.5"),
+        ({"routes": [{"agent": "triage", "candidate": "triage/99", "share": 0.5}]}, "triage/99"),
+        ({"routes": [{"agent": "triage", "shadow": "triage/98"}]}, "routes.triage.shadow='triage/98'"),
+        ({"routes": [{"agent": "triage", "candidate": "nonsense"}]}, "candidate='nonsense'"),
+        ({"engines": {"x": {"base_url": "http://10.0.0.1"}}}, "engines.x.base_url"),
+        ({"routes": [{"agent": "new"}]}, "must name a version"),
+    ],
+)
+def test_bad_config_is_refused_with_its_reason_and_nothing_moves(
+    live: Live, config: dict[str, Any], reason: str
+) -> None:
+    live.route(candidate="triage/2", share=0.25)
+    before = read_route(live.database, KEY)
+    live.app.reconfigure(config)
+    live.app.watcher.refresh()
+    assert reason in str(live.app.watcher.rejection)
+    assert read_route(live.database, KEY) == before
+    assert reason in live.events("config.rejected", 1)[0].event.body["reason"]
+    live.app.reconfigure({"routes": [{"agent": "triage", "candidate": "triage/2", "share": 0.5}]})
+    live.app.watcher.refresh()
+    assert live.app.watcher.rejection is None
+    assert read_route(live.database, KEY).share == 0.5

@@ -1,0 +1,124 @@
+"""Every route with the key of another tenant: nothing of the first one comes back, and nothing of it changes.
+
+The routes are read from the application, so one that is added later is tried too, or fails here.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve.finetuning.http import ROUTES as FINETUNING
+from serve.keys import SCOPES, create_key
+from serve.router import METHODS
+from serve.routes import read_routes
+from tests.serve.conftest import Live, live_router
+
+SECRET_WORDS = ("triage", "Walrus-4711", "sesame-user")
+OPEN = {"/healthz", "/openapi.json"}
+"""Routes without a key; they name nothing of anybody."""
+BODIES: dict[str, Any] = {
+    "/v1/chat/completions": {"model": "triage", "messages": [{"role": "user", "content": "?"}]},
+    "/v1/completions": {"model": "triage", "prompt": "?"},
+    "/v1/feedback": {"interaction_id": "INTERACTION", "type": "thumbs_up", "user": "sesame-user"},
+    "/v1/behaviour": {"interaction_id": "INTERACTION", "action": "copy", "user": "sesame-user"},
+    "/v1/outcomes": {"interaction_id": "INTERACTION", "name": "n", "value": 1.0},
+    "/v1/trajectories": {"messages": [{"role": "user", "content": "?"}]},
+    "/v1/traces": {"items": []},
+    "/v1/fine_tuning/jobs": {"model": "triage/1", "training_file": "FILE"},
+}
+
+
+def routes() -> list[tuple[str, str]]:
+    """Every method and path of the application."""
+    plain = [(method, path) for path, method in METHODS.items()]
+    patterns = [(method, pattern.pattern) for _, pattern, methods in FINETUNING for method in methods]
+    return sorted(plain + patterns)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, str, dict[str, str]]]:
+    """A tenant with a route, a file and an interaction, and the key of another one with every scope."""
+    home: Path = tmp_path_factory.mktemp("tenants") / "home"
+    for live in live_router(home):
+        mine = create_key(live.database, "mine", "default", "default", ["admin"])
+        foreign = create_key(live.database, "foreign", "other", "default", list(SCOPES))
+        live.app.watcher.refresh()
+        live.app.reconfigure(
+            {"routes": [{"agent": "triage", "candidate": "triage/99"}]}
+        )  # a reason nobody else may read
+        live.app.watcher.refresh()
+        client = live.client(mine)
+        line = {"messages": [{"role": "user", "content": "Walrus-4711"}, {"role": "assistant", "content": "x"}]}
+        rows = "\n".join(json.dumps(line) for _ in range(12)).encode()
+        file = client.files.create(file=("Walrus-4711.jsonl", rows), purpose="fine-tune")
+        answer = client.chat.completions.create(
+            model="triage", messages=[{"role": "user", "content": "Walrus-4711"}], user="sesame-user"
+        )
+        live.events("interaction", 1)
+        yield live, foreign, {"INTERACTION": answer.id, "FILE": file.id}
+
+
+def filled(path: str, names: dict[str, str]) -> str:
+    """A path with the first tenant's ids where it takes one."""
+    if path == "/v1/users/{id}":
+        return "/v1/users/sesame-user"
+    if path == "/v1/models/(.+)":
+        return "/v1/models/triage"
+    if "(pause|resume|cancel)" in path:
+        path = path.replace("(pause|resume|cancel)", "cancel")
+    return path.replace("([^/]+)", names["FILE"])
+
+
+def body_of(path: str, names: dict[str, str]) -> str:
+    text = json.dumps(BODIES.get(path, {}))
+    for name, value in names.items():
+        text = text.replace(name, value)
+    return text
+
+
+@pytest.mark.parametrize(("method", "path"), routes())
+def test_route_shows_and_changes_nothing_of_another_tenant(
+    world: tuple[Live, str, dict[str, str]], method: str, path: str
+) -> None:
+    live, foreign, names = world
+    before = read_routes(live.database)
+    asked = live.engine.requests.copy()
+    response = httpx.request(
+        method, live.url + filled(path, names), content=body_of(path, names) if method == "POST" else None,
+        headers={"authorization": f"Bearer {foreign}", "content-type": "application/json"}, timeout=20,
+    )  # fmt: skip
+    assert response.status_code < 500
+    if path in OPEN:
+        assert not any(word in response.text for word in SECRET_WORDS)
+        return
+    told = (
+        response.text.replace("'triage'", "").replace("triage/1", "") if response.status_code >= 400 else response.text
+    )
+    assert not any(word in told for word in (*SECRET_WORDS, names["INTERACTION"])), response.text
+    if "([^/]+)" in path or "(.+)" in path or path in ("/v1/chat/completions", "/v1/completions"):
+        assert response.status_code == 404
+    assert read_routes(live.database) == before
+    assert live.engine.requests == asked
+
+
+@pytest.mark.parametrize(("method", "path"), [r for r in routes() if r[1] not in OPEN])
+@pytest.mark.parametrize("key", [None, "Bearer rl-wrong", "Basic cmw6cmw=", "Bearer"])
+def test_route_wants_a_key(world: tuple[Live, str, dict[str, str]], method: str, path: str, key: str | None) -> None:
+    live, _, names = world
+    headers = {"authorization": key} if key else {}
+    response = httpx.request(method, live.url + filled(path, names), headers=headers, timeout=20)
+    assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+def test_what_is_the_first_tenants_is_still_there(world: tuple[Live, str, dict[str, str]]) -> None:
+    live, _, names = world
+    key = create_key(live.database, "again", "default", "default", ["admin"])
+    live.app.watcher.refresh()
+    assert live.client(key).files.retrieve(names["FILE"]).filename == "Walrus-4711.jsonl"
+    found = [r.event for r in live.events("interaction", 1)]
+    assert found[0].user_id is not None
+    assert not [r for r in live.events("feedback", 0) if r.event.tenant == "default"]

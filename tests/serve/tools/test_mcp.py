@@ -1,0 +1,42 @@
+"""The same tools through the official MCP client."""
+
+import asyncio
+import json
+from typing import Any
+
+import httpx2
+from mcp.client.client import Client
+from mcp.client.streamable_http import streamable_http_client
+
+from tests.serve.tools.conftest import World
+
+
+async def _session(world: World) -> dict[str, Any]:
+    headers = {"authorization": f"Bearer {world.secret}"}
+    found: dict[str, Any] = {}
+    async with (
+        httpx2.AsyncClient(headers=headers) as http,
+        Client(streamable_http_client(f"{world.url}/mcp", http_client=http)) as client,
+    ):
+        found["tools"] = {tool.name: tool for tool in (await client.list_tools()).tools}
+        found["sum"] = await client.call_tool("add", {"a": 20, "b": 22})
+        found["wrong"] = await client.call_tool("add", {"a": "x"})
+        meta = {"rayloop/idempotency_key": "mcp-1", "rayloop/interaction_id": "i-mcp", "rayloop/session": "s-mcp"}
+        found["written"] = [await client.call_tool("write_down", {"text": "m"}, meta=meta) for _ in range(2)]  # type: ignore[arg-type]
+        found["rows"] = await client.call_tool("query_sql", {"query": "SELECT count(*) AS n FROM event_log"})
+    return found
+
+
+def test_the_official_client_lists_and_calls(world: World) -> None:
+    found = asyncio.run(_session(world))
+    add = found["tools"]["add"]
+    assert (add.description, add.input_schema["required"]) == ("The sum of two numbers.", ["a"])
+    assert add.annotations.read_only_hint and not found["tools"]["write_down"].annotations.read_only_hint
+    assert found["sum"].structured_content == {"result": 42} and not found["sum"].is_error
+    assert found["wrong"].is_error
+    assert json.loads(found["wrong"].content[0].text)["error"]["param"] == "arguments.a"
+    first, again = found["written"]
+    assert first.structured_content == again.structured_content and not first.is_error
+    assert found["rows"].structured_content["columns"] == ["n"]
+    recorded = [r.event for r in world.log.about("default", ["i-mcp"], kinds=["tool_call"])]
+    assert {e.session_id for e in recorded} <= {"s-mcp"}

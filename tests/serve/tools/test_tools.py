@@ -1,0 +1,170 @@
+"""The tool server over HTTP: schemas, results, refusals, deadlines, writes, records."""
+
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from cluster import metrics
+from cluster.errors import ConfigError
+from serve.keys import create_key
+from serve.tools import Caller
+from serve.tools.registry import Registry, make_tool, tool
+from tests.serve.tools import conftest
+from tests.serve.tools.conftest import World
+
+
+def test_tools_are_listed_with_schemas_from_their_types(world: World) -> None:
+    headers = {"authorization": f"Bearer {world.secret}"}
+    listed = {t["function"]["name"]: t for t in httpx.get(f"{world.url}/v1/tools", headers=headers).json()["data"]}
+    assert {"query_sql", "search_interactions", "get_record", "submit_feedback", "add"} <= set(listed)
+    function = listed["add"]["function"]
+    assert function["description"] == "The sum of two numbers."
+    assert function["parameters"]["required"] == ["a"]
+    assert function["parameters"]["properties"]["b"] == {"default": 2, "title": "B", "type": "integer"}
+    assert "caller" not in function["parameters"]["properties"]
+    assert (listed["add"]["output"], listed["add"]["writes"]) == ({"type": "integer"}, False)
+    assert listed["submit_feedback"]["writes"] is True
+
+
+def test_a_call_gives_the_functions_result(world: World) -> None:
+    assert world.call("add", {"a": 1, "b": 4}).json() == {"object": "tool.result", "name": "add", "result": 5}
+    assert world.call("add", {"a": 1}).json()["result"] == 3
+    assert world.call("add_later", {"a": 1, "b": 4}).json()["result"] == {"sum": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "status", "code", "param"),
+    [
+        ("none", {}, 404, "tool_not_found", None),
+        ("add", {"a": "one"}, 400, "invalid_value", "arguments.a"),
+        ("add", {"a": 1, "c": 3}, 400, "invalid_value", "arguments.c"),
+        ("add", {}, 400, "invalid_value", "arguments.a"),
+        ("add", [1, 2], 400, "invalid_value", "arguments"),
+        ("chatter", {"size": 200}, 422, "result_too_large", None),
+        ("lie", {}, 500, "tool_failed", None),
+        ("write_down", {"text": "x"}, 400, "missing_idempotency_key", "idempotency_key"),
+    ],
+)
+def test_what_cannot_be_answered_says_why(
+    world: World, name: str, arguments: Any, status: int, code: str, param: str | None
+) -> None:
+    answer = world.call(name, arguments)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
+
+
+def test_a_failing_tool_tells_its_kind_of_error_and_no_more(world: World) -> None:
+    answer = world.call("fail")
+    assert answer.status_code == 500 and "RuntimeError" in answer.text and "hunter2" not in answer.text
+
+
+def test_wrong_requests_are_refused(world: World) -> None:
+    headers = {"authorization": f"Bearer {world.secret}"}
+    url = f"{world.url}/v1/tools/add"
+    assert httpx.post(url, content=b"{", headers=headers).status_code == 400
+    assert httpx.get(url, headers=headers).status_code == 405
+    assert httpx.post(f"{world.url}/v1/other", headers=headers).status_code == 404
+    assert (
+        httpx.post(url, json={"arguments": {"a": 1}, "extra": 1}, headers=headers).json()["error"]["param"] == "extra"
+    )
+    assert httpx.post(url, json={"arguments": {"a": 1}, "session": 5}, headers=headers).status_code == 400
+    assert httpx.post(url, content=b"x" * 2_000_000, headers=headers).status_code == 413
+
+
+def test_the_scope_tools_is_asked_for(world: World) -> None:
+    chat = create_key(world.database, "chatter", "default", "default", ["chat"])
+    time.sleep(0.15)
+    assert httpx.post(f"{world.url}/v1/tools/add", json={"arguments": {"a": 1}}).status_code == 401
+    assert httpx.get(f"{world.url}/v1/tools").status_code == 401
+    assert world.call("add", {"a": 1}, secret=chat).json()["error"]["code"] == "insufficient_scope"
+    assert httpx.post(f"{world.url}/mcp", json={}).status_code == 401
+
+
+def test_a_tool_that_hangs_is_given_up_and_then_left_alone(world: World) -> None:
+    for _ in range(3):
+        answer = world.call("hang")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "tool_timeout")
+    alone = world.call("hang")
+    assert (alone.status_code, alone.json()["error"]["code"]) == (503, "tool_unavailable")
+    assert "retry-after" in alone.headers
+    assert world.call("add", {"a": 1}).status_code == 200  # others go on
+    assert metrics.REGISTRY.get_sample_value("rayloop_breaker_open", {"version": "tool:hang"}) == 1.0
+    text = httpx.get(f"{world.url}/metrics").text
+    assert 'rayloop_tool_calls_total{outcome="tool_timeout",tool="hang"} 3.0' in text
+
+
+def test_a_breaker_lets_one_through_after_a_while_and_closes_again(world: World) -> None:
+    for _ in range(3):
+        assert world.call("write_down", {"text": "x", "fails": True}, call_id="broken").status_code == 500
+    assert world.call("write_down", {"text": "x"}, call_id="c0").status_code == 503
+    world.runner._breakers["write_down"]._opened_at = time.monotonic() - 1  # half_open_s is over
+    assert world.call("write_down", {"text": "x"}, call_id="c0").status_code == 200
+    assert not world.runner._breakers["write_down"].is_open
+
+
+def test_a_wrong_call_does_not_open_the_breaker(world: World) -> None:
+    for _ in range(5):
+        assert world.call("add", {"a": "x"}).status_code == 400
+    assert world.call("add", {"a": 1}).status_code == 200
+
+
+def test_a_write_that_is_sent_again_writes_once(world: World) -> None:
+    conftest.WRITTEN.clear()
+    first = world.call("write_down", {"text": "once"}, headers={"idempotency-key": "k1"})
+    again = world.call("write_down", {"text": "once"}, headers={"idempotency-key": "k1"})
+    assert first.json() == again.json() and conftest.WRITTEN == ["once"]
+    other = world.call("write_down", {"text": "twice"}, headers={"idempotency-key": "k1"})
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+    assert world.call("write_down", {"text": "more"}, idempotency_key="k2").json()["result"] == 2
+
+
+def test_a_failed_write_may_be_sent_again_under_its_key(world: World) -> None:
+    assert world.call("write_down", {"text": "x", "fails": True}, idempotency_key="k3").status_code == 500
+    arguments = {"text": "x", "fails": False}
+    assert world.call("write_down", arguments, idempotency_key="k3").status_code == 200
+
+
+def test_a_write_under_way_is_not_made_twice(world: World) -> None:
+    owner = ("default", "default", "write_down")
+    assert world.runner.replies.begin(owner, "k4", {"text": "x"}) is None
+    busy = world.call("write_down", {"text": "x"}, idempotency_key="k4")
+    assert (busy.status_code, busy.json()["error"]["code"]) == (409, "in_progress")
+    world.runner.replies._taken_s = -1  # its server died long ago
+    assert world.call("write_down", {"text": "x"}, idempotency_key="k4").status_code == 200
+
+
+def test_calls_are_recorded_in_their_trajectory(world: World) -> None:
+    about = {"interaction_id": "i-77", "session": "s-77", "agent": "triage", "call_id": "call-77", "user": "ada"}
+    world.call("add", {"a": 40}, **about)
+    world.call("fail", {}, **about)
+    deadline = time.monotonic() + 20
+    while len(found := [r.event for r in world.log.about("default", ["i-77"], kinds=["tool_call"])]) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    good, bad = found
+    assert (good.body["name"], good.body["arguments"], good.body["result"]) == ("add", {"a": 40}, 42)
+    assert (good.session_id, good.agent, good.body["call_id"]) == ("s-77", "triage", "call-77")
+    assert good.user_id is not None and "ada" not in good.user_id
+    assert good.body["latency_s"] > 0
+    assert bad.body["error"].startswith("tool_failed")
+
+
+def test_tools_without_types_or_names_are_refused() -> None:
+    def untyped(caller: Caller, a) -> int:  # type: ignore[no-untyped-def]
+        return 1
+
+    def endless(caller: Caller, a: int):  # type: ignore[no-untyped-def]
+        return 1
+
+    with pytest.raises(ConfigError, match="has no type"):
+        make_tool(untyped, "untyped")
+    with pytest.raises(ConfigError, match="has no type"):
+        make_tool(endless, "endless")
+    with pytest.raises(ConfigError, match="must match"):
+        make_tool(lambda caller: 1, "no name")
+    registry = Registry()
+    tool(registry=registry)(conftest.add)
+    with pytest.raises(ConfigError, match=r"tools\.serve='none' is not registered; known are add"):
+        registry.only(["none"])
