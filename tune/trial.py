@@ -222,7 +222,8 @@ def prepared_for(plan: Plan, point: Mapping[str, Any], out: Path) -> Any:
     config = TrainConfig(**{**plan.train_config, **point, "out": out})
     shared = _shared(json.dumps(plan.train_config, sort_keys=True))
     steps = prepare_like(shared, config).steps
-    every = max(1, min(math.ceil(steps * share) for share in plan.rungs))
+    first = max(1, min(math.ceil(steps * share) for share in plan.rungs))
+    every = math.ceil(first / math.ceil(first / config.save_steps))  # a checkpoint falls on each rung
     return prepare_like(shared, config.model_copy(update={"save_steps": every}))
 
 
