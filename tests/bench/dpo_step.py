@@ -67,7 +67,7 @@ def make_trainer(side: str, base: Path, pairs: list[dict[str, list[int]]], preci
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
     from trl import DPOConfig, DPOTrainer
 
-    from train.methods import DpoTrainer
+    from train.trainers import DpoTrainer
 
     class Peer(DPOTrainer):  # type: ignore[misc]
         """TRL's trainer as it is, but that the rows are token ids already: only steps are compared."""
