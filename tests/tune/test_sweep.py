@@ -38,6 +38,7 @@ def test_new_sweep_refuses_unknown_fields_and_methods(settings: Settings) -> Non
             new_sweep(settings, method="sft", dataset="d", base="b", ranges=ranges, scheduler=scheduler, grid=True)
     sweep = new_sweep(settings, method="sft", dataset="d", base="b", ranges={"batch_size": "8,16"})
     assert list(sweep.space) == ["learning_rate", "batch_size"]
+    assert "lora.r" in new_sweep(settings, method="dpo", dataset="d", base="b", ranges={"lora.r": "8,16"}).space
 
 
 def test_a_sweep_is_kept_in_its_folder(settings: Settings) -> None:
