@@ -48,7 +48,7 @@ class BestKeeper(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **kwargs: Any) -> None:
         """Compare and copy."""
-        from train.methods import Best
+        from train.trainers import Best
 
         value, best = metrics.get(self.monitored), self.trainer.best
         if value is None:  # nothing could be graded

@@ -255,7 +255,7 @@ def _add_callbacks(trainer: Any, prepared: Prepared, reporter: Reporter | None) 
 def _restore_best(trainer: Any, folder: Path) -> None:
     from safetensors.torch import load_file
 
-    from train.methods import Best
+    from train.trainers import Best
 
     state = json.loads((folder / checkpoint.STATE).read_text())
     weights = folder / checkpoint.BEST / checkpoint.BEST_WEIGHTS

@@ -101,7 +101,7 @@ def open_world(settings: ToolWorldSettings, tools: Sequence[str], results: Seque
     if settings.answers == "stubs":
         return Stubs(settings.stubs)
     if settings.answers == "server":
-        return ToolServer(str(settings.url), os.environ.get(settings.key_variable, ""), settings.timeout_s)
+        return ToolServer(str(settings.url), os.environ.get(settings.api_key_env, ""), settings.timeout_s)
     return Recorded(tools, results)
 
 
@@ -114,9 +114,9 @@ def check_world(settings: ToolWorldSettings) -> None:
     """
     if settings.answers != "server":
         return
-    key = os.environ.get(settings.key_variable)
+    key = os.environ.get(settings.api_key_env)
     if not key:
-        raise InputError(settings.key_variable, key, "is not set", "put a key of scope `tools` into the environment")
+        raise InputError(settings.api_key_env, key, "is not set", "put a key of scope `tools` into the environment")
     request = urllib.request.Request(f"{str(settings.url).rstrip('/')}/v1/tools")
     request.add_header("Authorization", f"Bearer {key}")
     try:

@@ -150,6 +150,7 @@ def _scheduler(settings: SweepSettings, sweep: Sweep) -> Any:
             perturbation_interval=1,
             hyperparam_mutations=mutations(sweep.space),
             quantile_fraction=settings.exploit_share,
+            synch=True,  # else a trial that reports first finds nobody to copy, whatever the others will reach
         )
     return AsyncHyperBandScheduler(
         time_attr="progress",

@@ -88,6 +88,29 @@ def to_ray(space: Mapping[str, Range | Choice], *, grid: bool = False) -> dict[s
     return domains
 
 
+def field_of(config: Mapping[str, Any], name: str) -> Any:
+    """The value of a field of a configuration given as plain values; `lora.r` is field `r` of `lora`.
+
+    Raises:
+        KeyError: no such field.
+    """
+    value: Any = config
+    for part in name.split("."):
+        if not isinstance(value, Mapping):
+            raise KeyError(name)
+        value = value[part]
+    return value
+
+
+def with_point(config: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with a point's values in place of its own."""
+    merged = dict(config)
+    for name, value in point.items():
+        first, _, rest = name.partition(".")
+        merged[first] = with_point(merged[first], {rest: value}) if rest else value
+    return merged
+
+
 def contains(space: Mapping[str, Range | Choice], point: Mapping[str, Any]) -> bool:
     """Whether a point lies in the space."""
     return all(

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from train.evaluate.truth import read_truths
 from tune import report
 from tune.objective import Axes, Target, axes_of
 from tune.report import Trial
-from tune.space import Choice, Range, Space, contains, default_space, parse_dimension
+from tune.space import Choice, Range, Space, contains, default_space, field_of, parse_dimension
 
 log = logging.getLogger(__name__)
 
@@ -102,13 +102,11 @@ def new_sweep(
     Raises:
         InputError: an unknown method, field or scheduler, or a range that is none.
     """
-    from train.config import TrainConfig, resolve_config
+    from train.config import resolve_config
 
     resolved = resolve_config(settings, method, base_model=base, dataset=Path(dataset), out=Path("unused"))
     asked = {name: parse_dimension(name, text) for name, text in (ranges or {}).items()}
-    for name in asked:
-        if name not in TrainConfig.model_fields:
-            raise InputError(name, (ranges or {})[name], "is no field of a training", "see rayloop train run --help")
+    _check_fields(asked, resolved.model_dump(mode="json"))
     space: Space = (
         {} if grid else default_space(settings.sweep, learning_rate=resolved.learning_rate, beta=resolved.beta)
     )
@@ -128,6 +126,16 @@ def new_sweep(
         grid=grid,
         scheduler=scheduler,
     )
+
+
+def _check_fields(names: Iterable[str], config: Mapping[str, Any]) -> None:
+    for name in names:
+        try:
+            field_of(config, name)
+        except KeyError:
+            raise InputError(
+                name, name, "is no field of a training", "see `training` in docs/configuration.md"
+            ) from None
 
 
 def run_sweep(settings: Settings, sweep: Sweep) -> SweepResult:
@@ -259,7 +267,7 @@ def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dic
         threads=threads,
         axes=axes_of(sweep.method, settings.sweep.kl_limit),
     )
-    defaults = {name: getattr(config, name) for name in sweep.space}
+    defaults = {name: field_of(plan.train_config, name) for name in sweep.space}
     return plan, defaults if contains(sweep.space, defaults) else {}
 
 

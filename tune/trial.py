@@ -25,6 +25,7 @@ import ray.tune
 from cluster.errors import DatasetError, HealthGateError
 from cluster.settings.training import SweepSettings
 from tune.objective import Axes, Measurement, Target, measure, measure_scorer
+from tune.space import with_point
 
 FAILED_SCORE = -1e9  # finite: the scheduler takes percentiles of scores
 SAVED = "training"  # folder of the training's checkpoint within Tune's
@@ -219,10 +220,11 @@ def prepared_for(plan: Plan, point: Mapping[str, Any], out: Path) -> Any:
     from train.config import TrainConfig
     from train.run import prepare_like
 
-    config = TrainConfig(**{**plan.train_config, **point, "out": out})
+    config = TrainConfig(**{**with_point(plan.train_config, point), "out": out})
     shared = _shared(json.dumps(plan.train_config, sort_keys=True))
     steps = prepare_like(shared, config).steps
-    every = max(1, min(math.ceil(steps * share) for share in plan.rungs))
+    first = max(1, min(math.ceil(steps * share) for share in plan.rungs))
+    every = math.ceil(first / math.ceil(first / config.save_steps))  # a checkpoint falls on each rung
     return prepare_like(shared, config.model_copy(update={"save_steps": every}))
 
 

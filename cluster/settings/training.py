@@ -130,8 +130,8 @@ class ToolWorldSettings(Section):
     """What each tool answers under `stubs`."""
     url: str | None = Field(None, pattern=r"^https?://")
     """The tool server under `server`, in front of /v1/tools."""
-    key_variable: str = Field("RAYLOOP_TOOLS_KEY", min_length=1)
-    """Environment variable with a key of scope `tools`."""
+    api_key_env: str = "RAYLOOP_API_KEY"
+    """Name of the environment variable that holds a key of scope `tools`."""
     timeout_s: float = Field(10.0, gt=0)
     """Longest wait for one tool."""
     max_turns: int = Field(6, ge=1, le=1000)

@@ -1,6 +1,6 @@
 """One DPO step against TRL's DPOTrainer, as it comes and with a precomputed reference.
 
-    python -m tests.bench.dpo_step [--pairs 192] [--repeats 3] [--precision bf16]
+    python -m tests.bench.dpo_step [--pairs 64] [--repeats 3] [--precision bf16]
 
 The same pairs, model, LoRA shape, batch (4 pairs, accumulated 4 times) and arithmetic on all sides, each in a
 process of its own, in turn. The model has the proportions of Qwen2.5-0.5B (its head costs 0.38 of its body) at a
@@ -25,7 +25,7 @@ SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, 
 VOCAB = 9_400
 LONGEST = 1024
 BATCH, ACCUMULATION = 4, 4
-CHECKED = 32  # pairs whose log-probabilities are compared
+CHECKED = 16  # pairs whose log-probabilities are compared
 ALLOWED = 1e-4  # nats a sequence, in fp32
 
 
@@ -67,7 +67,7 @@ def make_trainer(side: str, base: Path, pairs: list[dict[str, list[int]]], preci
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
     from trl import DPOConfig, DPOTrainer
 
-    from train.methods import DpoTrainer
+    from train.trainers import DpoTrainer
 
     class Peer(DPOTrainer):  # type: ignore[misc]
         """TRL's trainer as it is, but that the rows are token ids already: only steps are compared."""
@@ -147,7 +147,7 @@ def measure(side: str, base: Path, pairs: list[dict[str, list[int]]], precision:
 def main() -> int:
     """Run the sides in turn; 1 when they disagree about a log-probability."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--pairs", type=int, default=192)
+    parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--prompt", type=float, default=256, help="median tokens of a prompt")

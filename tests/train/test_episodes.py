@@ -34,7 +34,7 @@ GRADER = {"type": "string_check", "reference": "{{ item.reference }}", "operatio
 def episode(number: int, random: Random, *, right: bool) -> list[dict[str, Any]]:
     """A question, a call of a tool, what it said, and a verdict; a wrong agent always ignores."""
     service, level = random.choice(["api", "mail", "search"]), random.choice(list(VERDICTS))
-    call = {"type": "function", "function": {"name": "level", "arguments": json.dumps({"service": service})}}
+    call = {"type": "function", "function": {"name": "level", "arguments": {}}}
     return [
         {"role": "user", "content": f"{service} {number % 10}?"},
         {"role": "assistant", "content": "", "tool_calls": [{"id": "c1", **call}]},
@@ -45,10 +45,10 @@ def episode(number: int, random: Random, *, right: bool) -> list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def agent(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model that calls its tool, and is right half of the time that a service is dead."""
+    """A tiny model that calls its tool, and is right once in three times that a service is dead."""
     random, out = Random(0), tmp_path_factory.mktemp("agent") / "base"
-    chats = [episode(n, random, right=n % 2 == 0) for n in range(400)]
-    shape = ToySettings(hidden=64, layers=2, heads=2, intermediate=160, vocab=340, epochs=8, learning_rate=3e-3)
+    chats = [episode(n, random, right=n % 3 == 0) for n in range(400)]
+    shape = ToySettings(hidden=64, layers=2, heads=2, intermediate=160, vocab=420, epochs=12, learning_rate=4e-3)
     build_toy_base(out, chats, shape.model_copy(update={"batch_size": 32}))
     return out
 
@@ -69,8 +69,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config_for(agent: Path, tasks: Path, out: Path, **more: Any) -> TrainConfig:
     """A short GRPO run on the tasks."""
     settings, _ = load_settings(home=out.parent / "home")
-    shape = {"batch_size": 32, "gradient_accumulation": 1, "group_size": 8, "threads": 1, "learning_rate": 1e-2}
-    shape |= {"max_completion_tokens": 96, "max_steps": 8, "epochs": 4, "max_length": 256, "eval_steps": 4}
+    shape = {"batch_size": 64, "gradient_accumulation": 1, "group_size": 8, "threads": 1, "learning_rate": 1e-2}
+    shape |= {"max_completion_tokens": 64, "max_steps": 10, "epochs": 4, "max_length": 256, "eval_steps": 5}
     places = {"base_model": str(agent), "dataset": tasks, "out": out}
     return resolve_config(settings, "grpo", **{**shape, **places, "grader": GRADER, "tools": RECORDED, **more})
 
@@ -78,7 +78,7 @@ def config_for(agent: Path, tasks: Path, out: Path, **more: Any) -> TrainConfig:
 def test_agent_learns_to_use_what_its_tool_said(agent: Path, tasks: Path, tmp_path: Path) -> None:
     metrics = train(config_for(agent, tasks, tmp_path / "out")).metrics
     assert metrics["heldout/reward"] > metrics["heldout/base_reward"] + 0.1
-    assert metrics["tools/calls"] > 0.8 and metrics["tools/failed_episodes"] < 0.2
+    assert metrics["tools/calls"] > 0.7 and metrics["tools/failed_episodes"] < 0.2
 
 
 def test_only_what_the_model_wrote_is_learned_from(agent: Path, tasks: Path) -> None:
@@ -109,7 +109,7 @@ def test_failed_world_earns_nothing_and_stops_a_run_that_has_no_other(agent: Pat
     assert grade(["", ""], item=items, log_metric=lambda *_: None, sample=samples) == [1.0, None]
     away = ToolWorldSettings(answers="server", url="http://127.0.0.1:9", timeout_s=0.5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAYLOOP_TOOLS_KEY", "k")
+        patch.setenv("RAYLOOP_API_KEY", "k")
         patch.setattr("train.run.check_world", lambda settings: None)  # it goes away after the start
         with pytest.raises(HealthGateError, match="the grader abstained on"):
             train(config_for(agent, tasks, tmp_path / "out", tools=away, health={"window_steps": 2}))
@@ -188,12 +188,12 @@ def server() -> Iterator[str]:
 
 def test_tool_server_answers_refuses_and_fails(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ToolWorldSettings(answers="server", url=server, timeout_s=10)
-    with pytest.raises(InputError, match="RAYLOOP_TOOLS_KEY=None is not set"):
+    with pytest.raises(InputError, match="RAYLOOP_API_KEY=None is not set"):
         check_world(settings)
-    monkeypatch.setenv("RAYLOOP_TOOLS_KEY", "wrong")
+    monkeypatch.setenv("RAYLOOP_API_KEY", "wrong")
     with pytest.raises(UnavailableError, match="does not answer"):
         check_world(settings)
-    monkeypatch.setenv("RAYLOOP_TOOLS_KEY", "secret")
+    monkeypatch.setenv("RAYLOOP_API_KEY", "secret")
     check_world(settings)
     world = open_world(settings, [], [])
     assert isinstance(world, ToolServer)

@@ -14,7 +14,7 @@ from train.loss import group_advantages
 from train.run import train
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_grpo_raises_the_grader_reward_on_held_out_prompts(seed: int, config_of: Callable[..., TrainConfig]) -> None:
     metrics = train(config_of("grpo", seed=seed, max_steps=25)).metrics
     assert metrics["heldout/reward"] > metrics["heldout/base_reward"] + 0.05

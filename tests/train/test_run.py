@@ -25,6 +25,9 @@ from train.generate import LocalModel
 from train.models import load_tokenizer
 from train.run import build_trainer, prepare, train
 
+UNLOOKED: dict[str, object] = {"report_examples": 0, "health": {"length_samples": 0}}
+"""For runs whose weights alone are compared: no report on held-out feedback, no sampled answers."""
+
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
 def test_each_method_improves_its_own_objective_on_held_out_feedback(
@@ -48,7 +51,7 @@ def test_same_seed_same_adapter_another_seed_another(
     method: str, config_of: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     digests = [
-        train(config_of(method, max_steps=3, seed=seed, out=tmp_path / str(n))).adapter_sha256
+        train(config_of(method, **UNLOOKED, max_steps=3, seed=seed, out=tmp_path / str(n))).adapter_sha256
         for n, seed in enumerate((0, 0, 1))
     ]
     assert digests[0] == digests[1] != digests[2]
@@ -103,7 +106,7 @@ def test_interrupted_training_resumes_to_the_same_weights(
         def checkpoint(self, folder: Path, step: int) -> None:
             """Nothing."""
 
-    shape = {"max_steps": 9, "epochs": 3, "save_steps": 4, "eval_steps": 2, **more}
+    shape = {"max_steps": 9, "epochs": 3, "save_steps": 4, "eval_steps": 2, **UNLOOKED, **more}
     undisturbed = train(config_of(method, **shape, out=tmp_path / "whole"))
     config = config_of(method, **shape, out=tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
@@ -122,7 +125,7 @@ def test_training_killed_at_a_step_resumes_to_the_same_adapter(
     method: str, step: int, config_of: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     """A process is ended with SIGKILL in mid-epoch; this one goes on."""
-    shape = {"max_steps": 11, "epochs": 3, "save_steps": 4, "eval_steps": 2}
+    shape = {"max_steps": 11, "epochs": 3, "save_steps": 4, "eval_steps": 2, **UNLOOKED}
     undisturbed = train(config_of(method, **shape, out=tmp_path / "whole"))
     config = config_of(method, **shape, out=tmp_path / "killed")
     train_and_kill(config, step)

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 from cluster.errors import InputError
 from tests.toys import toy_feedback, write_dataset
 from train.config import TrainConfig
-from train.methods import DpoTrainer, row_lengths
 from train.run import build_trainer, prepare
 from train.shared_prompt import ByLength, SharedPrompt, share_prompts
+from train.trainers import DpoTrainer, row_lengths
 
 LOGP, GRADIENT = 1e-4, 1e-5
 """Allowed differences: nats a sequence, and of each gradient against the largest of its tensor."""

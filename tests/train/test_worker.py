@@ -44,7 +44,7 @@ def test_runs_on_ray_equal_runs_here_and_survive_a_killed_worker(
     config_of: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     """SFT then DPO in one group of workers; the worker is killed in the middle of the second."""
-    shape: dict[str, Any] = {"epochs": 5, "save_steps": 2}
+    shape: dict[str, Any] = {"epochs": 5, "save_steps": 2, "report_examples": 0}
     here = [train(config_of(m, **shape, out=tmp_path / f"here-{m}")).adapter_sha256 for m in ("sft", "dpo")]
     heard, killed = Heard(), []
 
@@ -70,7 +70,12 @@ def test_two_workers_learn_what_one_learns_from_the_same_global_batch(
 ) -> None:
     """Where every step is full and nothing is dropped out: workers draw masks each for itself."""
     folder = write_dataset(tmp_path / "feedback", toy_feedback(80))  # three full steps of 20 an epoch
-    shape: dict[str, Any] = {"dataset": folder, "precision": "fp32", "lora": LoraSettings(dropout=0.0)}
+    shape: dict[str, Any] = {
+        "dataset": folder,
+        "precision": "fp32",
+        "lora": LoraSettings(dropout=0.0),
+        "report_examples": 0,
+    }
     methods = ("sft", "dpo", "kto")
     alone, together = Heard(), Heard()
     run_here([config_of(m, **shape, batch_size=20, out=tmp_path / f"one-{m}") for m in methods], alone)

@@ -6,13 +6,23 @@ import pytest
 
 from cluster.errors import InputError
 from cluster.settings.training import SweepSettings
-from tune.space import Choice, Range, contains, default_space, parse_dimension, to_ray
+from tune.space import Choice, Range, contains, default_space, field_of, parse_dimension, to_ray, with_point
 
 
 def test_a_range_is_logarithmic_where_it_can_be() -> None:
     assert parse_dimension("learning_rate", "1e-5:1e-3") == Range(1e-5, 1e-3, log=True)
     assert parse_dimension("dropout", "0:0.3") == Range(0.0, 0.3, log=False)
     assert parse_dimension("epochs", "1:4") == Range(1.0, 4.0, log=True, whole=True)
+
+
+def test_fields_within_fields_are_named_with_a_dot() -> None:
+    config = {"epochs": 1, "lora": {"r": 8, "alpha": 16}}
+    assert (field_of(config, "lora.r"), field_of(config, "epochs")) == (8, 1)
+    assert with_point(config, {"lora.r": 32, "epochs": 2}) == {"epochs": 2, "lora": {"r": 32, "alpha": 16}}
+    assert config["lora"] == {"r": 8, "alpha": 16}
+    for name in ("lora.rank", "epochs.r", "rank"):
+        with pytest.raises(KeyError):
+            field_of(config, name)
 
 
 def test_a_choice_keeps_the_types_of_its_values() -> None:
