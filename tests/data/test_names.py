@@ -91,8 +91,8 @@ def test_presidio_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_presidio_judges_names_and_our_rules_the_rest(tmp_path: Path) -> None:
-    spacy = pytest.importorskip("spacy", reason="pip install 'rayloop[presidio]'")
-    pytest.importorskip("presidio_analyzer", reason="pip install 'rayloop[presidio]'")
+    import spacy
+
     model = spacy.blank("en")
     ruler = model.add_pipe("entity_ruler")
     ruler.add_patterns([{"label": "PERSON", "pattern": "ada lovelace"}, {"label": "GPE", "pattern": "turin"}])
