@@ -13,7 +13,7 @@ from cluster.errors import ConfigError, ConflictError, UnavailableError
 from cluster.settings.experiments import ApplicationSettings
 from serve.applications.document import Application, application_name
 from serve.applications.rayservice import RayServiceDriver, access
-from tests.serve.applications.api_server import TOKEN, ApiServer, Trouble, rayservice_validator
+from tests.serve.applications.api_server import MANIFEST, TOKEN, ApiServer, Trouble, rayservice_validator
 
 LLAMA = Application(application_name("meta/llama", "abc"), "meta/llama")
 QWEN = Application(application_name("/models/qwen", None), "/models/qwen")
@@ -52,8 +52,8 @@ def test_an_application_is_added_once_and_taken_down_and_the_others_stay(
     driver.apply([LLAMA])
     assert (server.names, server.patches) == ([*BASE, LLAMA.name], 1)
     after = yaml.safe_load(server.resource["spec"]["serveConfigV2"])
-    assert after["applications"][:4] == before["applications"]
-    assert after["applications"][4] == {
+    assert after["applications"][:-1] == before["applications"]
+    assert after["applications"][-1] == {
         "name": LLAMA.name,
         "route_prefix": f"/{LLAMA.name}",
         "import_path": "serve.app:engine",
