@@ -13,7 +13,7 @@ from cluster.errors import ConfigError, ConflictError, UnavailableError
 from cluster.settings.experiments import ApplicationSettings
 from serve.applications.document import Application, application_name
 from serve.applications.rayservice import RayServiceDriver, access
-from tests.serve.applications.api_server import MANIFEST, TOKEN, ApiServer, Trouble, rayservice_validator
+from tests.serve.applications.api_server import TOKEN, ApiServer, Trouble, rayservice_validator
 
 LLAMA = Application(application_name("meta/llama", "abc"), "meta/llama")
 QWEN = Application(application_name("/models/qwen", None), "/models/qwen")
