@@ -77,7 +77,8 @@ def live(mlflow_settings: Settings, tmp_path: Path) -> Iterator[tuple[Settings, 
         "tick_s": 0.05,
         "stage_duration_s": 60,
     }
-    (tmp_path / "rayloop.yaml").write_text(yaml.safe_dump({"home": str(home), "rollout": rollout}))
+    document = {"home": str(home), "rollout": rollout, "engine": {"live_after_s": 600}}  # nobody's heart beats here
+    (tmp_path / "rayloop.yaml").write_text(yaml.safe_dump(document))
     registry = Registry(mlflow_settings)
     for number in (1, 2):
         base = tmp_path / f"base-{number}"
@@ -118,7 +119,7 @@ def say_ready(engine: Engine, version: str, state: str = "ready", reason: str | 
             )  # fmt: skip
 
 
-def until(condition: Any, timeout_s: float = 20.0) -> None:
+def until(condition: Any, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
