@@ -188,7 +188,9 @@ def _whole_addresses(text: str, found: list[Span]) -> list[Span]:
             joined[-1] = Span("ADDRESS", last.start, span.end, text[last.start : span.end])
         else:
             joined.append(span)
-    return [_with_numbers(text, span) if span.kind == "ADDRESS" else span for span in joined]
+    edges = [0, *(span.end for span in joined)], [*(span.start for span in joined), len(text)][1:]
+    bounds = zip(joined, *edges, strict=False)
+    return [_with_numbers(text, s, low, high) if s.kind == "ADDRESS" else s for s, low, high in bounds]
 
 
 def _belong_together(text: str, left: Span, right: Span) -> bool:
@@ -200,10 +202,10 @@ def _belong_together(text: str, left: Span, right: Span) -> bool:
     return GAP.fullmatch(gap) is not None and ". " not in gap
 
 
-def _with_numbers(text: str, span: Span) -> Span:
-    """An address with the house number before it and the postcode behind it."""
-    before = NUMBERS_BEFORE.search(text[max(0, span.start - 16) : span.start])
-    after = POSTCODE_AFTER.match(text, span.end)
+def _with_numbers(text: str, span: Span, low: int, high: int) -> Span:
+    """An address with the house number before it and the postcode behind it, between its neighbours."""
+    before = NUMBERS_BEFORE.search(text[max(low, span.start - 16) : span.start])
+    after = POSTCODE_AFTER.match(text, span.end, high)
     start = span.start - (len(before[0]) if before else 0)
     end = after.end() if after else span.end
     return Span(span.kind, start, end, text[start:end])

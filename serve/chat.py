@@ -281,12 +281,15 @@ class CompletionHandler:
             meters.first_token.observe(record.ttft_s)
         if record.disconnected and record.error is None:
             record.error = GONE if record.served_version is None else None
-        self._count_tokens(record)
-        self._with.anomalies.observe(record)
         if self._with.capture is not None:
             self._with.capture.offer(record)
-        if self._with.shadow is not None:
-            self._with.shadow.mirror(exchange)
+        try:
+            self._count_tokens(record)
+            self._with.anomalies.observe(record)
+            if self._with.shadow is not None:
+                self._with.shadow.mirror(exchange)
+        except Exception:  # whatever is odd about the request: its answer is out, or its error is
+            log.exception("interaction %s could not be watched", record.interaction_id)
 
     def _count_tokens(self, record: Record) -> None:
         prompt, completion = record.answer.tokens_used()
@@ -340,6 +343,7 @@ def parse_completion(body: bytes) -> dict[str, Any]:
     prompt = request.get("prompt")
     if not isinstance(prompt, str | list) or not prompt:
         raise _wrong("prompt", prompt, "must be a text, a list of texts, or token ids")
+    request.pop("messages", None)  # belongs to a chat, where it is checked; the record must not take it for one
     return request
 
 

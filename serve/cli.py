@@ -41,7 +41,7 @@ def up(
     foreground: Annotated[bool, typer.Option("--foreground/--detach", help="Stay until Ctrl-C.")] = False,
     mlflow: Annotated[bool, typer.Option("--mlflow", help="Start MLflow's web page too.")] = False,
 ) -> None:
-    """Start the live side: router, engine, grader and control, on a Ray cluster of its own."""
+    """Start the live side: router, engine, grader, tools and control, on a Ray cluster of its own."""
     overrides: dict[str, Any] = {} if port is None else {"serve": {"port": port}}
     settings, _ = load_settings(config, **overrides)
     configure_logging(settings.logging)

@@ -5,6 +5,7 @@ ended at the deadline; models are asked on the event loop; `multi` asks its part
 """
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from data.grading.types import AbstainError, AskingGrader, BaseGrader, Grader, G
 from serve.grading_models import ModelCalls
 from serve.grading_pool import GraderPool, WorkerError
 from serve.judged import JudgedAnswers, input_digest
+
+log = logging.getLogger(__name__)
 
 MAX_GRADERS = 64  # graders kept ready, by configuration
 UNRESPONSIVE = "unresponsive_reward_error"
@@ -94,6 +97,9 @@ class Grading:
             )
         except WorkerError as error:
             result = GradeResult(None, {}, str(error), grader.version, "other_error")
+        except Exception as error:  # a grader's own fault must not take the rest of its batch along
+            log.exception("grader %s failed", grader.version)
+            result = GradeResult(None, {}, f"the grader failed ({type(error).__name__})", grader.version, "other_error")
         outcome = "graded" if result.reward is not None else result.error or "abstained"
         metrics.GRADES.labels(_kind(grader), outcome).inc()
         metrics.GRADE_SECONDS.labels(_kind(grader)).observe(time.perf_counter() - began)

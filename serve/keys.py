@@ -17,7 +17,7 @@ from sqlalchemy.engine import Engine
 from cluster.clock import SECOND_US, now_us
 from cluster.database import write
 from cluster.errors import InputError, NotFoundError
-from cluster.tables import api_keys
+from cluster.tables import api_keys, key_usage
 
 PREFIX = "rl-"
 SCOPES = ("chat", "feedback", "label", "owner", "admin", "tools", "grade", "train", "erase")
@@ -129,6 +129,9 @@ def rotate_key(engine: Engine, key_id: str, overlap_s: float, tenant: str | None
     fresh = replace(old, digest=digest_of(secret), key_id=uuid.uuid4().hex[:12], created_at_us=moment)
     with write(engine).begin() as connection:
         connection.execute(api_keys.insert().values(**_row(fresh)))
+        spent = sa.select(sa.literal(fresh.key_id), key_usage.c.day, key_usage.c.tokens)
+        columns = ["key_id", "day", "tokens"]  # its days' budgets go on where they are
+        connection.execute(key_usage.insert().from_select(columns, spent.where(key_usage.c.key_id == old.key_id)))
         until = min(moment + round(overlap_s * SECOND_US), old.expires_at_us or LAST_US)
         connection.execute(api_keys.update().where(api_keys.c.digest == old.digest).values(expires_at_us=until))
     return secret

@@ -188,8 +188,8 @@ class RolloutSettings(Section):
     router_key_env: str = "RAYLOOP_API_KEY"
     """Environment variable with an API key for that. Without it the controller makes a key of its own, which it
     revokes when it ends."""
-    smoke_prompts: tuple[str, ...] = ("Say OK.",)
-    """Sent to a candidate before its first user; each must be answered."""
+    smoke_conversations: tuple[tuple[str, ...], ...] = (("Say OK.",),)
+    """Held with a candidate before its first user, turn by turn; every turn must be answered."""
     smoke_tokens: int = Field(8, ge=1)
     """Length of those answers."""
     smoke_timeout_s: float = Field(10.0, gt=0)

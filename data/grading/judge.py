@@ -27,6 +27,7 @@ from data.grading.types import (
     Question,
 )
 
+LARGEST = 1e300  # of a score; a longer integer is no float
 CHAT = "/v1/chat/completions"
 MAX_REPLY_TOKENS = 512  # of a judge that is told no number; a verdict is short
 PREAMBLE = (
@@ -74,6 +75,8 @@ class SamplingParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_completions_tokens: int | None = Field(None, ge=1, le=32_768)
+    max_tokens: int | None = Field(None, ge=1, le=32_768)
+    """The same, by the name that older examples use."""
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     seed: int | None = None
     temperature: float | None = Field(None, ge=0, le=2)
@@ -81,11 +84,11 @@ class SamplingParams(BaseModel):
 
     def body(self) -> dict[str, Any]:
         """The fields of a chat completion request."""
-        given = self.model_dump(exclude_none=True, exclude={"max_completions_tokens"})
+        given = self.model_dump(exclude_none=True, exclude={"max_completions_tokens", "max_tokens"})
         return {
             "temperature": 0.0,
             "seed": 0,
-            "max_tokens": self.max_completions_tokens or MAX_REPLY_TOKENS,
+            "max_tokens": self.max_completions_tokens or self.max_tokens or MAX_REPLY_TOKENS,
         } | given
 
 
@@ -204,11 +207,12 @@ class ScoreModel(_Judge[ScoreModelConfig]):
         return _object("result", {"type": "number", "minimum": low, "maximum": high})
 
     def _read(self, question: Question, document: Any) -> Graded:
-        score, (low, high) = verdict_object(document).get("result"), self.config.range
-        known = isinstance(score, int | float) and not isinstance(score, bool) and math.isfinite(score)
-        if not known or not low <= (score := float(score or 0)) <= high:
+        said, (low, high) = verdict_object(document).get("result"), self.config.range
+        known = isinstance(said, int | float) and not isinstance(said, bool) and abs(said) < LARGEST
+        score = float(said or 0) if known else math.nan
+        if not low <= score <= high:  # nor is NaN
             raise AbstainError(
-                f"the judge's score {score!r:.60} is no number from {low:g} to {high:g}", "model_grader_parse_error"
+                f"the judge's score {said!r:.60} is no number from {low:g} to {high:g}", "model_grader_parse_error"
             )
         threshold = self.config.pass_threshold
         place = (score - low) / (high - low)

@@ -10,7 +10,8 @@ from cluster.errors import InputError
 from data.grading.types import AbstainError, FailedAnswerError, Item
 
 TEMPLATE = re.compile(r"\{\{\s*([^{}]*?)\s*\}\}")
-PATH = re.compile(r"(item|sample)((?:\.[A-Za-z0-9_\-]+)+)")
+PATH = re.compile(r"(item|sample)((?:\.[A-Za-z0-9_\-]+|\[\d+\])+)")
+INDEX = re.compile(r"\[(\d+)\]")
 SAMPLE_FIELDS = ("output_text", "output_json", "output_tools")
 MISSING = object()
 
@@ -54,7 +55,7 @@ def check_template(field: str, template: str) -> None:
         match = PATH.fullmatch(expression)
         if not match:
             raise InputError(field, template, f"names {expression!r}", "use {{ item.x }} or {{ sample.output_text }}")
-        first = match[2].split(".")[1]
+        first = _dotted(match[2]).split(".")[1]
         if match[1] == "sample" and first not in SAMPLE_FIELDS:
             raise InputError(field, template, f"names sample.{first}", f"use one of {', '.join(SAMPLE_FIELDS)}")
 
@@ -70,8 +71,8 @@ def render(template: str, item: Item, sample: Mapping[str, Any]) -> str:
 
 
 def resolve(expression: str, item: Item, sample: Mapping[str, Any]) -> Any:
-    """The value of `item.a.b` or `sample.output_json.c`, in its own type."""
-    root, _, path = expression.partition(".")
+    """The value of `item.a.b` or `sample.output_tools[0].function.name`, in its own type."""
+    root, _, path = _dotted(expression).partition(".")
     if root == "item":
         found = lookup(item, path)
         if found is MISSING or found is None:
@@ -102,6 +103,11 @@ def equal(left: Any, right: Any) -> bool:
     if isinstance(left, Mapping) and isinstance(right, Mapping):
         return left.keys() == right.keys() and all(equal(left[key], right[key]) for key in left)
     return bool(left == right)
+
+
+def _dotted(expression: str) -> str:
+    """`a.b[0].c` as `a.b.0.c`."""
+    return INDEX.sub(r".\1", expression)
 
 
 def shown(value: Any) -> str:

@@ -7,7 +7,7 @@ lost, refused or undone by somebody else is made again, and no command needs acc
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 from sqlalchemy.engine import Engine
@@ -62,16 +62,19 @@ def wanted_applications(engine: Engine, linger_s: float, now_us: int) -> list[Ap
 class Applications:
     """The applications of one installation, as last seen."""
 
-    def __init__(self, engine: Engine, driver: Driver, linger_s: float) -> None:
-        self.engine, self.driver, self.linger_s = engine, driver, linger_s
+    def __init__(self, engine: Engine, make_driver: Callable[[], Driver], linger_s: float) -> None:
+        self.engine, self.make_driver, self.linger_s = engine, make_driver, linger_s
+        self._driver: Driver | None = None
         self._said: Said = {}
         self._failure: str | None = None
 
     def sync(self, now_us: int) -> None:
-        """One reconciliation. A failure is kept for `status`, and tried again at the next."""
+        """One reconciliation. A failure is kept for `status`, and tried again at the next: rollouts without an
+        application must not wait for a driver that cannot be made."""
         wanted = wanted_applications(self.engine, self.linger_s, now_us)
         try:
-            self._said = self.driver.apply(wanted)
+            self._driver = self._driver or self.make_driver()
+            self._said = self._driver.apply(wanted)
             self._failure = None
         except RayloopError as error:
             if str(error) != self._failure:

@@ -141,12 +141,14 @@ class Evidence:
     def finite(self) -> "Evidence":
         """The same with readings that hold no proper numbers marked so: JSON has no word for them, and a decision
         must follow from what is recorded of it."""
-        several = {
-            name: tuple(_finite_reading(reading) for reading in getattr(self, name))
-            for name in ("guardrails", "optional_guardrails", "further_primaries")
-        }
-        response = _finite_reading(self.response) if self.response else None
-        return replace(self, primary=_finite_reading(self.primary), response=response, **several)
+        return replace(
+            self,
+            primary=_finite_reading(self.primary),
+            guardrails=tuple(map(_finite_reading, self.guardrails)),
+            optional_guardrails=tuple(map(_finite_reading, self.optional_guardrails)),
+            further_primaries=tuple(map(_finite_reading, self.further_primaries)),
+            response=_finite_reading(self.response) if self.response else None,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """A form that survives JSON and comes back with `from_json` unchanged."""
@@ -194,12 +196,12 @@ def read_metric(
     With `values`, the users' own means in the order in which they came, the bounds are those of a betting
     sequence.
     """
-    bare = Reading(metric.name, _arm(metric, candidate), _arm(metric, control))
+    one, other = _estimate(metric, candidate), _estimate(metric, control)
+    bare = Reading(metric.name, _arm(candidate, one), _arm(control, other))
     if candidate is None or control is None:
         return replace(bare, problem="no data")
     if bare.users < MIN_USERS_FOR_VARIANCE:
         return replace(bare, problem="too few users")
-    one, other = _estimate(metric, candidate), _estimate(metric, control)
     p_value = comparisons.welch(one, other).p_value
     adjusted = covariates.adjust(candidate, control) if metric.kind == "user_mean" else None
     if adjusted is not None:
@@ -244,16 +246,18 @@ def _betting_bounds(metric: Metric, values: UserValues, alpha: float, guardrail_
     return bounds(guardrail_alpha)[0], bounds(alpha)[1]
 
 
-def _estimate(metric: Metric, moments: Moments) -> Estimate:
+def _estimate(metric: Metric, moments: Moments | None) -> Estimate:
+    if moments is None:
+        return Estimate(0, math.nan, math.nan)
     if metric.kind == "user_mean":
         return comparisons.user_mean(moments)
     return comparisons.proportion(moments) if metric.kind == "proportion" else comparisons.ratio(moments)
 
 
-def _arm(metric: Metric, moments: Moments | None) -> ArmReading:
+def _arm(moments: Moments | None, estimate: Estimate) -> ArmReading:
     if moments is None:
         return ArmReading(0, 0.0, None)
-    return ArmReading(moments.users, moments.sum_n, _finite(_estimate(metric, moments).mean))
+    return ArmReading(moments.users, moments.sum_n, _finite(estimate.mean))
 
 
 def _harm_bounds(
@@ -281,12 +285,14 @@ def _proportion_bounds(
     Requests of one user are not independent, so trials are divided by the design effect over users.
     """
 
+    effects = {id(arm): comparisons.design_effect(arm) for arm in arms}
+
     def distance(worse: Moments, better: Moments, alpha: float) -> float:
         """The least by which the first may exceed the second."""
         ends = []
         for end, moments in ((sequences.bernoulli_low, worse), (sequences.bernoulli_high, better)):
             # a two-sided sequence at alpha has alpha / 2 on each side, which is this arm's share
-            effect = comparisons.design_effect(moments)
+            effect = effects[id(moments)]
             ends.append(end(moments.sum_y / effect, moments.sum_n / effect, alpha, settings.tuning_trials))
         return ends[0] - ends[1]
 

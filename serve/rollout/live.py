@@ -13,6 +13,7 @@ from sqlalchemy.engine import Engine
 from cluster.errors import NotFoundError
 from cluster.registry import Registry, Version
 from cluster.settings import Settings
+from cluster.settings.experiments import ApplicationSettings
 from serve import servables
 from serve.applications.document import application_name, is_ours
 from serve.applications.driver import Applications, Driver, Status
@@ -116,21 +117,23 @@ class HttpRouters:
         self.url, self.settings, self.key_for = url.rstrip("/"), settings, key_for
 
     def smoke(self, route: Route, version: str) -> str | None:
-        """Ask the candidate each of the configured prompts."""
-        for prompt in self.settings.rollout.smoke_prompts:
-            body = {
-                "model": version,
-                "messages": [{"role": "user", "content": prompt}],
-                "max_tokens": self.settings.rollout.smoke_tokens,
-                "user": SMOKE_USER,
-            }
-            try:
-                answer = self._ask(route, "/v1/chat/completions", body)
-                if not answer["choices"]:
-                    return f"no choice in the answer to {prompt!r}"
-            except (OSError, ValueError, KeyError) as error:
-                return f"{prompt!r}: {_shown(error)}"
+        """Hold each of the configured conversations with the candidate."""
+        for conversation in self.settings.rollout.smoke_conversations:
+            messages: list[dict[str, Any]] = []
+            for turn in conversation:
+                messages.append({"role": "user", "content": turn})
+                try:
+                    messages.append(self._answer(route, version, messages))
+                except (OSError, ValueError, LookupError, TypeError) as error:
+                    return f"{turn!r}: {_shown(error)}"
         return None
+
+    def _answer(self, route: Route, version: str, messages: list[dict[str, Any]]) -> dict[str, Any]:
+        """The candidate's next message. What it says is for the gates to judge, and a tiny model may say nothing."""
+        limit = self.settings.rollout.smoke_tokens
+        body = {"model": version, "messages": messages, "max_tokens": limit, "user": SMOKE_USER}
+        message: dict[str, Any] = self._ask(route, "/v1/chat/completions", body)["choices"][0]["message"]
+        return message
 
     def shows(self, route: Route) -> bool:
         """True when the routers answer with this revision, or a later one."""
@@ -194,20 +197,20 @@ def controller_steps(engine: Engine, settings: Settings, keys: OwnKeys) -> Steps
 
 
 def applications(engine: Engine, settings: Settings) -> Applications | None:
-    """The applications of candidates, by the configured driver.
+    """The applications of candidates; `None` where no driver is configured."""
+    given = settings.rollout.applications
+    return None if given.driver == "none" else Applications(engine, lambda: make_driver(given), given.linger_s)
+
+
+def make_driver(given: ApplicationSettings) -> Driver:
+    """The configured driver.
 
     Raises:
-        ConfigError: the driver's API has no address.
+        ConfigError: its API has no address.
     """
-    given = settings.rollout.applications
-    if given.driver == "none":
-        return None
-    driver: Driver
-    if given.driver == "serve":
-        driver = ServeRestDriver(Api(given.dashboard_url or dashboard_url(), given.timeout_s), given.template)
-    else:
-        driver = RayServiceDriver(access(given), given)
-    return Applications(engine, driver, given.linger_s)
+    if given.driver == "rayservice":
+        return RayServiceDriver(access(given), given)
+    return ServeRestDriver(Api(given.dashboard_url or dashboard_url(), given.timeout_s), given.template)
 
 
 def _shown(error: Exception) -> str:

@@ -29,6 +29,8 @@ REFUSED = (
     exp.Into, exp.Lock, exp.Command, exp.Parameter, exp.SessionParameter, exp.Anonymous, exp.AnonymousAggFunc,
     exp.Lateral, exp.Unnest, exp.TableSample, exp.Pragma, exp.DML, exp.DDL,
 )  # fmt: skip
+OWN = "own_with_"
+"""Prefix of the names in a query's own WITH."""
 BOUND = ("tenant", "workspace")
 """Parameters that only the server binds."""
 MAX_QUERY_CHARS = 10_000
@@ -62,6 +64,8 @@ class ReadOnlySql:
         self._engine, self._views = engine, dict(views)
         self._max_rows, self._timeout_s = max_rows, timeout_s
         self._dialect = "sqlite" if engine.dialect.name == "sqlite" else "postgres"
+        parsed = [sqlglot.parse_one(view, read=self._dialect) for view in views.values()]
+        self._tables = frozenset(table.name for view in parsed for table in view.find_all(exp.Table))
 
     @property
     def views(self) -> list[str]:
@@ -95,7 +99,7 @@ class ReadOnlySql:
 
     def _read(self, connection: Connection, statement: str, values: dict[str, Any]) -> Rows:
         locked = _lock_sqlite if self._dialect == "sqlite" else _lock_postgres
-        unlock = locked(connection, self._timeout_s)
+        unlock = locked(connection, self._timeout_s, self._tables)
         try:
             result = connection.exec_driver_sql(statement, values)
             found = result.fetchmany(self._max_rows + 1)
@@ -121,6 +125,7 @@ class ReadOnlySql:
             raise InputError("query", query, "must be one SELECT", "send nothing else")
         tree = trees[0]
         self._check(tree, query)
+        _rename_own(tree)
         used = sorted({t.name for t in tree.find_all(exp.Table)} & set(self._views))
         views = [(name, sqlglot.parse_one(self._views[name], read=self._dialect)) for name in used]
         parts = [f"{name} AS ({self._marked(view)})" for name, view in views]
@@ -171,13 +176,30 @@ class ReadOnlySql:
             raise InputError("query", query, f"reads {node.name!r}, which is no view here", f"known views: {known}")
 
 
-def _lock_sqlite(connection: Connection, timeout_s: float) -> Any:
+def _rename_own(tree: Any) -> None:
+    """Give the query's own WITH names that no table has.
+
+    Outside its scope such a name would mean the table of that name: in an earlier WITH, or beside a subquery.
+    """
+    own = {cte.alias for cte in tree.find_all(exp.CTE)}
+    for table in list(tree.find_all(exp.Table)):
+        if table.name in own:
+            if not table.alias:
+                table.set("alias", exp.TableAlias(this=exp.to_identifier(table.name)))
+            table.set("this", exp.to_identifier(f"{OWN}{table.name}"))
+    for cte in tree.find_all(exp.CTE):
+        cte.args["alias"].set("this", exp.to_identifier(f"{OWN}{cte.alias}"))
+
+
+def _lock_sqlite(connection: Connection, timeout_s: float, tables: frozenset[str]) -> Any:
     driver = connection.connection.driver_connection
     assert isinstance(driver, sqlite3.Connection)
     end = time.monotonic() + timeout_s
     connection.exec_driver_sql("PRAGMA query_only=ON")
 
-    def authorise(action: int, *_details: Any) -> int:
+    def authorise(action: int, name: str | None, column: str | None, *_details: Any) -> int:
+        if action == sqlite3.SQLITE_READ and column and name not in tables:  # no column: rows are counted
+            return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK if action in READS else sqlite3.SQLITE_DENY
 
     def unlock() -> None:
@@ -190,7 +212,7 @@ def _lock_sqlite(connection: Connection, timeout_s: float) -> Any:
     return unlock
 
 
-def _lock_postgres(connection: Connection, timeout_s: float) -> Any:
+def _lock_postgres(connection: Connection, timeout_s: float, _tables: frozenset[str]) -> Any:
     connection.exec_driver_sql("SET TRANSACTION READ ONLY")
     connection.exec_driver_sql(f"SET LOCAL statement_timeout = {round(timeout_s * 1000)}")
     return lambda: None

@@ -7,7 +7,8 @@ with scrubbing, detectors, near-duplicate clusters, pairs, splits and manifest. 
 rows, already joined, to a Parquet file: `map` with eight `re` substitutions, `map` with a score and a filter,
 datasketch MinHash and LSH over the questions, one file. It does less; both must find the same number of
 distinct questions, up to the sketches' error. Both run in processes of their own with the same number of CPUs.
-Cost is per row, so the peer may run on fewer. Memory is the highest sum of private memory of all processes.
+Cost is per row, so the peer may run on fewer. Memory is the highest sum of private memory of all processes; CPU
+seconds are those of all processes, start of Ray included, for machines that are shared.
 """
 
 import argparse
@@ -170,12 +171,12 @@ def ours(home: Path) -> dict[str, Any]:
 
 
 def measured(command: Sequence[Any], environment: dict[str, str]) -> dict[str, Any]:
-    """One side in a process of its own, with the peak of its tree's private memory."""
-    begun = time.perf_counter()
+    """One side in a process of its own, with the peak of its tree's private memory and its CPU seconds."""
     process = subprocess.Popen(
         [str(part) for part in command], env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     peak = 0
+    used: dict[int, float] = {}
     over = threading.Event()
 
     def watch() -> None:
@@ -190,6 +191,7 @@ def measured(command: Sequence[Any], environment: dict[str, str]) -> dict[str, A
             for one in tree:
                 try:
                     total += one.memory_info().rss - one.memory_info().shared
+                    used[one.pid] = sum(one.cpu_times()[:2])
                 except psutil.Error:
                     continue
             peak = max(peak, total)
@@ -202,7 +204,7 @@ def measured(command: Sequence[Any], environment: dict[str, str]) -> dict[str, A
     if process.returncode:
         raise RuntimeError(errors.decode()[-2000:])
     result: dict[str, Any] = json.loads(output.decode().splitlines()[-1])
-    return result | {"peak_mb": peak / 2**20, "whole_s": time.perf_counter() - begun}
+    return result | {"peak_mb": peak / 2**20, "cpu_s": sum(used.values())}
 
 
 def peer_folder() -> Path:
@@ -238,6 +240,7 @@ def main() -> int:
         return 0
     environment = {"RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     costs: dict[str, float] = {}
+    cpu: dict[str, float] = {}
     distinct: dict[str, int] = {}
     peaks: dict[int, float] = {}
     for rows in sorted({*options.rows, options.peer_rows}):
@@ -251,17 +254,19 @@ def main() -> int:
                 path = {"PYTHONPATH": f"{peer_folder()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
                 found = measured(command, environment | (path if side == "peer" else {}))
                 costs[f"{side} {rows}"] = found["seconds"] / rows
+                cpu[f"{side} {rows}"] = found["cpu_s"] / rows
                 distinct[f"{side} {rows}"] = found["distinct"]
                 if side == "ours":
                     peaks[rows] = found["peak_mb"]
                 more = {name: found[name] for name in ("rows", "distinct") if name in found}
                 print(
                     f"{side} {rows:>9,} rows: {found['seconds']:8.1f} s  {rows / found['seconds']:8,.0f} rows/s  "
-                    f"peak {found['peak_mb']:7,.0f} MB  {more}",
+                    f"{found['cpu_s']:7.0f} s cpu  peak {found['peak_mb']:7,.0f} MB  {more}",
                     flush=True,
                 )
     ratio = costs[f"peer {options.peer_rows}"] / costs[f"ours {max(options.rows)}"]
-    print(f"ratio of costs per row {ratio:.1f} x (target {TARGET:g} x)")
+    of_cpu = cpu[f"peer {options.peer_rows}"] / cpu[f"ours {max(options.rows)}"]
+    print(f"ratio of costs per row {ratio:.1f} x wall (target {TARGET:g} x), {of_cpu:.1f} x cpu")
     small, large = min(options.rows), max(options.rows)
     growth, memory = costs[f"ours {large}"] / costs[f"ours {small}"], peaks[large] / peaks[small]
     print(f"from {small:,} to {large:,} rows: {growth:.2f} x the cost per row, {memory:.2f} x the memory")

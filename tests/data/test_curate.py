@@ -14,7 +14,7 @@ from cluster.errors import DatasetError, InputError, NotFoundError
 from cluster.settings import Settings, load_settings
 from data.card import dataset_card
 from data.curate import check_usable, curate, log_to_mlflow
-from data.events import Event
+from data.events import Event, parse_body
 from data.log import EventLog
 from data.manifest import COLUMNS, Manifest, find_dataset, load_manifest, read_examples
 from data.split import SPLITS
@@ -46,15 +46,27 @@ def with_log(tmp_path: Path) -> MakeLog:
     return make
 
 
+def asked_with_a_tool(number: int) -> list[Event]:
+    """An answer that was liked, and the tool call behind it as an event of its own."""
+    body = {"name": "find_order", "call_id": "c1", "arguments": {"order": 77}, "result": {"state": "sent"}}
+    ids = {"event_id": f"t{number}", "occurred_at_us": START_US, "interaction_id": f"i{number}"}
+    return [
+        interaction(number, "Where is order seventy-seven?", "It was sent this morning.", user="user1"),
+        Event("tool_call", "default", "default", parse_body("tool_call", body), **ids),  # type: ignore[arg-type]
+        feedback(number, "thumbs_up", 1.0, user="user1"),
+    ]
+
+
 @pytest.fixture(scope="module")
 def dataset(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, Manifest]:
-    """A dataset of 400 interactions, some about nearly the same long story, by many users."""
+    """A dataset of 441 interactions, some about nearly the same long story, one with a tool, by many users."""
     events = traffic(400)
     for n in range(40):
         question = f"{STORY} number {n}" if n % 2 else f"{STORY}: case {n}"
         events.append(interaction(1000 + n, question, f"restart it {n}", user=f"user{n}"))
         kind, reward = ("thumbs_up", 1.0) if n % 3 else ("thumbs_down", -1.0)
         events.append(feedback(1000 + n, kind, reward, user=f"user{n}"))
+    events += asked_with_a_tool(2000)
     home = tmp_path_factory.mktemp("curate")
     curation: dict[str, Any] = {"filter": {"min_answer_tokens": 2}, "split": {"train": 0.6, "validation": 0.2}}
     curation |= {"log_to_mlflow": False, "balance": {"topics": 4}}
@@ -124,7 +136,7 @@ def test_stages_count_rows_in_and_out(dataset: tuple[Settings, Manifest]) -> Non
         "join", "behaviour", "weigh", "score", "filter", "scrub", "fingerprint", "cluster", "deduplicate",
         "examples", "balance", "augment", "curriculum", "split",
     ]  # fmt: skip
-    assert stages["join"].rows_out == 440
+    assert stages["join"].rows_out == 441
     for name in ("score", "filter", "scrub", "deduplicate", "split"):
         assert stages[name].rows_in - stages[name].rows_out == sum(stages[name].dropped.values()), name
     assert stages["split"].rows_out == sum(made.total(kind) for kind in COLUMNS)
@@ -143,6 +155,17 @@ def test_examples_have_the_columns_of_their_kind_in_order_of_the_curriculum(
     pair = read_examples(made.path, "preference", "train").to_pylist()[0]
     assert [m["role"] for m in json.loads(pair["chosen"])] == ["assistant"]
     assert json.loads(pair["prompt"])[-1]["role"] == "user"
+
+
+@pytest.mark.ray
+def test_a_tool_call_that_came_as_an_event_ends_as_tool_messages(dataset: tuple[Settings, Manifest]) -> None:
+    _, made = dataset
+    rows = [row for split in SPLITS for row in read_examples(made.path, "sft", split).to_pylist()]
+    (row,) = [row for row in rows if row["interaction_ids"] == ["i2000"]]
+    messages = json.loads(row["messages"])
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert messages[2]["tool_calls"][0]["function"] == {"name": "find_order", "arguments": '{"order":77}'}
+    assert (messages[3]["tool_call_id"], messages[3]["content"]) == ("c1", '{"state":"sent"}')
 
 
 @pytest.mark.ray

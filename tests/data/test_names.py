@@ -2,6 +2,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.errors import InputError
 from cluster.settings.curation import ScrubSettings
@@ -63,6 +65,22 @@ def test_an_address_is_one_span_from_its_number_to_its_postcode() -> None:
     assert [(s.kind, s.value) for s in find_names(text)] == [("ADDRESS", text[11:-9])]
     listed = "Sofie Holm\nRua Direita 17\nLisbon"
     assert [s.kind for s in find_names(listed)] == ["NAME", "ADDRESS"]
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["221 ", "2024 ", "Baker Street ", "Suite 4", "\n", ", ", "Graz ", "AT 8010 ", "12/05/2024 ", "Mr. Falk ",
+             "Unit 7 Box 9 ", "at ", "Austrian ", "my name is ", "anna ", "inc. ", ". ", "New Zealand "]
+        ),
+        max_size=12,
+    )
+)  # fmt: skip
+def test_spans_lie_apart_and_hold_their_text(parts: list[str]) -> None:
+    text, at = "".join(parts), 0
+    for span in find_names(text):
+        assert at <= span.start < span.end <= len(text) and text[span.start : span.end] == span.value
+        at = span.end
 
 
 def test_presidio_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -316,11 +316,11 @@ class World:
         controller.close()
         return rollout
 
-    def run_on(self, seconds: int) -> None:
-        """Seconds of traffic after a rollout has ended, with a tick after each."""
+    def run_on(self, seconds: int, *, traffic: bool = True) -> None:
+        """Seconds of traffic with a tick after each, whatever becomes of a rollout."""
         controller = self.controller()
         for _ in range(seconds):
-            self.second()
+            self.second(traffic=traffic)
             controller.tick()
         controller.close()
 

@@ -36,6 +36,11 @@ def impatient(tmp_path: Path) -> Iterator[Live]:
     yield from live_router(tmp_path / "home", serve={"body_timeout_s": 0.3})
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    yield from live_router(tmp_path_factory.mktemp("bad") / "home")
+
+
 def connect(live: Live) -> socket.socket:
     host, port = live.url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=20)
@@ -74,7 +79,8 @@ def test_body_that_does_not_come_is_408_and_others_are_served_meanwhile(impatien
     ],
     ids=["many headers", "long header", "long path", "no request", "version", "length", "chunk", "bytes"],
 )
-def test_bytes_that_are_no_request_hurt_nobody(live: Live, head: str) -> None:
+def test_bytes_that_are_no_request_hurt_nobody(shared: Live, head: str) -> None:
+    live = shared
     with connect(live) as connection:
         sender = threading.Thread(target=_send, args=(connection, head.encode("latin-1")))
         sender.start()
@@ -89,8 +95,9 @@ def _send(connection: socket.socket, data: bytes) -> None:
         connection.sendall(data)
 
 
-def test_no_document_makes_the_router_fail(live: Live) -> None:
+def test_no_document_makes_the_router_fail(shared: Live) -> None:
     """Whatever JSON comes, the answer is one of OpenAI's shape and never a 5xx."""
+    live = shared
     headers = {"authorization": f"Bearer {live.secret}"}
     base: dict[str, Any] = {"model": "triage", "messages": MESSAGES, "prompt": "x"}
     with httpx.Client(headers=headers, timeout=30) as client:

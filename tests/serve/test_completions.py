@@ -51,6 +51,13 @@ def test_stable_answers_for_a_candidate_that_fails(live: Live) -> None:
     assert live.events("interaction", 1)[0].event.body["flags"]["fallback"] is True
 
 
+@pytest.mark.parametrize("messages", [[None], "x", [{"role": "tool", "content": 7}]])
+def test_messages_of_a_text_completion_mean_nothing(live: Live, messages: object) -> None:
+    live.client().completions.create(model="triage", prompt="Disk full.", extra_body={"messages": messages})
+    body = live.events("interaction", 1)[0].event.body
+    assert body["messages"] == [{"role": "user", "content": "Disk full."}]
+
+
 @pytest.mark.parametrize("prompt", [None, "", 7, {}, []])
 def test_wrong_prompt_is_400_with_the_field(live: Live, prompt: object) -> None:
     response = httpx.post(

@@ -109,6 +109,10 @@ def test_tokens_of_answers_count_against_the_budget(live: Live, stream: bool) ->
 def test_rotated_key_has_two_secrets_for_a_while(database: Engine) -> None:
     old = create_key(database, "ann", "acme", "main", ["chat", "grade"], requests_per_minute=7, tokens_per_day=9)
     (first,) = list_keys(database)
+    usage = KeyLimits(KeyLimitSettings(), 1)
+    usage.require_budget(first)
+    usage.spend(first, 8)
+    usage.exchange(database)
     fresh = rotate_key(database, first.key_id, overlap_s=3600, tenant="acme")
     ring = KeyRing.read(database)
     before, after = ring.find(old), ring.find(fresh)
@@ -116,6 +120,8 @@ def test_rotated_key_has_two_secrets_for_a_while(database: Engine) -> None:
     assert before.expires_at_us is not None and 0 < before.expires_at_us - now_us() <= 3600e6
     assert (after.name, after.scopes, after.expires_at_us) == ("ann", frozenset({"chat", "grade"}), None)
     assert (after.requests_per_minute, after.tokens_per_day) == (7, 9)
+    usage.exchange(database)
+    assert usage.spent_today(after.key_id) == 8
     rotate_key(database, after.key_id, overlap_s=0)
     assert KeyRing.read(database).find(fresh) is None
     revoke_key(database, first.key_id)

@@ -240,7 +240,7 @@ def test_slow_clients_and_floods_of_headers_hold_up_nobody(up: Up) -> None:
             connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\n")
             if number % 2:  # a whole head, and a body that never comes
                 connection.sendall(f"authorization: Bearer {up.secret}\r\ncontent-length: 500\r\n\r\n{{".encode())
-        with load(up):
+        with load(up) as running:
             for headers in ({f"x-{n}": "y" for n in range(5_000)}, {"x-long": "y" * 1_000_000}):
                 with socket.create_connection((host, int(port)), timeout=20) as flood:
                     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
@@ -248,6 +248,9 @@ def test_slow_clients_and_floods_of_headers_hold_up_nobody(up: Up) -> None:
                         flood.sendall(f"GET /healthz HTTP/1.1\r\nhost: x\r\n{lines}\r\n".encode())
                     with contextlib.suppress(OSError):
                         assert not flood.recv(100).startswith(b"HTTP/1.1 200")
+            served, deadline = len(running.answers), time.monotonic() + 30
+            while len(running.answers) < served + 20 and time.monotonic() < deadline:
+                time.sleep(0.05)
     finally:
         for connection in slow:
             connection.close()

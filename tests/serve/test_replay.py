@@ -1,5 +1,8 @@
 """Decisions rebuilt from the log, byte for byte, and what tampering with one looks like."""
 
+import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -7,16 +10,19 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+from cluster.database import connect
+from cluster.settings import load_settings
 from cluster.tables import event_bodies, events
 from data.encoding import decode_body, encode_body
+from data.log import EventLog
 from serve.rollout.commands import freeze, roll_back, unfreeze
 from serve.rollout.replay import verify_decisions
+from serve.rollout.steps import Steps
 from serve.routes import update_route
-from tests.serve.rollout_world import Population, World, demo_settings
+from tests.serve.rollout_world import KillableSteps, Population, World, demo_settings
 
 
-@pytest.fixture
-def decided(database: Engine) -> World:
+def decide(database: Engine) -> World:
     """A rollout to its promotion, with a freeze and a person's edit on the way."""
     better = Population(users=400, accuracy={"stable": 0.6, "candidate": 0.9}, seed=5)
     world = World(database, demo_settings(), better)
@@ -33,7 +39,28 @@ def decided(database: Engine) -> World:
     return world
 
 
-def test_every_decision_is_rebuilt(decided: World) -> None:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """One such rollout; tests get a copy of its database."""
+    engine = connect(load_settings(home=tmp_path_factory.mktemp("replay") / "home")[0])
+    yield decide(engine)
+    engine.dispose()
+
+
+@pytest.fixture
+def decided(finished: World, tmp_path: Path) -> Iterator[World]:
+    with finished.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.connection.driver_connection.execute("VACUUM INTO ?", (str(tmp_path / "rayloop.db"),))  # type: ignore[union-attr]
+    engine = connect(load_settings(home=tmp_path)[0])
+    world = copy.copy(finished)
+    world.engine, world.log = engine, EventLog(engine)
+    world.steps = KillableSteps(Steps(engine, world.registry, world.servables, world.routers, lambda: world.now_us))
+    yield world
+    engine.dispose()
+
+
+def test_every_decision_is_rebuilt(database: Engine) -> None:
+    decided = decide(database)
     report = verify_decisions(decided.engine)
     assert report.faults == []
     assert report.decisions == len(decided.decisions())

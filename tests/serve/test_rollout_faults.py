@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+from cluster.tables import rollouts
 from serve.experiments.evidence import Evidence
 from serve.experiments.store import get_experiment
 from serve.rollout import controller
@@ -20,7 +21,7 @@ from tests.serve.rollout_story import good, scripted
 from tests.serve.rollout_world import Population, World, demo_settings
 from tests.serve.test_decide import evidence, reading
 
-HOLD_LIMIT_S = 20
+HOLD_LIMIT_S = 10
 Read = Callable[[World], Evidence | None]
 
 
@@ -80,13 +81,13 @@ def test_evidence_that_fails_holds_and_comes_back_at_the_limit(
     real = controller._evidence
     scripted(monkeypatch, lambda rollout: good(world))
     while world.route.share < 0.25:
-        world.run_on(1)
+        world.run_on(1, traffic=False)
     monkeypatch.setattr(controller, "read_evidence", lambda *_, **__: broken(world))
     monkeypatch.setattr(controller, "_evidence", real)
-    world.run_on(8)
+    world.run_on(8, traffic=False)
     held = get_rollout(sqlite_database, rollout.rollout_id)
     assert (held.state, world.route.share, held.progress["last_code"]) == ("holding", 0.25, code)
-    world.run_on(HOLD_LIMIT_S)
+    world.run_on(HOLD_LIMIT_S, traffic=False)
     assert_came_back(world, rollout, code, 0.25)
 
 
@@ -100,7 +101,7 @@ def test_a_metric_without_data_or_that_nobody_knows_any_more_is_no_success(
     known = RolloutConfig.model_validate(changed)
     named = known.model_copy(update={"experiment": known.experiment.model_copy(update={"primary": primary})})
     with sqlite_database.begin() as connection:
-        connection.execute(controller_rows().values(config=changed))
+        connection.execute(rollouts.update().values(config=changed))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Rollout, "settings", property(lambda self: named))
         world.run_on(HOLD_LIMIT_S + 12)
@@ -108,12 +109,6 @@ def test_a_metric_without_data_or_that_nobody_knows_any_more_is_no_success(
     assert ended.state == "rolled_back" and max(shares(world)) == 0.1
     codes = [d["evidence"]["decision"]["code"] for d in world.decisions()]
     assert codes[-2:] == [code, "held_too_long"]
-
-
-def controller_rows() -> Any:
-    from cluster.tables import rollouts
-
-    return rollouts.update()
 
 
 @contextmanager
@@ -136,7 +131,7 @@ def test_without_the_database_nothing_moves_and_when_it_is_back_the_rollout_goes
     world, rollout = begun(sqlite_database)
     scripted(monkeypatch, lambda rollout: good(world))
     while world.route.share < 0.25:
-        world.run_on(1)
+        world.run_on(1, traffic=False)
     acting = world.controller()
     with gone(sqlite_database):
         for _ in range(100):
@@ -144,7 +139,7 @@ def test_without_the_database_nothing_moves_and_when_it_is_back_the_rollout_goes
             with contextlib.suppress(sa.exc.OperationalError):
                 acting.tick()
     assert (world.route.share, get_rollout(sqlite_database, rollout.rollout_id).stage) == (0.25, 1)
-    world.run_on(30)
+    world.run_on(30, traffic=False)
     assert get_rollout(sqlite_database, rollout.rollout_id).state == "promoted"
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -35,13 +35,15 @@ class FakeRouter(BaseHTTPRequestHandler):
 
     engine: Engine
     broken = False
+    asked: ClassVar[list[list[str]]] = []
 
     def do_GET(self) -> None:
         routes = [read_route(self.engine, RouteKey("default", "triage"))]
         self._send(200, {"data": [{"agent": r.agent, "modality": r.modality, "revision": r.revision} for r in routes]})
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.asked.append([m["content"] for m in body["messages"]])
         if self.broken:
             self._send(502, {"error": {"message": "the engine is gone"}})
         else:
@@ -64,11 +66,17 @@ def live(mlflow_settings: Settings, tmp_path: Path) -> Iterator[tuple[Settings, 
     home = mlflow_settings.home
     engine = connect(mlflow_settings)
     FakeRouter.engine, FakeRouter.broken = engine, False
+    FakeRouter.asked.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeRouter)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    rollout = {"router_url": url, "tick_s": 0.05, "stage_duration_s": 60}
+    rollout = {
+        "smoke_conversations": [["Say OK.", "Say it again."]],
+        "router_url": url,
+        "tick_s": 0.05,
+        "stage_duration_s": 60,
+    }
     (tmp_path / "rayloop.yaml").write_text(yaml.safe_dump({"home": str(home), "rollout": rollout}))
     registry = Registry(mlflow_settings)
     for number in (1, 2):
@@ -218,6 +226,7 @@ def test_routers_are_tried_and_read_back_over_http(live: tuple[Settings, Engine]
     routers = HttpRouters(str(settings.rollout.router_url), settings, keys)
     route = read_route(engine, RouteKey("default", "triage"))
     assert routers.smoke(route, "triage/2") is None and routers.shows(route)
+    assert FakeRouter.asked == [["Say OK."], ["Say OK.", "OK.", "Say it again."]]
     later = Route(route.tenant, route.agent, route.modality, route.stable, revision=route.revision + 1)
     assert not routers.shows(later)
     FakeRouter.broken = True

@@ -98,7 +98,7 @@ def test_a_reply_that_is_no_verdict_abstains(judge: Judge, error: str) -> None:
     assert (result.reward, result.error) == (None, error)
 
 
-@pytest.mark.parametrize("score", [0.5, 6, "5", True, None, [3]])
+@pytest.mark.parametrize("score", [0.5, 6, "5", True, None, [3], 10**400, -1])
 def test_a_score_out_of_range_abstains(score: Any) -> None:
     assert grade(SCORE, Judge({"result": score})).error == "model_grader_parse_error"
 

@@ -19,7 +19,7 @@ from serve.applications.driver import Applications, Said, wanted_applications
 from serve.applications.http_json import Api
 from serve.applications.serve_rest import ServeRestDriver
 from serve.config import read_settings
-from serve.rollout.live import LiveServables
+from serve.rollout.live import LiveServables, applications
 from serve.servables import unwant
 from serve.snapshot import read_snapshot
 
@@ -148,7 +148,7 @@ def test_a_candidate_on_another_base_gets_an_application_and_its_status(sqlite_d
     settings = load_settings(rollout={"applications": {"driver": "serve"}})[0]
     driver = Fake()
     registry = Registry()
-    held = LiveServables(sqlite_database, registry, settings, Applications(sqlite_database, driver, 60))  # type: ignore[arg-type]
+    held = LiveServables(sqlite_database, registry, settings, Applications(sqlite_database, lambda: driver, 60))  # type: ignore[arg-type]
     held.want("triage/1")  # the first base goes to the configured engine
     registry.base = "meta/llama"
     assert held.status("triage/2")[0] == "absent"
@@ -194,3 +194,16 @@ def test_the_engine_application_takes_its_name_and_base_from_its_arguments(tmp_p
     assert read_settings({"config": str(file)}).engine.base_model == "ours"
     with pytest.raises(ConfigError):
         read_settings({"settings": str(tmp_path / "missing")})
+
+
+def test_a_driver_that_cannot_be_made_stops_no_tick(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    settings = load_settings(rollout={"applications": {"driver": "rayservice"}})[0]
+    made = applications(sqlite_database, settings)
+    assert made is not None
+    made.sync(now_us())
+    assert made.status(NAME) == (
+        "loading",
+        "rollout.applications.api_url=None is needed outside a cluster; name the API server",
+    )
+    assert applications(sqlite_database, load_settings()[0]) is None

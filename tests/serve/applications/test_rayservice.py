@@ -17,7 +17,7 @@ from tests.serve.applications.api_server import TOKEN, ApiServer, Trouble, rayse
 
 LLAMA = Application(application_name("meta/llama", "abc"), "meta/llama")
 QWEN = Application(application_name("/models/qwen", None), "/models/qwen")
-BASE = ["gateway", "engine", "grader", "control"]
+BASE = ["gateway", "engine", "grader", "tools", "control"]
 
 
 @pytest.fixture(scope="module")
