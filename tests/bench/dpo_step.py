@@ -60,7 +60,9 @@ def build_base(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>").save_pretrained(folder)
 
 
-def make_trainer(side: str, base: Path, pairs: list[dict[str, list[int]]], precision: str, attention: str) -> Any:
+def make_trainer(
+    side: str, base: Path, pairs: list[dict[str, list[int]]], precision: str, attention: str, *, precompute: bool
+) -> Any:
     """A trainer on the pairs: ours with a shared prompt, or TRL's own."""
     from datasets import Dataset
     from peft import LoraConfig
@@ -91,7 +93,7 @@ def make_trainer(side: str, base: Path, pairs: list[dict[str, list[int]]], preci
         bf16=precision == "bf16",
         use_cpu=True,
         gradient_checkpointing=False,
-        precompute_ref_log_probs=side != "trl",
+        precompute_ref_log_probs=precompute,
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
@@ -135,12 +137,13 @@ def policy_logps(trainer: Any, rows: list[dict[str, list[int]]]) -> list[float]:
 def measure(side: str, base: Path, pairs: list[dict[str, list[int]]], precision: str, attention: str) -> dict[str, Any]:
     """Train one epoch; seconds of the reference's pass and of the steps."""
     begun = time.perf_counter()
-    trainer = make_trainer(side, base, pairs, precision, attention)
+    trainer = make_trainer(side, base, pairs, precision, attention, precompute=side != "trl")
     built = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - built
     steps = trainer.state.global_step
-    logps = policy_logps(make_trainer(side, base, pairs[:CHECKED], "fp32", attention), pairs[:CHECKED])
+    checked = pairs[:CHECKED]
+    logps = policy_logps(make_trainer(side, base, checked, "fp32", attention, precompute=False), checked)
     return {"reference_s": built - begun, "train_s": seconds, "steps": steps, "logps": logps}
 
 
