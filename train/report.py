@@ -144,6 +144,8 @@ def graded_report(
     report: HeldOut, model: Any, base: Base, tokenizer: Any, rows: Sequence[Row], config: TrainConfig
 ) -> HeldOut:
     """`report` with the mean reward of greedy answers to held-out prompts, before and after."""
+    if not rows:
+        return report
     grade = answer_grader(config.grader, config.reward_model)
     items, prompts = [row["item"] for row in rows], [row["prompt"] for row in rows]
     sampling = Sampling(config.max_completion_tokens, batch_size=64)

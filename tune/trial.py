@@ -29,6 +29,7 @@ from tune.space import with_point
 
 FAILED_SCORE = -1e9  # finite: the scheduler takes percentiles of scores
 SAVED = "training"  # folder of the training's checkpoint within Tune's
+OWNER = "trial"  # file beside it: whose checkpoint it is
 ADOPTED = "adopted"  # the same, of a trial that another goes on from
 
 
@@ -87,11 +88,12 @@ class SweepTrial(ray.tune.Trainable):  # type: ignore[misc]  # Ray is untyped he
         found = self.running.last_checkpoint()
         if found is not None:
             shutil.copytree(found, Path(checkpoint_dir) / SAVED)
+            (Path(checkpoint_dir) / OWNER).write_text(self.trial_id)
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """Go on from the checkpoint of a trial; from its own, a training goes on by itself."""
-        saved = Path(checkpoint) / SAVED
-        if saved.is_dir():
+        """Go on from the checkpoint of another trial; from its own, a training goes on by itself."""
+        saved, owner = Path(checkpoint) / SAVED, Path(checkpoint) / OWNER
+        if owner.is_file() and owner.read_text() != self.trial_id:
             self.running.adopt(saved)
 
     def cleanup(self) -> None:
@@ -184,11 +186,11 @@ class RunningTrial:
         """The training's own checkpoint, or that of a trial whose place it has taken."""
         from train.checkpoint import adopt
 
-        own, adopted = self.last_checkpoint(), self.folder / ADOPTED
-        if adopted.is_dir():
-            if own is None or json.loads((own / "state.json").read_text())["config"] != prepared.digest:
-                own = adopt(adopted, self.folder / "checkpoints", prepared.digest, prepared.config.learning_rate)
-            shutil.rmtree(adopted)
+        adopted = self.folder / ADOPTED
+        if not adopted.is_dir():
+            return self.last_checkpoint()
+        own = adopt(adopted, self.folder / "checkpoints", prepared.digest, prepared.config.learning_rate)
+        shutil.rmtree(adopted)
         return own
 
     def _put(self, found: Measurement, *, done: bool, **more: Any) -> None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,30 @@ def test_interrupted_training_resumes_to_the_same_weights(
     resumed = train(config, resume_from=found)
     assert resumed.adapter_sha256 == undisturbed.adapter_sha256
     assert resumed.metrics["best_step"] == undisturbed.metrics["best_step"]
+
+
+def test_a_run_goes_on_from_the_checkpoint_of_another_with_a_rate_of_its_own(
+    config_of: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    class Stop:
+        def progress(self, step: int, steps: int, values: object) -> None:
+            """Nothing."""
+
+        def checkpoint(self, folder: Path, step: int) -> None:
+            raise KeyboardInterrupt
+
+    shape: dict[str, Any] = {"max_steps": 6, "epochs": 3, "save_steps": 4, "schedule": "constant", **UNLOOKED}
+    first = config_of("sft", **shape, out=tmp_path / "first")
+    with pytest.raises(KeyboardInterrupt):
+        train(first, reporter=Stop())
+    found = last_checkpoint(first.out / "checkpoints")
+    assert found is not None
+    second = config_of("sft", **shape, out=tmp_path / "second", learning_rate=first.learning_rate / 4)
+    adopted = checkpoint.adopt(found, second.out / "checkpoints", prepare(second).digest, second.learning_rate)
+    name = "adapter_model.safetensors"
+    assert (adopted / name).read_bytes() == (found / name).read_bytes()
+    result = train(second, resume_from=adopted)
+    assert result.steps == 6 and result.metrics["learning_rate"] == pytest.approx(second.learning_rate)
 
 
 @pytest.mark.slow

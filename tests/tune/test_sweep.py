@@ -124,7 +124,9 @@ def test_a_population_of_reward_models_goes_on_from_the_better_ones(
 ) -> None:
     """Half of them start at a rate that teaches nothing; at the end all know what the others learned."""
     settings = sweep_settings(mlflow_settings)
-    settings = settings.model_copy(update={"sweep": settings.sweep.model_copy(update={"rungs": 3})})
+    settings = settings.model_copy(
+        update={"sweep": settings.sweep.model_copy(update={"rungs": 3, "exploit_share": 0.5})}
+    )
     made = write_feedback_dataset(settings.home / "datasets", users=60)
     ranges = {"learning_rate": "1e-7,1e-2", "seed": "0,1"}
     places: dict[str, Any] = {"dataset": made.dataset_id, "base": str(toy_base), "overrides": {"epochs": 3.0}}
