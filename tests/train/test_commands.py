@@ -206,7 +206,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 ) -> None:
     common = ("run", "--no-ray", "--no-baseline", "--dataset", toy_dataset)
     assert "does not exist" in refused(InputError, *common, "--base", tmp_path / "nowhere")
-    assert "must be one of sft, dpo, kto, reward, grpo" in refused(
+    assert "must be one of sft, dpo, kto, reward, score_card, grpo" in refused(
         InputError, *common, "--base", toy_base, "--method", "ppo"
     )
     assert "train.beta=-1.0" in refused(InputError, *common, "--base", toy_base, "--beta", -1)

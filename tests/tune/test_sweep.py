@@ -129,7 +129,7 @@ def test_a_population_of_reward_models_goes_on_from_the_better_ones(
     )
     made = write_feedback_dataset(settings.home / "datasets", users=60)
     ranges = {"learning_rate": "1e-7,1e-2", "seed": "0,1"}
-    places: dict[str, Any] = {"dataset": made.dataset_id, "base": str(toy_base), "overrides": {"epochs": 3.0}}
+    places: dict[str, Any] = {"dataset": made.dataset_id, "base": str(toy_base), "overrides": {"epochs": 12.0}}
     sweep = new_sweep(settings, method="reward", ranges=ranges, grid=True, scheduler="pbt", **places)
     found = run_sweep(settings, sweep)
     assert [trial.status for trial in found.trials] == ["completed"] * 4
