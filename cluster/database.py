@@ -192,21 +192,41 @@ def remove_traces(engine: Engine, tables: Sequence[str], wait_s: float) -> None:
     Its own write-ahead log and backups age by the server's settings.
 
     Raises:
-        UnavailableError: readers of SQLite do not let go of its log within `wait_s`.
+        UnavailableError: within `wait_s`, readers of SQLite do not let go of its log, or transactions of
+            PostgreSQL that may still see what was deleted do not end.
     """
+    deadline = time.monotonic() + wait_s
     if is_postgres(engine):
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            if tables:
+                _wait_for_older_snapshots(connection, deadline)
             for table in tables:
                 connection.execute(sa.text(f"VACUUM (FULL, ANALYZE) {table}"))
             if tables:  # the planner's statistics quote common values; a role that may not do this gets a warning
+                _wait_for_older_snapshots(connection, deadline)
                 connection.execute(sa.text("VACUUM FULL pg_catalog.pg_statistic"))
         return
-    deadline = time.monotonic() + wait_s
     while not _empty_write_ahead_log(engine):
         if time.monotonic() >= deadline:
             raise UnavailableError(
                 f"the write-ahead log of {engine.url.database} is held by a reader and keeps deleted bytes; try again"
             )
+        time.sleep(POLL_S)
+
+
+OLDER_SNAPSHOTS = sa.text(
+    "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
+    "AND age(backend_xmin) > age(CAST(CAST(:now AS text) AS xid))"
+)
+
+
+def _wait_for_older_snapshots(connection: sa.Connection, deadline: float) -> None:
+    """Return when nobody sees the database as it was before this call: for them a rewrite would keep what is gone."""
+    now = connection.execute(sa.text("SELECT pg_snapshot_xmax(pg_current_snapshot())::xid::text")).scalar()
+    while pids := connection.execute(OLDER_SNAPSHOTS, {"now": now}).scalars().all():
+        if time.monotonic() >= deadline:
+            shown = ", ".join(map(str, pids))
+            raise UnavailableError(f"open transactions (process {shown} of PostgreSQL) keep deleted rows; try again")
         time.sleep(POLL_S)
 
 

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.clock import DAY_US
-from cluster.errors import ConflictError, NotFoundError
+from cluster.errors import ConflictError, NotFoundError, UnavailableError
 from cluster.registry import Registry
 from cluster.settings import Settings, load_settings
 from cluster.tables import arm_statistics, event_bodies, events, experiment_users, tombstones
@@ -176,6 +176,18 @@ def test_no_byte_of_the_person_is_left_and_the_rest_is_as_before(database: Engin
         assert connection.execute(sa.select(experiment_users.c.user_id)).scalars().all() == ["u002"]
     verified = verify_log(database, settings)
     assert (verified.erased, verified.faults) == (count, [])
+
+
+@pytest.mark.parametrize("database_url", [pytest.param("postgres", marks=pytest.mark.postgres)], indirect=True)
+def test_open_transaction_that_sees_the_person_is_waited_for(database: Engine, settings: Settings) -> None:
+    fill(database, settings)
+    impatient = settings.model_copy(update={"erasure": settings.erasure.model_copy(update={"wait_s": 0.2})})
+    with database.connect().execution_options(isolation_level="REPEATABLE READ") as reader:
+        reader.execute(sa.select(experiment_users.c.user_id)).all()
+        with pytest.raises(UnavailableError, match=r"open transactions .* keep deleted rows"):
+            erase(database, impatient, ANN)
+    erase(database, settings, ANN)
+    assert not any(place.startswith("database:") for place in places_with_canary(database, settings))
 
 
 def test_datasets_lose_the_persons_examples_and_say_so(database: Engine, settings: Settings) -> None:
