@@ -172,6 +172,7 @@ def _evaluation(plan: DemoPlan, home: Path) -> dict[str, Any]:
 def _serve(plan: DemoPlan) -> dict[str, Any]:
     return {
         "port": 0,
+        "applications": ["gateway", "engine", "grader", "control"],  # the toy agent calls no tools
         "dashboard": plan.keep_up,
         "routes": [{"agent": AGENT, "stable": BASE_VERSION}],
         "engines": {"local": {"models": {BASE_VERSION: "base"}}},
