@@ -88,7 +88,7 @@ def datasets_with(
         try:
             found.setdefault(path, load_manifest(path))
         except NotFoundError:
-            continue  # moved or deleted since
+            log.warning("the dataset at %s is not there any more; a copy of it elsewhere keeps what it holds", path)
     return [
         manifest
         for _, manifest in sorted(found.items())

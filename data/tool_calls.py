@@ -25,12 +25,27 @@ class ToolCall:
 
 
 def parse_calls(text: str) -> list[ToolCall]:
-    """The calls in an answer, in the form Hermes and Qwen models write: JSON between `<tool_call>` tags.
+    """The calls in an answer."""
+    return take_calls(text)[1]
 
-    What is no valid JSON with a name is no call.
+
+def take_calls(text: str) -> tuple[str, list[ToolCall]]:
+    """The text outside the calls, and the calls, in the form Hermes and Qwen models write: JSON between
+    `<tool_call>` tags.
+
+    What is no valid JSON with a name is no call and stays in the text, where its reader can see it.
     """
-    found = (_call(match[1]) for match in _CALL.finditer(text))
-    return [call for call in found if call is not None]
+    calls: list[ToolCall] = []
+
+    def take(match: re.Match[str]) -> str:
+        call = _call(match[1])
+        if call is None:
+            return match[0]
+        calls.append(call)
+        return ""
+
+    rest = _CALL.sub(take, text)
+    return (rest.strip() if calls else text), calls
 
 
 def _call(text: str) -> ToolCall | None:

@@ -47,7 +47,6 @@ log = logging.getLogger(__name__)
 Json = dict[str, Any]
 FindKey = Callable[[str], Awaitable[Key | None]]
 SCOPE = "grade"
-PROMETHEUS = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
 PREFIXES = ("/v1/graders/", "/v1/fine_tuning/alpha/graders/")
 ERRORS: dict[str, Any] = {
     "formula_parse_error": False,
@@ -93,7 +92,7 @@ class GraderApi:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
             if path == "/metrics":
-                await send_response(send, 200, metrics.exposition(), [PROMETHEUS])
+                await send_response(send, 200, metrics.exposition(), [metrics.CONTENT_TYPE])
                 return
             body = await self._answer(path, scope, receive)
             await send_response(send, 200, orjson.dumps(body), [JSON])

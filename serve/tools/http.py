@@ -35,7 +35,6 @@ SCOPE = "tools"
 PATH, MCP_PATH = "/v1/tools", "/mcp"
 FIELDS = {"arguments", "call_id", "idempotency_key", *ENVELOPE}
 MAX_ID_CHARS = 128
-PROMETHEUS = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
 
 
 class ToolApi:
@@ -53,7 +52,7 @@ class ToolApi:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
             if path == "/metrics":
-                await send_response(send, 200, metrics.exposition(), [PROMETHEUS])
+                await send_response(send, 200, metrics.exposition(), [metrics.CONTENT_TYPE])
             elif path == "/healthz":
                 await send_response(send, 200, orjson.dumps({"status": "ok", "tools": len(self.runner.tools)}), [JSON])
             elif path.rstrip("/") == MCP_PATH:

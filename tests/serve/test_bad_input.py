@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -119,12 +118,8 @@ def test_no_answer_of_an_engine_makes_the_rewriter_fail(documents: list[Any], cu
     """A stream of any JSON, cut anywhere; a whole answer of any JSON."""
     for document in documents:
         rewriter = Rewriter("id", "triage/1", Wanted(False, False, False))
-        try:
-            rewriter.whole(orjson.dumps(document, default=str))
-        except (ValueError, KeyError, TypeError, ApiError):
-            pass  # what the router turns into a 502
-        except orjson.JSONEncodeError:
-            continue
+        with contextlib.suppress(ValueError, KeyError, TypeError, ApiError):  # the router turns these into a 502
+            rewriter.whole(json.dumps(document).encode())
     rewriter = Rewriter("id", "triage/1", Wanted(False, False, False))
     stream = b"".join(b"data: " + json.dumps(document).encode() + b"\n\n" for document in documents)
     for start in range(0, len(stream), cut):

@@ -92,8 +92,9 @@ def _prompts(settings: Settings, version: Version) -> list[Sequence[Message]]:
     if version.dataset_id is not None:
         try:
             truths = read_truths(find_dataset(settings, version.dataset_id), limit=limit)
-            if truths:
-                return [truth.prompt.messages for truth in truths if truth.prompt.tools is None]
         except NotFoundError:
-            pass
+            truths = []  # the dataset is elsewhere; the probes still tell
+        plain: list[Sequence[Message]] = [truth.prompt.messages for truth in truths if truth.prompt.tools is None]
+        if plain:
+            return plain
     return [list(probe) for probe in PROBES[:limit]]
