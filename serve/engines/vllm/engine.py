@@ -29,6 +29,8 @@ from serve.openai import from_engine
 log = logging.getLogger(__name__)
 
 ADAPTER_TIMEOUT_S = 120.0  # of a load, an unload or a canary request, behind the batch that runs
+SCORED_TOKENS = 8
+"""Tokens of a canary prompt that are scored, one request each."""
 WARM_UP_TIMEOUT_S = 300.0  # the first request with log-probs compiles for a while
 
 
@@ -203,11 +205,18 @@ class VllmEngine:
             )
 
     def _score(self, name: str, ids: list[int], timeout_s: float) -> list[float]:
-        """Log-prob of each token after the first."""
-        request = {"model": name, "prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
-        found = self._post("/v1/completions", request, timeout_s)
-        scores = found["choices"][0]["prompt_logprobs"][1:]
-        return [float(score[str(i)]["logprob"]) for score, i in zip(scores, ids[1:], strict=True)]
+        """Log-prob of each of the last `SCORED_TOKENS` tokens, given what is before it.
+
+        Each token is asked for as an answer to its prefix, and is the only one allowed. vLLM could give the log-probs
+        of a whole prompt at once, but that ends its engine where another answer is sampled in the same step.
+        """
+        scored = range(max(1, len(ids) - SCORED_TOKENS), len(ids))
+        return [self._score_next(name, ids[:place], ids[place], timeout_s) for place in scored]
+
+    def _score_next(self, name: str, prefix: list[int], token: int, timeout_s: float) -> float:
+        request = {"model": name, "prompt": prefix, "max_tokens": 1, "temperature": 0, "logprobs": 0}
+        found = self._post("/v1/completions", request | {"allowed_token_ids": [token]}, timeout_s)
+        return float(found["choices"][0]["logprobs"]["token_logprobs"][0])
 
     def _warm_up(self) -> None:
         """The first answer with log-probs takes long: nobody should wait for it."""

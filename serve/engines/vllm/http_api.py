@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 LIMITED = {"n": "max_choices", "top_logprobs": "max_top_logprobs"}
 """Fields of a request, and the settings that bound them."""
+REFUSED = ("prompt_logprobs", "echo", "logprob_token_ids")
+"""The first two end vLLM's engine where another answer is sampled in the same step; the third takes the log-probs of
+the answers beside it."""
 TOO_LONG = ("maximum context length", "max_model_len", "longer than the maximum model length")
 STREAMED_ERROR = b'data: {"error"'
 
@@ -72,6 +75,10 @@ class VllmApi(EngineRoutes):
         """
         if not isinstance(document.get("model"), str):
             raise ApiError(400, "model must be a text", param="model", code="invalid_value")
+        refused = next((param for param in REFUSED if _is_set(document.get(param))), None)
+        if refused is not None:
+            message = f"{refused} is not supported: it would harm other answers; leave it out"
+            raise ApiError(400, message, param=refused, code="unsupported_parameter")
         for param, setting in LIMITED.items():
             value, limit = document.get(param), getattr(self.engine.settings, setting)
             if isinstance(value, int) and value > limit:
@@ -128,6 +135,11 @@ class VllmApi(EngineRoutes):
                 read_bufsize=2**20,
             )
         return self._session
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a field asks for something: 0 log-probs of alternatives are log-probs all the same."""
+    return value is not None and value is not False
 
 
 def _shaped(status: int, body: bytes) -> ApiError:

@@ -73,11 +73,17 @@ def vllm_url(vllm_engine: VllmEngine) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def local_url(vllm_settings: EngineSettings, wide_adapters: dict[str, Path]) -> Iterator[str]:
+def local_engine(vllm_settings: EngineSettings, wide_adapters: dict[str, Path]) -> Iterator[LocalEngine]:
     """The embedded engine with the same model and all four adapters."""
     engine = LocalEngine(vllm_settings)
     for name, path in wide_adapters.items():
         engine.load_adapter(name, path)
-    with Server(EngineApi(engine), "on") as url:
-        yield url
+    yield engine
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def local_url(local_engine: LocalEngine) -> Iterator[str]:
+    """Base URL of its HTTP interface."""
+    with Server(EngineApi(local_engine), "on") as url:
+        yield url

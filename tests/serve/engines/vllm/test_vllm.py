@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from serve.engines.adapter_files import AdapterError
+from serve.engines.local import LocalEngine
 from serve.engines.vllm.engine import VllmEngine
 from serve.engines.vllm.http_api import VllmApi
 from tests.serve.engines import models
@@ -161,6 +162,23 @@ def test_errors_have_one_shape(
             error = reply.json()["error"]
             assert (reply.status_code, error["code"], error["param"]) == (status, code, param), (url, error)
             assert error["type"] == "invalid_request_error" and error["message"]
+
+
+@pytest.mark.parametrize("harm", [{"prompt_logprobs": 0}, {"echo": True, "logprobs": 1}, {"logprob_token_ids": [5]}])
+def test_what_would_harm_other_answers_is_refused(vllm_engine: VllmEngine, vllm_url: str, harm: dict[str, Any]) -> None:
+    """vLLM's CPU build ends its engine when it scores a prompt in a step that samples for somebody else."""
+    for path, asked in (("chat/completions", {"messages": MESSAGES}), ("completions", {"prompt": "disk full"})):
+        reply = httpx.post(f"{vllm_url}/v1/{path}", json={"model": "red", "max_tokens": 2} | asked | harm, timeout=60)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, next(iter(harm)))
+    assert vllm_engine.alive
+
+
+def test_canary_log_probs_are_the_embedded_engines(vllm_engine: VllmEngine, local_engine: LocalEngine) -> None:
+    """Tokens that are forced one by one have the log-probs of the text as it stands."""
+    expected = local_engine._canary._logprobs(local_engine.adapter("red"))
+    for ids, whole in zip(vllm_engine._canaries, expected, strict=True):
+        forced = vllm_engine._score("red", ids, timeout_s=60)
+        assert forced == pytest.approx(whole.tolist()[-len(forced) :], abs=1e-3)
 
 
 def test_structured_output_keeps_to_its_schema(vllm_url: str, local_url: str) -> None:
