@@ -60,10 +60,6 @@ class RaySettings(Section):
     """Object store of a cluster started here, in MB."""
     scheduling_warning_s: float = Field(30.0, gt=0)
     """A wait for resources longer than this names the resource that is short."""
-    sqlite_cache_mb: int = Field(64, ge=1)
-    """Page cache of one SQLite connection: with too little of it, random inserts write pages twice."""
-    sqlite_checkpoint_pages: int = Field(8000, ge=100)
-    """Pages of 4 KB that SQLite's write-ahead log holds before they go to the database file."""
     connect_timeout_s: float = Field(5.0, gt=0)
     """How long to wait for a cluster at `address` before it counts as unreachable."""
     auth_mode: Literal["disabled", "token"] = "disabled"
