@@ -73,11 +73,16 @@ def _from_database(engine: Engine) -> dict[str, Any]:
                 "last_at": to_iso(last.recorded_at_us) if last else None,
             },
             "routes": [_route(row) for row in connection.execute(sa.select(routes)).mappings()],
-            "versions": [_replica(row) for row in connection.execute(sa.select(servable_replicas)).mappings()],
+            "versions": [_replica(row) for row in connection.execute(_held()).mappings()],
             "rollouts": [_rollout(row) for row in connection.execute(open_rollouts).mappings()],
             "outlets": [dict(row) for row in connection.execute(_outlets()).mappings()],
             "jobs": {row[0]: row[1] for row in connection.execute(by_state)},
         }
+
+
+def _held() -> sa.Select[Any]:
+    """What replicas say of the versions they hold; a row without a version only says that a replica lives."""
+    return sa.select(servable_replicas).where(servable_replicas.c.version != "")
 
 
 def _outlets() -> sa.Select[Any]:

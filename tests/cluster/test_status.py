@@ -6,7 +6,7 @@ from sqlalchemy.engine import Engine
 from cluster.clock import now_us
 from cluster.settings import Settings, load_settings
 from cluster.status import collect, lines, run_record
-from cluster.tables import dead_letters, outlets, routes
+from cluster.tables import dead_letters, outlets, routes, servable_replicas
 
 
 def test_every_switch_is_off_by_default_but_for_the_two_of_automation(settings: Settings) -> None:
@@ -70,3 +70,10 @@ def test_unreachable_database_is_reported_in_one_line(settings: Settings) -> Non
     picture = collect(load_settings(home=settings.home, database={"url": url})[0])
     assert picture["database"]["ok"] is False
     assert "does not answer" in lines(picture)[-1]
+
+
+def test_versions_are_shown_and_the_row_of_a_living_replica_is_not(sqlite_database: Engine, settings: Settings) -> None:
+    row = {"engine": "local", "replica_id": "r", "state": "ready", "heartbeat_us": now_us()}
+    with sqlite_database.begin() as connection:
+        connection.execute(servable_replicas.insert().values([row | {"version": v} for v in ("", "triage/2")]))
+    assert [line for line in lines(collect(settings)) if line.startswith("engine")] == ["engine local: triage/2 ready"]
