@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serve.assignment import assign, bucket, in_control_slice
+from serve.assignment import alone, assign, bucket, in_control_slice
 from serve.routes import Route, RouteKey
 from serve.snapshot import Snapshot, Target
+from serve.split import Arm
 
 USERS = 100_000
 SHARES = (0.10, 0.25, 0.50, 1.00)
@@ -18,10 +19,10 @@ PROJECT = Path(__file__).parents[2]
 
 REPLICA = """
 import sys
-from serve.assignment import assign_request
-salt, users = sys.argv[1], int(sys.argv[2])
+from serve.assignment import alone, assign_request
+salt, names = sys.argv[1], [f"user-{n}" for n in range(int(sys.argv[2]))]
 for share in map(float, sys.argv[3].split(",")):
-    made = (assign_request(share, salt, "acme", user=f"user-{n}", session=None, request="r") for n in range(users))
+    made = (assign_request(alone(share), salt, "acme", user=name, session=None, request="r") for name in names)
     print("".join("c" if m.arm == "candidate" else "s" for m in made))
 """
 
@@ -44,12 +45,12 @@ def test_nobody_moves_back_while_the_share_grows_and_everybody_does_at_the_end(p
         assert not np.any(exposed & ~candidate)
         assert within_binomial_error(int(candidate.sum()), share)
         if share <= 0.5:
-            control = np.array([in_control_slice(share, place) for place in places])
+            control = np.array([in_control_slice(alone(share), 0, place) for place in places])
             assert not np.any(control & candidate) and not np.any(control_before & ~control)
             assert within_binomial_error(int(control.sum()), share)
             control_before = control
         exposed |= candidate
-    assert {assign(0.0, place) for place in places[:1000]} == {"stable"}
+    assert {assign(alone(0.0), place) for place in places[:1000]} == {None}
 
 
 def test_two_replicas_and_a_restart_give_every_user_the_same_arm(places: np.ndarray) -> None:
@@ -75,9 +76,7 @@ def test_routes_of_one_layer_share_buckets_and_the_plan_records_the_propensity()
     from serve.arms import plan
 
     routes = {
-        RouteKey("acme", agent): Route(
-            "acme", agent, "text", f"{agent}/1", f"{agent}/2", 0.3, salt=salt, experiment_id=f"exp-{agent}"
-        )
+        RouteKey("acme", agent): Route("acme", agent, "text", f"{agent}/1", (Arm(0.0, 0.3, f"{agent}/2"),), salt=salt)
         for agent, salt in (("one", "layer"), ("two", "layer"), ("three", "else"))
     }
     targets = {f"{key.agent}/{n}": Target(f"{key.agent}/{n}", "local", "m") for key in routes for n in (1, 2)}

@@ -223,7 +223,7 @@ class Trial:
 
         route = read_route(self.site.database, self.key)
         name = pseudonym(pseudonym_secret(self.site.settings), "default", user)
-        made = assign_request(route.live_share, route.salt, "default", user=name, session=None, request="r")
+        made = assign_request(route.live, route.salt, "default", user=name, session=None, request="r")
         return made.arm == "candidate"
 
     def _captured(self) -> int:
