@@ -53,15 +53,18 @@ def test_nobody_moves_back_while_the_share_grows_and_everybody_does_at_the_end(p
     assert {assign(alone(0.0), place) for place in places[:1000]} == {None}
 
 
-def test_two_replicas_and_a_restart_give_every_user_the_same_arm(places: np.ndarray) -> None:
-    """Each replica is a process of its own, with a hash seed of its own."""
-    command = [sys.executable, "-c", REPLICA, "salt", str(USERS // 5), ",".join(map(str, SHARES))]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PROJECT) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0].split() for process in running]
-    assert said[0] == said[1]
-    for share, arms in zip(SHARES, said[0], strict=True):
-        expected = "".join("c" if place < share else "s" for place in places[: USERS // 5])
-        assert arms == expected
+def test_two_replicas_restarted_three_times_move_nobody_but_forward_and_everybody_back(places: np.ndarray) -> None:
+    """Each replica is a process of its own, with a hash seed of its own, and begins anew at every stage."""
+    before = np.zeros(USERS, bool)
+    for shares in ([0.10], [0.25], [0.50], [1.00, 0.0]):
+        command = [sys.executable, "-c", REPLICA, "salt", str(USERS), ",".join(map(str, shares))]
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PROJECT) for _ in range(2)]
+        said = [process.communicate()[0].split() for process in running]
+        assert said[0] == said[1]
+        candidate = np.array([arm == "c" for arm in said[0][0]])
+        assert np.array_equal(candidate, places < shares[0]) and not np.any(before & ~candidate)
+        before = candidate
+    assert said[0][1] == "s" * USERS
 
 
 def test_a_new_experiment_reshuffles_and_layers_are_independent(places: np.ndarray) -> None:
