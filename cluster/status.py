@@ -94,7 +94,7 @@ def _outlets() -> sa.Select[Any]:
 
 
 def _route(row: Any) -> dict[str, Any]:
-    names = ("tenant", "agent", "modality", "stable", "candidate", "share", "max_share", "pinned", "revision")
+    names = ("tenant", "agent", "modality", "stable", "arms", "max_share", "pinned", "revision")
     return {name: row[name] for name in names}
 
 
@@ -117,7 +117,7 @@ def lines(picture: dict[str, Any]) -> list[str]:
         return [*text, f"database: {database['reason']}"]
     text.append(f"events: {picture['events']['last_seq']}, newest {picture['events']['last_at'] or 'none'}")
     for r in picture["routes"]:
-        split = f", {r['candidate']} takes {r['share']:.0%}" if r["candidate"] else ""
+        split = "".join(f", {arm['version']} takes {arm['share']:.0%}" for arm in r["arms"])
         text.append(f"route {r['agent']} ({r['modality']}): {r['stable']}{split}, revision {r['revision']}")
     for v in picture["versions"]:
         text.append(f"engine {v['engine']}: {v['version']} {v['state']} {v['reason'] or ''}".rstrip())

@@ -113,8 +113,7 @@ routes = Table(
     Column("agent", String(128), primary_key=True),
     Column("modality", String(16), primary_key=True),
     Column("stable", String(160), nullable=False),
-    Column("candidate", String(160)),
-    Column("share", Double, nullable=False, default=0.0),
+    Column("arms", JSON, nullable=False),  # candidates in order: version, start, share, experiment_id
     Column("max_share", Double, nullable=False, default=1.0),
     Column("shadow", String(160)),
     Column("experiment_id", String(64)),
@@ -188,6 +187,8 @@ experiments = Table(
     Column("salt", String(64), nullable=False),
     Column("stable", String(160), nullable=False),
     Column("candidate", String(160), nullable=False),
+    Column("bucket_low", Double, nullable=False),
+    Column("bucket_high", Double, nullable=False),
     Column("config", JSON, nullable=False),
     Column("state", String(32), nullable=False),
     Column("outcome", String(32)),

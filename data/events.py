@@ -84,6 +84,7 @@ ASSIGNMENT_FIELDS = (
     "propensity",
     "bucket",
     "assignment_unit",
+    "split",
     "route_revision",
 )
 """Fields of an interaction that only the router may fill in: experiments are counted by them."""
@@ -118,6 +119,8 @@ class Interaction(Body):
     """Probability of the assigned arm."""
     bucket: float | None = Field(None, ge=0, lt=1)
     assignment_unit: Literal["user", "session", "request"] | None = None
+    split: list[tuple[str | None, float, float]] | None = None
+    """Experiment, start and share of every candidate in force, where there are several; `propensity` tells of one."""
     route_revision: int | None = None
     latency_s: float = Field(0.0, ge=0)
     ttft_s: float | None = Field(None, ge=0)

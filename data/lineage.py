@@ -186,7 +186,7 @@ def _routes(version_id: str, log: EventLog, settings: Settings) -> Iterator[Chai
     for recorded in log.scan(kinds=["route.changed"], tenant=settings.tenant):
         body = recorded.event.body
         before, after = body.get("before") or {}, body.get("after") or {}
-        if not any(version_id == row.get(place) for row in (before, after) for place in ("stable", "candidate")):
+        if not any(version_id in (row.get("stable"), *_shares(row)) for row in (before, after)):
             continue
         yield {
             "seq": recorded.seq,
@@ -196,9 +196,13 @@ def _routes(version_id: str, log: EventLog, settings: Settings) -> Iterator[Chai
             "reason": body.get("reason"),
             "revision": body.get("revision"),
             "stable": after.get("stable"),
-            "candidate": after.get("candidate"),
-            "share": after.get("share"),
+            "shares": _shares(after),
         }
+
+
+def _shares(row: Chain) -> dict[str, float]:
+    """Share of each candidate of a route."""
+    return {arm["version"]: arm["share"] for arm in row.get("arms", ())}
 
 
 def to_text(chain: Chain) -> str:
@@ -243,7 +247,8 @@ def _forward_lines(chain: Chain) -> Iterator[str]:
         yield f"decision  {where}: {d['outcome']}, share {d['share_after']:g} ({d['reason']})"
     for r in chain["routes"]:
         where = f"seq {r['seq']}  {r['agent']} revision {r['revision']} by {r['writer']}"
-        yield f"route     {where}: stable {r['stable']}, candidate {r['candidate']}, share {r['share']}"
+        split = "".join(f", {version} {share:g}" for version, share in r["shares"].items())
+        yield f"route     {where}: stable {r['stable']}{split}"
 
 
 def _match(matches: bool | None) -> str:

@@ -38,11 +38,17 @@ class Anomaly:
     limit: float
     requests: int
 
+    @property
+    def experiment_id(self) -> str | None:
+        """The experiment of the version."""
+        own = (arm.experiment_id for arm in self.route.arms if arm.version == self.version)
+        return next(own, self.route.experiment_id)
+
     def event(self, workspace: str, repeat_s: float) -> Event:
         """As `data.events.AnomalyDetected` describes it; the same from every replica while it persists."""
         body = {
             "version": self.version, "signal": self.signal, "value": self.value, "baseline": self.baseline,
-            "limit": self.limit, "requests": self.requests, "experiment_id": self.route.experiment_id,
+            "limit": self.limit, "requests": self.requests, "experiment_id": self.experiment_id,
         }  # fmt: skip
         window = now_us() // round(repeat_s * SECOND_US)
         return Event(
@@ -109,10 +115,10 @@ class AnomalyWatch:
         stable, before = self._halves(route.stable)
         if stable is not None and before is not None:
             yield from self._compare(route, route.stable, stable, before)
-        if route.candidate is not None and stable is not None:
-            candidate, _ = self._halves(route.candidate)
-            if candidate is not None:
-                yield from self._compare(route, route.candidate, candidate, stable)
+        for arm in route.arms if stable is not None else ():
+            candidate, _ = self._halves(arm.version)
+            if candidate is not None and stable is not None:
+                yield from self._compare(route, arm.version, candidate, stable)
 
     def _halves(self, version: str) -> tuple[_Summary | None, _Summary | None]:
         """The latest window of a version and the one before it, where they hold enough."""

@@ -1,6 +1,6 @@
 """Which version a request is for: a pure decision from a snapshot.
 
-`model` names an agent, whose route then splits users between two versions, or a version itself, which is
+`model` names an agent, whose route then splits users between its versions, or a version itself, which is
 nobody's experiment.
 """
 
@@ -63,21 +63,20 @@ def _routed(snapshot: Snapshot, route: Route, model: str, user: str | None, sess
     stable = snapshot.targets.get(route.stable)
     if route.pinned:  # moved by hand: counts for no arm
         return Plan(model, route.agent, route.stable, stable, "none", route=route)
-    share = route.live_share
-    chosen = assign_request(share, route.salt, route.tenant, user=user, session=session, request=request)
-    version = route.candidate if chosen.arm == "candidate" else None
+    made = assign_request(route.live, route.salt, route.tenant, user=user, session=session, request=request)
+    arm = None if made.candidate is None else route.live[made.candidate]
     return Plan(
         requested=model,
         agent=route.agent,
-        version=version or route.stable,
-        target=snapshot.targets.get(version) if version else stable,
-        arm=chosen.arm,
-        fallback=stable if version else None,
+        version=route.stable if arm is None else arm.version,
+        target=stable if arm is None else snapshot.targets.get(arm.version),
+        arm=made.arm,
+        fallback=None if arm is None else stable,
         route=route,
-        experiment_id=route.experiment_id,
-        bucket=chosen.bucket,
-        propensity=chosen.propensity,
-        unit=chosen.unit,
+        experiment_id=route.experiment_id if arm is None else arm.experiment_id,
+        bucket=made.bucket,
+        propensity=made.propensity,
+        unit=made.unit,
     )
 
 

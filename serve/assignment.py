@@ -1,8 +1,9 @@
 """Which arm serves whom: a pure function of the experiment's salt, the tenant and the user.
 
 The router, the analysis and the tests all call this, so a replica, a restart or a re-analysis never
-disagree. There is no state: growing the share only moves the boundary `bucket < share`, so nobody who
-has seen the candidate is sent back, and a new experiment reshuffles everybody by its new salt.
+disagree. There is no state: every candidate has a slice of the unit interval, `[start, start + share)`, and growing
+its share only moves the slice's end, so nobody who has seen a candidate is sent back or to another one. Stable has
+what is left. A new experiment reshuffles everybody by its new salt.
 
 Encoding of a bucket: each of salt, tenant and unit is written as its length in UTF-8 bytes (4 bytes,
 big-endian) followed by those bytes; the three are concatenated and hashed with SHA-256. The first 8
@@ -13,6 +14,7 @@ is the pseudonymous user, or `session:<id>` or `request:<id>` where one of those
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +22,17 @@ ServedArm = Literal["stable", "candidate"]
 UnitKind = Literal["user", "session", "request"]
 
 MANTISSA_BITS = 53
-LARGEST_CONTROL = 0.5  # above this share the two ends of the unit interval would overlap
+LARGEST_CONTROL = 0.5  # of one candidate; a larger slice of stable would meet the candidate's own
+DIGITS = 9
+"""To which sums of shares are rounded: 0.1 + 0.2 is not 0.3 in floating point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """The buckets `[start, start + share)` of one candidate."""
+
+    start: float
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +43,16 @@ class Assignment:
     bucket: float
     """In [0, 1), from `bucket()`."""
     propensity: float
-    """Probability of the assigned arm under the share in force."""
+    """Probability of the assigned arm under the shares in force."""
     unit: UnitKind
     """What was hashed; sessions and requests stand in where there is no user."""
+    candidate: int | None = None
+    """Place of the assigned candidate among the slices; `None` for stable."""
+
+
+def alone(share: float) -> tuple[Slice]:
+    """The slices of a split with one candidate."""
+    return (Slice(0.0, share),)
 
 
 def bucket(salt: str, tenant: str, unit: str) -> float:
@@ -47,23 +66,31 @@ def _prefixed(field: str) -> bytes:
     return struct.pack(">I", len(encoded)) + encoded
 
 
-def assign(share: float, bucket: float) -> ServedArm:
-    """The candidate serves buckets [0, share), stable the others."""
-    return "candidate" if bucket < share else "stable"
+def assign(slices: Sequence[Slice], bucket: float) -> int | None:
+    """Place of the candidate whose slice holds the bucket; `None` for stable, which has the others."""
+    for number, own in enumerate(slices):
+        if own.start <= bucket < own.start + own.share:
+            return number
+    return None
 
 
-def propensity(share: float, arm: ServedArm) -> float:
-    """Probability that a user gets `arm` while the candidate has `share`."""
-    return share if arm == "candidate" else 1.0 - share
+def propensity(slices: Sequence[Slice], candidate: int | None) -> float:
+    """Probability that a user gets that candidate, or stable where it is `None`."""
+    return 1.0 - sum(own.share for own in slices) if candidate is None else slices[candidate].share
 
 
-def in_control_slice(share: float, bucket: float) -> bool:
-    """True for users the analysis compares the candidate with: stable now, and last to move.
+def highest_end(slices: Sequence[Slice]) -> float:
+    """Where the last slice that holds anybody ends; no candidate has a bucket from there on."""
+    return max((own.start + own.share for own in slices if own.share > 0), default=0.0)
 
-    The slice [1 - min(share, 0.5), 1) is as large as the candidate's and grows in step with it, so
-    both sides were met at the same times. Above a share of one half it is what is left on stable.
+
+def in_control_slice(slices: Sequence[Slice], candidate: int, bucket: float) -> bool:
+    """True for users the analysis compares that candidate with: on stable now, and last to move.
+
+    The slice [1 - min(share, 0.5), 1) is as large as the candidate's and grows in step with it, so both sides were
+    met at the same times. Where candidates reach into it, it is what they leave.
     """
-    return bucket >= max(1.0 - min(share, LARGEST_CONTROL), share)
+    return bucket >= max(1.0 - min(slices[candidate].share, LARGEST_CONTROL), highest_end(slices))
 
 
 def choose_unit(user: str | None, session: str | None, request: str) -> tuple[UnitKind, str]:
@@ -74,18 +101,16 @@ def choose_unit(user: str | None, session: str | None, request: str) -> tuple[Un
 
 
 def assign_request(
-    share: float, salt: str, tenant: str, *, user: str | None, session: str | None, request: str
+    slices: Sequence[Slice], salt: str, tenant: str, *, user: str | None, session: str | None, request: str
 ) -> Assignment:
     """The arm of one request and everything the record of it needs."""
     kind, unit = choose_unit(user, session, request)
     place = bucket(salt, tenant, unit if kind == "user" else f"{kind}:{unit}")
-    arm = assign(share, place)
-    return Assignment(arm, place, propensity(share, arm), kind)
+    chosen = assign(slices, place)
+    arm: ServedArm = "stable" if chosen is None else "candidate"
+    return Assignment(arm, place, propensity(slices, chosen), kind, chosen)
 
 
 def share_in_force(arm: ServedArm, propensity: float) -> float:
-    """The candidate's share that a recorded arm and propensity imply; undoes `propensity()`.
-
-    Rounded to 9 digits: 1 - (1 - 0.1) is not 0.1 in floating point.
-    """
-    return round(propensity if arm == "candidate" else 1.0 - propensity, 9)
+    """The share of a split's one candidate that a recorded arm and propensity imply; undoes `propensity()`."""
+    return round(propensity if arm == "candidate" else 1.0 - propensity, DIGITS)

@@ -110,6 +110,7 @@ class Record:
             "propensity": plan.propensity,
             "bucket": plan.bucket,
             "assignment_unit": plan.unit,
+            "split": plan.route.split if plan.route and plan.propensity is not None else None,
             "route_revision": plan.route.revision if plan.route else None,
             "latency_s": self.latency_s,
             "ttft_s": self.ttft_s,

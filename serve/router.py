@@ -354,13 +354,14 @@ class RouterApp:
                 "stable": route.stable,
                 "candidate": route.candidate,
                 "share": route.live_share,
+                "arms": [arm.as_json() for arm in route.live],
                 "max_share": route.max_share,
                 "shadow": route.shadow,
                 "pinned": route.pinned,
                 "experiment_id": route.experiment_id,
                 "revision": route.revision,
                 "updated_by": route.updated_by,
-                "versions": {v: _health_of(snapshot, v, open_breakers) for v in _versions(route)},
+                "versions": {v: _health_of(snapshot, v, open_breakers) for v in route.versions},
                 "anomalies": [
                     {"version": a.version, "signal": a.signal, "value": a.value, "limit": a.limit}
                     for a in anomalies
@@ -379,10 +380,6 @@ async def _refuse(scope: Scope, send: Send, error: ApiError, headers: Headers) -
         await otlp_http.send_status(send, error, headers)
     else:
         await send_error(send, error, headers)
-
-
-def _versions(route: Any) -> list[str]:
-    return [v for v in (route.stable, route.candidate, route.shadow) if v]
 
 
 def _health_of(snapshot: Snapshot, version: str, open_breakers: Mapping[str, bool]) -> dict[str, Any]:

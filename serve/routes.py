@@ -1,4 +1,4 @@
-"""The traffic split: one row a route, equal writers, compare-and-swap.
+"""The traffic split: one row a route, equal writers, compare-and-swap. `serve.split` says how users are split.
 
 A write is `update … where revision = ?` and leaves a `route.changed` event in the same transaction. Writers
 are the deployment config (`apply_config`), a person (`rayloop route`) and the rollout controller; all
@@ -6,10 +6,9 @@ go through `write_route` or `_write_in`, so they obey the same rules.
 """
 
 import hashlib
-import math
 import uuid
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import orjson
@@ -24,10 +23,11 @@ from cluster.settings.serving import EngineEndpoint
 from cluster.tables import routes
 from data.events import Event
 from data.log import EventLog
+from serve.split import SPLIT_FIELDS, Arm, changed_arms, check_arms, check_share, live_arms, total
 
 VERSION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}/[1-9][0-9]{0,17}$"
 AGENT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
-CHANGEABLE = ("stable", "candidate", "share", "max_share", "shadow", "experiment_id", "salt", "pinned")
+CHANGEABLE = ("stable", *SPLIT_FIELDS, "max_share", "shadow", "experiment_id", "salt", "pinned")
 CONFIG_WRITER = "config"
 SHOWN_VERSIONS = 20  # in an error message
 
@@ -46,26 +46,32 @@ class RouteKey:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One row: who answers, and which share of users the candidate has."""
+    """One row: who answers, and which users the candidates have."""
 
     tenant: str
     agent: str
     modality: str
     stable: str
-    candidate: str | None = None
-    share: float = 0.0
+    arms: tuple[Arm, ...] = ()
+    """The candidates, in the order of their buckets."""
     max_share: float = 1.0
-    """Ceiling set by the deployment config; nobody else can pass it."""
+    """Ceiling of all candidates together, set by the deployment config; nobody else can pass it."""
     shadow: str | None = None
     experiment_id: str | None = None
+    """What stable's answers are recorded for; with several candidates, each has an experiment of its own."""
     salt: str = ""
     pinned: bool = False
-    """Everybody gets stable, whatever the share."""
+    """Everybody gets stable, whatever the shares."""
     revision: int = 0
     config_hash: str | None = None
     config_generation: int | None = None
     updated_at_us: int = 0
     updated_by: str = ""
+    live: tuple[Arm, ...] = field(init=False, repr=False, compare=False)
+    """The candidates in force: none when pinned, never above the ceiling. Worked out once, read at every request."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "live", () if self.pinned else live_arms(self.arms, self.max_share))
 
     @property
     def key(self) -> RouteKey:
@@ -73,9 +79,43 @@ class Route:
         return RouteKey(self.tenant, self.agent, self.modality)
 
     @property
+    def candidate(self) -> str | None:
+        """The version on trial; the first where there are several."""
+        return self.arms[0].version if self.arms else None
+
+    @property
+    def share(self) -> float:
+        """Share of users on candidates, as written."""
+        return total(self.arms)
+
+    @property
     def live_share(self) -> float:
-        """The share in force: none without a candidate or when pinned, never above the ceiling."""
-        return 0.0 if self.pinned or self.candidate is None else min(self.share, self.max_share)
+        """The same as in force."""
+        return total(self.live)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """Every version the route names."""
+        named = (self.stable, *(arm.version for arm in self.arms), self.shadow)
+        return tuple(version for version in named if version)
+
+    @property
+    def split(self) -> list[tuple[str | None, float, float]] | None:
+        """Experiment, start and share of each candidate in force, to be recorded with a request. `None` where the
+        propensity tells it all: one candidate, from the first bucket on."""
+        if not self.live or (len(self.live) == 1 and self.live[0].start == 0.0):
+            return None
+        return [(arm.experiment_id, arm.start, arm.share) for arm in self.live]
+
+    def columns(self) -> dict[str, Any]:
+        """The row, which is what events say of it too."""
+        values = {own.name: getattr(self, own.name) for own in fields(self) if own.init}
+        return values | {"arms": [arm.as_json() for arm in self.arms]}
+
+    @staticmethod
+    def from_row(row: Mapping[Any, Any]) -> "Route":
+        """Undoes `columns`."""
+        return Route(**{**row, "arms": tuple(Arm(**arm) for arm in row["arms"])})
 
 
 class Declared(BaseModel):
@@ -162,7 +202,7 @@ def read_routes(engine: Engine, tenant: str | None = None) -> list[Route]:
     if tenant is not None:
         query = query.where(routes.c.tenant == tenant)
     with engine.connect() as connection:
-        return [Route(**row) for row in connection.execute(query).mappings()]
+        return [Route.from_row(row) for row in connection.execute(query).mappings()]
 
 
 def read_route(engine: Engine, key: RouteKey) -> Route:
@@ -270,7 +310,7 @@ def _apply_one(
         raise ConfigError(
             f"routes.{declared.agent}", declared.change(), f"cannot be applied ({error})", "mend it"
         ) from None
-    after = _replace(after, config_hash=digest, config_generation=newest)
+    after = replace(after, config_hash=digest, config_generation=newest)
     revision = before.revision if before else 0
     reason = f"deployment config {digest[:12]}"
     route = _write_in(engine, connection, before, after, revision, CONFIG_WRITER, reason, workspace)
@@ -296,7 +336,7 @@ def _is(key: RouteKey) -> sa.ColumnElement[bool]:
 def _read_in(connection: Connection, key: RouteKey) -> Route | None:
     query = sa.select(routes).where(_is(key)).with_for_update()
     row = connection.execute(query).mappings().first()
-    return Route(**row) if row else None
+    return Route.from_row(row) if row else None
 
 
 def _changed(before: Route | None, key: RouteKey, change: Mapping[str, Any], writer: str) -> Route:
@@ -307,31 +347,27 @@ def _changed(before: Route | None, key: RouteKey, change: Mapping[str, Any], wri
     if before is None and not change.get("stable"):
         raise InputError("stable", change.get("stable"), f"must name a version, as {key} is new", "name one")
     start = before or Route(key.tenant, key.agent, key.modality, stable=str(change["stable"]), salt=uuid.uuid4().hex)
-    values = dict(change)
-    if "candidate" in values and values["candidate"] != start.candidate:
-        values.setdefault("salt", uuid.uuid4().hex)
-        values.setdefault("experiment_id", None)
-        if values["candidate"] is None:
-            values["share"] = values.get("share") or 0.0
-    after = _replace(start, **values)
+    values = {name: value for name, value in change.items() if name not in SPLIT_FIELDS}
+    after = replace(start, **values | _new_split(start, change))
     _check(start, after, writer)
     return after
 
 
+def _new_split(before: Route, change: Mapping[str, Any]) -> dict[str, Any]:
+    """Arms, salt and experiment: users are reshuffled for a version that was not on trial, and once none is."""
+    arms = changed_arms(before.arms, change)
+    was, versions = {arm.version for arm in before.arms}, {arm.version for arm in arms}
+    goes_on = was == versions or (bool(versions) and versions < was)
+    salt = change.get("salt", before.salt if goes_on else uuid.uuid4().hex)
+    experiment_id = change.get("experiment_id", before.experiment_id if goes_on else None)
+    if len(arms) == 1 and "arms" not in change:
+        arms = (replace(arms[0], experiment_id=experiment_id),)
+    return {"arms": arms, "salt": salt, "experiment_id": experiment_id}
+
+
 def _check(before: Route, after: Route, writer: str) -> None:
-    for name in ("share", "max_share"):
-        value = getattr(after, name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or not 0 <= value <= 1
-        ):
-            raise InputError(name, value, "must be between 0 and 1", "write a fraction such as 0.25")
-    if after.share > 0 and after.candidate is None:
-        raise InputError("share", after.share, "needs a candidate", "name one, or write 0")
-    if after.candidate is not None and after.candidate == after.stable:
-        raise InputError("candidate", after.candidate, "must differ from stable", "name another version")
+    check_share("max_share", after.max_share)
+    check_arms(after.arms, after.stable)
     if writer == CONFIG_WRITER:
         return
     if after.max_share != before.max_share:
@@ -342,7 +378,7 @@ def _check(before: Route, after: Route, writer: str) -> None:
         raise ConflictError(
             f"share={after.share:g} of {after.key} would pass the ceiling {after.max_share:g} of the deployment config"
         )
-    promoted = after.stable != before.stable and after.stable == before.candidate
+    promoted = after.stable != before.stable and after.stable in before.versions[1:]
     if promoted and after.max_share < 1:
         raise ConflictError(
             f"promoting {after.stable} on {after.key} would pass the ceiling {after.max_share:g} "
@@ -365,25 +401,21 @@ def _write_in(
         raise ConflictError(
             f"route {after.key} has revision {found}, not {expected_revision}: somebody else changed it; read it again"
         )
-    after = _replace(after, revision=found + 1, updated_at_us=now_us(), updated_by=writer)
+    after = replace(after, revision=found + 1, updated_at_us=now_us(), updated_by=writer)
     if before is None:
         try:
-            connection.execute(routes.insert().values(**asdict(after)))
+            connection.execute(routes.insert().values(**after.columns()))
         except sa.exc.IntegrityError:
             raise ConflictError(f"route {after.key} was created by somebody else; read it again") from None
     else:
         where = _is(after.key) & (routes.c.revision == expected_revision)
-        if not connection.execute(routes.update().where(where).values(**asdict(after))).rowcount:
+        if not connection.execute(routes.update().where(where).values(**after.columns())).rowcount:
             raise ConflictError(f"route {after.key} was changed by somebody else; read it again")
-    body: dict[str, Any] = {"writer": writer, "after": asdict(after), "revision": after.revision}
+    body: dict[str, Any] = {"writer": writer, "after": after.columns(), "revision": after.revision}
     if before is not None:
-        body["before"] = asdict(before)
+        body["before"] = before.columns()
     if reason is not None:
         body["reason"] = reason
     event = Event("route.changed", after.tenant, workspace, body, agent=after.agent)
     EventLog(engine).append_in(connection, [event])
     return after
-
-
-def _replace(route: Route, **values: Any) -> Route:
-    return Route(**(asdict(route) | values))

@@ -2,7 +2,6 @@
 
 import getpass
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -130,13 +129,13 @@ def _write(
 
 
 def _document(route: Route) -> dict[str, Any]:
-    return asdict(route) | {"live_share": route.live_share}
+    return route.columns() | {"candidate": route.candidate, "share": route.share, "live_share": route.live_share}
 
 
 def _line(route: Route) -> str:
     parts = [f"{route.agent} ({route.modality}): stable {route.stable}"]
-    if route.candidate:
-        parts.append(f"candidate {route.candidate} at {route.live_share:.0%}")
+    live = {arm.version: arm.share for arm in route.live}
+    parts += [f"candidate {arm.version} at {live.get(arm.version, 0.0):.0%}" for arm in route.arms]
     if route.max_share < 1:
         parts.append(f"ceiling {route.max_share:.0%}")
     if route.pinned:

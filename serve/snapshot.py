@@ -71,7 +71,7 @@ class Snapshot:
             return True
         agent = version.rpartition("/")[0]
         mine = [route for key, route in self.routes.items() if key.tenant == tenant]
-        return any(agent == r.agent or version in (r.stable, r.candidate, r.shadow) for r in mine)
+        return any(agent == r.agent or version in r.versions for r in mine)
 
 
 def read_snapshot(engine: Engine, endpoints: Mapping[str, EngineEndpoint]) -> Snapshot:
@@ -233,7 +233,7 @@ class Watcher(threading.Thread):
     def _with_ceilings(self, snapshot: Snapshot) -> Snapshot:
         """A ceiling of the config holds here even where the row cannot be written."""
         lowered = {
-            key: Route(**{**_fields(route), "max_share": min(route.max_share, self._ceilings.get(key, 1.0))})
+            key: replace(route, max_share=min(route.max_share, self._ceilings.get(key, 1.0)))
             for key, route in snapshot.routes.items()
         }
         return replace(snapshot, routes=lowered)
@@ -285,10 +285,6 @@ def _with_applications(endpoints: dict[str, EngineEndpoint], snapshot: Snapshot)
     """The engines, with those applications of this Serve that a rollout has brought up."""
     named = {target.engine for target in snapshot.targets.values()} - endpoints.keys()
     return {**endpoints, **dict.fromkeys(named, EngineEndpoint())} if named else endpoints
-
-
-def _fields(route: Route) -> dict[str, Any]:
-    return {name: getattr(route, name) for name in Route.__slots__}
 
 
 def _rejection_id(document: Any, reason: str) -> str:

@@ -146,7 +146,11 @@ def _upgrade(resource: dict[str, Any]) -> str | None:
 
 
 def _said(resource: dict[str, Any]) -> Said:
-    active = resource.get("status", {}).get("activeServiceStatus", {}).get("applicationStatuses", {})
+    """What KubeRay says of our applications; of a change that it has not seen yet it says nothing."""
+    status = resource.get("status", {})
+    if status.get("observedGeneration", 0) < resource["metadata"].get("generation", 0):
+        return {}
+    active = status.get("activeServiceStatus", {}).get("applicationStatuses", {})
     return {
         name: status_of(str(found.get("status", "")), str(found.get("message", "")))
         for name, found in active.items()

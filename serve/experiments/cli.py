@@ -98,6 +98,50 @@ def off_policy(
         )
 
 
+@app.command("start")
+def start_command(
+    shares: Annotated[list[str], typer.Argument(help="VERSION=SHARE for each candidate, such as triage/3=0.2.")],
+    agent: Annotated[str | None, typer.Option(help="The route; the first version's own agent without.")] = None,
+    modality: Annotated[str, typer.Option(help="Modality of the route.")] = "text",
+    layer: Annotated[str | None, typer.Option(help="The layer whose buckets they share; alone without.")] = None,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Compare several candidates with stable at once (A/B/n); each is a rollout up to its share."""
+    import getpass
+
+    from serve.rollout.commands import compare
+    from serve.rollout.live import command_steps
+    from serve.rollout.report import describe, line
+    from serve.routes import RouteKey
+
+    given = _shares(shares)
+    settings, _ = load_settings(config)
+    configure_logging(settings.logging)
+    key = RouteKey(settings.tenant, agent or next(iter(given)).partition("/")[0], modality)
+    steps = command_steps(connect(settings), settings)
+    made = compare(steps, settings, key, given, actor=f"person:{getpass.getuser()}", layer=layer)
+    if json_output:
+        print(json.dumps({"rollouts": [describe(rollout) for rollout in made]}))
+    else:
+        print("\n".join(map(line, made)))
+        print("next: rayloop rollout list")
+
+
+def _shares(given: list[str]) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for text in given:
+        version, _, share = text.rpartition("=")
+        try:
+            value = float(share)
+        except ValueError:
+            version = ""
+        if not version or version in shares:
+            raise InputError("shares", text, "must be VERSION=SHARE, each version once", "write triage/3=0.2")
+        shares[version] = value
+    return shares
+
+
 @app.command()
 def bandit(
     version: Annotated[str, typer.Argument(help="The version to try, such as triage/3.")],

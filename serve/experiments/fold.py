@@ -6,12 +6,12 @@ interaction is counted when the interaction appears.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.settings.experiments import ExperimentSettings
 from data.events import RecordedEvent
-from serve.experiments.exposures import Design, Exposure, exposure_of, unit_of
+from serve.experiments.exposures import Designs, Exposure, exposures_of, unit_of
 from serve.experiments.metrics import (
     Observation,
     is_explicit,
@@ -80,7 +80,7 @@ class Fold:
 
 
 def fold_groups(
-    groups: Iterable[list[RecordedEvent]], after: int, settings: ExperimentSettings, designs: Mapping[str, Design]
+    groups: Iterable[list[RecordedEvent]], after: int, settings: ExperimentSettings, designs: Designs
 ) -> Fold:
     """Count what is new (`seq` > `after`) in groups of events about one interaction each.
 
@@ -92,8 +92,7 @@ def fold_groups(
         if interaction is None:
             continue
         _fold_baselines(fold, interaction, group, after, settings)
-        exposure = exposure_of(interaction, designs)
-        if exposure is not None:
+        for exposure in exposures_of(interaction, designs):
             _fold_exposure(fold, exposure, group, after, settings)
     fold.exposures.sort(key=lambda e: e.seq)
     fold.baselines.sort(key=lambda b: b.seq)

@@ -12,7 +12,7 @@ import numpy as np
 from sqlalchemy.engine import Engine
 
 from data.log import EventLog
-from serve.experiments.exposures import Design, exposure_of
+from serve.experiments.exposures import Design, Designs, Exposure, exposures_of
 from serve.experiments.metrics import is_explicit
 from serve.experiments.offpolicy import Estimator, Logged, estimate
 from serve.experiments.store import get_experiment
@@ -27,7 +27,8 @@ def read_logged(engine: Engine, experiment_id: str) -> Logged:
     experiment = get_experiment(engine, experiment_id)
     requests: dict[str, tuple[str, bool, float]] = {}
     rewards: dict[str, list[float]] = {}
-    designs = {experiment_id: Design(experiment.candidate, experiment.config.get("mode") == "bandit")}
+    own = Design(experiment.tenant, experiment.agent, experiment.candidate, experiment.config.get("mode") == "bandit")
+    designs = Designs({experiment_id: own})
     for recorded in EventLog(engine).scan(kinds=["interaction", "feedback"], tenant=experiment.tenant):
         event = recorded.event
         if event.interaction_id is None or recorded.erased:
@@ -36,10 +37,9 @@ def read_logged(engine: Engine, experiment_id: str) -> Logged:
             if is_explicit(event.body):
                 rewards.setdefault(event.interaction_id, []).append(float(event.body.get("reward", 0.0)))
             continue
-        exposure = exposure_of(recorded, designs) if event.body.get("experiment_id") == experiment_id else None
-        if exposure is not None and exposure.share < 1 and not exposure.by_hand:
-            chance = float(event.body["propensity"])
-            requests[event.interaction_id] = (exposure.user, exposure.arm == "candidate", chance)
+        for exposure in exposures_of(recorded, designs):
+            if exposure.experiment_id == experiment_id and exposure.arm != "other" and not exposure.by_hand:
+                requests[event.interaction_id] = (exposure.user, exposure.arm == "candidate", _chance(exposure))
     rewarded = [(*request, float(np.mean(rewards[name]))) for name, request in requests.items() if name in rewards]
     numbers = {user: number for number, user in enumerate(dict.fromkeys(row[0] for row in rewarded))}
     return Logged(
@@ -48,6 +48,13 @@ def read_logged(engine: Engine, experiment_id: str) -> Logged:
         np.array([row[2] for row in rewarded], float),
         np.array([row[3] for row in rewarded], float),
     )
+
+
+def _chance(exposure: Exposure) -> float:
+    """Probability of the arm among users of the candidate or of stable; those of other candidates are left out."""
+    chance = float(exposure.body["propensity"])
+    others = sum(own.share for own in exposure.slices) - exposure.share
+    return chance / (1.0 - others)
 
 
 def estimates(engine: Engine, experiment_id: str, shares: Sequence[float]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import orjson
 import sqlalchemy as sa
@@ -32,7 +33,7 @@ from cluster.tables import (
 )
 from data.events import RecordedEvent
 from data.log import LOOKUP_CHUNK, EventLog, save_cursor
-from serve.experiments.exposures import RAMP, Design, Exposure
+from serve.experiments.exposures import BANDIT, RAMP, Design, Designs, Exposure, may_count
 from serve.experiments.fold import Baseline, Fold, Sums, UserKey, fold_groups
 from serve.experiments.metrics import is_failed
 from serve.experiments.moments import EVERYBODY, TERMS, SumChanges
@@ -46,6 +47,7 @@ FIRST_REQUESTS = "first_requests"
 TABLES = (experiment_users, experiment_arms, arm_statistics, arm_moments, arm_history, arm_histograms, user_baselines)
 
 NOTHING = (0.0, 0.0)
+FOR_EVER = 2**63 - 1
 
 Person = tuple[str, str]
 """experiment, user"""
@@ -72,6 +74,7 @@ class Projection:
         self.engine = engine
         self.settings = settings.experiment
         self.first_requests = settings.rollout.first_requests
+        self.watch_us = round(settings.rollout.restore_window_s * SECOND_US)
         self.log = EventLog(engine)
 
     def catch_up(self) -> int:
@@ -90,8 +93,8 @@ class Projection:
         newest, after = self.log.last_seq(), self.log.cursor(CURSOR)
         if after >= newest:
             return 0
-        page = self.log.read(after, self.settings.projection_page, kinds=KINDS)
-        fold = fold_groups(self._groups(page, after), after, self.settings, self._designs(page))
+        page, designs = self.log.read(after, self.settings.projection_page, kinds=KINDS), self._designs()
+        fold = fold_groups(self._groups(page, after, designs), after, self.settings, designs)
         with write(self.engine).begin() as connection:
             if _locked_cursor(connection) == after:
                 self._apply(connection, fold)
@@ -108,13 +111,13 @@ class Projection:
             save_cursor(connection, CURSOR, 0)
         return self.catch_up()
 
-    def _groups(self, page: list[RecordedEvent], after: int) -> Iterator[list[RecordedEvent]]:
+    def _groups(self, page: list[RecordedEvent], after: int, designs: Designs) -> Iterator[list[RecordedEvent]]:
         """All events about each interaction that the page touches, up to the page's end, in order."""
         wanted: dict[str, dict[str, list[RecordedEvent]]] = defaultdict(lambda: defaultdict(list))
         outside: set[tuple[str, str]] = set()
         for recorded in page:
             event = recorded.event
-            if event.kind == "interaction" and event.body.get("experiment_id") is None:
+            if event.kind == "interaction" and not may_count(recorded, designs):
                 outside.add((event.tenant, str(event.interaction_id)))
             if event.interaction_id:
                 wanted[event.tenant][event.interaction_id].append(recorded)
@@ -125,15 +128,19 @@ class Projection:
                 earlier[str(recorded.event.interaction_id)].append(recorded)
             yield from ([*earlier[own], *groups[own]] for own in ids)
 
-    def _designs(self, page: list[RecordedEvent]) -> dict[str, Design]:
+    def _designs(self) -> Designs:
         """What must be known of the experiments to count for them."""
-        e = experiments.c
-        query = sa.select(e.experiment_id, e.candidate, e.config)
+        query = sa.select(experiments)
         with self.engine.connect() as connection:
-            return {
-                row.experiment_id: Design(row.candidate, row.config.get("mode") == "bandit")
-                for row in connection.execute(query)
-            }
+            rows = connection.execute(query).mappings().all()
+        return Designs({row["experiment_id"]: self._design(row) for row in rows})
+
+    def _design(self, row: Mapping[Any, Any]) -> Design:
+        is_bandit = row["config"].get("mode") == BANDIT
+        until_us = None
+        if not is_bandit and row["outcome"] in (None, "promote"):
+            until_us = FOR_EVER if row["ended_at_us"] is None else row["ended_at_us"] + self.watch_us
+        return Design(row["tenant"], row["agent"], row["candidate"], is_bandit, until_us)
 
     def _apply(self, connection: Connection, fold: Fold) -> None:
         keys = {(e.experiment_id, e.user) for e in fold.exposures} | {key[:2] for key in fold.statistics}
@@ -191,8 +198,9 @@ def _user_after(known: User | None, own: list[Exposure], covariates: dict[str, f
     arm = known.arm if known else first.arm
     excluded = known is not None and bool(known.excluded)
     for exposure in own:
-        moved_back = arm == "candidate" and exposure.arm == "stable" and not exposure.is_bandit
-        excluded = excluded or exposure.by_hand or moved_back
+        grew = arm == "stable" and exposure.arm == "candidate"
+        moved = arm != exposure.arm and not grew and not exposure.is_bandit
+        excluded = excluded or exposure.by_hand or moved
         arm = exposure.arm
     earliest_us = min(exposure.at_us for exposure in own)
     if known is not None:

@@ -250,11 +250,14 @@ def _arms(connection: Connection, experiment_id: str) -> list[ArmRow]:
 
 
 def _split(rows: Sequence[ArmRow], settings: ExperimentSettings) -> SplitReading:
-    """Users by first arm against the share in force when they were first met; not those met after a promotion."""
+    """Users by first arm against the share in force when they were first met; not those met after a promotion.
+
+    Users of other candidates are on the other side, as stable's are: the candidate should have its share of all.
+    """
     counts: dict[float, dict[str, int]] = defaultdict(lambda: {"candidate": 0, "stable": 0})
     for arm, share, users, _ in rows:
         if users > 0 and share < 1:
-            counts[share][arm] = users
+            counts[share]["candidate" if arm == "candidate" else "stable"] += users
     log_factor = sum(
         srm.log_bayes_factor([by_arm["candidate"], by_arm["stable"]], [share, 1 - share], settings.srm_concentration)
         for share, by_arm in sorted(counts.items())

@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection, Engine
 from cluster.clock import now_us
 from cluster.errors import ConflictError, InputError, NotFoundError
 from cluster.tables import experiments
+from serve.assignment import DIGITS
 from serve.routes import RouteKey
 
 Outcome = Literal["promote", "keep", "inconclusive", "rejected_by_guardrail"]
@@ -34,6 +35,9 @@ class Experiment:
     salt: str
     stable: str
     candidate: str
+    bucket_low: float
+    bucket_high: float
+    """The candidate may have the buckets of its layer from the one up to the other."""
     config: dict[str, Any]
     state: str
     """`running` or `ended`."""
@@ -62,8 +66,8 @@ def check_shares(shares: Mapping[str, float]) -> None:
 
 
 def check_versions(versions: Mapping[str, Any], find: Callable[[str], object]) -> None:
-    """Two different versions that the registry knows; `find` raises NotFoundError for others."""
-    if len(versions) != 2:
+    """At least two different versions that the registry knows; `find` raises NotFoundError for others."""
+    if len(versions) < 2:
         raise InputError("shares", dict(versions), "must name two different versions", "name stable and candidate")
     for version in versions:
         find(version)
@@ -89,10 +93,13 @@ def create_experiment(
     shares: Mapping[str, float],
     find_version: Callable[[str], object],
     config: Mapping[str, Any],
+    buckets: tuple[float, float] = (0.0, 1.0),
     layer: str | None = None,
     workspace: str = "default",
 ) -> Experiment:
-    """Insert an experiment as part of the caller's transaction.
+    """Insert an experiment as part of the caller's transaction. It claims `buckets` of its layer on the route.
+
+    `shares` are those of all versions of the split at its start, other candidates among them.
 
     It gets a new salt, which reshuffles the users, unless another experiment runs in its layer: then it shares
     that one's. Without a `layer` the route is a layer of its own.
@@ -100,14 +107,14 @@ def create_experiment(
     Raises:
         InputError: the shares do not sum to one, the versions are the same, or the layer has no name.
         NotFoundError: a version the registry does not know.
-        ConflictError: another experiment runs on this route.
+        ConflictError: another experiment on this route has some of the buckets, or is in another layer.
     """
     check_shares(shares)
     check_versions(dict.fromkeys([stable, candidate]), find_version)
+    for version in shares:
+        find_version(version)
     layer = check_layer(f"{key.agent}:{key.modality}" if layer is None else layer)
-    running = _running_on(connection, key)
-    if running is not None:
-        raise ConflictError(f"experiment {running} runs on route {key}; end it first")
+    _check_free(connection, key, layer, buckets)
     experiment = Experiment(
         experiment_id=f"exp-{uuid.uuid4().hex[:16]}",
         tenant=key.tenant,
@@ -118,6 +125,8 @@ def create_experiment(
         salt=_salt_of(connection, key.tenant, layer) or uuid.uuid4().hex,
         stable=stable,
         candidate=candidate,
+        bucket_low=buckets[0],
+        bucket_high=buckets[1],
         config=dict(config),
         state="running",
         outcome=None,
@@ -177,11 +186,16 @@ def _salt_of(connection: Connection, tenant: str, layer: str) -> str | None:
     return connection.execute(query).scalar()
 
 
-def _running_on(connection: Connection, key: RouteKey) -> str | None:
-    query = sa.select(experiments.c.experiment_id).where(
-        experiments.c.tenant == key.tenant,
-        experiments.c.agent == key.agent,
-        experiments.c.modality == key.modality,
-        experiments.c.state == "running",
-    )
-    return connection.execute(query).scalar()
+def _check_free(connection: Connection, key: RouteKey, layer: str, buckets: tuple[float, float]) -> None:
+    """One request has one answer: on one route, experiments are of one layer, and have different buckets of it."""
+    e = experiments.c
+    on_route = (e.tenant == key.tenant) & (e.agent == key.agent) & (e.modality == key.modality)
+    query = sa.select(e.experiment_id, e.layer, e.bucket_low, e.bucket_high).where(on_route, e.state == "running")
+    low, high = buckets
+    for name, other, their_low, their_high in connection.execute(query):
+        apart = round(their_high - low, DIGITS) <= 0 or round(high - their_low, DIGITS) <= 0
+        if other != layer or not apart:
+            raise ConflictError(
+                f"experiment {name} runs on route {key} with buckets {their_low:g} to {their_high:g} of layer {other}; "
+                f"{low:g} to {high:g} of layer {layer} cannot be had beside them: end it first"
+            )

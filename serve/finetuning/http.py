@@ -130,9 +130,7 @@ def _model(method: str, name: str, key: Key, snapshot: Snapshot, database: Engin
     if not name.startswith("ft:"):
         raise ConflictError(f"{name!r} is no fine-tuned model; its route decides whether it is served")
     version = snapshot.targets[name].version
-    routes = [
-        route.agent for route in snapshot.routes.values() if version in (route.stable, route.candidate, route.shadow)
-    ]
+    routes = [route.agent for route in snapshot.routes.values() if version in route.versions]
     if routes:
         raise ConflictError(f"{name!r} answers for {', '.join(routes)}; take it out of the route first")
     unwant(database, version)

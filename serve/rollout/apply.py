@@ -9,10 +9,11 @@ from typing import Any
 
 from cluster.clock import SECOND_US
 from cluster.errors import ConflictError
+from serve.rollout.placement import route_at, route_left, route_promoted, standing
 from serve.rollout.state import Decision
 from serve.rollout.steps import WRITER, Steps
 from serve.rollout.store import Rollout, get_rollout
-from serve.routes import read_route
+from serve.routes import Route, read_route
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +46,9 @@ def apply_pending(steps: Steps, rollout: Rollout) -> Rollout:
     decision = Decision.from_json(pending["decision"])
     number, actor = pending["number"], pending["actor"]
     if decision.outcome in ("start", "advance", "unfreeze"):
-        done = _apply_share(steps, rollout, decision, pending["route_revision"])
+        done = _apply_share(steps, rollout, decision, pending["route"])
     elif decision.outcome == "promote":
-        done = _apply_promotion(steps, rollout, decision, number, actor, pending["route_revision"])
+        done = _apply_promotion(steps, rollout, decision, number, actor, pending["route"])
     elif not _can_restore(steps, rollout, decision):
         return rollout
     else:
@@ -60,18 +61,20 @@ def apply_pending(steps: Steps, rollout: Rollout) -> Rollout:
     return steps.finish(rollout, decision)
 
 
-def _apply_share(steps: Steps, rollout: Rollout, decision: Decision, recorded: int | None) -> bool:
-    change = route_at(rollout, decision.share)
-    if decision.outcome == "unfreeze":
-        change, recorded = change | {"pinned": False}, None
-    return steps.set_route(rollout, change, decision.reason, recorded)
+def _apply_share(steps: Steps, rollout: Rollout, decision: Decision, seen: dict[str, Any] | None) -> bool:
+    takes_back = decision.outcome == "unfreeze"
+
+    def change_of(route: Route) -> dict[str, Any]:
+        return route_at(route, rollout, decision.share) | ({"pinned": False} if takes_back else {})
+
+    return steps.set_route(rollout, change_of, decision.reason, None if takes_back else seen)
 
 
 def _apply_promotion(
-    steps: Steps, rollout: Rollout, decision: Decision, number: int, actor: str, recorded: int | None
+    steps: Steps, rollout: Rollout, decision: Decision, number: int, actor: str, seen: dict[str, Any] | None
 ) -> bool:
     candidate = rollout.experiment.candidate
-    if not steps.set_route(rollout, route_promoted(rollout), decision.reason, recorded):
+    if not steps.set_route(rollout, lambda _: route_promoted(rollout), decision.reason, seen):
         return False
     steps.set_champion(rollout, candidate, actor, decision.reason)
     steps.note_decision(rollout, number)
@@ -102,7 +105,7 @@ def _apply_end(steps: Steps, rollout: Rollout, decision: Decision, number: int, 
     """Everybody back to stable; a promotion, finished or not, is undone."""
     experiment = rollout.experiment
     _leave_route(steps, rollout, decision.reason)
-    if decision.details.get("restores"):
+    if decision.details.get("restores") and read_route(steps.engine, rollout.key).stable == experiment.stable:
         steps.set_champion(rollout, experiment.stable, actor, decision.reason)
     if decision.outcome == "rollback":
         steps.mark_rolled_back(rollout, decision.reason)
@@ -115,15 +118,10 @@ def _apply_end(steps: Steps, rollout: Rollout, decision: Decision, number: int, 
 
 def _leave_route(steps: Steps, rollout: Rollout, reason: str) -> None:
     """Take the candidate off the route, unless a person has put something else there."""
-    experiment = rollout.experiment
     for _ in range(ATTEMPTS):
-        route = read_route(steps.engine, rollout.key)
-        change: dict[str, Any] = {"candidate": None, "share": 0.0, "experiment_id": None}
-        if route.stable == experiment.candidate:
-            change["stable"] = experiment.stable
-        elif route.candidate != experiment.candidate:
+        if route_left(read_route(steps.engine, rollout.key), rollout) is None:
             return
-        if steps.set_route(rollout, change, reason, None):
+        if steps.set_route(rollout, lambda route: route_left(route, rollout) or {}, reason, None):
             return
     raise ConflictError(f"route {rollout.key} keeps changing; the candidate is still on it")
 
@@ -146,28 +144,5 @@ def _give_way(steps: Steps, rollout: Rollout) -> Rollout:
     share = rollout.settings.share(stage)
     reason = f"the route was changed by {route.updated_by} first"
     decision = Decision("hold", "gave_way", reason, "holding", stage, share)
-    record = {"route_revision": route.revision}
+    record = {"route_revision": route.revision, "route": standing(route, rollout)}
     return steps.record(rollout, decision, evidence=record, actor=WRITER, pending=False)
-
-
-def route_at(rollout: Rollout, share: float) -> dict[str, Any]:
-    """The route while the candidate has a share."""
-    experiment = rollout.experiment
-    return {
-        "stable": experiment.stable,
-        "candidate": experiment.candidate,
-        "share": share,
-        "experiment_id": experiment.experiment_id,
-        "salt": experiment.salt,
-    }
-
-
-def route_promoted(rollout: Rollout) -> dict[str, Any]:
-    """The route once the candidate is stable. The experiment stays on it, so that its numbers go on being counted."""
-    experiment = rollout.experiment
-    return {
-        "stable": experiment.candidate,
-        "candidate": None,
-        "share": 0.0,
-        "experiment_id": experiment.experiment_id,
-    }

@@ -45,7 +45,7 @@ def start_bandit(steps: Steps, settings: Settings, key: RouteKey, candidate: str
         raise ConflictError(f"{version.id} has gates {gates}; run `rayloop evaluate {version.id} --against champion`")
     if route.stable == version.id:
         raise InputError("version", version.id, "is already stable on this route", "name another version")
-    if route.candidate is not None or route.pinned:
+    if route.arms or route.pinned:
         raise ConflictError(f"route {key} is pinned or has a candidate; free it first")
     floor = settings.experiment.bandit_floor
     with write(steps.engine).begin() as connection:
@@ -143,7 +143,7 @@ def end_bandit(steps: Steps, experiment_id: str, keep: Kept, *, actor: str) -> E
 def _begin(steps: Steps, experiment: Experiment, route: Route) -> Route:
     """First users, unless somebody has touched the route since the experiment was made."""
     touched = route.updated_at_us >= experiment.created_at_us
-    if touched or route.candidate is not None or route.pinned or route.stable != experiment.stable:
+    if touched or route.arms or route.pinned or route.stable != experiment.stable:
         return route
     if steps.servables.status(experiment.candidate)[0] != "ready":
         return route

@@ -19,7 +19,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-RolloutArgument = Annotated[str | None, typer.Argument(help="Rollout id or agent; the newest one without.")]
+RolloutArgument = Annotated[str | None, typer.Argument(help="Rollout id, agent or candidate; the newest one without.")]
 ReasonOption = Annotated[str | None, typer.Option(help="Kept with the decision.")]
 WATCH_S = 1.0
 
@@ -182,7 +182,7 @@ def _overrides(stage_share: list[float] | None, stage_duration_s: float | None) 
 
 
 def _find(engine: Engine, settings: Settings, name: str | None, *, live: bool = False) -> str:
-    """The rollout of that id or agent; without a name the newest, or the only live one.
+    """The rollout of that id, agent or candidate; without a name the newest, or the only live one.
 
     Raises:
         NotFoundError: there is none.
@@ -193,12 +193,13 @@ def _find(engine: Engine, settings: Settings, name: str | None, *, live: bool = 
 
     known = list_rollouts(engine, settings.tenant)
     if name is not None:
-        known = [r for r in known if name in (r.rollout_id, r.experiment.agent)]
-    elif live:
-        known = [r for r in known if r.state not in ENDED]
-        if len(known) > 1:
-            ids = ", ".join(f"{r.rollout_id} ({r.experiment.agent})" for r in known)
-            raise InputError("rollout", None, f"must be named, as several are live: {ids}", "name one")
+        known = [r for r in known if name in (r.rollout_id, r.experiment.agent, r.experiment.candidate)]
+    at_work = [r for r in known if r.state not in ENDED]
+    if live and len(at_work) > 1:
+        ids = ", ".join(f"{r.rollout_id} ({r.experiment.candidate})" for r in at_work)
+        raise InputError("rollout", name, f"must be named, as several are live: {ids}", "name one")
+    if live and (at_work or name is None):
+        known = at_work
     if not known:
         raise NotFoundError(f"no rollout {name or 'is live'}; see `rayloop rollout list`")
     return known[-1].rollout_id

@@ -1,7 +1,8 @@
 """What people do to a rollout. Each command records a decision and applies it at once, without a controller."""
 
+import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,10 @@ from cluster.database import write
 from cluster.errors import ConflictError, InputError
 from cluster.registry import NEEDS_RETRAINING_TAG, RETRAIN
 from cluster.settings import Settings
-from serve.experiments.store import create_experiment
+from serve.assignment import DIGITS
+from serve.experiments.store import Experiment, check_shares, create_experiment
 from serve.rollout.apply import ATTEMPTS, apply_until_settled, record_and_apply
+from serve.rollout.placement import standing
 from serve.rollout.state import LIVE, Decision, RolloutConfig
 from serve.rollout.steps import Steps
 from serve.rollout.store import Rollout, get_rollout, insert_rollout
@@ -36,42 +39,98 @@ def start(
         InputError: the version is stable already, or the layer has no proper name.
         NotFoundError: no such version or route.
     """
-    version = steps.versions.get(candidate)
+    return _start_all(steps, settings, key, {candidate: 1.0}, actor, override_reason, layer)[0]
+
+
+def compare(
+    steps: Steps,
+    settings: Settings,
+    key: RouteKey,
+    shares: Mapping[str, float],
+    *,
+    actor: str,
+    override_reason: str | None = None,
+    layer: str | None = None,
+) -> list[Rollout]:
+    """Put several versions in line for one split (A/B/n): each grows, stage by stage, to its share of the users.
+
+    Each is a rollout of its own, with buckets of its own in one layer, the control slice of its size and its part of
+    alpha. `shares` may name stable, which has what is left of 1.
+
+    Raises:
+        InputError: fewer than two candidates, shares that do not sum to 1, or less for stable than for a candidate.
+        ConflictError, NotFoundError: as `start`.
+    """
+    stable = read_route(steps.engine, key).stable
+    candidates = {steps.versions.get(name).id: share for name, share in shares.items() if name != stable}
+    rest = shares.get(stable, round(1.0 - math.fsum(candidates.values()), DIGITS))
+    check_shares({**candidates, stable: rest})
+    if len(candidates) < 2:
+        raise InputError("shares", dict(shares), "must name two candidates or more", "see `rayloop rollout start`")
+    for version, share in candidates.items():
+        if not 0 < share <= rest:
+            rule = f"must be above 0 and at most stable's, {rest:g}, whose users are its control"
+            raise InputError(f"shares.{version}", share, rule, "give the candidates less")
+    return _start_all(steps, settings, key, candidates, actor, override_reason, layer)
+
+
+def _start_all(
+    steps: Steps,
+    settings: Settings,
+    key: RouteKey,
+    widths: Mapping[str, float],
+    actor: str,
+    override_reason: str | None,
+    layer: str | None,
+) -> list[Rollout]:
+    """One rollout a candidate, side by side in the buckets of one layer, all or none."""
     route = read_route(steps.engine, key)
-    _check_start(version, route, override_reason)
-    config = RolloutConfig.of(settings, override_reason)
-    share, at_us = config.share(0), steps.clock()
+    configs = {}
+    for name, width in widths.items():
+        version = steps.versions.get(name)
+        _check_start(version, route, override_reason)
+        configs[version.id] = RolloutConfig.of(settings, override_reason, candidates=len(widths), width=width)
+    shares = {version: config.share(0) for version, config in configs.items()}
+    shares |= {route.stable: 1.0 - math.fsum(shares.values())}
+    made, low = [], 0.0
     with write(steps.engine).begin() as connection:
-        experiment = create_experiment(
-            connection,
-            key,
-            stable=route.stable,
-            candidate=version.id,
-            shares={version.id: share, route.stable: 1 - share},
-            find_version=steps.versions.get,
-            config={"mode": "rollout", "primary": settings.experiment.primary, "started_by": actor},
-            layer=layer,
-            workspace=settings.workspace,
-        )
-        rollout = Rollout(
-            rollout_id=f"ro-{uuid.uuid4().hex[:16]}",
-            experiment=experiment,
-            state="pending",
-            stage=0,
-            stage_started_us=at_us,
-            holding_since_us=None,
-            approved_stage=None,
-            decisions=0,
-            pending_decision=None,
-            progress={"started_by": actor},
-            config=config.model_dump(mode="json"),
-            reason="waits until the candidate is servable",
-            revision=1,
-            created_at_us=at_us,
-            updated_at_us=at_us,
-        )
-        insert_rollout(connection, rollout)
-    return rollout
+        for version, config in configs.items():
+            experiment = create_experiment(
+                connection,
+                key,
+                stable=route.stable,
+                candidate=version,
+                shares=shares,
+                find_version=steps.versions.get,
+                config={"mode": "rollout", "primary": settings.experiment.primary, "started_by": actor},
+                buckets=(low, round(low + config.width, DIGITS)),
+                layer=layer,
+                workspace=settings.workspace,
+            )
+            low = experiment.bucket_high
+            made.append(_new(experiment, config, actor, steps.clock()))
+            insert_rollout(connection, made[-1])
+    return made
+
+
+def _new(experiment: Experiment, config: RolloutConfig, actor: str, at_us: int) -> Rollout:
+    return Rollout(
+        rollout_id=f"ro-{uuid.uuid4().hex[:16]}",
+        experiment=experiment,
+        state="pending",
+        stage=0,
+        stage_started_us=at_us,
+        holding_since_us=None,
+        approved_stage=None,
+        decisions=0,
+        pending_decision=None,
+        progress={"started_by": actor},
+        config=config.model_dump(mode="json"),
+        reason="waits until the candidate is servable",
+        revision=1,
+        created_at_us=at_us,
+        updated_at_us=at_us,
+    )
 
 
 def _check_start(version: Any, route: Route, override_reason: str | None) -> None:
@@ -87,7 +146,7 @@ def _check_start(version: Any, route: Route, override_reason: str | None) -> Non
         raise ConflictError(f"route {route.key} is pinned to stable; unpin it first")
     if route.stable == version.id:
         raise InputError("version", version.id, "is already stable on this route", "name another version")
-    if route.candidate is not None:
+    if route.arms:
         raise ConflictError(f"route {route.key} has the candidate {route.candidate}; take it off first")
 
 
@@ -134,6 +193,9 @@ def roll_back(steps: Steps, rollout_id: str, actor: str, reason: str) -> Rollout
             raise ConflictError(
                 f"{rollout.rollout_id} was promoted {age_s:.0f} s ago; start a rollout of the old version"
             )
+        stable = read_route(steps.engine, rollout.key).stable
+        if rollout.state == "promoted" and stable != rollout.experiment.candidate:
+            raise ConflictError(f"{rollout.experiment.candidate} is not stable any more, {stable} is; roll that back")
         decision = _as_it_is(rollout, "rollback", "by_hand", f"rolled back by {actor}: {reason}")
         details = {"restores": restores}
         return replace(decision, to_state="rolling_back", share=0.0, ends_as="keep", details=details)
@@ -167,7 +229,11 @@ def _command(steps: Steps, rollout_id: str, decide_now: Callable[[Rollout], Deci
                 raise ConflictError(f"{rollout_id} is still applying its last decision; try again")
             decision = decide_now(rollout)
         route = read_route(steps.engine, rollout.key)
-        record = {"command": decision.outcome, "route_revision": route.revision}
+        record = {
+            "command": decision.outcome,
+            "route_revision": route.revision,
+            "route": standing(route, rollout),
+        }
         try:
             return record_and_apply(steps, rollout, decision, record, actor)
         except ConflictError:

@@ -24,12 +24,13 @@ from serve.experiments.evidence import Evidence
 from serve.experiments.exposures import AFTER
 from serve.experiments.projection import Projection
 from serve.experiments.readings import read_evidence
-from serve.rollout.apply import apply_until_settled, record_and_apply, route_at, route_promoted
+from serve.rollout.apply import apply_until_settled, record_and_apply
 from serve.rollout.bandits import tick_bandits
 from serve.rollout.commands import roll_back
 from serve.rollout.decide import decide
+from serve.rollout.placement import holds, others_share, route_at, standing, strangers
 from serve.rollout.state import LIVE, Decision
-from serve.rollout.steps import WRITER, Steps, holds
+from serve.rollout.steps import WRITER, Steps
 from serve.rollout.store import Rollout, live_rollouts, promoted_rollouts
 from serve.routes import Route, read_route
 
@@ -92,12 +93,10 @@ def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True) -> Rol
     route = read_route(steps.engine, rollout.key)
     if rollout.state == "promoted":
         rollout = _release_previous(steps, rollout)
-        if not holds(route, route_promoted(rollout)):
-            return rollout
     elif rollout.state not in LIVE:
         return rollout
-    state = rollout.as_state(edited_by=_edited_by(rollout, route), max_share=route.max_share)
-    evidence = _evidence(steps.engine, rollout) if counted else None
+    state = rollout.as_state(**_seen(rollout, route))
+    evidence = _evidence(steps.engine, rollout) if counted and state.answered_by is None else None
     now_us = steps.clock()
     decision = decide(state, evidence, rollout.settings, now_us)
     if not _is_news(rollout, decision):
@@ -110,6 +109,7 @@ def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True) -> Rol
         "config": rollout.config,
         "now_us": now_us,
         "route_revision": route.revision,
+        "route": standing(route, rollout),
     }
     return record_and_apply(steps, rollout, decision, record, WRITER)
 
@@ -148,15 +148,31 @@ def _evidence(engine: Engine, rollout: Rollout) -> Evidence | None:
 
 def _is_news(rollout: Rollout, decision: Decision) -> bool:
     """True for everything but a hold that says what the last decision said, or that it is early yet."""
-    known = (rollout.progress.get("last_code"), "waiting", "watching")
+    last = rollout.progress.get("last_code")
+    known = (last, "waiting", *(() if last == "replaced" else ("watching",)))
     same = decision.to_state == rollout.state and decision.code in known
     return not same or decision.look is not None or decision.outcome not in ("hold", "await_approval")
 
 
+def _seen(rollout: Rollout, route: Route) -> dict[str, Any]:
+    """What the route says to the rollout, by the names of `RolloutState`."""
+    experiment = rollout.experiment
+    if rollout.state == "promoted":
+        return {"answered_by": None if route.stable == experiment.candidate else route.stable}
+    replaced = route.stable != experiment.stable and route.updated_by == WRITER
+    return {
+        "edited_by": None if replaced else _edited_by(rollout, route),
+        "superseded_by": route.stable if replaced else None,
+        "max_share": route.max_share,
+        "others_share": others_share(route, rollout),
+    }
+
+
 def _edited_by(rollout: Rollout, route: Route) -> str | None:
     """Who moved the route away from where the rollout has put it, if anybody did."""
-    expected = route_at(rollout, rollout.settings.share(rollout.stage))
-    as_put = holds(route, expected | {"pinned": False}) and route.live_share == expected["share"]
+    share = rollout.settings.share(rollout.stage)
+    live = next((arm.share for arm in route.live if arm.version == rollout.experiment.candidate), 0.0)
+    as_put = holds(route, route_at(route, rollout, share) | {"pinned": False}) and live == share
     return None if as_put else route.updated_by
 
 
@@ -164,11 +180,15 @@ def _start_when_ready(steps: Steps, rollout: Rollout) -> Rollout:
     """Bring the candidate up, try it, and give it its first users."""
     config, candidate = rollout.settings, rollout.experiment.candidate
     route = read_route(steps.engine, rollout.key)
-    record: dict[str, Any] = {"route_revision": route.revision, "config": rollout.config}
-    free = route.stable == rollout.experiment.stable and route.candidate is None and not route.pinned
-    if not free and not holds(route, route_at(rollout, config.share(0))):
+    record: dict[str, Any] = {
+        "route_revision": route.revision,
+        "route": standing(route, rollout),
+        "config": rollout.config,
+    }
+    free = route.stable == rollout.experiment.stable and not strangers(route, rollout) and not route.pinned
+    if not free:
         return _fail(steps, rollout, f"the route was changed by {route.updated_by} before the start", record)
-    if config.share(0) > route.max_share:
+    if config.share(0) + others_share(route, rollout) > route.max_share:
         return _fail(steps, rollout, f"max_share {route.max_share:g} forbids the first stage", record)
     status, said = steps.servables.status(candidate)
     if status == "absent":

@@ -32,6 +32,8 @@ def decide(state: RolloutState, evidence: Evidence | None, config: RolloutConfig
         return _watch(state, harm, config)
     if harm is not None and config.rollback_on_regression:
         return _roll_back(state, harm, "rejected_by_guardrail")
+    if state.superseded_by is not None:
+        return _roll_back(state, ("superseded", f"{state.superseded_by} was made stable meanwhile"), "keep")
     if state.frozen_by is not None:
         return _hold(state, config, ("frozen", f"frozen by {state.frozen_by}"))
     if state.edited_by is not None:
@@ -184,9 +186,10 @@ def _go_on(state: RolloutState, config: RolloutConfig) -> Decision:
     """The stage is passed: the next one, promotion, or a person's turn."""
     following = state.stage + 1
     name = f"the {config.check(state.stage)} check of stage {state.stage + 1} is passed"
-    approved = config.auto_rollout or (state.approved_stage or 0) >= following
     promotes = state.stage == config.last_stage
-    ceiling_needed = 1.0 if promotes else config.share(following)
+    by_itself = config.auto_rollout and not (promotes and config.candidates > 1)  # which of several is for people
+    approved = by_itself or (state.approved_stage or 0) >= following
+    ceiling_needed = 1.0 if promotes else config.share(following) + state.others_share
     if ceiling_needed > state.max_share:
         return _hold(state, config, ("ceiling", f"{name}; max_share {state.max_share:g} forbids more"))
     if not approved:
@@ -213,7 +216,13 @@ def _with_caveats(decision: Decision, evidence: Evidence, config: RolloutConfig)
 
 
 def _watch(state: RolloutState, harm: Problem | None, config: RolloutConfig) -> Decision:
-    """After a promotion: harm brings the previous champion back, everything else leaves things as they are."""
+    """After a promotion: harm brings the previous champion back, everything else leaves things as they are.
+
+    While another version is stable there is nothing to bring back, and nothing to watch.
+    """
+    if state.answered_by is not None:
+        reason = f"promoted; {state.answered_by} is stable by now, and the watch rests until this version is again"
+        return Decision("hold", "replaced", reason, "promoted", state.stage, 0.0)
     if harm is not None and config.rollback_on_regression:
         code, reason = harm
         decision = _roll_back(state, (code, f"after its promotion {reason}"), "rejected_by_guardrail")

@@ -86,7 +86,8 @@ def summary(body: Mapping[str, Any]) -> str:
         if reading is not None and reading["harm"] is not None
     }
     said = {name: body[name] for name in ("rollout_id", "number", "outcome", "reason", "actor")}
-    return orjson.dumps(said | {"metrics": metrics})[:LONGEST_TAG].decode(errors="ignore")
+    whole = orjson.dumps(said | {"metrics": metrics}).decode()
+    return whole if len(whole) <= LONGEST_TAG else orjson.dumps(said | {"metrics": {}}).decode()[:LONGEST_TAG]
 
 
 def table(decision: dict[str, Any] | None) -> str:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from cluster.settings import Settings
 from cluster.settings.experiments import Check, ExperimentSettings, RolloutSettings
+from serve.assignment import alone
 from serve.experiments.exposures import period_of
 from serve.experiments.store import Outcome as ExperimentOutcome
 
@@ -53,21 +54,31 @@ class RolloutConfig(BaseModel):
     rollback_on_regression: bool = True
     gates_override: str | None = None
     """The reason given for starting a version that has not passed its gates."""
+    candidates: int = 1
+    """How many candidates are compared with the same control; each has its part of alpha."""
+    width: float = 1.0
+    """Share of the buckets that the candidate may have before it is promoted; stages are fractions of it."""
 
     @staticmethod
-    def of(settings: Settings, gates_override: str | None = None) -> "RolloutConfig":
-        """What the settings in force say."""
+    def of(
+        settings: Settings, gates_override: str | None = None, *, candidates: int = 1, width: float = 1.0
+    ) -> "RolloutConfig":
+        """What the settings in force say. Alpha is split over the candidates (Bonferroni)."""
+        own = settings.experiment
+        split = {"alpha": own.alpha / candidates, "srm_alpha": own.srm_alpha / candidates}
         return RolloutConfig(
-            experiment=settings.experiment,
+            experiment=own.model_copy(update=split) if candidates > 1 else own,
             rollout=settings.rollout,
             auto_rollout=settings.automation.auto_rollout,
             rollback_on_regression=settings.automation.rollback_on_regression,
             gates_override=gates_override,
+            candidates=candidates,
+            width=width,
         )
 
     def share(self, stage: int) -> float:
         """The candidate's share at a stage; the last leaves a control group until it is validated."""
-        return min(self.rollout.stages[stage], 1.0 - self.rollout.final_control_share)
+        return min(self.rollout.stages[stage] * self.width, 1.0 - self.rollout.final_control_share)
 
     def check(self, stage: int) -> Check:
         """What must hold before the stage is left."""
@@ -75,7 +86,7 @@ class RolloutConfig(BaseModel):
 
     def period(self, stage: int) -> str:
         """The period of the statistics that the stage is judged by."""
-        return period_of(self.share(stage))
+        return period_of(alone(self.share(stage)), 0)
 
     @property
     def last_stage(self) -> int:
@@ -123,6 +134,12 @@ class RolloutState:
     """Who changed the route under the rollout; seen at this tick."""
     max_share: float = 1.0
     """The route's ceiling."""
+    others_share: float = 0.0
+    """Share of the other candidates on the route."""
+    superseded_by: str | None = None
+    """The version that another rollout has made stable in place of this one's."""
+    answered_by: str | None = None
+    """Of a promoted one: the stable version, where that is another by now."""
 
     @property
     def is_significant(self) -> bool:

@@ -19,6 +19,7 @@ from data.log import EventLog
 from serve.applications.driver import Status
 from serve.experiments.store import Outcome as ExperimentOutcome
 from serve.experiments.store import end_experiment
+from serve.rollout.placement import holds, standing
 from serve.rollout.report import decision_body, summary
 from serve.rollout.state import SETTLED, Decision
 from serve.rollout.store import Rollout, get_rollout, update_rollout
@@ -99,7 +100,7 @@ class Steps:
                 "decision": decision.as_json(),
                 "number": number,
                 "actor": actor,
-                "route_revision": evidence.get("route_revision"),
+                "route": evidence.get("route"),
                 "at_us": at_us,
             }
             values |= {"state": decision.to_state} if decision.outcome in ("promote", "rollback") else {}
@@ -119,12 +120,22 @@ class Steps:
             update_rollout(connection, rollout, self.clock(), changed)
         return get_rollout(self.engine, rollout.rollout_id)
 
-    def set_route(self, rollout: Rollout, change: dict[str, Any], reason: str, recorded: int | None) -> bool:
-        """Bring the route to what was decided; `False` when somebody has changed it since the decision."""
+    def set_route(
+        self,
+        rollout: Rollout,
+        change_of: Callable[[Route], dict[str, Any]],
+        reason: str,
+        seen: dict[str, Any] | None,
+    ) -> bool:
+        """Bring the route to what was decided; `False` when somebody has changed it since the decision.
+
+        `seen` is the route's `standing` at the decision, `None` where theirs need not be respected.
+        """
         route = read_route(self.engine, rollout.key)
+        change = change_of(route)
         if holds(route, change):
             return True
-        if recorded is not None and route.revision != recorded:
+        if seen is not None and standing(route, rollout) != seen:
             return False
         try:
             write_route(
@@ -188,7 +199,7 @@ class Steps:
 
     def unwant(self, version: str) -> None:
         """Let the engines drop a version, unless a route still names it."""
-        used = {v for r in read_routes(self.engine) for v in (r.stable, r.candidate, r.shadow)}
+        used = {named for route in read_routes(self.engine) for named in route.versions}
         if version not in used:
             self.servables.unwant(version)
 
@@ -215,11 +226,6 @@ class Steps:
             "holding_since_us": (rollout.holding_since_us or at_us) if state == "holding" else None,
             "reason": decision.reason,
         }
-
-
-def holds(route: Route, change: dict[str, Any]) -> bool:
-    """True when the route already says what the change says."""
-    return all(getattr(route, name) == value for name, value in change.items())
 
 
 def _decision_event(

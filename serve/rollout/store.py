@@ -48,8 +48,8 @@ class Rollout:
         """The configuration it was started with."""
         return RolloutConfig.model_validate(self.config)
 
-    def as_state(self, *, edited_by: str | None = None, max_share: float = 1.0) -> RolloutState:
-        """What `decide` works on."""
+    def as_state(self, **seen: Any) -> RolloutState:
+        """What `decide` works on; `seen` is what the route says, by the names of `RolloutState`."""
         return RolloutState(
             state=self.state,
             stage=self.stage,
@@ -59,8 +59,7 @@ class Rollout:
             looks=tuple(Look(**look) for look in self.progress.get("looks", [])),
             split_broken=bool(self.progress.get("split_broken")),
             frozen_by=self.progress.get("frozen_by"),
-            edited_by=edited_by,
-            max_share=max_share,
+            **seen,
         )
 
     def progress_after(self, decision: Decision) -> dict[str, Any]:

@@ -24,10 +24,9 @@ def test_route_is_shown_with_its_split(sqlite_database: Engine, settings: Settin
         "agent": "triage",
         "modality": "text",
         "stable": "triage/1",
-        "candidate": "triage/2",
+        "arms": [{"version": "triage/2", "start": 0.0, "share": 0.25, "experiment_id": None}],
     }
     row |= {
-        "share": 0.25,
         "max_share": 1.0,
         "salt": "s",
         "pinned": False,

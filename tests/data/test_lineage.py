@@ -87,7 +87,7 @@ def fill(settings: Settings) -> None:
     route = {
         "writer": "controller",
         "revision": 4,
-        "after": {"stable": "triage/1", "candidate": "triage/2", "share": 0.25},
+        "after": {"stable": "triage/1", "arms": [{"version": "triage/2", "start": 0.0, "share": 0.25}]},
     }
     events = [
         interaction("i1", "triage/1"),
@@ -115,6 +115,8 @@ def fill(settings: Settings) -> None:
                 "salt": "s",
                 "workspace": "default",
                 "layer": "default",
+                "bucket_low": 0.0,
+                "bucket_high": 1.0,
             }
             connection.execute(experiments.insert().values(experiment_id=f"x{number}", **common, **versions))
             stage = {"stage": 1, "stage_started_us": 0, "revision": 1, "updated_at_us": 0, "progress": {}}
@@ -139,7 +141,7 @@ def test_lineage_walks_both_ways(world: Settings, tmp_path: Path) -> None:
     ]
     assert [e["seq"] for e in chain["registry_events"]] == [7]
     assert [(d["seq"], d["rollout_id"], d["role"]) for d in chain["decisions"]] == [(9, "r1", "candidate")]
-    assert [r["seq"] for r in chain["routes"]] == [11]
+    assert [(r["seq"], r["shares"]) for r in chain["routes"]] == [(11, {"triage/2": 0.25})]
     text = to_text(chain)
     assert "feedback  2 events (thumbs_up 1, correction 1)" in text
     assert "seq 5  f2  correction on i2" in text

@@ -1,10 +1,12 @@
-"""A controller in a process of its own, to be killed: `python -m tests.serve.controller_process HOME`.
+"""A controller in a process of its own: `python -m tests.serve.controller_process HOME [POINT]`.
 
-The evidence is good and the clock runs ten times as fast as real time; the registry is a file, so that like
-a real one it outlives the process.
+It kills itself with SIGKILL at that point, which is before or after one of its effects. The evidence is good and the
+clock runs ten times as fast as real time; the registry is a file, so that like a real one it outlives the process.
 """
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -17,7 +19,7 @@ from serve.rollout.controller import Controller
 from serve.rollout.state import ENDED
 from serve.rollout.steps import Steps
 from serve.rollout.store import list_rollouts
-from tests.serve.rollout_world import TENANT, FakeRegistry, FakeRouters, FakeServables, demo_settings
+from tests.serve.rollout_world import TENANT, FakeRegistry, FakeRouters, FakeServables, KillableSteps, demo_settings
 from tests.serve.test_decide import evidence
 
 SPEED = 10
@@ -37,7 +39,16 @@ class FileRegistry(FakeRegistry):
         draft.replace(self.path)
 
 
-def main(home: Path) -> None:
+class MortalSteps(KillableSteps):
+    """Dies as a process does, not as an exception."""
+
+    def _pass(self) -> None:
+        self.point += 1
+        if self.point == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(home: Path, point: int | None) -> None:
     """Tick until the rollout has ended."""
     begun = now_us()
     engine = connect(load_settings(home=home)[0])
@@ -49,12 +60,13 @@ def main(home: Path) -> None:
         return evidence(last_seen_us={"candidate": clock(), "stable": clock()})
 
     controller._evidence = read  # type: ignore[assignment]
-    steps = Steps(engine, FileRegistry(home / "aliases.json"), FakeServables(), FakeRouters(), clock=clock)
-    acting = Controller(steps, demo_settings(stage_duration_s=1, lease_s=1))
+    steps = MortalSteps(Steps(engine, FileRegistry(home / "aliases.json"), FakeServables(), FakeRouters(), clock=clock))
+    steps.kill_at = point
+    acting = Controller(steps, demo_settings(stage_duration_s=1, lease_s=1))  # type: ignore[arg-type]
     while any(rollout.state not in ENDED for rollout in list_rollouts(engine, TENANT)):
         acting.tick()
         time.sleep(0.002)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -55,7 +55,9 @@ def fingerprint(world: World, rollout_id: str) -> dict[str, Any]:
             (e.kind, e.event_id.replace(rollout_id, "ID"), e.body.get("outcome"), e.body.get("share_after"))
             for e in events
         ],
-        "route_changes": [r.event.body["after"]["share"] for r in world.log.scan(kinds=["route.changed"])],
+        "route_changes": [
+            sum(arm["share"] for arm in r.event.body["after"]["arms"]) for r in world.log.scan(kinds=["route.changed"])
+        ],
     }
 
 

@@ -12,8 +12,8 @@ from cluster.settings import Settings, load_settings
 from data.events import Event, parse_body
 from data.log import EventLog
 from serve.applications.driver import Status
-from serve.assignment import Assignment, assign_request
-from serve.rollout.commands import start
+from serve.assignment import Assignment, alone, assign_request
+from serve.rollout.commands import compare, start
 from serve.rollout.controller import Controller
 from serve.rollout.state import ENDED
 from serve.rollout.steps import Steps
@@ -36,7 +36,7 @@ def interaction(
 ) -> Event:
     """One request as the router records it."""
     record: dict[str, Any] = {"messages": [{"role": "user", "content": "?"}], "latency_s": 0.1} | body
-    if made is not None and experiment_id is not None:
+    if made is not None:
         record |= {
             "arm": made.arm,
             "bucket": made.bucket,
@@ -77,6 +77,7 @@ class Population:
 
     users: int = 300
     accuracy: dict[str, float] = field(default_factory=lambda: {"stable": 0.65, "candidate": 0.65})
+    """By version, and by arm for versions that are not named."""
     error_rate: dict[str, float] = field(default_factory=lambda: {"stable": 0.0, "candidate": 0.0})
     reacts: float = 0.6
     silences: dict[str, float] = field(default_factory=dict)
@@ -85,8 +86,10 @@ class Population:
     spread: float = 0.15
     """Standard deviation of the difficulty between users."""
     seed: int = 0
-    versions: dict[str, str] = field(default_factory=dict)
-    """Arm -> the version assigned, as the route has it."""
+    versions: dict[int | None, str] = field(default_factory=dict)
+    """Place of a candidate among those in force, `None` for stable -> the version assigned, as the route has it."""
+    split: list[tuple[str | None, float, float]] | None = None
+    """As the router records it where there are several candidates."""
 
     def __post_init__(self) -> None:
         self.random = np.random.default_rng(self.seed)
@@ -114,7 +117,8 @@ class Population:
         failed = self.random.random() < self.error_rate[made.arm]
         flags = {"error": "server_error"} if failed else {}
         user = f"user-{number}"
-        version = self.versions.get(made.arm)
+        version = self.versions.get(made.candidate)
+        accuracy = self.accuracy.get(version or "", self.accuracy[made.arm])
         asked = interaction(
             interaction_id,
             made,
@@ -123,10 +127,11 @@ class Population:
             at_us=at_us,
             flags=flags,
             assigned_version=version,
+            split=self.split,
         )
         if failed or self.random.random() > self.reacts:
             return [asked]
-        right = self.random.random() < self.accuracy[made.arm] + self.skill[number]
+        right = self.random.random() < accuracy + self.skill[number]
         liked = right != (self.random.random() < self.wrong_thumb)
         if not liked and self.silences and self.random.random() < self.silences.get(made.arm, 0.0):
             return [asked]
@@ -138,7 +143,7 @@ def fixed_split(share: float, salt: str, experiment_id: str = "exp") -> Callable
     """A router with a constant share."""
 
     def assigner(user: str) -> tuple[Assignment, str]:
-        made = assign_request(share, salt, TENANT, user=user, session=None, request="r")
+        made = assign_request(alone(share), salt, TENANT, user=user, session=None, request="r")
         return made, experiment_id
 
     return assigner
@@ -284,6 +289,9 @@ class World:
     def start(self, version: str = "triage/2", **named: Any) -> Rollout:
         return start(self.steps, self.settings, self.key, version, actor="person:ann", **named)  # type: ignore[arg-type]
 
+    def compare(self, shares: dict[str, float], **named: Any) -> list[Rollout]:
+        return compare(self.steps, self.settings, self.key, shares, actor="person:ann", **named)  # type: ignore[arg-type]
+
     @property
     def route(self) -> Route:
         return read_route(self.engine, self.key)
@@ -291,15 +299,17 @@ class World:
     def assign(self, user: str) -> tuple[Assignment, str | None]:
         """What the router does."""
         route = self.route_now  # a salt of our own: an experiment's is random, and results would differ by run
-        made = assign_request(route.live_share, "salt", TENANT, user=user, session=None, request="r")
-        return made, route.experiment_id
+        made = assign_request(route.live, "salt", TENANT, user=user, session=None, request="r")
+        own = route.experiment_id if made.candidate is None else route.live[made.candidate].experiment_id
+        return made, own
 
     def second(self, requests: int = 60, *, traffic: bool = True) -> None:
         """A second of traffic: the next users in turn ask once."""
         self.now_us += SECOND_US
         if traffic:
             self.route_now = route = self.route
-            self.population.versions = {"stable": route.stable, "candidate": route.candidate or ""}
+            self.population.versions = {None: route.stable, **{n: arm.version for n, arm in enumerate(route.live)}}
+            self.population.split = route.split
             users = [(self.asking + n) % self.population.users for n in range(requests)]
             self.asking += requests
             self.population.ask(self.log, self.assign, users, self.now_us)

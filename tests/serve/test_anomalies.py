@@ -21,10 +21,11 @@ from serve.experiments.store import create_experiment
 from serve.keys import Key
 from serve.rewrite import Answer
 from serve.routes import Route, RouteKey
+from serve.split import Arm
 from tests.serve.conftest import Live, live_router
 
 KEY = Key("d", "k", "test", "default", "default", frozenset({"chat"}), None, 0, None, None)
-ROUTE = Route("default", "triage", "text", stable="triage/1", candidate="triage/2", share=0.5, experiment_id="e1")
+ROUTE = Route("default", "triage", "text", "triage/1", (Arm(0.0, 0.5, "triage/2", "e1"),), experiment_id="e1")
 SETTINGS = AnomalySettings(window=20, min_requests=10, latency_min_s=0.1)
 FAILED_TOOL = {"role": "tool", "content": '{"error": "no such host"}'}
 GOOD_TOOL = {"role": "tool", "content": "ok"}

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve.assignment import (
+    alone,
     assign,
     assign_request,
     bucket,
@@ -41,27 +42,27 @@ def test_different_fields_never_share_an_encoding(one: list[str], other: list[st
 @given(shares, shares, places)
 def test_growing_the_share_never_moves_an_exposed_user_back(one: float, other: float, place: float) -> None:
     small, large = sorted((one, other))
-    if assign(small, place) == "candidate":
-        assert assign(large, place) == "candidate"
+    if assign(alone(small), place) == 0:
+        assert assign(alone(large), place) == 0
 
 
 @given(shares, places)
 def test_control_slice_is_on_stable(share: float, place: float) -> None:
-    if in_control_slice(share, place):
-        assert assign(share, place) == "stable"
+    if in_control_slice(alone(share), 0, place):
+        assert assign(alone(share), place) is None
 
 
 @given(shares, shares, places)
 def test_control_slice_only_grows_up_to_one_half(one: float, other: float, place: float) -> None:
     small, large = sorted((one / 2, other / 2))
-    if in_control_slice(small, place):
-        assert in_control_slice(large, place)
+    if in_control_slice(alone(small), 0, place):
+        assert in_control_slice(alone(large), 0, place)
 
 
 def test_control_slice_is_as_large_as_the_candidates() -> None:
     places = [bucket("salt", "acme", f"user-{n}") for n in range(20_000)]
     for share, expected in ((0.1, 0.1), (0.25, 0.25), (0.5, 0.5), (0.95, 0.05)):
-        size = sum(in_control_slice(share, place) for place in places) / len(places)
+        size = sum(in_control_slice(alone(share), 0, place) for place in places) / len(places)
         assert abs(size - expected) < 0.01
 
 
@@ -71,7 +72,7 @@ def test_buckets_are_uniform_and_a_new_salt_reshuffles() -> None:
     second = [bucket("two", "acme", user) for user in users]
     assert scipy.stats.kstest(first, "uniform").pvalue > 0.001
     assert abs(scipy.stats.pearsonr(first, second).statistic) < 0.04
-    moved = sum(assign(0.5, a) != assign(0.5, b) for a, b in zip(first, second, strict=True))
+    moved = sum(assign(alone(0.5), a) != assign(alone(0.5), b) for a, b in zip(first, second, strict=True))
     assert 4_700 < moved < 5_300
 
 
@@ -83,7 +84,7 @@ def test_unit_falls_back_from_user_to_session_to_request() -> None:
 
 @given(st.sampled_from([0.0, 0.05, 0.1, 0.25, 0.3, 0.5, 0.95, 1.0]), names, names)
 def test_a_record_implies_the_share_it_was_made_under(share: float, salt: str, user: str) -> None:
-    made = assign_request(share, salt, "acme", user=user, session=None, request="r")
-    assert made.arm == assign(share, made.bucket)
-    assert made.propensity == propensity(share, made.arm)
+    made = assign_request(alone(share), salt, "acme", user=user, session=None, request="r")
+    assert made.candidate == assign(alone(share), made.bucket)
+    assert made.propensity == propensity(alone(share), made.candidate)
     assert share_in_force(made.arm, made.propensity) == share

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from serve.assignment import assign, bucket, in_control_slice
+from serve.assignment import alone, assign, bucket, in_control_slice
 from serve.routes import Route, RouteKey
 from serve.snapshot import Snapshot, Target
+from serve.split import Arm
 
 USERS = 100_000
 SHARES = (0.10, 0.25, 0.50, 1.00)
@@ -18,10 +19,10 @@ PROJECT = Path(__file__).parents[2]
 
 REPLICA = """
 import sys
-from serve.assignment import assign_request
-salt, users = sys.argv[1], int(sys.argv[2])
+from serve.assignment import alone, assign_request
+salt, names = sys.argv[1], [f"user-{n}" for n in range(int(sys.argv[2]))]
 for share in map(float, sys.argv[3].split(",")):
-    made = (assign_request(share, salt, "acme", user=f"user-{n}", session=None, request="r") for n in range(users))
+    made = (assign_request(alone(share), salt, "acme", user=name, session=None, request="r") for name in names)
     print("".join("c" if m.arm == "candidate" else "s" for m in made))
 """
 
@@ -44,23 +45,26 @@ def test_nobody_moves_back_while_the_share_grows_and_everybody_does_at_the_end(p
         assert not np.any(exposed & ~candidate)
         assert within_binomial_error(int(candidate.sum()), share)
         if share <= 0.5:
-            control = np.array([in_control_slice(share, place) for place in places])
+            control = np.array([in_control_slice(alone(share), 0, place) for place in places])
             assert not np.any(control & candidate) and not np.any(control_before & ~control)
             assert within_binomial_error(int(control.sum()), share)
             control_before = control
         exposed |= candidate
-    assert {assign(0.0, place) for place in places[:1000]} == {"stable"}
+    assert {assign(alone(0.0), place) for place in places[:1000]} == {None}
 
 
-def test_two_replicas_and_a_restart_give_every_user_the_same_arm(places: np.ndarray) -> None:
-    """Each replica is a process of its own, with a hash seed of its own."""
-    command = [sys.executable, "-c", REPLICA, "salt", str(USERS // 5), ",".join(map(str, SHARES))]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PROJECT) for _ in range(2)]
-    said = [process.communicate(timeout=120)[0].split() for process in running]
-    assert said[0] == said[1]
-    for share, arms in zip(SHARES, said[0], strict=True):
-        expected = "".join("c" if place < share else "s" for place in places[: USERS // 5])
-        assert arms == expected
+def test_two_replicas_restarted_three_times_move_nobody_but_forward_and_everybody_back(places: np.ndarray) -> None:
+    """Each replica is a process of its own, with a hash seed of its own, and begins anew at every stage."""
+    before = np.zeros(USERS, bool)
+    for shares in ([0.10], [0.25], [0.50], [1.00, 0.0]):
+        command = [sys.executable, "-c", REPLICA, "salt", str(USERS), ",".join(map(str, shares))]
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PROJECT) for _ in range(2)]
+        said = [process.communicate()[0].split() for process in running]
+        assert said[0] == said[1]
+        candidate = np.array([arm == "c" for arm in said[0][0]])
+        assert np.array_equal(candidate, places < shares[0]) and not np.any(before & ~candidate)
+        before = candidate
+    assert said[0][1] == "s" * USERS
 
 
 def test_a_new_experiment_reshuffles_and_layers_are_independent(places: np.ndarray) -> None:
@@ -75,9 +79,7 @@ def test_routes_of_one_layer_share_buckets_and_the_plan_records_the_propensity()
     from serve.arms import plan
 
     routes = {
-        RouteKey("acme", agent): Route(
-            "acme", agent, "text", f"{agent}/1", f"{agent}/2", 0.3, salt=salt, experiment_id=f"exp-{agent}"
-        )
+        RouteKey("acme", agent): Route("acme", agent, "text", f"{agent}/1", (Arm(0.0, 0.3, f"{agent}/2"),), salt=salt)
         for agent, salt in (("one", "layer"), ("two", "layer"), ("three", "else"))
     }
     targets = {f"{key.agent}/{n}": Target(f"{key.agent}/{n}", "local", "m") for key in routes for n in (1, 2)}

@@ -70,7 +70,7 @@ def ask(steps: Steps, population: Population, users: range) -> None:
 
     def assigner(user: str) -> tuple[Assignment, str | None]:
         # a salt of our own: the experiment's is random, and so would be which of many intervals misses
-        made = assign_request(route.live_share, "salt", TENANT, user=user, session=None, request="r")
+        made = assign_request(route.live, "salt", TENANT, user=user, session=None, request="r")
         return made, route.experiment_id
 
     from data.log import EventLog
@@ -181,10 +181,11 @@ def test_the_example_interaction_is_one_of_a_bandit() -> None:
     """A bandit's user may go back and forth and still counts for both arms."""
     from data.events import RecordedEvent
     from serve.assignment import Assignment
-    from serve.experiments.exposures import Design, exposure_of
+    from serve.experiments.exposures import Design, Designs, exposures_of
 
     event = interaction("a", Assignment("stable", 0.3, 0.8, "user"), user="ann")
     recorded = RecordedEvent(1, event, 1, b"")
-    middle, counted = exposure_of(recorded, {}), exposure_of(recorded, {"exp": Design("triage/2", is_bandit=True)})
-    assert middle is not None and middle.sides == () and middle.period == "ramp"
-    assert counted is not None and counted.sides == ("control",) and counted.period == "bandit"
+    bandit = Designs({"exp": Design("acme", "triage", "triage/2", is_bandit=True)})
+    [middle], [counted] = exposures_of(recorded, Designs({})), exposures_of(recorded, bandit)
+    assert middle.sides == () and middle.period == "ramp"
+    assert counted.sides == ("control",) and counted.period == "bandit"

@@ -1,8 +1,8 @@
 """A planted regression of each guardrail under live traffic: two routers over HTTP, an engine, a controller.
 
 Users ask both routers and react; the candidate is bad in one way a case. It must be rolled back for that very
-reason, and every replica must send everybody to stable within two seconds of the decision, while a stream of the
-candidate that is open ends in peace, and while one of the routers is draining.
+reason, and every replica must send everybody to stable, while a stream of the candidate that is open ends in peace,
+and while one of the routers is draining. How soon, `tests/bench/breach.py` measures.
 """
 
 import asyncio
@@ -11,7 +11,9 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,7 +21,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine as Database
 
-from cluster.clock import SECOND_US, now_us
+from cluster.clock import SECOND_US
 from cluster.database import connect
 from cluster.settings import Settings, load_settings
 from cluster.tables import events
@@ -42,8 +44,7 @@ from tests.serve.upstream import Behaviour, Engine, Server
 
 USERS = 80
 BATCHES = 30
-WITHIN_S = 2.0
-SLOW_S, SLO_S = 1.2, 0.8
+SLOW_S, SLO_S = 3.5, 3.0
 """How long a slow candidate takes, and what is too long."""
 
 
@@ -223,7 +224,7 @@ class Trial:
 
         route = read_route(self.site.database, self.key)
         name = pseudonym(pseudonym_secret(self.site.settings), "default", user)
-        made = assign_request(route.live_share, route.salt, "default", user=name, session=None, request="r")
+        made = assign_request(route.live, route.salt, "default", user=name, session=None, request="r")
         return made.arm == "candidate"
 
     def _captured(self) -> int:
@@ -250,9 +251,16 @@ class Trial:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    home = tmp_path_factory.mktemp("guardrails") / "home"
-    fallback = {"budget_s": 60, "min_budget_s": 60}
-    serve = {"poll_ms": 50, "fallback": fallback, "breaker": {"consecutive": 100_000, "window_share": 1.0}}
+    with open_site(tmp_path_factory.mktemp("guardrails") / "home", poll_ms=50) as opened:
+        yield opened
+
+
+@contextmanager
+def open_site(home: Path, *, poll_ms: int | None) -> Iterator[Site]:
+    """Both routers and the engine; `poll_ms` is how often routers read the database, the default if `None`."""
+    serve: dict[str, Any] = {"fallback": {"budget_s": 60, "min_budget_s": 60}}
+    serve |= {"breaker": {"consecutive": 100_000, "window_share": 1.0}}
+    serve |= {} if poll_ms is None else {"poll_ms": poll_ms}
     settings = load_settings(home=home, serve=serve, **LEARNING)[0]
     database = connect(settings)
     secret = create_key(database, "test", "default", "default", ["chat", "feedback"])
@@ -269,7 +277,6 @@ def test_a_planted_regression_is_rolled_back_on_every_replica_and_says_why(site:
     trial = site.begin(case)
     trial.run()
     assert [trial.arms(url) for url in site.urls] == [{"stable"}, {"stable"}]
-    assert trial.confirmed_s <= WITHIN_S
     route = read_route(site.database, trial.key)
     assert (route.stable, route.candidate, route.share) == (f"{trial.key.agent}/1", None, 0.0)
     recorded = trial.decided()
@@ -310,10 +317,9 @@ def test_a_rollback_during_a_drain_reaches_the_draining_router_and_open_streams_
         assert opened.wait(60)
         draining.stop()
         trial.run()
-        decided_us = trial.decided().event.occurred_at_us
         while (known := app.watcher.current.routes[trial.key]).candidate is not None:
             time.sleep(0.01)
-        assert (now_us() - decided_us) / SECOND_US <= WITHIN_S and known.live_share == 0.0
+        assert known.live == ()
         site.engine.behaviours[f"{trial.key.agent}-bad"].paused = False
         reader.join()
     assert [trial.arms(url) for url in site.urls] == [{"stable"}, {"stable"}]

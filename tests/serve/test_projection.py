@@ -12,7 +12,7 @@ from cluster.settings.experiments import METRIC_NAMES
 from cluster.tables import arm_statistics, experiment_users
 from data.events import Event, parse_body
 from data.log import EventLog
-from serve.assignment import Assignment, in_control_slice
+from serve.assignment import Assignment, alone, in_control_slice
 from serve.experiments.metrics import METRICS
 from serve.experiments.projection import Projection
 from serve.experiments.readings import read_as_served, read_evidence, read_latency, read_moments, segments_of
@@ -201,7 +201,7 @@ def test_only_the_control_slice_is_compared(sqlite_database: Engine) -> None:
     population.ask(log, fixed_split(0.25, "salt"), range(200), 1_000_000)
     Projection(sqlite_database, settings_with()).catch_up()
     everybody = users(sqlite_database)
-    expected = [u for u, row in everybody.items() if in_control_slice(0.25, row["bucket"])]
+    expected = [u for u, row in everybody.items() if in_control_slice(alone(0.25), 0, row["bucket"])]
     found = {key[3] for key in statistics(sqlite_database) if key[2] == "control"}
     assert found == set(expected) and len(everybody) == 200
 

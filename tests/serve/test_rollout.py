@@ -14,7 +14,7 @@ from serve.experiments.report import describe, to_text
 from serve.experiments.store import check_shares, get_experiment
 from serve.rollout import controller
 from serve.rollout.commands import approve, freeze, roll_back, unfreeze
-from serve.rollout.replay import replay, verify_decisions
+from serve.rollout.replay import replay
 from serve.rollout.state import Decision
 from serve.rollout.store import get_rollout
 from serve.routes import update_route
@@ -220,38 +220,6 @@ def test_a_promotion_can_be_taken_back_within_its_window(database: Engine, monke
     assert world.run(rollout_id, traffic=False).state == "promoted"
     assert roll_back(world.steps, rollout_id, ANN, "worse after all").state == "rolled_back"  # type: ignore[arg-type]
     assert (world.route.stable, world.registry.aliases["champion"]) == ("triage/1", "triage/1")
-
-
-@pytest.mark.parametrize("warm_s", [3, 1000])
-def test_a_guardrail_brings_the_previous_champion_back_by_itself(sqlite_database: Engine, warm_s: float) -> None:
-    """Fine while it was tried, bad from its promotion on. Unloaded or still warm, the old champion returns."""
-    people = population()
-    world = World(sqlite_database, demo_settings(warm_s=warm_s), people)
-    rollout = world.run(world.start().rollout_id)
-    assert rollout.state == "promoted" and world.route.stable == "triage/2"
-    world.run_on(5)
-    assert (world.state(rollout), world.route.stable) == ("promoted", "triage/2")
-    assert ("triage/1" in world.servables.wanted) == (warm_s > 5)
-    people.accuracy["stable"] = 0.05  # what the route calls stable is now the promoted candidate
-    world.run_on(20)
-    assert (world.state(rollout), world.route.stable, world.route.experiment_id) == ("rolled_back", "triage/1", None)
-    assert world.registry.aliases["champion"] == "triage/1"
-    last = world.decisions()[-1]
-    assert "after its promotion" in last["reason"] and last["evidence"]["evidence"]["period"] == "1"
-    assert "worse" in world.registry.tags["triage/2", "rayloop.rolled_back"]
-    assert verify_decisions(sqlite_database).faults == []
-
-
-def test_nothing_is_brought_back_after_the_window_or_over_another_rollout(sqlite_database: Engine) -> None:
-    people = population()
-    world = World(sqlite_database, demo_settings(restore_window_s=8), people)
-    rollout = world.run(world.start().rollout_id)
-    world.run_on(9)
-    people.accuracy["stable"] = 0.2
-    world.run_on(15)
-    assert (world.state(rollout), world.route.stable) == ("promoted", "triage/2")
-    with pytest.raises(ConflictError, match="start a rollout of the old version"):
-        roll_back(world.steps, rollout.rollout_id, ANN, "too late")  # type: ignore[arg-type]
 
 
 def test_a_freeze_stops_growth_until_it_is_lifted(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

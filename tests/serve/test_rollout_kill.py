@@ -1,13 +1,11 @@
-"""kill -9 of a real controller process, again and again, until a rollout has ended."""
+"""kill -9 of real controller processes, at chosen points, until a rollout has ended."""
 
 import json
-import random
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-
-import pytest
 
 from cluster.database import connect
 from cluster.settings import load_settings
@@ -17,36 +15,28 @@ from tests.serve.rollout_world import Population, World, demo_settings
 PROJECT = Path(__file__).parents[2]
 
 
-def spawn(home: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "tests.serve.controller_process", str(home)]
-    return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+BETWEEN_DECISION_AND_ROUTE, BEFORE_IT_IS_SETTLED = 5, 11
+"""Points of a process that begins with the rollout's start, and of one that first applies it again."""
 
 
-@pytest.mark.slow
-def test_a_controller_killed_again_and_again_still_promotes(tmp_path: Path) -> None:
+def run_controller(home: Path, *point: int) -> int:
+    command = [sys.executable, "-m", "tests.serve.controller_process", str(home), *map(str, point)]
+    return subprocess.run(command, cwd=PROJECT).returncode
+
+
+def test_controllers_killed_by_the_system_are_followed_by_one_that_promotes(tmp_path: Path) -> None:
     engine = connect(load_settings(home=tmp_path)[0])
     world = World(engine, demo_settings(stage_duration_s=1), Population(users=10))
     world.now_us = time.time_ns() // 1000
     rollout_id = world.start().rollout_id
-    choose, kills, controller = random.Random(4), 0, spawn(tmp_path)
-    deadline = time.monotonic() + 240
-    try:
-        while (before := get_rollout(engine, rollout_id)).state != "promoted":
-            assert time.monotonic() < deadline, before
-            if controller.poll() is not None:
-                assert controller.returncode == -9, controller.stderr.read() if controller.stderr else b""
-                controller.communicate()
-                controller = spawn(tmp_path)
-            if kills < 4 and before.decisions > kills:
-                time.sleep(choose.uniform(0, 0.05))
-                controller.kill()
-                kills += 1
-            time.sleep(0.005)
-        controller.wait(timeout=30)
-    finally:
-        controller.kill()
-        controller.communicate()
-    assert kills == 4
+    assert run_controller(tmp_path, BETWEEN_DECISION_AND_ROUTE) == -signal.SIGKILL
+    rollout = get_rollout(engine, rollout_id)
+    assert (rollout.state, rollout.decisions, world.route.share) == ("pending", 1, 0.0)
+    assert run_controller(tmp_path, BEFORE_IT_IS_SETTLED) == -signal.SIGKILL
+    rollout = get_rollout(engine, rollout_id)
+    assert (rollout.stage, rollout.decisions, world.route.share) == (0, 2, 0.25)
+    assert run_controller(tmp_path) == 0
+    assert get_rollout(engine, rollout_id).state == "promoted"
     outcomes = [d["outcome"] for d in world.decisions() if d["outcome"] != "hold"]
     assert outcomes == ["start", "advance", "advance", "advance", "promote"]
     assert (world.route.stable, world.route.candidate) == ("triage/2", None)

@@ -19,6 +19,7 @@ from cluster.database import connect
 from cluster.registry import GATES_TAG, Registry
 from cluster.settings import Settings, load_settings
 from cluster.tables import servable_replicas
+from data.notices import notice
 from serve.control import ControlApi, ControlLoop
 from serve.experiments.cli import app as experiment_app
 from serve.graders import KnownKeys
@@ -28,6 +29,7 @@ from serve.rollout.live import HttpRouters, LiveServables, OwnKeys
 from serve.rollout.store import list_rollouts
 from serve.routes import Route, RouteKey, read_route, write_route
 from serve.servables import list_servables
+from tests.serve.rollout_world import Population, World, demo_settings
 
 
 class FakeRouter(BaseHTTPRequestHandler):
@@ -157,6 +159,33 @@ def test_start_status_approve_freeze_and_rollback_by_command(
     listed = command(experiment_app, settings, "list", capsys=capsys)["experiments"]
     shown = command(experiment_app, settings, "show", listed[0]["experiment_id"], capsys=capsys)
     assert shown["split"]["users"] == {"candidate": 0, "stable": 0}
+
+
+def test_a_guardrails_reason_and_evidence_are_in_the_log_in_mlflow_and_in_the_notification(
+    live: tuple[Settings, Engine],
+) -> None:
+    settings, engine = live
+    registry = Registry(settings)
+    world = World(engine, demo_settings(), Population(accuracy={"stable": 0.65, "candidate": 0.05}, seed=5))
+    world.steps.steps.versions = registry
+    rollout = world.run(world.start().rollout_id)
+    assert (rollout.state, rollout.experiment.outcome) == ("rolled_back", "rejected_by_guardrail")
+    recorded = list(world.log.scan(kinds=["rollout.decision"]))[-1]
+    body = recorded.event.body
+    metric, _, rest = body["reason"].partition(" is worse: ")
+    assert body["outcome"] == "rollback" and rest
+    evidence = body["evidence"]["evidence"]
+    readings = [evidence["primary"], *evidence["guardrails"], *evidence["optional_guardrails"]]
+    [reading] = [own for own in readings if own["metric"] == metric]
+    assert reading["harm_low"] > 0 and reading["harm"] > reading["margin"]
+    tags = Registry(settings).get("triage/2").tags
+    assert tags["rayloop.rolled_back"] == body["reason"]
+    noted = json.loads(tags["rayloop.rollout_decision"])
+    assert (noted["rollout_id"], noted["outcome"], noted["reason"]) == (rollout.rollout_id, "rollback", body["reason"])
+    harm = [reading["harm_low"], reading["harm"], reading["harm_high"]]
+    assert noted["metrics"][metric]["harm"] == harm
+    told = notice(recorded)
+    assert told is not None and told.severity == "page" and body["reason"] in told.text
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,9 @@ def test_ten_thousand_users_keep_their_arm_across_restarts_and_stages(
 
 def test_unit_falls_back_from_user_to_session_to_request() -> None:
     from serve.routes import Route
+    from serve.split import Arm
 
-    route = Route("default", "triage", "text", "triage/1", "triage/2", 0.5, salt="s", revision=1)
+    route = Route("default", "triage", "text", "triage/1", (Arm(0.0, 0.5, "triage/2"),), salt="s", revision=1)
     current = Snapshot({KEY: route}, {}, read_at=1.0)
     given: list[dict[str, str | None]] = [
         {"user": "u", "session": "s"},

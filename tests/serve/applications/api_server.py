@@ -24,6 +24,7 @@ PATH = "/apis/ray.io/v1/namespaces/prod/rayservices/rayloop"
 TOKEN = "account-token"
 MANIFEST = Path(__file__).parents[3] / "k8s" / "base" / "rayservice.yaml"
 Trouble = Literal["drop-before", "drop-after", "conflict", "busy", "error"]
+ReadTrouble = Literal["drop", "cut", "busy", "error", "hang"]
 
 
 def rayservice_validator(shared_data: Path) -> jsonschema.Draft202012Validator:
@@ -43,6 +44,10 @@ class ApiServer:
         self.resource["metadata"] |= {"resourceVersion": "1", "generation": 1, "namespace": "prod"}
         self.troubles: deque[Trouble] = deque()
         """What happens to the next PATCH requests, in turn."""
+        self.read_troubles: deque[ReadTrouble] = deque()
+        """The same for GET requests."""
+        self.released = threading.Event()
+        """Ends the hanging ones."""
         self.on_patch: Callable[[], None] | None = None
         """Somebody else who acts between the driver's reading and its patch."""
         self.requests: list[tuple[str, int]] = []
@@ -65,7 +70,10 @@ class ApiServer:
     def say(self, states: dict[str, tuple[str, str]]) -> None:
         """What KubeRay reports of the applications."""
         said = {name: {"status": state, "message": message} for name, (state, message) in states.items()}
-        self.resource.setdefault("status", {})["activeServiceStatus"] = {"applicationStatuses": said}
+        self.resource["status"] = {
+            "activeServiceStatus": {"applicationStatuses": said},
+            "observedGeneration": self.resource["metadata"]["generation"],
+        }
 
     def patch(self, query: dict[str, list[str]], document: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         with self.lock:
@@ -96,6 +104,7 @@ class ApiServer:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __exit__(self, *_: object) -> None:
+        self.released.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -124,6 +133,11 @@ class _Handler(BaseHTTPRequestHandler):
     state: ApiServer
 
     def do_GET(self) -> None:
+        trouble = self.state.read_troubles.popleft() if self.state.read_troubles else None
+        if trouble in ("busy", "error"):
+            return self._send("GET", *status(429 if trouble == "busy" else 500, "TooManyRequests", "try again"))
+        if trouble is not None:
+            return self._fail_reading(trouble)
         self._answer("GET", lambda query: (200, copy.deepcopy(self.state.resource)))
 
     def do_PATCH(self) -> None:
@@ -146,6 +160,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.patch(parse_qs(urlsplit(self.path).query), made)
             return self._drop()
         return self._answer("PATCH", lambda query: self.state.patch(query, made))
+
+    def _fail_reading(self, trouble: ReadTrouble) -> None:
+        """Nothing, half an answer, or none until the client has given up."""
+        self.state.requests.append(("GET", 0))
+        if trouble == "hang":
+            self.state.released.wait()
+        if trouble == "cut":
+            self.send_response(200)
+            self.send_header("content-length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"spec":')
+            self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _answer(self, method: str, act: Callable[[dict[str, list[str]]], tuple[int, dict[str, Any]]]) -> None:
         url = urlsplit(self.path)

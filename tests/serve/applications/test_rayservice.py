@@ -13,7 +13,7 @@ from cluster.errors import ConfigError, ConflictError, UnavailableError
 from cluster.settings.experiments import ApplicationSettings
 from serve.applications.document import Application, application_name
 from serve.applications.rayservice import RayServiceDriver, access
-from tests.serve.applications.api_server import TOKEN, ApiServer, Trouble, rayservice_validator
+from tests.serve.applications.api_server import TOKEN, ApiServer, ReadTrouble, Trouble, rayservice_validator
 
 LLAMA = Application(application_name("meta/llama", "abc"), "meta/llama")
 QWEN = Application(application_name("/models/qwen", None), "/models/qwen")
@@ -71,6 +71,8 @@ def test_the_status_is_what_kuberay_reports(server: ApiServer, driver: RayServic
     driver.apply([LLAMA, QWEN])
     server.say({"gateway": ("RUNNING", ""), LLAMA.name: ("RUNNING", ""), QWEN.name: ("DEPLOY_FAILED", "no such model")})
     assert driver.apply([LLAMA, QWEN]) == {LLAMA.name: ("ready", "RUNNING"), QWEN.name: ("failed", "no such model")}
+    server.edit(lambda spec: spec.update(rayClusterDeletionDelaySeconds=90))
+    assert driver.apply([LLAMA, QWEN]) == {}  # KubeRay has not seen that yet: what it says is of before
     server.say({LLAMA.name: ("DEPLOYING", "")})
     assert driver.apply([LLAMA, QWEN]) == {LLAMA.name: ("loading", "DEPLOYING")}
 
@@ -118,6 +120,26 @@ def test_lost_connections_and_busy_servers_are_tried_again(
     driver.apply([LLAMA])
     assert (server.names, server.patches) == ([*BASE, LLAMA.name], patches)
     assert int(server.resource["metadata"]["resourceVersion"]) == 2
+
+
+@pytest.mark.parametrize("troubles", [["drop"], ["cut"], ["drop", "busy", "cut", "error"]])
+def test_a_resource_that_cannot_be_read_is_read_again(
+    server: ApiServer, driver: RayServiceDriver, troubles: list[ReadTrouble]
+) -> None:
+    server.read_troubles.extend(troubles)
+    driver.apply([LLAMA])
+    assert (server.names, server.patches) == ([*BASE, LLAMA.name], 1)
+    assert [status for method, status in server.requests if method == "GET"][-1] == 200
+
+
+def test_an_api_server_that_never_answers_is_given_up_and_nothing_is_written(
+    server: ApiServer, settings: ApplicationSettings
+) -> None:
+    hasty = settings.model_copy(update={"timeout_s": 0.2, "attempts": 2})
+    server.read_troubles.extend(["hang"] * 2)
+    with pytest.raises(UnavailableError, match="timed out"):
+        RayServiceDriver(access(hasty), hasty).apply([LLAMA])
+    assert (server.names, server.patches) == (BASE, 0)
 
 
 def test_a_conflict_that_never_ends_is_given_up_and_the_next_call_goes_on(
