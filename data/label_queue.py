@@ -19,7 +19,7 @@ from cluster.errors import NotFoundError
 from cluster.settings.labelling import LabellingSettings
 from cluster.tables import events
 from data.events import RecordedEvent
-from data.labelling import LABEL, REQUESTED, SKIPPED, answer_names, item_id
+from data.labelling import LABEL, REQUESTED, SKIPPED, answer_names, is_flipped, item_id
 from data.log import EventLog
 
 PAIR = "shadow.pair"
@@ -60,8 +60,8 @@ class Item:
 
     @property
     def flipped(self) -> bool:
-        """Whether the second answer is shown first: half of the items, always the same ones."""
-        return len(self.answers) == 2 and int(self.item_id[-1], 16) % 2 == 1
+        """Whether the second answer is shown first."""
+        return len(self.answers) == 2 and is_flipped(self.item_id)
 
 
 class LabelQueue:
@@ -101,6 +101,12 @@ class LabelQueue:
         if found is None or (found.tenant, found.workspace) != (tenant, workspace):
             raise NotFoundError(f"item_id={item!r} is not in the labelling queue; take one that `queue` shows")
         return found
+
+    def interactions(self, tenant: str) -> set[str]:
+        """The interactions that items of the queue are about, judged or not."""
+        with self._lock:
+            self._catch_up()
+            return {name for owner, name in self._by_interaction if owner == tenant}
 
     def today(self, tenant: str, workspace: str, now: int | None = None) -> Counter[str]:
         """How many items of each reason today has had."""

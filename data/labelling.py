@@ -153,3 +153,8 @@ def answer_names(item: str, answers: Sequence[Mapping[str, Any]]) -> list[str]:
 def answer_name(item: str, place: int) -> str:
     """What labels call an answer that is no interaction."""
     return f"{item}/{place}"
+
+
+def is_flipped(item: str) -> bool:
+    """Whether the second of two answers is shown first: so in half of the items, and always the same ones."""
+    return int(item[-1], 16) % 2 == 1

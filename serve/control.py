@@ -1,8 +1,8 @@
 """The application `control` (at `/control`): one replica that counts the log and drives every rollout.
 
-It also runs the outlets (`data.outlet_loop`). The work is done in threads, so the replica always answers
-`GET /healthz`, and `GET /metrics` with what this process counts. A second replica, or a second cluster on the same
-database, finds the leases taken and waits. `GET /rollouts` shows the rollouts of the key's tenant.
+It also runs the outlets (`data.outlet_loop`) and fills the labelling queue. The work is done in threads, so the
+replica always answers `GET /healthz`, and `GET /metrics` with what this process counts. A second replica, or a second
+cluster on the same database, finds the leases taken and waits. `GET /rollouts` shows the rollouts of the key's tenant.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from cluster.settings import Settings
 from data.outlet_loop import OutletLoop
 from serve.finetuning.dispatcher import DispatchLoop
 from serve.graders import KnownKeys
+from serve.labelling_loop import LabellingLoop
 from serve.openai import JSON, ApiError, Receive, Scope, Send, header, send_error, send_response
 from serve.rollout.controller import Controller
 from serve.rollout.live import OwnKeys, controller_steps
@@ -168,6 +169,8 @@ class ControlReplica:
         self._jobs.start()
         self._outlets = OutletLoop(settings)
         self._outlets.start()
+        self._labelling = LabellingLoop(settings)
+        self._labelling.start()
 
     async def __serve_build_asgi_app__(self) -> ControlApi:
         """The application of this replica."""
@@ -182,6 +185,7 @@ class ControlReplica:
         """Let another controller take over at once."""
         self._jobs.stop()
         self._outlets.stop()
+        self._labelling.stop()
         self._loop.stop()
 
 

@@ -18,6 +18,10 @@ class LabellingSettings(Section):
     """Share of the items that two people judge, so that their agreement can be told."""
     keep_days: float = Field(14.0, gt=0, le=365)
     """An item that nobody judged for so long leaves the queue."""
+    sampled_events: int = Field(5000, ge=100)
+    """Events of the last day, drawn at random, among which uncertain answers and spot checks are looked for."""
+    sample_every_s: float = Field(600.0, gt=0)
+    """How often the live side looks for such answers."""
     page_events: int = Field(1000, ge=1)
     """Events read at a time."""
     shown_items: int = Field(20, ge=1, le=200)

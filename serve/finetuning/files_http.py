@@ -13,8 +13,8 @@ from data.tuning_rows import check_file
 from data.uploads import StoredFile, Uploads
 from serve.finetuning.form import read_form
 from serve.finetuning.objects import Json, file_object, page
-from serve.finetuning.query import Query
 from serve.openai import JSON, ApiError, Headers, Receive, Scope, Send, header, send_response
+from serve.query import Query
 
 PURPOSE = "fine-tune"
 FORM_FIELDS = ("file", "purpose")

@@ -16,9 +16,9 @@ from data.uploads import Uploads
 from serve.finetuning.files_http import FileRoutes, send_json
 from serve.finetuning.jobs_http import JobRoutes
 from serve.finetuning.objects import Json, file_object
-from serve.finetuning.query import Query
 from serve.keys import Key
 from serve.openai import ApiError, Headers, Receive, Scope, Send, parse_object, read_body, unknown_model
+from serve.query import Query
 from serve.servables import unwant
 from serve.snapshot import Snapshot
 
