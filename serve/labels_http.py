@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
 from sqlalchemy.engine import Engine
 
 from cluster import metrics
@@ -22,9 +21,10 @@ from data.label_content import shown_items
 from data.label_queue import LabelQueue
 from data.label_submission import LabelParser
 from data.log import EventLog, Verdict
+from serve.asgi import send_json
 from serve.intake_http import in_api_shape
 from serve.keys import Key
-from serve.openai import JSON, Headers, Receive, Scope, Send, read_body, send_response, unpack
+from serve.openai import Headers, Receive, Scope, Send, read_body, unpack
 from serve.query import Query
 
 QUEUE, LABELS = "/v1/labels/queue", "/v1/labels"
@@ -61,7 +61,7 @@ class LabelsHandler:
                 answer = await asyncio.to_thread(self._waiting, key, query.text("reviewer") or key.name, limit)
             else:
                 answer = await self._take_in(scope, receive, key)
-        await send_response(send, 200, orjson.dumps(answer), [JSON, *headers])
+        await send_json(send, answer, headers=headers)
         return 200
 
     def _waiting(self, key: Key, reviewer: str, limit: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from serve import intake_http, labels_http, openapi, otlp_http, users_http
 from serve.anomalies import AnomalyWatch
 from serve.capture import Capture, spool_path
 from serve.chat import Companions, CompletionHandler
+from serve.engine_waking import EngineWaker
 from serve.engines.token import engine_token
 from serve.exchange import CHAT, TEXT, Engines, View
 from serve.finetuning.http import FinetuningHandler, is_ours
@@ -103,6 +104,7 @@ class RouterApp:
         self.watcher = Watcher(settings, self._database_found, self._at_each_poll)
         url = default_engine_url or f"http://{settings.serve.host}:{settings.serve.port}/engine"
         engines = Engines(settings.serve, url, os.environ, engine_token(settings))
+        self._waker = EngineWaker(settings, engines.application_url)
         shadow = self._shadow(engines)
         companions = Companions(self._limits, self._anomalies, self._capture, shadow, policy)
         self._completions = CompletionHandler(settings.serve, engines, companions, pseudonym_secret(settings))
@@ -149,6 +151,7 @@ class RouterApp:
     def _at_each_poll(self, engine: Engine, snapshot: Snapshot) -> None:
         """In the watcher's thread, with the database at hand."""
         self._limits.exchange(engine)
+        self._waker.wake(engine)
         found = self._anomalies.check(snapshot.routes.values())
         if found:
             repeat_s = self.settings.serve.anomaly.repeat_s
