@@ -55,7 +55,9 @@ def _interactions(event_log: EventLog, items: Sequence[Item]) -> dict[tuple[str,
 
 def _content(item: Item, found: Mapping[tuple[str, str], Event]) -> Json | None:
     """Prompt and answers in the order shown; `None` where one of them is gone."""
-    messages, context, answers = item.messages, [], []
+    messages: list[Json] = item.messages
+    context: list[str] = []
+    answers: list[Json] = []
     for letter, place in places(item).items():
         answer = item.answers[place]
         message = answer.get("message")

@@ -105,7 +105,7 @@ def _labels(submission: LabelItem, item: Item, reviewer: str, event_id: str) -> 
     """A label about each answer, the first shown first: so a later judgement supersedes all of an earlier one."""
     names, letters = item.names, places(item)
     preferred = None if submission.preferred in (None, TIE) else names[letters[submission.preferred]]
-    events = []
+    events: list[Event] = []
     for letter, place in letters.items():
         body = {
             "reviewer": reviewer,

@@ -29,7 +29,6 @@ def scale(engine: EngineSettings) -> dict[str, Any]:
             "upscale_delay_s": autoscaling.upscale_delay_s,
             "downscale_delay_s": autoscaling.downscale_delay_s,
             "downscale_to_zero_delay_s": autoscaling.idle_s,
-            "look_back_period_s": min(autoscaling.look_back_s, autoscaling.idle_s),
-            "metrics_interval_s": min(autoscaling.look_back_s, autoscaling.idle_s) / 3,
+            "look_back_period_s": autoscaling.look_back_s,
         }
     }

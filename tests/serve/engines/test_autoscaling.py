@@ -156,7 +156,13 @@ def idling(ray_session: None, base: Path, tmp_path_factory: pytest.TempPathFacto
     import ray.serve
 
     quick = {"base_model": str(base), "poll_interval_s": 0.1, "heartbeat_s": 0.2, "live_after_s": 3.0}
-    idle = {"scale_to_zero": "always", "idle_s": 1.0, "downscale_delay_s": 0.5, "upscale_delay_s": 0.0}
+    idle = {
+        "scale_to_zero": "always",
+        "idle_s": 1.0,
+        "look_back_s": 2.0,
+        "downscale_delay_s": 0.5,
+        "upscale_delay_s": 0.0,
+    }
     settings, _ = load_settings(home=tmp_path_factory.mktemp("home"), engine=quick | {"autoscaling": idle})
     port = free_port()
     ray.serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
