@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 from sqlalchemy.engine import Connection, Engine
 
 from cluster.errors import ConfigError, ConflictError, UnavailableError
@@ -126,7 +124,15 @@ def is_postgres(engine: Engine) -> bool:
 
 
 def upgrade(engine: Engine) -> None:
-    """Bring the schema to the newest migration; safe to call from many processes at once."""
+    """Bring the schema to the newest migration; safe to call from many processes at once.
+
+    Where it is there already, alembic is not even imported: every process connects, and few ever migrate.
+    """
+    if is_current(engine):
+        return
+    from alembic import command
+    from alembic.config import Config
+
     with write(engine).begin() as connection:
         if is_postgres(engine):
             connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
@@ -134,6 +140,16 @@ def upgrade(engine: Engine) -> None:
         config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def is_current(engine: Engine) -> bool:
+    """True when the schema is the newest migration's; files are named for their revision."""
+    newest = max(file.name.partition("_")[0] for file in (MIGRATIONS / "versions").glob("[0-9]*_*.py"))
+    try:
+        with engine.connect() as connection:
+            return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar() == newest
+    except sa.exc.DBAPIError:
+        return False  # no such table, or no answer, which the migration will tell of
 
 
 @contextmanager

@@ -10,10 +10,12 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from cluster.clock import now_us
 from cluster.errors import InputError
+from data.event_body import Body
+from data.label_bodies import Label, LabelRequested, LabelSkipped
 
 Arm = Literal["stable", "candidate", "shadow", "none"]
 Message = dict[str, Any]
@@ -30,12 +32,6 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 SpanId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 """Of the OpenTelemetry span an item was made from. `parent_span_id` names the nearest span above it that is an item
 too, else the last one known: by these the parts of a trace find each other (`data.traces`)."""
-
-
-class Body(BaseModel):
-    """Base of all bodies: unknown fields and NaN are refused."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class ToolCall(Body):
@@ -95,17 +91,17 @@ class Interaction(Body):
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
-    tool_calls: list[ToolCall] = []
+    tool_calls: list[ToolCall] = Field([])
     """Calls made for this answer, where the reporter knows them; others come as events of their own."""
-    context: list[str] = []
+    context: list[str] = Field([])
     """Passages the answer may rest on."""
     response: Message | None = None
     finish_reason: str | None = None
-    prompt_token_ids: list[TokenId] = []
-    completion_token_ids: list[TokenId] = []
-    completion_logprobs: list[float] = []
+    prompt_token_ids: list[TokenId] = Field([])
+    completion_token_ids: list[TokenId] = Field([])
+    completion_logprobs: list[float] = Field([])
     """Natural-log probabilities as the engine produced them, one a completion token."""
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] = Field({})
     """Sampling parameters of the request: temperature, max_tokens, …"""
     requested: str = ""
     """The `model` the client asked for: an agent or a version."""
@@ -127,7 +123,7 @@ class Interaction(Body):
     """Time to first token."""
     modality: Modality = "text"
     user_tier: Tier | None = None
-    metadata: Metadata = {}
+    metadata: Metadata = Field({})
     trace_id: str | None = Field(None, max_length=64)
     span_id: SpanId | None = None
     parent_span_id: SpanId | None = None
@@ -199,7 +195,7 @@ class Trajectory(Body):
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
-    tool_calls: list[ToolCall] = []
+    tool_calls: list[ToolCall] = Field([])
     """Arguments, results, latency and errors of the calls, in order, where the reporter knows them."""
     reward: float | None = Field(None, ge=0, le=1)
     outcome: str | None = Field(None, max_length=512)
@@ -209,7 +205,7 @@ class Trajectory(Body):
     parent_span_id: SpanId | None = None
     modality: Modality | None = None
     user_tier: Tier | None = None
-    metadata: Metadata = {}
+    metadata: Metadata = Field({})
 
 
 class Grade(Body):
@@ -219,22 +215,8 @@ class Grade(Body):
     grader_version: str
     reward: float | None = Field(None, ge=0, le=1)
     """`None` means the grader abstained."""
-    score_card: dict[str, float] = {}
+    score_card: dict[str, float] = Field({})
     reason: str | None = None
-
-
-class Label(Body):
-    """A reviewer's judgement of one interaction; a later label by the same reviewer supersedes it."""
-
-    reviewer: str
-    scores: dict[str, float] = {}
-    """success, helpfulness, tone, safety: each in [0, 1]."""
-    task_category: str | None = Field(None, max_length=64)
-    """What kind of task it was, in the reviewer's words; reports on reward models are broken down by it."""
-    corrected: str | None = None
-    preferred: str | None = None
-    """Interaction id of the preferred answer."""
-    notes: str | None = None
 
 
 class RouteChanged(Body):
@@ -301,7 +283,7 @@ class RolloutDecision(Body):
     to_stage: int
     share_before: float
     share_after: float
-    evidence: dict[str, Any] = {}
+    evidence: dict[str, Any] = Field({})
     actor: str = "controller"
 
 
@@ -311,7 +293,7 @@ class DatasetReady(Body):
     dataset_id: str
     dataset_hash: str
     path: str
-    counts: dict[str, Any] = {}
+    counts: dict[str, Any] = Field({})
 
 
 class ModelUpdated(Body):
@@ -322,7 +304,7 @@ class ModelUpdated(Body):
     alias: str | None = None
     adapter_sha256: str | None = None
     dataset_hash: str | None = None
-    details: dict[str, Any] = {}
+    details: dict[str, Any] = Field({})
 
 
 class JobEnded(Body):
@@ -346,7 +328,7 @@ class OperatorAlert(Body):
     source: str
     """Where it was seen: host and process, or a version."""
     reason: str
-    facts: dict[str, Any] = {}
+    facts: dict[str, Any] = Field({})
 
 
 class PartitionSealed(Body):
@@ -367,9 +349,9 @@ class Erasure(Body):
     """A person's data was removed; the tombstone refuses its return."""
 
     user_id: str
-    events: list[list[int]] = []
+    events: list[list[int]] = Field([])
     """`[first, last]` ranges of the `seq` that were erased."""
-    affected: dict[str, Any] = {}
+    affected: dict[str, Any] = Field({})
     """Counts, and the names of the datasets, versions and exports that contained the person."""
 
 
@@ -382,6 +364,8 @@ BODIES: dict[str, type[Body]] = {
     "trajectory": Trajectory,
     "grade": Grade,
     "label": Label,
+    "label.requested": LabelRequested,
+    "label.skipped": LabelSkipped,
     "route.changed": RouteChanged,
     "shadow.pair": ShadowPair,
     "anomaly.detected": AnomalyDetected,

@@ -136,6 +136,16 @@ class EventLog:
                 rows = connection.execute(query.order_by(events.c.seq)).mappings().all()
             yield from self._recorded(rows)
 
+    def at(self, seqs: Sequence[int], *, kinds: Sequence[str] = ()) -> Iterator[RecordedEvent]:
+        """The events at these places of the log that are of one of the kinds, in order within each short read."""
+        for start in range(0, len(seqs), LOOKUP_CHUNK):
+            query = _with_bodies().where(events.c.seq.in_(seqs[start : start + LOOKUP_CHUNK]))
+            if kinds:
+                query = query.where(events.c.kind.in_(kinds))
+            with self.engine.connect() as connection:
+                rows = connection.execute(query.order_by(events.c.seq)).mappings().all()
+            yield from self._recorded(rows)
+
     def _recorded(self, rows: Sequence[Any]) -> list[RecordedEvent]:
         gone = [row["seq"] for row in rows if row["body"] is None and not row["erased"]]
         if not gone:

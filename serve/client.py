@@ -16,23 +16,18 @@ import asyncio
 import atexit
 import functools
 import inspect
-import json
 import logging
-import os
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-from cluster.errors import ConfigError, InputError
-from cluster.http_post import Answer
-from serve.breaker import Breaker
+from serve.client_config import ClientConfig, delivery, remote
+from serve.client_services import Grade, ServiceCalls
 from serve.recording import (
     Active,
     HeardAsyncStream,
@@ -48,155 +43,13 @@ from serve.recording import (
     request_messages,
     stamped,
 )
-from serve.remote import DeadlineCalls, Remote, UnreachableError
-from serve.sender import Delivery, FileDelivery, HttpDelivery, Sender, SenderLimits, encode
+from serve.sender import Sender
 
 log = logging.getLogger(__name__)
 
 Begin = Callable[[tuple[Any, ...], dict[str, Any]], Prediction | None]
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-DRY_RUN_FILE = "rayloop-dry-run.jsonl"
-HANGING_CALLS = 8  # calls of tools and grader that may hang at a time before further ones are refused at once
-YES = ("true", "1")
-
-
-@dataclass(frozen=True, slots=True)
-class ClientConfig:
-    """Where to and how. `ClientConfig.from_environment()` is what `Client()` uses."""
-
-    enabled: bool = False
-    url: str | None = None
-    """Address of the router, for example `https://rayloop.internal`."""
-    api_key: str | None = field(default=None, repr=False)
-    """A key with the scope `feedback`; `grade` and `tools` where those are called."""
-    dry_run: Path | None = None
-    """Write JSON lines to this file; nothing is sent."""
-    tools_url: str | None = None
-    """The tool server; `<url>/tools` where absent."""
-    grader_url: str | None = None
-    """The grader; `<url>/grader` where absent."""
-    call_timeout_s: float = 2.0
-    """What `call_tool` and `grade` may cost the agent."""
-    scrub: bool = True
-    """Replace personal data before anything leaves the process."""
-    limits: SenderLimits = field(default_factory=SenderLimits)
-
-    @classmethod
-    def from_environment(cls) -> "ClientConfig":
-        """`RAYLOOP_ENABLED`, `RAYLOOP_URL`, `RAYLOOP_API_KEY`, `RAYLOOP_TOOLS_URL`, `RAYLOOP_GRADER_URL`, and
-        `RAYLOOP_DRY_RUN`: `true`, or the file to write to."""
-        given = {name: os.environ.get(f"RAYLOOP_{name}", "").strip() for name in ENVIRONMENT}
-        dry_run = given["DRY_RUN"]
-        file = DRY_RUN_FILE if dry_run.lower() in YES else "" if dry_run.lower() in ("false", "0") else dry_run
-        return cls(
-            enabled=given["ENABLED"].lower() in YES,
-            url=given["URL"] or None,
-            api_key=given["API_KEY"] or None,
-            dry_run=Path(file) if file else None,
-            tools_url=given["TOOLS_URL"] or None,
-            grader_url=given["GRADER_URL"] or None,
-        )
-
-    def check(self) -> None:
-        """Raise `ConfigError` where an enabled client could not work."""
-        if self.url is None and self.dry_run is None:
-            raise ConfigError(
-                "RAYLOOP_URL", None, "is missing", "set it, or RAYLOOP_DRY_RUN=true, or disable the client"
-            )
-        for name in ("url", "tools_url", "grader_url"):
-            value = getattr(self, name)
-            parts = urlsplit(value or "http://none")
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                variable = f"RAYLOOP_{name.upper()}"
-                raise ConfigError(variable, value, "must be an http or https address", "write https://host:port")
-        if not self.call_timeout_s > 0:
-            raise ConfigError("call_timeout_s", self.call_timeout_s, "must be > 0", "give the budget in seconds")
-        for name in ("queue_items", "queue_bytes", "item_bytes", "batch_items", "batch_bytes"):
-            if getattr(self.limits, name) < 1:
-                raise ConfigError(f"limits.{name}", getattr(self.limits, name), "must be >= 1", "raise it")
-
-
-ENVIRONMENT = ("ENABLED", "URL", "API_KEY", "DRY_RUN", "TOOLS_URL", "GRADER_URL")
-
-
-@dataclass(frozen=True, slots=True)
-class Grade:
-    """What a grader said of one answer."""
-
-    reward: float | None
-    """In [0, 1]; `None` when it abstained."""
-    scores: Mapping[str, float]
-    reason: str
-    version: str | None
-
-
-class _Service:
-    """Tools or grader: calls within a deadline, left alone by a breaker while it fails."""
-
-    def __init__(self, name: str, remote: Remote | None, config: ClientConfig) -> None:
-        self.name, self._remote, self._timeout_s = name, remote, config.call_timeout_s
-        self._limits = config.limits
-        self.unanswered = 0
-        self._begin()
-
-    def _begin(self) -> None:
-        """As new, also in a child that was forked while a lock was held."""
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._breaker = Breaker(self._limits)
-        self._calls: DeadlineCalls[Answer] = DeadlineCalls(HANGING_CALLS)
-        self._warned = False
-
-    def ask(self, path: str, document: Mapping[str, Any]) -> Any | None:
-        """The answer's JSON, or `None`: switched off, unreachable, too slow, failing or left alone."""
-        remote = self._remote
-        if remote is None:
-            return None
-        if self._process != os.getpid():
-            self._begin()
-        with self._lock:
-            if not self._breaker.allow(time.monotonic()):
-                self.unanswered += 1
-                return None
-        try:
-            body = encode(dict(document))
-            answer = self._calls.run(lambda: remote.post(path, body, self._timeout_s), self._timeout_s)
-            found = _document(answer)
-        except UnreachableError as error:
-            self._failed(str(error))
-            return None
-        with self._lock:
-            self._breaker.record(True, time.monotonic())
-            self._warned = False
-        if answer.status >= 400:
-            raise _refusal(found, answer.status)
-        return found
-
-    def _failed(self, reason: str) -> None:
-        with self._lock:
-            self._breaker.record(False, time.monotonic())
-            self.unanswered += 1
-            first, self._warned = not self._warned, True
-        if first:
-            log.warning("the %s does not answer (%s); the agent goes on without it", self.name, reason)
-
-
-def _document(answer: Answer) -> Any:
-    if answer.status >= 500 or answer.status in (401, 429) or 300 <= answer.status < 400:
-        raise UnreachableError(f"status {answer.status}")
-    try:
-        return json.loads(answer.body)
-    except ValueError:
-        raise UnreachableError(f"status {answer.status} without JSON") from None
-
-
-def _refusal(document: Any, status: int) -> InputError:
-    """The service's own words for what is wrong with the call."""
-    error = document.get("error") if isinstance(document, dict) else None
-    error = error if isinstance(error, dict) else {}
-    message = str(error.get("message") or "refused without a reason")
-    return InputError(str(error.get("param") or "call"), status, message, "mend the call")
 
 
 class Client:
@@ -219,10 +72,10 @@ class Client:
         self._last: ContextVar[str | None] = ContextVar("rayloop_interaction", default=None)
         if config.enabled:
             config.check()
-            self._sender = Sender(_delivery(config), config.limits, scrub=config.scrub)
+            self._sender = Sender(delivery(config), config.limits, scrub=config.scrub)
             atexit.register(self.close)
-        self._tools = _Service("tool server", _remote(config, config.tools_url, "/tools"), config)
-        self._grader = _Service("grader", _remote(config, config.grader_url, "/grader"), config)
+        self._tools = ServiceCalls("tool server", remote(config, config.tools_url, "/tools"), config)
+        self._grader = ServiceCalls("grader", remote(config, config.grader_url, "/grader"), config)
 
     # predictions
 
@@ -525,18 +378,3 @@ class Client:
 
 def _discard(_path: str, _item: dict[str, Any]) -> None:
     """Where an inactive prediction writes to."""
-
-
-def _delivery(config: ClientConfig) -> Delivery:
-    if config.dry_run is not None:
-        return FileDelivery(config.dry_run)
-    assert config.url is not None
-    return HttpDelivery(Remote(config.url.rstrip("/"), config.api_key), config.limits.timeout_s)
-
-
-def _remote(config: ClientConfig, url: str | None, path: str) -> Remote | None:
-    """A service's address; `None` where it is not to be called."""
-    if not config.enabled or config.dry_run is not None:
-        return None
-    base = url or (config.url.rstrip("/") + path if config.url else None)
-    return None if base is None else Remote(base.rstrip("/"), config.api_key)

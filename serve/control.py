@@ -1,8 +1,8 @@
 """The application `control` (at `/control`): one replica that counts the log and drives every rollout.
 
-It also runs the outlets (`data.outlet_loop`). The work is done in threads, so the replica always answers
-`GET /healthz`, and `GET /metrics` with what this process counts. A second replica, or a second cluster on the same
-database, finds the leases taken and waits. `GET /rollouts` shows the rollouts of the key's tenant.
+It also runs the outlets (`data.outlet_loop`) and fills the labelling queue. The work is done in threads, so the
+replica always answers `GET /healthz`, and `GET /metrics` with what this process counts. A second replica, or a second
+cluster on the same database, finds the leases taken and waits. `GET /rollouts` shows the rollouts of the key's tenant.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ import threading
 import time
 from typing import Any
 
-import orjson
 import ray.serve
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -22,9 +21,11 @@ from cluster.errors import RayloopError
 from cluster.logs import configure_logging
 from cluster.settings import Settings
 from data.outlet_loop import OutletLoop
+from serve.asgi import HttpApplication, bearer_key, require_method, send_json
 from serve.finetuning.dispatcher import DispatchLoop
-from serve.graders import KnownKeys
-from serve.openai import JSON, ApiError, Receive, Scope, Send, header, send_error, send_response
+from serve.known_keys import KnownKeys
+from serve.labelling_loop import LabellingLoop
+from serve.openai import ApiError, Receive, Scope, Send, send_response
 from serve.rollout.controller import Controller
 from serve.rollout.live import OwnKeys, controller_steps
 from serve.rollout.report import describe
@@ -104,30 +105,22 @@ class ControlLoop(threading.Thread):
             log.warning("the lease runs out by itself: %s", error)
 
 
-class ControlApi:
+class ControlApi(HttpApplication):
     """The ASGI callable."""
 
     def __init__(self, loop: ControlLoop, keys: KnownKeys) -> None:
         self._loop, self._keys = loop, keys
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or start and stop with the server."""
-        if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
-            return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+    async def respond(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
         if path == "/metrics" and scope["method"] == "GET":
             await send_response(send, 200, metrics.exposition(), [metrics.CONTENT_TYPE])
             return
-        try:
-            status, body = await self._answer(path, scope)
-            await send_response(send, status, orjson.dumps(body), [JSON])
-        except ApiError as error:
-            await send_error(send, error)
+        status, body = await self._answer(path, scope)
+        await send_json(send, body, status)
 
     async def _answer(self, path: str, scope: Scope) -> tuple[int, dict[str, Any]]:
-        if scope["method"] != "GET":
-            raise ApiError(405, f"{path} answers GET only.", code="method_not_allowed")
+        require_method(scope, path, "GET")
         if path == "/healthz":
             health = self._loop.health()
             return (200 if health["status"] == "ok" else 503), health
@@ -135,23 +128,12 @@ class ControlApi:
             raise ApiError(
                 404, f"There is no {path} here; known are /healthz, /metrics and /rollouts.", code="not_found"
             )
-        kind, _, secret = (header(scope, b"authorization") or b"").partition(b" ")
-        key = await self._keys.find(secret.strip().decode("latin-1")) if kind.lower() == b"bearer" else None
-        if key is None:
-            raise ApiError(401, "The API key is missing, wrong, revoked or expired.", code="invalid_api_key")
+        key = await bearer_key(scope, self._keys.find)
         try:
             found = await asyncio.to_thread(lambda: list_rollouts(self._loop.engine, key.tenant))
         except (RayloopError, sa.exc.SQLAlchemyError):
             raise ApiError(503, "The database does not answer.", code="database_unavailable") from None
         return 200, {"object": "list", "data": [describe(rollout) for rollout in found]}
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
 
 
 @ray.serve.deployment(name="Control")
@@ -168,6 +150,8 @@ class ControlReplica:
         self._jobs.start()
         self._outlets = OutletLoop(settings)
         self._outlets.start()
+        self._labelling = LabellingLoop(settings)
+        self._labelling.start()
 
     async def __serve_build_asgi_app__(self) -> ControlApi:
         """The application of this replica."""
@@ -182,6 +166,7 @@ class ControlReplica:
         """Let another controller take over at once."""
         self._jobs.stop()
         self._outlets.stop()
+        self._labelling.stop()
         self._loop.stop()
 
 

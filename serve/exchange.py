@@ -71,10 +71,10 @@ class Engines:
         )
         key = self.environment.get(endpoint.api_key_env) if endpoint.api_key_env else None
         if endpoint.base_url is None:
-            return Upstream(self._application_url(name), limits, key or self.engine_token)
+            return Upstream(self.application_url(name), limits, key or self.engine_token)
         return Upstream(endpoint.base_url, limits, key, allowed=settings.allowed_hosts)
 
-    def _application_url(self, name: str) -> str:
+    def application_url(self, name: str) -> str:
         """The application `engine`, or the one of that name beside it (`serve.applications`)."""
         return f"{self.default_url.removesuffix('/engine')}/{name}" if is_ours(name) else self.default_url
 

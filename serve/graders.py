@@ -10,7 +10,8 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
@@ -24,28 +25,16 @@ from cluster.settings import Settings
 from cluster.settings.engines import GraderSettings
 from data.feedback import pseudonym_secret
 from data.grading.types import Grader, GradeResult
+from serve.asgi import FindKey, HttpApplication, bearer_key, require_method, send_json
 from serve.grading import Grading
 from serve.judged import JudgedAnswers
-from serve.keys import Key, KeyRing
+from serve.known_keys import KnownKeys
 from serve.online_grading import OnlineGrading
-from serve.openai import (
-    JSON,
-    ApiError,
-    ClientGoneError,
-    Receive,
-    Scope,
-    Send,
-    header,
-    parse_object,
-    read_body,
-    send_error,
-    send_response,
-)
+from serve.openai import ApiError, Receive, Scope, Send, parse_object, read_body, send_response
 
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
-FindKey = Callable[[str], Awaitable[Key | None]]
 SCOPE = "grade"
 PREFIXES = ("/v1/graders/", "/v1/fine_tuning/alpha/graders/")
 ERRORS: dict[str, Any] = {
@@ -67,7 +56,7 @@ ERRORS: dict[str, Any] = {
 """OpenAI's error flags of one grade, none of them raised."""
 
 
-class GraderApi:
+class GraderApi(HttpApplication):
     """The ASGI callable; `find_key` looks a bearer secret up."""
 
     def __init__(
@@ -84,22 +73,23 @@ class GraderApi:
         """Answers that are being graded."""
         self.abstained = 0
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, or start and stop with the server."""
-        if scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-            return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        try:
-            if path == "/metrics":
-                await send_response(send, 200, metrics.exposition(), [metrics.CONTENT_TYPE])
-                return
-            body = await self._answer(path, scope, receive)
-            await send_response(send, 200, orjson.dumps(body), [JSON])
-        except ApiError as error:
-            await send_error(send, error)
-        except ClientGoneError:
-            log.debug("client left before its request was whole")
+    async def respond(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if path == "/metrics":
+            await send_response(send, 200, metrics.exposition(), [metrics.CONTENT_TYPE])
+        else:
+            await send_json(send, await self._answer(path, scope, receive))
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The processes that grade, and the sampling of live traffic."""
+        await self.grading.start()
+        if self.online is not None:
+            self.online.start(self.grading)
+        yield
+        if self.online is not None:
+            await self.online.close()
+        await self.grading.close()
 
     async def _answer(self, path: str, scope: Scope, receive: Receive) -> Json:
         if path == "/healthz":
@@ -108,9 +98,8 @@ class GraderApi:
         action = next((path.removeprefix(p) for p in PREFIXES if path.startswith(p)), None)
         if action not in ("run", "validate"):
             raise ApiError(404, f"There is no {path} here; known is {PREFIXES[0]}run and validate.", code="not_found")
-        if scope["method"] != "POST":
-            raise ApiError(405, f"{path} answers POST only.", code="method_not_allowed")
-        await self._authorise(scope)
+        require_method(scope, path, "POST")
+        await bearer_key(scope, self._find_key, SCOPE)
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
         limit, timeout_s = self._settings.max_body_bytes, self._settings.body_timeout_s
         document = parse_object(await read_body(scope, receive, limit, timeout_s))
@@ -118,15 +107,6 @@ class GraderApi:
         if not isinstance(grader, dict):
             raise ApiError(400, "grader must be an object with a type.", param="grader", code="invalid_value")
         return await (self._validate(grader) if action == "validate" else self._run(grader, document, deadline))
-
-    async def _authorise(self, scope: Scope) -> None:
-        kind, _, secret = (header(scope, b"authorization") or b"").partition(b" ")
-        key = await self._find_key(secret.strip().decode("latin-1")) if kind.lower() == b"bearer" else None
-        if key is None:
-            raise ApiError(401, "The API key is missing, wrong, revoked or expired.", code="invalid_api_key")
-        if not key.may(SCOPE):
-            message = f"The key {key.name} does not have the scope {SCOPE}."
-            raise ApiError(403, message, code="insufficient_scope")
 
     async def _validate(self, config: Json) -> Json:
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
@@ -187,21 +167,6 @@ class GraderApi:
     def _busy(self, message: str, status: int) -> ApiError:
         return ApiError(status, message, code="grader_overloaded", retry_after_s=self._settings.retry_after_s)
 
-    async def _lifespan(self, receive: Receive, send: Send) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                await self.grading.start()
-                if self.online is not None:
-                    self.online.start(self.grading)
-                await send({"type": "lifespan.startup.complete"})
-            elif message["type"] == "lifespan.shutdown":
-                if self.online is not None:
-                    await self.online.close()
-                await self.grading.close()
-                await send({"type": "lifespan.shutdown.complete"})
-                return
-
 
 def _task(entry: Any, where: str) -> tuple[Json, Json]:
     """Item and sample of one answer: `sample` from `model_sample`, with its JSON where it is JSON.
@@ -250,33 +215,6 @@ def _grade_document(config: Json, name: str, result: GradeResult, seconds: float
         "sub_rewards": result.score_card,
         "model_grader_token_usage_per_model": {},
     }
-
-
-class KnownKeys:
-    """API keys from the database, read again when older than `refresh_s`; a failure keeps the last ones."""
-
-    def __init__(self, settings: Settings, refresh_s: float) -> None:
-        self._settings, self._refresh_s = settings, refresh_s
-        self._database: Any = None
-        self._ring = KeyRing()
-        self._read_at = float("-inf")
-        self._reading = asyncio.Lock()
-
-    async def find(self, secret: str) -> Key | None:
-        """The key behind a secret."""
-        async with self._reading:
-            if time.monotonic() - self._read_at > self._refresh_s:
-                self._read_at = time.monotonic()
-                await asyncio.to_thread(self._read)
-        return self._ring.find(secret)
-
-    def _read(self) -> None:
-        try:
-            if self._database is None:
-                self._database = connect(self._settings)
-            self._ring = KeyRing.read(self._database)
-        except Exception as error:  # whatever the database says, the keys known so far stay good
-            log.warning("API keys could not be read (%s); the last known ones stay in use", error)
 
 
 @ray.serve.deployment(name="Grader")

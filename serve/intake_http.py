@@ -5,7 +5,8 @@ JSON, and OTLP (`serve.otlp_http`).
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import orjson
 from cluster import metrics
 from cluster.errors import ConflictError, InputError, OverloadedError, UnavailableError
 from cluster.settings import Settings
+from cluster.settings.serving import ServeSettings
 from data.intake import Intake, ItemResult, items_in, read_document
 from data.items import Identity
 from serve import otlp_http
@@ -48,17 +50,8 @@ class IntakeHandler:
         body = await read_body(scope, receive, serve.max_batch_bytes, serve.body_timeout_s)
         body = unpack(scope, body, serve.max_batch_bytes)
         identity = Identity(key.tenant, key.workspace, key.user_tier)
-        try:
+        with in_api_shape(serve):
             answer, kind = await self._answer(path, scope, body, identity)
-        except InputError as error:
-            raise ApiError(400, str(error), code="invalid_value", param=error.field) from None
-        except ConflictError as error:
-            raise ApiError(403, str(error), code="feature_disabled", type="permission_error") from None
-        except OverloadedError as error:
-            raise ApiError(429, str(error), code="overloaded", retry_after_s=error.retry_after_s) from None
-        except (UnavailableError, TimeoutError) as error:
-            message = str(error) or f"the event log did not answer within {serve.feedback_timeout_s:g} s; send it again"
-            raise ApiError(503, message, code="log_unavailable", retry_after_s=serve.retry_after_s) from None
         await send_response(send, 200, answer, [kind, *headers])
         return 200
 
@@ -91,6 +84,22 @@ class IntakeHandler:
         return await asyncio.wait_for(
             self.intake.take_in(items, kind, identity), self.settings.serve.feedback_timeout_s
         )
+
+
+@contextmanager
+def in_api_shape(serve: ServeSettings) -> Iterator[None]:
+    """What the log refuses, as clients expect to be told."""
+    try:
+        yield
+    except InputError as error:
+        raise ApiError(400, str(error), code="invalid_value", param=error.field) from None
+    except ConflictError as error:
+        raise ApiError(403, str(error), code="feature_disabled", type="permission_error") from None
+    except OverloadedError as error:
+        raise ApiError(429, str(error), code="overloaded", retry_after_s=error.retry_after_s) from None
+    except (UnavailableError, TimeoutError) as error:
+        message = str(error) or f"the event log did not answer within {serve.feedback_timeout_s:g} s; send it again"
+        raise ApiError(503, message, code="log_unavailable", retry_after_s=serve.retry_after_s) from None
 
 
 def _count(kind: str, results: Sequence[ItemResult]) -> None:

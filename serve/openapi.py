@@ -1,4 +1,4 @@
-"""The OpenAPI document of the intake routes, made from the models that check the items."""
+"""The OpenAPI document of the intake and labelling routes, made from the models that check the items."""
 
 from functools import cache
 from typing import Any
@@ -9,7 +9,11 @@ from data.events import ASSIGNMENT_FIELDS, BODIES
 from data.feedback import SERVER_FIELDS
 from data.intake import TRACE_KINDS
 from data.items import NEEDS_INTERACTION, Envelope
+from data.label_content import LETTERS
+from data.label_queue import ORDER
+from data.label_submission import LabelItem
 from serve.intake_http import KINDS
+from serve.labels_http import LABELS, MOST_SHOWN, QUEUE
 
 PATH = "/openapi.json"
 Schema = dict[str, Any]
@@ -49,7 +53,7 @@ def build() -> Schema:
     return {
         "openapi": "3.1.0",
         "info": {"title": "Rayloop intake", "version": "1"},
-        "paths": {path: {"post": _operation(path, kind)} for path, kind in KINDS.items()},
+        "paths": {path: {"post": _operation(path, kind)} for path, kind in KINDS.items()} | _label_paths(schemas),
         "components": {
             "schemas": schemas,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -83,13 +87,7 @@ def item_schema(kind: str, shared: Schema, *, named: bool = False) -> Schema:
 
 def _operation(path: str, kind: str | None) -> Schema:
     one = {"anyOf": [_ref(f"traced_{name}") for name in TRACE_KINDS]} if kind is None else _ref(kind)
-    many = {
-        "type": "object",
-        "properties": {"items": {"type": "array", "items": one}},
-        "required": ["items"],
-        "additionalProperties": False,
-    }
-    taken: Schema = {"application/json": {"schema": {"anyOf": [one, many]}}}
+    taken: Schema = {"application/json": {"schema": {"anyOf": [one, _many(one)]}}}
     answer: Schema = _ref("Results")
     if kind is None:
         taken["application/x-protobuf"] = {"schema": {"type": "string", "format": "binary"}}
@@ -105,6 +103,76 @@ def _operation(path: str, kind: str | None) -> Schema:
         "summary": SUMMARIES[path],
         "requestBody": {"required": True, "content": taken},
         "responses": responses,
+    }
+
+
+def _label_paths(shared: Schema) -> Schema:
+    """What waits for people's judgement, and what they send; its schemas are added to `shared`."""
+    schema = LabelItem.model_json_schema(ref_template="#/components/schemas/{model}")
+    shared |= schema.pop("$defs", {}) | {"label": schema, "LabelQueue": _label_queue()}
+    refused = {status: {"description": text, "content": _json(_ref("Error"))} for status, text in REFUSALS.items()}
+    reading = {status: refused[status] for status in ("400", "401", "403", "429", "503")}
+    waiting: Schema = {"200": {"description": "What waits.", "content": _json(_ref("LabelQueue"))}}
+    number = {"type": "integer", "minimum": 1, "maximum": MOST_SHOWN}
+    parameters = [
+        {"name": "limit", "in": "query", "schema": number, "description": "So many at most."},
+        {"name": "reviewer", "in": "query", "schema": {"type": "string"}, "description": "Who judges."},
+    ]
+    return {
+        QUEUE: {
+            "get": {
+                "operationId": "labels_queue",
+                "summary": "See what waits to be judged.",
+                "parameters": parameters,
+                "responses": waiting | reading,
+            }
+        },
+        LABELS: {
+            "post": {
+                "operationId": "labels",
+                "summary": "Judge items of the labelling queue.",
+                "requestBody": {"required": True, "content": _json({"anyOf": [_ref("label"), _many(_ref("label"))]})},
+                "responses": {"200": {"description": "Each item's own answer.", "content": _json(_ref("Results"))}}
+                | refused,
+            }
+        },
+    }
+
+
+def _label_queue() -> Schema:
+    message = {"type": "object"}
+    answer = {"type": "object", "properties": {"answer": {"enum": list(LETTERS)}, "message": message}}
+    item = {
+        "type": "object",
+        "properties": {
+            "item_id": {"type": "string"},
+            "agent": {"type": ["string", "null"]},
+            "at": {"type": "string"},
+            "reason": {"enum": list(ORDER)},
+            "messages": {"type": "array", "items": message},
+            "context": {"type": "array", "items": {"type": "string"}},
+            "answers": {"type": "array", "items": answer, "minItems": 1, "maxItems": 2},
+        },
+        "required": ["item_id", "agent", "at", "reason", "messages", "context", "answers"],
+        "additionalProperties": False,
+    }
+    return {
+        "type": "object",
+        "properties": {
+            "object": {"const": "list"},
+            "data": {"type": "array", "items": item},
+            "waiting": {"type": "integer", "description": "How many there are for this reviewer."},
+        },
+        "required": ["object", "data", "waiting"],
+    }
+
+
+def _many(one: Schema) -> Schema:
+    return {
+        "type": "object",
+        "properties": {"items": {"type": "array", "items": one}},
+        "required": ["items"],
+        "additionalProperties": False,
     }
 
 

@@ -25,10 +25,11 @@ from data.feedback import pseudonym_secret
 from data.group_commit import GroupCommit
 from data.intake import Intake
 from data.log import EventLog
-from serve import intake_http, openapi, otlp_http, users_http
+from serve import intake_http, labels_http, openapi, otlp_http, users_http
 from serve.anomalies import AnomalyWatch
 from serve.capture import Capture, spool_path
 from serve.chat import Companions, CompletionHandler
+from serve.engine_waking import EngineWaker
 from serve.engines.token import engine_token
 from serve.exchange import CHAT, TEXT, Engines, View
 from serve.finetuning.http import FinetuningHandler, is_ours
@@ -66,6 +67,8 @@ METHODS = {
     "/metrics": "GET",
     openapi.PATH: "GET",
     users_http.PATH: "DELETE",
+    labels_http.QUEUE: "GET",
+    labels_http.LABELS: "POST",
 } | dict.fromkeys(intake_http.KINDS, "POST")
 
 
@@ -94,12 +97,14 @@ class RouterApp:
         self._intake = IntakeHandler(settings)
         self._finetuning = FinetuningHandler(settings)
         self._users = users_http.UsersHandler(settings)
+        self._labels = labels_http.LabelsHandler(settings)
         self._tokens = JwtKeys(settings)
         self._limits = KeyLimits(settings.serve.limits, settings.serve.router_replicas)
         self._anomalies = AnomalyWatch(settings.serve.anomaly)
         self.watcher = Watcher(settings, self._database_found, self._at_each_poll)
         url = default_engine_url or f"http://{settings.serve.host}:{settings.serve.port}/engine"
         engines = Engines(settings.serve, url, os.environ, engine_token(settings))
+        self._waker = EngineWaker(settings, engines.application_url)
         shadow = self._shadow(engines)
         companions = Companions(self._limits, self._anomalies, self._capture, shadow, policy)
         self._completions = CompletionHandler(settings.serve, engines, companions, pseudonym_secret(settings))
@@ -139,12 +144,14 @@ class RouterApp:
         self._intake.intake = Intake(self._commit, self.settings)
         self._finetuning.database = engine
         self._users.engine = engine
+        self._labels.reach(engine, self._commit)
         if self._capture is not None:
             self._capture.commit = self._commit
 
     def _at_each_poll(self, engine: Engine, snapshot: Snapshot) -> None:
         """In the watcher's thread, with the database at hand."""
         self._limits.exchange(engine)
+        self._waker.wake(engine)
         found = self._anomalies.check(snapshot.routes.values())
         if found:
             repeat_s = self.settings.serve.anomaly.repeat_s
@@ -230,6 +237,9 @@ class RouterApp:
         if path in intake_http.KINDS:
             key = self._key(scope, intake_http.SCOPE)
             return await self._intake.handle(path, scope, receive, send, key, headers)
+        if path in (labels_http.QUEUE, labels_http.LABELS):
+            key = self._key(scope, labels_http.SCOPE)
+            return await self._labels.handle(path, scope, receive, send, key, headers)
         if path == users_http.PATH:
             return await self._users.handle(scope, send, self._key(scope, users_http.SCOPE), headers)
         status, body, kind = self._page(path, scope)

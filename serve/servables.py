@@ -8,7 +8,6 @@ when it is `ready`: every replica that lives has it.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import sqlalchemy as sa
@@ -21,7 +20,8 @@ from cluster.registry import Version
 from cluster.settings.engines import EngineSettings
 from cluster.tables import servable_replicas, servables
 
-ReplicaState = Literal["loading", "ready", "failed"]
+ReplicaState = Literal["loading", "ready", "failed", "idle"]
+"""`idle`: it was ready when the engine's last replicas went for want of requests, and is again at the next one."""
 PRESENCE = ""
 """The version of the row by which a replica says that it lives, whatever it holds."""
 DEFAULTS = EngineSettings()
@@ -63,32 +63,33 @@ def want(
     version: Version,
     engine_name: str,
     *,
-    adapter_dir: Path | None = None,
+    adapter_location: str | None = None,
     alias: tuple[str, str] | None = None,
 ) -> Servable:
     """Ask an engine to hold a version; asking again retries one that failed, and keeps its alias.
 
     `alias` is a second name and the tenant that may use it.
 
-    `adapter_dir` is the verified local copy (`Registry.adapter_dir`) where `version` names none.
+    `adapter_location` is the folder or URI that engines read the adapter from (`serve.adapter_store`), where it is not
+    the one that `version` names.
 
     Raises:
         InputError: the version has an adapter, and neither names its directory.
     """
-    path = adapter_dir or version.adapter_path
-    if version.adapter_sha256 is not None and path is None:
+    location = adapter_location or (str(version.adapter_path) if version.adapter_path is not None else None)
+    if version.adapter_sha256 is not None and location is None:
         raise InputError(
             "version",
             version.id,
             "has an adapter that is not on this machine",
-            "fetch it with `Registry.adapter_dir`",
+            "fetch it with `serve.adapter_store.adapter_location`",
         )
     servable = Servable(
         version=version.id,
         engine=engine_name,
         model_name=version.served_name,
         base_model=version.base_model,
-        adapter_path=str(path) if version.adapter_sha256 is not None else None,
+        adapter_path=location if version.adapter_sha256 is not None else None,
         adapter_sha256=version.adapter_sha256,
         base_revision=version.tags.get("base_revision"),
         template_digest=version.tags.get("template_digest"),
@@ -193,10 +194,34 @@ def _readiness(database: Engine, version_id: str, live_after_s: float) -> tuple[
         engines = set(connection.execute(wanting).scalars())
         if not engines:
             raise NotFoundError(f"no engine is asked to hold version {version_id}")
-        mine = sa.select(servable_replicas).where(r.engine.in_(engines), r.heartbeat_us >= since_us)
+        speaks = (r.heartbeat_us >= since_us) | (r.state == "idle")
+        mine = sa.select(servable_replicas).where(r.engine.in_(engines), speaks)
         rows = [Report(**row) for row in connection.execute(mine).mappings()]
-    living = {(row.engine, row.replica_id) for row in rows if row.version == PRESENCE}
-    said = [row for row in rows if row.version == version_id and (row.engine, row.replica_id) in living]
-    holding = {(row.engine, row.replica_id) for row in said if row.state == "ready"}
-    everywhere = bool(living) and holding == living and {engine for engine, _ in living} == engines
+    rows = _without_outlived(rows)
+    present = {(row.engine, row.replica_id) for row in rows if row.version == PRESENCE}
+    said = [row for row in rows if row.version == version_id and (row.engine, row.replica_id) in present]
+    holding = {(row.engine, row.replica_id) for row in said if row.state in ("ready", "idle")}
+    everywhere = bool(present) and holding == present and {engine for engine, _ in present} == engines
     return everywhere, said
+
+
+def _without_outlived(rows: Sequence[Report]) -> list[Report]:
+    """Without what idle replicas left behind of engines that have a living one."""
+    living = {row.engine for row in rows if row.version == PRESENCE and row.state != "idle"}
+    return [row for row in rows if row.state != "idle" or row.engine not in living]
+
+
+def asleep(database: Engine, *, live_after_s: float = DEFAULTS.live_after_s) -> set[str]:
+    """Idle engines that are asked for a version which they did not hold when they went: somebody must wake them."""
+    since_us = now_us() - round(live_after_s * SECOND_US)
+    r = servable_replicas.c
+    with database.connect() as connection:
+        speaks = (r.heartbeat_us >= since_us) | (r.state == "idle")
+        rows = [Report(**row) for row in connection.execute(sa.select(servable_replicas).where(speaks)).mappings()]
+        if not any(row.state == "idle" for row in rows):
+            return set()
+        wanted = connection.execute(sa.select(servables.c.engine, servables.c.version).where(servables.c.wanted)).all()
+    left = [row for row in _without_outlived(rows) if row.state == "idle"]
+    idle = {row.engine for row in left}
+    held = {(row.engine, row.version) for row in left}
+    return {engine for engine, version in wanted if engine in idle and (engine, version) not in held}

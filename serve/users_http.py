@@ -3,14 +3,14 @@
 import asyncio
 from dataclasses import dataclass
 
-import orjson
 from sqlalchemy.engine import Engine
 
 from cluster.errors import ConflictError, NotFoundError, UnavailableError
 from cluster.settings import Settings
 from data.feedback import pseudonym, pseudonym_secret
+from serve.asgi import send_json
 from serve.keys import Key
-from serve.openai import JSON, ApiError, Headers, Scope, Send, send_response
+from serve.openai import ApiError, Headers, Scope, Send
 
 PREFIX = "/v1/users/"
 PATH = "/v1/users/{id}"
@@ -54,5 +54,5 @@ class UsersHandler:
             raise ApiError(409, str(error), code="erasure_unfinished", retry_after_s=retry_after_s) from None
         except UnavailableError as error:
             raise ApiError(503, str(error), code="erasure_unfinished", retry_after_s=retry_after_s) from None
-        await send_response(send, 200, orjson.dumps({"object": "user.erased", **report}), [JSON, *headers])
+        await send_json(send, {"object": "user.erased", **report}, headers=headers)
         return 200

@@ -30,6 +30,27 @@ class VllmSettings(Section):
     """Further arguments of vLLM's server, for example `("--tensor-parallel-size", "2")`."""
 
 
+class AutoscalingSettings(Section):
+    """How the number of an engine's replicas follows the requests."""
+
+    max_replicas: int | None = Field(None, ge=1)
+    """With it, Serve adds replicas up to this many while requests pile up, and takes them away again down to
+    `engine.replicas`. A replica answers once it holds every wanted adapter."""
+    target_requests: float = Field(32.0, gt=0)
+    """Requests at once per replica that Serve aims at."""
+    upscale_delay_s: float = Field(10.0, ge=0)
+    """How long there must be too many requests before replicas are added."""
+    downscale_delay_s: float = Field(600.0, ge=0)
+    """How long there must be too few before replicas are taken away."""
+    look_back_s: float = Field(30.0, gt=0)
+    """Over how long the requests are averaged."""
+    scale_to_zero: Literal["never", "candidates", "always"] = "never"
+    """Which engines may have no replica while nobody asks: those that rollouts bring up for candidates on another base
+    model, or this one too. The first request then waits until a replica is up; versions stay servable."""
+    idle_s: float = Field(600.0, gt=0)
+    """How long nobody must have asked before the last replica goes."""
+
+
 class EngineSettings(Section):
     """The engine of this installation, and the rules for engines elsewhere."""
 
@@ -43,11 +64,7 @@ class EngineSettings(Section):
     """Directory or hub id of the base model. The engine does not start without one."""
     replicas: int = Field(1, ge=1)
     """Copies of the engine; each holds the base and every wanted adapter."""
-    max_replicas: int | None = Field(None, ge=1)
-    """With it, Serve adds copies up to this many while requests pile up, and takes them away again down to
-    `replicas`. A copy answers once it holds every wanted adapter."""
-    target_requests: float = Field(32.0, gt=0)
-    """Requests at once per copy that Serve aims at where `max_replicas` is set."""
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
     cpus: float = Field(1.0, ge=0)
     """Logical CPUs each replica reserves."""
     gpus: float = Field(0.0, ge=0)
@@ -112,8 +129,9 @@ class EngineSettings(Section):
     def _heartbeat_is_seen(self) -> "EngineSettings":
         if self.live_after_s <= 2 * self.heartbeat_s:
             raise ValueError("engine.live_after_s must be more than twice engine.heartbeat_s")
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError("engine.max_replicas must not be below engine.replicas")
+        most = self.autoscaling.max_replicas
+        if most is not None and most < self.replicas:
+            raise ValueError("engine.autoscaling.max_replicas must not be below engine.replicas")
         return self
 
 

@@ -21,6 +21,7 @@ from cluster.settings.evaluation import EvaluationSettings
 from cluster.settings.experiments import ExperimentSettings, RolloutSettings
 from cluster.settings.export import ExportSettings
 from cluster.settings.finetuning import FinetuningSettings
+from cluster.settings.labelling import LabellingSettings
 from cluster.settings.learning import (
     AutomationSettings,
     CaptureSettings,
@@ -87,6 +88,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     grader: GraderSettings = GraderSettings()
     tools: ToolSettings = ToolSettings()
+    labelling: LabellingSettings = LabellingSettings()
     experiment: ExperimentSettings = ExperimentSettings()
     rollout: RolloutSettings = RolloutSettings()
     notifications: NotificationSettings = NotificationSettings()

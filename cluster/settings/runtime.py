@@ -34,6 +34,11 @@ class StorageSettings(Section):
     """Uploaded files: a folder for each tenant."""
     events: str | None = None
     """Sealed days of the event log, as Parquet: a folder, or any URI of `pyarrow.fs` (s3://, gs://, …)."""
+    adapters: str | None = None
+    """Where engines on other machines find adapters: a shared folder, or any URI of `pyarrow.fs`. `None`: engines read
+    the controller's copy, so they must be on its machine or see its disk."""
+    endpoint_url: str | None = Field(None, pattern=r"^https?://[^/?#@]+/?$")
+    """S3-compatible server that holds `adapters` where that is an s3:// URI without a query of its own."""
 
 
 class MLflowSettings(Section):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.errors import RayloopError
+from serve.engines.adapter_source import AdapterError, read_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +29,6 @@ UNSUPPORTED = (
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 
 
-class AdapterError(RayloopError):
-    """An adapter cannot be loaded; the message says why."""
-
-
 @dataclass(frozen=True)
 class LoraPair:
     """What one linear layer gains, ``x @ a.T @ b.T``: a is [R, in], b is [out, R] with the scale in it."""
@@ -45,7 +41,8 @@ class LoraPair:
 class AdapterFiles:
     """An adapter as read: its configuration, its layers and the digest of its bytes."""
 
-    path: Path
+    location: str
+    """The folder or the URI it was read from."""
     sha256: str
     rank: int
     base_model: str | None
@@ -54,24 +51,33 @@ class AdapterFiles:
     """By the name of the linear layer in the base model."""
 
 
-def read_adapter(path: Path | str, *, max_rank: int, max_mb: float = 8192) -> AdapterFiles:
-    """Read an adapter directory as peft writes it.
+def read_bytes(location: Path | str, max_mb: float = 8192) -> dict[str, bytes]:
+    """The two files that make an adapter, by name.
+
+    Raises:
+        AdapterError: one is missing, too long or cannot be read.
+    """
+    limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: int(max_mb * 2**20)}
+    return {name: read_file(str(location), name, limit) for name, limit in limits.items()}
+
+
+def read_adapter(location: Path | str, *, max_rank: int, max_mb: float = 8192) -> AdapterFiles:
+    """Read an adapter as peft writes it, from a folder or an object store.
 
     Raises:
         AdapterError: missing, truncated, over rank, not finite, or of a kind that is not plain LoRA.
     """
-    folder = Path(path)
-    config_bytes = _read(folder / CONFIG_FILE, MAX_CONFIG_BYTES)
-    weight_bytes = _read(folder / WEIGHTS_FILE, int(max_mb * 2**20))
+    files = read_bytes(location, max_mb)
+    config_bytes, weight_bytes = files[CONFIG_FILE], files[WEIGHTS_FILE]
     config = _parse_config(config_bytes)
     check_whole(weight_bytes)
     ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
     if max(ranks) > max_rank:
         raise AdapterError(f"its rank {max(ranks)} is over the engine's {max_rank}; raise `engine.max_rank`")
     pairs = _pairs(_tensors(weight_bytes), config, max_rank)
-    digest = digest_of({CONFIG_FILE: config_bytes, WEIGHTS_FILE: weight_bytes})
+    digest = digest_of(files)
     rank = max(pair.a.shape[0] for pair in pairs.values())
-    return AdapterFiles(folder, digest, rank, config.get("base_model_name_or_path") or None, config, pairs)
+    return AdapterFiles(str(location), digest, rank, config.get("base_model_name_or_path") or None, config, pairs)
 
 
 def digest_of(files: dict[str, bytes]) -> str:
@@ -103,17 +109,6 @@ def check_whole(data: bytes) -> None:
     if len(data) != expected:
         state = "truncated" if len(data) < expected else "longer than its header says"
         raise AdapterError(f"{WEIGHTS_FILE} is {state}: {len(data)} bytes, {expected} expected")
-
-
-def _read(file: Path, limit: int) -> bytes:
-    try:
-        if file.stat().st_size > limit:
-            raise AdapterError(f"{file.name} has {file.stat().st_size} bytes, more than {limit}")
-        return file.read_bytes()
-    except FileNotFoundError:
-        raise AdapterError(f"{file} does not exist") from None
-    except OSError as error:
-        raise AdapterError(f"{file} cannot be read ({error.strerror})") from None
 
 
 def _parse_config(data: bytes) -> dict[str, Any]:

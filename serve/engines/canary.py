@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cluster.settings.engines import EngineSettings
-from serve.engines.adapter_files import AdapterError
+from serve.engines.adapter_source import AdapterError
 from serve.engines.detokenise import AnswerText
 from serve.engines.generation import Generation, SamplingParams
 from serve.engines.lora import LoadedAdapter

@@ -18,6 +18,7 @@ from cluster.errors import ConfigError, UnavailableError
 from cluster.logs import configure_logging
 from cluster.settings import Settings
 from cluster.settings.engines import EngineSettings
+from serve.engines.autoscaling import scale
 
 log = logging.getLogger(__name__)
 
@@ -131,14 +132,6 @@ def changed(settings: EngineSettings, document: Any) -> EngineSettings:
         problem = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in problem["loc"])
         raise ConfigError(f"engine.user_config.{name}", problem["input"], problem["msg"], "mend the config") from None
-
-
-def scale(engine: EngineSettings) -> dict[str, Any]:
-    """How many replicas, as options of a Serve deployment."""
-    if engine.max_replicas is None:
-        return {"num_replicas": engine.replicas}
-    limits = {"min_replicas": engine.replicas, "max_replicas": engine.max_replicas}
-    return {"autoscaling_config": limits | {"target_ongoing_requests": engine.target_requests}}
 
 
 def build(settings: Settings) -> Any:

@@ -21,7 +21,8 @@ from cluster.errors import ConfigError, NotFoundError
 from cluster.settings.engines import EngineSettings
 from data.events import Message
 from data.template import Tools, render, template_digest
-from serve.engines.adapter_files import AdapterError, read_adapter
+from serve.engines.adapter_files import read_adapter
+from serve.engines.adapter_source import AdapterError
 from serve.engines.base_model import BaseIdentity
 from serve.engines.cache import SlotCache, layer_shapes
 from serve.engines.canary import Canary

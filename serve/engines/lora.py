@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from serve.engines.adapter_files import AdapterError, AdapterFiles, LoraPair
+from serve.engines.adapter_files import AdapterFiles, LoraPair
+from serve.engines.adapter_source import AdapterError
 
 MAX_PLANS = 8  # combinations of adapters whose matrices are kept side by side
 _uids = itertools.count(1)
@@ -113,7 +114,7 @@ class AdapterBank:
                 raise AdapterError(f"it was made for another base model: {module} is {expected} here, {found} there")
             weight = linear.weight
             pairs[module] = LoraPair(pair.a.to(weight), pair.b.to(weight))
-        return LoadedAdapter(name, files.sha256, files.rank, str(files.path), pairs)
+        return LoadedAdapter(name, files.sha256, files.rank, files.location, pairs)
 
     def add(self, adapter: LoadedAdapter) -> None:
         """Make an adapter available under its name.

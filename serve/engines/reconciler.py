@@ -20,7 +20,8 @@ from cluster.clock import SECOND_US, now_us
 from cluster.database import write
 from cluster.settings.engines import EngineSettings
 from cluster.tables import servable_replicas
-from serve.engines.adapter_files import AdapterError
+from serve.engines.adapter_source import AdapterError
+from serve.engines.autoscaling import may_idle
 from serve.engines.host import AdapterHost
 from serve.servables import PRESENCE, ReplicaState, Servable, list_servables
 
@@ -73,20 +74,24 @@ class Reconciler:
 
         Until this returns no version counts on this replica, so that starting one takes no version away.
         """
-        for step in (self.tick, self.beat):
+        for step in (self.tick, self.beat, self._forget_idle):
             self._guarded(step)
         for thread in self._threads:
             thread.start()
 
     def close(self) -> None:
-        """Stop, and say so in the table."""
+        """Stop, and say so in the table.
+
+        An engine that may idle leaves what it held behind: whoever asks next finds it loaded again.
+        """
         self._stopping.set()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(10)
         try:
             with write(self._database).begin() as connection:
-                connection.execute(sa.delete(servable_replicas).where(self._mine()))
+                leave = self._idled() if may_idle(self._settings) else sa.delete(servable_replicas).where(self._mine())
+                connection.execute(leave)
         except sa.exc.SQLAlchemyError as error:
             log.warning("the engine's rows could not be removed (%s); they expire by themselves", error)
 
@@ -113,6 +118,18 @@ class Reconciler:
             connection.execute(sa.update(servable_replicas).where(self._mine()).values(heartbeat_us=now))
             old = (r.engine == self._settings.name) & (r.heartbeat_us < forget)
             connection.execute(sa.delete(servable_replicas).where(old))
+
+    def _idled(self) -> sa.Update:
+        """Its rows, as those of a replica that comes back when it is asked; failures stay failures."""
+        ready = self._mine() & (servable_replicas.c.state == "ready")
+        return sa.update(servable_replicas).where(ready).values(state="idle")
+
+    def _forget_idle(self) -> None:
+        """Take away what replicas left behind that are no longer: from here on this one speaks for the engine."""
+        r = servable_replicas.c
+        left = (r.engine == self._settings.name) & (r.state == "idle")
+        with write(self._database).begin() as connection:
+            connection.execute(sa.delete(servable_replicas).where(left))
 
     def _repeat(self, step: Callable[[], None], interval_s: float) -> None:
         while not self._stopping.wait(interval_s):

@@ -8,8 +8,8 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import NotFoundError
+from serve.engines.chat_answer import ChatAnswer
 from serve.engines.generation import Update
-from serve.engines.http_api import ChatAnswer
 from serve.engines.protocol import ChatRequest, Header, Json, parse_chat, sampling_params
 from serve.openai import ApiError, shown, unknown_model
 

@@ -33,6 +33,7 @@ from cluster.settings import Settings
 from cluster.tables import training_jobs
 from data.uploads import Uploads
 from serve import servables
+from serve.adapter_store import adapter_location
 from serve.config import write_private
 from serve.finetuning.objects import result_file_id
 
@@ -169,9 +170,9 @@ class Dispatcher:
         if job.job_id not in self._wanted:
             registry = Registry(self.settings)
             version = registry.get(job.output_version)
-            folder = registry.adapter_dir(version)
+            location = adapter_location(registry, version)
             engine = self.settings.engine.name
-            servables.want(self.database, version, engine, adapter_dir=folder, alias=(name, job.tenant))
+            servables.want(self.database, version, engine, adapter_location=location, alias=(name, job.tenant))
             self._wanted[job.job_id] = time.monotonic()
         problem = self._not_ready(job.output_version, self._wanted[job.job_id])
         if problem is None:

@@ -3,9 +3,7 @@
 import asyncio
 import shutil
 from dataclasses import dataclass, field
-from typing import Any
 
-import orjson
 from starlette.datastructures import FormData, UploadFile
 
 from cluster.settings import Settings
@@ -13,8 +11,8 @@ from data.tuning_rows import check_file
 from data.uploads import StoredFile, Uploads
 from serve.finetuning.form import read_form
 from serve.finetuning.objects import Json, file_object, page
-from serve.finetuning.query import Query
-from serve.openai import JSON, ApiError, Headers, Receive, Scope, Send, header, send_response
+from serve.openai import ApiError, Headers, Receive, Scope, Send, header
+from serve.query import Query
 
 PURPOSE = "fine-tune"
 FORM_FIELDS = ("file", "purpose")
@@ -104,8 +102,3 @@ def _fields(form: FormData) -> dict[str, UploadFile | str]:
         if name not in names:
             raise ApiError(400, f"The field {name} is missing, or breaks off.", code="missing_field", param=name)
     return dict(form.items())
-
-
-async def send_json(send: Send, document: Any, headers: Headers) -> None:
-    """A good answer."""
-    await send_response(send, 200, orjson.dumps(document), [JSON, *headers])

@@ -13,12 +13,13 @@ from cluster.errors import ConflictError, InputError, NotFoundError, OverloadedE
 from cluster.settings import Settings
 from data.tuning_rows import LineError
 from data.uploads import Uploads
-from serve.finetuning.files_http import FileRoutes, send_json
+from serve.asgi import send_json
+from serve.finetuning.files_http import FileRoutes
 from serve.finetuning.jobs_http import JobRoutes
 from serve.finetuning.objects import Json, file_object
-from serve.finetuning.query import Query
 from serve.keys import Key
 from serve.openai import ApiError, Headers, Receive, Scope, Send, parse_object, read_body, unknown_model
+from serve.query import Query
 from serve.servables import unwant
 from serve.snapshot import Snapshot
 
@@ -82,7 +83,7 @@ class FinetuningHandler:
                 await self._jobs.stream(self.database, key, arguments[0], Query(scope), receive, send, headers)
             else:
                 answer = await self._answer(name, arguments, scope, receive, key, snapshot, self.database)
-                await send_json(send, answer, headers)
+                await send_json(send, answer, headers=headers)
         return 200
 
     async def _answer(

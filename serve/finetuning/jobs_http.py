@@ -32,9 +32,9 @@ from serve.finetuning.objects import (
     page,
     status_of,
 )
-from serve.finetuning.query import Query
 from serve.keys import Key
 from serve.openai import ApiError, Headers, Receive, Scope, Send, text_header
+from serve.query import Query
 from serve.snapshot import Snapshot
 
 MAX_PAGE = 100

@@ -15,6 +15,7 @@ from cluster.registry import Registry, Version
 from cluster.settings import Settings
 from cluster.settings.experiments import ApplicationSettings
 from serve import servables
+from serve.adapter_store import adapter_location
 from serve.applications.document import application_name, is_ours
 from serve.applications.driver import Applications, Driver, Status
 from serve.applications.http_json import Api
@@ -45,8 +46,8 @@ class LiveServables:
     def want(self, version: str) -> None:
         """Fetch the adapter and ask the engine of its base model to load it."""
         found = self.registry.get(version)
-        folder = self.registry.adapter_dir(found) if found.adapter_sha256 else None
-        servables.want(self.engine, found, self._engine_of(found), adapter_dir=folder)
+        location = adapter_location(self.registry, found)
+        servables.want(self.engine, found, self._engine_of(found), adapter_location=location)
 
     def unwant(self, version: str) -> None:
         """Let the engines drop it."""

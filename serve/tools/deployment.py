@@ -14,7 +14,7 @@ from cluster.settings import Settings
 from data.group_commit import GroupCommit
 from data.intake import Intake
 from data.log import EventLog
-from serve.graders import KnownKeys
+from serve.known_keys import KnownKeys
 from serve.tools.http import ToolApi
 from serve.tools.registry import REGISTRY, Services, Tool
 from serve.tools.runner import ToolRunner

@@ -84,7 +84,7 @@ def first_token_s(database: Any, url: str, secret: str, version: Version) -> flo
     request = {"model": "triage", "messages": MESSAGES, "max_tokens": 4, "stream": True, "user": "ann"}
     with httpx.Client(headers={"authorization": f"Bearer {secret}"}, timeout=30) as client:
         began = time.perf_counter()
-        want(database, version, "local", adapter_dir=version.adapter_path)
+        want(database, version, "local")
         wait_ready(database, version.id, 60, poll_s=0.02)
         update_route(database, KEY, {"candidate": version.id, "share": 1.0}, writer="person:bench")
         while True:

@@ -1,11 +1,17 @@
 """The migrations give exactly the tables that the code uses."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Engine
 
-from cluster.database import connect, upgrade
+from cluster.database import MIGRATIONS, connect, is_current, upgrade
 from cluster.settings import Settings, load_settings
 from cluster.tables import metadata
 
@@ -41,6 +47,34 @@ def test_keys_and_defaults_are_the_same(database: Engine) -> None:
 def test_upgrade_twice_changes_nothing(database: Engine) -> None:
     upgrade(database)
     assert differences(database) == []
+
+
+def test_schema_is_current_once_migrated_and_behind_before(database: Engine) -> None:
+    assert is_current(database)
+    with database.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = '0000'"))
+    assert not is_current(database)
+
+
+def test_empty_database_is_not_current(tmp_path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path / 'empty.db'}")
+    assert not is_current(engine)
+    engine.dispose()
+
+
+def test_files_of_migrations_are_named_for_their_revision() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    revisions = list(ScriptDirectory.from_config(config).walk_revisions())
+    assert [Path(r.path).name.partition("_")[0] for r in revisions] == [r.revision for r in revisions]
+    assert ScriptDirectory.from_config(config).get_current_head() == max(r.revision for r in revisions)
+
+
+def test_connecting_to_a_current_database_does_not_import_alembic(settings: Settings) -> None:
+    connect(settings).dispose()
+    code = "import sys; from cluster.database import connect; from cluster.settings import load_settings; "
+    code += f"connect(load_settings(home={str(settings.home)!r})[0]); assert 'alembic' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_event_ids_have_no_rowid_on_sqlite(settings: Settings) -> None:

@@ -75,7 +75,7 @@ class Live:
 def live_router(home: Path, *, policy: PromptPolicy | None = None, **overrides: Any) -> Iterator[Live]:
     settings, _ = load_settings(home=home, **(LEARNING | overrides))
     database = connect(settings)
-    secret = create_key(database, "test", "default", "default", ["chat", "feedback"])
+    secret = create_key(database, "test", "default", "default", ["chat", "feedback", "label"])
     serve_version(database, "triage/1", "base")
     serve_version(database, "triage/2", "triage-2-abababababab")
     update_route(database, KEY, {"stable": "triage/1"}, writer="person:test")

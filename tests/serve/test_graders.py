@@ -10,8 +10,9 @@ import pytest
 
 from cluster.database import connect
 from cluster.settings import Settings, load_settings
-from serve.graders import GraderApi, KnownKeys, build
+from serve.graders import GraderApi, build
 from serve.keys import create_key, revoke_key
+from serve.known_keys import KnownKeys
 from tests.serve.upstream import Server
 
 RUBRIC = {

@@ -17,10 +17,11 @@ from cluster.settings import Settings, load_settings
 from data.events import Event
 from data.feedback import pseudonym_secret
 from data.log import EventLog
-from serve.graders import GraderApi, KnownKeys
+from serve.graders import GraderApi
 from serve.grading import Grading
 from serve.judged import JudgedAnswers
 from serve.keys import create_key
+from serve.known_keys import KnownKeys
 from serve.online_grading import OnlineGrading
 from tests.serve.upstream import Server
 

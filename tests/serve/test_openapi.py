@@ -14,6 +14,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from serve.intake_http import KINDS
+from serve.labels_http import LABELS, QUEUE
 from serve.openapi import PATH
 from tests.serve.conftest import Live
 
@@ -27,7 +28,7 @@ def document(live: Live) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=["as described", "not as described"])
-@pytest.mark.parametrize("path", KINDS)
+@pytest.mark.parametrize("path", [*KINDS, LABELS])
 def test_no_body_that_schemathesis_makes_gives_a_5xx(live: Live, path: str, mode: schemathesis.GenerationMode) -> None:
     operation = schemathesis.openapi.from_dict(document(live))[path]["POST"]
     headers = {"authorization": f"Bearer {live.secret}"}
@@ -44,9 +45,23 @@ def test_no_body_that_schemathesis_makes_gives_a_5xx(live: Live, path: str, mode
     assert 200 in seen or mode is MODES[1]
 
 
+@pytest.mark.parametrize("mode", MODES, ids=["as described", "not as described"])
+def test_no_query_that_schemathesis_makes_gives_a_5xx(live: Live, mode: schemathesis.GenerationMode) -> None:
+    operation = schemathesis.openapi.from_dict(document(live))[QUEUE]["GET"]
+    headers = {"authorization": f"Bearer {live.secret}"}
+
+    @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy(generation_mode=mode))
+    def hold(case: Any) -> None:
+        response = case.call(base_url=live.url, headers=headers)
+        case.validate_response(response, checks=CHECKS, headers=headers)
+
+    hold()
+
+
 def test_document_needs_no_key_and_names_no_field_that_only_the_server_sets(live: Live) -> None:
     found = document(live)
-    assert set(found["paths"]) == set(KINDS)
+    assert set(found["paths"]) == {*KINDS, LABELS, QUEUE}
     feedback = found["components"]["schemas"]["feedback"]
     assert {"interaction_id", "type"} <= set(feedback["required"])
     assert not {"reward", "source", "tenant"} & set(feedback["properties"])

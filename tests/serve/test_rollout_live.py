@@ -22,8 +22,8 @@ from cluster.tables import servable_replicas
 from data.notices import notice
 from serve.control import ControlApi, ControlLoop
 from serve.experiments.cli import app as experiment_app
-from serve.graders import KnownKeys
 from serve.keys import create_key, list_keys
+from serve.known_keys import KnownKeys
 from serve.rollout.cli import app as rollout_app
 from serve.rollout.live import HttpRouters, LiveServables, OwnKeys
 from serve.rollout.store import list_rollouts

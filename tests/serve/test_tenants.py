@@ -11,6 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from data.label_queue import LabelQueue
+from data.labelling import AnswerToLabel, LabelRequest, request_labels
+from data.log import EventLog
 from serve.finetuning.http import ROUTES as FINETUNING
 from serve.keys import SCOPES, create_key
 from serve.router import METHODS
@@ -28,6 +31,7 @@ BODIES: dict[str, Any] = {
     "/v1/outcomes": {"interaction_id": "INTERACTION", "name": "n", "value": 1.0},
     "/v1/trajectories": {"messages": [{"role": "user", "content": "?"}]},
     "/v1/traces": {"items": []},
+    "/v1/labels": {"item_id": "ITEM", "scores": {"a": {"success": 1.0}}},
     "/v1/fine_tuning/jobs": {"model": "triage/1", "training_file": "FILE"},
 }
 
@@ -59,7 +63,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, str,
             model="triage", messages=[{"role": "user", "content": "Walrus-4711"}], user="sesame-user"
         )
         live.events("interaction", 1)
-        yield live, foreign, {"INTERACTION": answer.id, "FILE": file.id}
+        yield live, foreign, {"INTERACTION": answer.id, "FILE": file.id, "ITEM": ask_for_a_label(live, answer.id)}
+
+
+def ask_for_a_label(live: Live, interaction_id: str) -> str:
+    answers = (AnswerToLabel("triage/1", interaction_id=interaction_id),)
+    request_labels(EventLog(live.database), [LabelRequest("r", "default", "default", "spot_check", answers)])
+    (waiting,) = LabelQueue(live.database, live.settings.labelling).waiting("default", "default")
+    return waiting.item_id
 
 
 def filled(path: str, names: dict[str, str]) -> str:
@@ -122,3 +133,6 @@ def test_what_is_the_first_tenants_is_still_there(world: tuple[Live, str, dict[s
     found = [r.event for r in live.events("interaction", 1)]
     assert found[0].user_id is not None
     assert not [r for r in live.events("feedback", 0) if r.event.tenant == "default"]
+    assert not live.events("label", 0)
+    mine = httpx.get(f"{live.url}/v1/labels/queue", headers={"authorization": f"Bearer {key}"}).json()
+    assert [item["item_id"] for item in mine["data"]] == [names["ITEM"]]

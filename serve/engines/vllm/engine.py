@@ -20,7 +20,8 @@ from typing import Any
 from cluster.errors import ConfigError, NotFoundError, UnavailableError
 from cluster.settings.engines import EngineSettings
 from data.template import template_digest
-from serve.engines.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterError, AdapterFiles, read_adapter
+from serve.engines.adapter_files import AdapterFiles, read_adapter, read_bytes
+from serve.engines.adapter_source import AdapterError
 from serve.engines.base_model import BaseIdentity
 from serve.engines.host import BASE_NAME, ServedModel
 from serve.engines.vllm.process import VllmProcess
@@ -103,7 +104,7 @@ class VllmEngine:
     def models(self) -> list[ServedModel]:
         """Every name that can be asked for, the base first."""
         with self._changed:
-            found = [ServedModel(n, str(a.files.path), a.loaded_at) for n, a in self._adapters.items() if not a.leaving]
+            found = [ServedModel(n, a.files.location, a.loaded_at) for n, a in self._adapters.items() if not a.leaving]
         return [ServedModel(BASE_NAME, None, self._started_at), *found]
 
     @contextmanager
@@ -141,7 +142,7 @@ class VllmEngine:
                 raise AdapterError(f"{len(self._adapters)} adapters are loaded; raise `engine.max_adapters`")
             folder = self.process.folder / "adapters" / name
             try:
-                files = self._copied(Path(path), folder, expected_sha256)
+                files = self._copied(str(path), folder, expected_sha256)
                 self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
                 try:
                     self._check_canaries(name)
@@ -174,16 +175,11 @@ class VllmEngine:
         shutil.rmtree(loaded.folder, ignore_errors=True)
         return True
 
-    def _copied(self, source: Path, target: Path, expected_sha256: str | None) -> AdapterFiles:
-        """A private copy of the two files that make an adapter, checked as copied."""
+    def _copied(self, source: str, target: Path, expected_sha256: str | None) -> AdapterFiles:
+        """A private copy of the two files that make an adapter, from a folder or a store, checked as copied."""
         target.mkdir(parents=True, mode=0o700)
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            try:
-                shutil.copyfile(source / file, target / file)
-            except FileNotFoundError:
-                raise AdapterError(f"{source / file} does not exist") from None
-            except OSError as error:
-                raise AdapterError(f"{source / file} cannot be read ({error.strerror})") from None
+        for name, data in read_bytes(source).items():
+            (target / name).write_bytes(data)
         files = read_adapter(target, max_rank=self.settings.max_rank)
         if expected_sha256 is not None and files.sha256 != expected_sha256:
             raise AdapterError(f"its digest is {files.sha256}, the registry recorded {expected_sha256}")

@@ -6,13 +6,16 @@ limits that the embedded engine has too; and an error's shape, which vLLM has on
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import orjson
 
 from cluster.errors import NotFoundError
-from serve.engines.http_api import STREAM_HEADERS, EngineRoutes, until_disconnect
+from serve.asgi import send_json
+from serve.engines.engine_routes import STREAM_HEADERS, EngineRoutes, until_disconnect
 from serve.engines.vllm.engine import VllmEngine
 from serve.openai import JSON, ApiError, Receive, Scope, Send, from_engine, send_response, unknown_model
 
@@ -44,9 +47,12 @@ class VllmApi(EngineRoutes):
         alive = await asyncio.to_thread(lambda: self.engine.alive)
         models = len(self.engine.models())
         body = {"status": "ok" if alive else "dead", "running": self.in_flight, "models": models}
-        await send_response(send, 200 if alive else 503, orjson.dumps(body), [JSON])
+        await send_json(send, body, 200 if alive else 503)
 
-    async def _close(self) -> None:
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The connections to vLLM."""
+        yield
         if self._session is not None:
             await self._session.close()
 

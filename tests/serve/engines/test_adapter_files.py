@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from serve.engines.adapter_files import AdapterError, read_adapter
+from serve.engines.adapter_files import read_adapter
+from serve.engines.adapter_source import AdapterError
 from serve.engines.generation import SamplingParams
 from serve.engines.local import LocalEngine
 

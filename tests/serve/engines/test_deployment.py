@@ -107,18 +107,6 @@ def test_deployment_config_changes_limits_only() -> None:
             changed(settings, document)
 
 
-def test_replicas_are_fixed_or_follow_the_requests(base: Path, tmp_path: Path) -> None:
-    fixed = build(load_settings(home=tmp_path, engine={"base_model": str(base), "replicas": 2})[0])
-    assert fixed._bound_deployment.num_replicas == 2
-    engine = {"base_model": str(base), "max_replicas": 3, "target_requests": 8}
-    growing = build(
-        load_settings(home=tmp_path, engine=engine)[0]
-    )._bound_deployment._deployment_config.autoscaling_config
-    assert (growing.min_replicas, growing.max_replicas, growing.target_ongoing_requests) == (1, 3, 8.0)
-    with pytest.raises(ConfigError, match="must not be below"):
-        load_settings(home=tmp_path, engine={"replicas": 4, "max_replicas": 3})
-
-
 def test_importing_the_application_loads_no_torch() -> None:
     code = "import sys, serve.app, serve.engines.deployment, serve.engines.http_api, serve.servables\n"
     code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"

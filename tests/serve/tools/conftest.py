@@ -13,8 +13,8 @@ from cluster.settings import Settings, load_settings
 from data.events import Event
 from data.log import EventLog
 from serve.breaker import Breaker
-from serve.graders import KnownKeys
 from serve.keys import create_key
+from serve.known_keys import KnownKeys
 from serve.tools import Caller
 from serve.tools.deployment import load_tools, open_services
 from serve.tools.http import ToolApi
