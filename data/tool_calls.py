@@ -56,12 +56,13 @@ def calls_in(text: str) -> list[ToolCall]:
 def _call(text: str) -> ToolCall | None:
     try:
         parsed = json.loads(text)
-        arguments = parsed.get("arguments", {}) if isinstance(parsed, dict) else None
+        if not isinstance(parsed, dict):
+            return None
+        name, arguments = parsed.get("name"), parsed.get("arguments", {})
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
     except (ValueError, RecursionError):
         return None
-    named = isinstance(parsed, dict) and isinstance(parsed.get("name"), str) and isinstance(arguments, dict)
-    return ToolCall(parsed["name"], arguments) if named else None
+    return ToolCall(name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
 
 
 def describe_call(call: ToolCall) -> dict[str, Any]:
