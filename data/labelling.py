@@ -117,7 +117,7 @@ def _judgements(names: Sequence[str], labels: Sequence[Event]) -> list[Judgement
     newest: dict[str, dict[str, Event]] = {}
     for event in sorted(labels, key=lambda e: (e.occurred_at_us, e.event_id)):
         about = event.body.get("answer") or event.interaction_id
-        if about in names:
+        if about is not None and about in names:
             newest.setdefault(event.body["reviewer"], {})[about] = event
     return [_judgement(reviewer, names, newest[reviewer]) for reviewer in sorted(newest)]
 

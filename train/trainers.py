@@ -81,9 +81,11 @@ class Rayloop:
 
     def _kept_logps(self: Any, key: str, count: int) -> dict[str, list[float]] | None:
         """What the first worker finds in the cache, for all of them: they must agree on whether to compute."""
-        found = self.references.read(key, count) if self.accelerator.is_main_process else None
-        (agreed,) = broadcast_object_list([found])
-        return agreed
+        found: list[dict[str, list[float]] | None] = [None]
+        if self.accelerator.is_main_process:
+            found = [self.references.read(key, count)]
+        broadcast_object_list(found)
+        return found[0]
 
     def _reference_logps(self: Any, dataset: Dataset, batch_size: int) -> dict[str, list[float]]:
         """The columns, in batches of rows of similar length, each computed by one worker and told to all."""
