@@ -36,6 +36,7 @@ ROWS = pa.schema(
         ("version", pa.string()),
         ("arm", pa.string()),
         ("answer_tokens", pa.int64()),  # 0 when unknown
+        ("answer_logprob", pa.float64()),  # of exactly these messages and this response; null when unknown
         ("flags", pa.string()),  # JSON object
         ("latency_s", pa.float64()),
         ("session_key", pa.string()),  # what belongs to one session, or to one user of an agent
@@ -147,6 +148,7 @@ def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
         "version": body.get("served_version"),
         "arm": body.get("arm"),
         "answer_tokens": body.get("answer_tokens", 0),
+        "answer_logprob": body.get("answer_logprob") if messages == body["messages"] else None,
         "flags": to_json(body.get("flags") or {}),
         "latency_s": body.get("latency_s", 0.0),
         "session_key": session_key(interaction["session_id"], user, interaction["agent"]),

@@ -43,6 +43,8 @@ EXAMPLES = pa.schema(
         ("reward", pa.float64()),
         ("score_card", pa.string()),
         ("category", pa.string()),
+        ("logprob", pa.float64()),
+        ("answer_tokens", pa.int64()),
         ("trajectory", pa.string()),
         ("synthetic", pa.bool_()),
         ("tools", pa.string()),
@@ -165,6 +167,8 @@ def reward_examples(answers: list[Answer]) -> Iterator[Row]:
             reward=parts[source],
             score_card=to_json(score_card(answer.row, parts)),
             category=task_category(answer.row),
+            logprob=answer.row["answer_logprob"],
+            answer_tokens=answer.row["answer_tokens"],
             origin=source,
         )
 

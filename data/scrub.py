@@ -21,6 +21,8 @@ from data.prefilter import Prefilter
 from data.recognisers import RECOGNISERS, Span, entropy_bits, find, find_among
 from data.stages import Dropped, keep, with_column
 
+DRAWN = ("messages", "response", "tools")
+"""Columns that the log-probability of an answer is about."""
 SCRUBBED = ("messages", "context", "response", "tail", "signals", "labels", "tools")
 """Columns of JSON text, in the order in which placeholders are numbered."""
 JUDGED = ("signals", "labels")
@@ -153,6 +155,7 @@ def scrub(table: pa.Table, settings: ScrubSettings) -> tuple[pa.Table, Dropped]:
     if looks.names != "off":
         masks = {index: masks.get(index, 0) for index in range(len(table))}
     columns = {name: table[name].to_pylist() for name in SCRUBBED}
+    logprobs = table["answer_logprob"].to_pylist()
     found = ["{}"] * len(table)
     reasons: list[str | None] = [None] * len(table)
     for index, mask in masks.items():
@@ -162,6 +165,8 @@ def scrub(table: pa.Table, settings: ScrubSettings) -> tuple[pa.Table, Dropped]:
                 before = orjson.loads(columns[name][index])
                 after = scrub_value(before, placeholders, looks=looks, mask=mask)
                 columns[name][index] = to_json(after)
+                if name in DRAWN and after != before:
+                    logprobs[index] = None
         found[index] = to_json(placeholders.counts)
         if not mask & SUSPICIOUS:
             continue
@@ -170,6 +175,7 @@ def scrub(table: pa.Table, settings: ScrubSettings) -> tuple[pa.Table, Dropped]:
         reasons[index] = f"quarantine: {reason}" if reason else None
     for name in SCRUBBED:
         table = with_column(table, name, columns[name], pa.string())
+    table = with_column(table, "answer_logprob", logprobs, pa.float64())
     return keep(with_column(table, "scrubbed", found, pa.string()), reasons)
 
 

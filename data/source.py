@@ -19,6 +19,7 @@ from cluster.settings import Settings
 from data.encoding import decode_body
 from data.log import EventLog
 from data.partitions import Partition, read_batches, read_partitions, sealed_upto
+from data.propensity import answer_logprob
 
 KINDS = ("interaction", "trajectory", "tool_call", "feedback", "behaviour", "label", "grade")
 """What curation reads."""
@@ -149,9 +150,11 @@ def _row(recorded: Any) -> dict[str, Any]:
 
 
 def _body(kind: str, body: dict[str, object]) -> str:
-    """The body as JSON; token ids leave, only their number stays."""
+    """The body as JSON; token ids and log-probabilities leave, only their number and sum stay."""
     if kind == "interaction":
-        counts = {"answer_tokens": len(body.get("completion_token_ids") or ())}  # type: ignore[arg-type]
+        counts: dict[str, object] = {"answer_tokens": len(body.get("completion_token_ids") or ())}  # type: ignore[arg-type]
+        if (logprob := answer_logprob(body)) is not None:
+            counts["answer_logprob"] = logprob
         left_out = ("prompt_token_ids", "completion_token_ids", "completion_logprobs")
         body = {k: v for k, v in body.items() if k not in left_out} | counts
     return orjson.dumps(body, option=orjson.OPT_SORT_KEYS).decode()

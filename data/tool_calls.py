@@ -48,15 +48,21 @@ def take_calls(text: str) -> tuple[str, list[ToolCall]]:
     return (rest.strip() if calls else text), calls
 
 
+def calls_in(text: str) -> list[ToolCall]:
+    """The calls in an answer, or the one call that the whole answer is: some models write no tags."""
+    return parse_calls(text) or [call for call in [_call(text)] if call is not None]
+
+
 def _call(text: str) -> ToolCall | None:
     try:
         parsed = json.loads(text)
-        arguments = parsed.get("arguments", {})
+        if not isinstance(parsed, dict):
+            return None
+        name, arguments = parsed.get("name"), parsed.get("arguments", {})
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    named = isinstance(parsed.get("name"), str) and isinstance(arguments, dict)
-    return ToolCall(parsed["name"], arguments) if named else None
+    return ToolCall(name, arguments) if isinstance(name, str) and isinstance(arguments, dict) else None
 
 
 def describe_call(call: ToolCall) -> dict[str, Any]:

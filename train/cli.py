@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.errors import InputError
 from cluster.logs import configure_logging
-from cluster.settings import load_settings
+from cluster.settings import Settings, load_settings
 from train.answers import generate
+
+if TYPE_CHECKING:
+    from train.jobs import Request
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fit a LoRA adapter to a dataset.")
 
@@ -84,20 +87,11 @@ def run(
     """Train on a curated dataset; DPO and KTO are reported beside SFT on the same feedback."""
     settings, _ = load_settings(config)
     configure_logging(settings.logging)
-    from cluster.database import connect
-    from train.jobs import Request, run_training
+    from train.jobs import Request
 
-    overrides = {
-        "weights": weights,
-        "learning_rate": learning_rate,
-        "beta": beta,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "gradient_accumulation": gradient_accumulation,
-        "max_steps": max_steps,
-        "seed": seed,
-        "device": device,
-    }
+    shape = {"weights": weights, "learning_rate": learning_rate, "beta": beta, "seed": seed, "device": device}
+    length = {"epochs": epochs, "max_steps": max_steps}
+    size = {"batch_size": batch_size, "gradient_accumulation": gradient_accumulation}
     request = Request(
         methods=tuple(method or ["dpo"]),
         dataset=dataset,
@@ -108,17 +102,25 @@ def run(
         workers=workers,
         ray=use_ray,
         sft_baseline=baseline,
-        overrides=overrides,
+        overrides=shape | length | size,
     )
+    result, follow = _trained(settings, request, register_as)
+    _print(result, f"{_table(result)}\nnext: {follow}", as_json)
+
+
+def _trained(settings: Settings, request: "Request", register_as: str | None) -> tuple[dict[str, Any], str]:
+    """What a training found, registered where that was asked for, and the command that comes next."""
+    from cluster.database import connect
+    from train.jobs import run_training
+
     database = connect(settings)
     result = run_training(settings, request, database)
-    follow = _following(result)
-    if register_as is not None:
-        from train.register import register_runs
+    if register_as is None:
+        return result, _following(result)
+    from train.register import register_runs
 
-        result = register_runs(settings, database, register_as, result)
-        follow = f"rayloop evaluate {result['version']}"
-    _print(result, f"{_table(result)}\nnext: {follow}", as_json)
+    result = register_runs(settings, database, register_as, result)
+    return result, f"rayloop evaluate {result['version']}"
 
 
 @app.command("remote")

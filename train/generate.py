@@ -80,13 +80,25 @@ class LocalModel:
         return [_answer(self.tokenizer, row, self.model) for row in outputs]
 
     def logprobs(
-        self, prompts: Sequence[Sequence[Message]], answers: Sequence[str], *, batch_size: int = 64, tools: Tools = None
+        self,
+        prompts: Sequence[Sequence[Message]],
+        answers: Sequence[str],
+        *,
+        batch_size: int = 64,
+        tools: Tools = None,
+        upto_end: bool = False,
     ) -> list[SequenceLogprob]:
-        """Log-probability of each answer given the prompt at the same place."""
+        """Log-probability of each answer given the prompt at the same place.
+
+        With `upto_end`, without what a template writes after the end token: what a model could have drawn.
+        """
         pairs = [
             render_pair(self.tokenizer, p, [{"role": "assistant", "content": a}], tools)
             for p, a in zip(prompts, answers, strict=True)
         ]
+        if upto_end:
+            ends = set(end_tokens(self.model, self.tokenizer))
+            pairs = [(prompt, _upto(ends, answer)) for prompt, answer in pairs]
         return score(self.model, pairs, batch_size)
 
 
@@ -142,6 +154,12 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     configured = model.generation_config.eos_token_id
     many = configured if isinstance(configured, list) else [configured]
     return sorted({int(i) for i in [*many, tokenizer.eos_token_id] if i is not None})
+
+
+def _upto(ends: set[int], ids: list[int]) -> list[int]:
+    """The ids up to the first end token, that one included."""
+    place = next((n for n, token in enumerate(ids) if token in ends), len(ids))
+    return ids[: place + 1]
 
 
 def _answer(tokenizer: Any, ids: list[int], model: Any) -> Answer:

@@ -5,16 +5,16 @@ and writes our checkpoints instead of pickles.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import Trainer
 from trl import (
     DPOTrainer,
@@ -25,6 +25,7 @@ from trl import (
 )
 from trl.trainer.utils import disable_dropout_in_model
 
+from cluster.errors import RayloopError
 from cluster.settings.training import ToolWorldSettings
 from train import checkpoint
 from train.episodes import Player
@@ -71,27 +72,54 @@ class Rayloop:
             columns = self._reference_logps(dataset, batch_size)
         else:
             key = self.references.key(dataset, self.reference_columns, batch_size)
-            columns = self.references.read(key, len(dataset)) or self._reference_logps(dataset, batch_size)
+            columns = self._kept_logps(key, len(dataset)) or self._reference_logps(dataset, batch_size)
             if self.accelerator.is_main_process:
                 self.references.write(key, columns)
         for column, values in columns.items():
             dataset = dataset.add_column(column, values)
         return dataset
 
+    def _kept_logps(self: Any, key: str, count: int) -> dict[str, list[float]] | None:
+        """What the first worker finds in the cache, for all of them: they must agree on whether to compute."""
+        found: list[dict[str, list[float]] | None] = [None]
+        if self.accelerator.is_main_process:
+            found = [self.references.read(key, count)]
+        broadcast_object_list(found)
+        return found[0]
+
     def _reference_logps(self: Any, dataset: Dataset, batch_size: int) -> dict[str, list[float]]:
-        """The columns, in batches of rows of similar length."""
+        """The columns, in batches of rows of similar length, each computed by one worker and told to all."""
         lengths = row_lengths(dataset)
         order = sorted(range(len(dataset)), key=lambda row: -lengths[row])
-        loader = DataLoader(dataset.select(order), batch_size=batch_size, collate_fn=self.data_collator, shuffle=False)
-        found: dict[str, list[float]] = {column: [] for column in self.reference_columns}
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        own = batches[self.accelerator.process_index :: self.accelerator.num_processes]
+        parts = gather_object([self._computed_or_refused(dataset, own)])
+        values: dict[str, list[float]] = {column: [0.0] * len(dataset) for column in self.reference_columns}
+        for part in parts:
+            if isinstance(part, RayloopError):
+                raise part
+            for row, logps in part.items():
+                for column, logp in zip(self.reference_columns, logps, strict=True):
+                    values[column][row] = logp
+        return values
+
+    def _computed_or_refused(
+        self: Any, dataset: Dataset, batches: Sequence[Sequence[int]]
+    ) -> dict[int, tuple[float, ...]] | RayloopError:
+        """Log-probabilities by row; a refusal as a value, for the other workers wait to be told."""
         generator_state = torch.random.get_rng_state()
-        for batch in loader:
-            placed = {key: value.to(self.accelerator.device) for key, value in batch.items()}
-            for column, logps in zip(found, self.compute_ref_log_probs(self.model, placed), strict=True):
-                found[column] += logps.float().cpu().tolist()
-        torch.random.set_rng_state(generator_state)
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return {column: [values[place] for place in back] for column, values in found.items()}
+        try:
+            return dict(pair for rows in batches for pair in self._logps_of(dataset, rows))
+        except RayloopError as error:
+            return error
+        finally:
+            torch.random.set_rng_state(generator_state)
+
+    def _logps_of(self: Any, dataset: Dataset, rows: Sequence[int]) -> Iterator[tuple[int, tuple[float, ...]]]:
+        batch = self.data_collator([dataset[row] for row in rows])
+        placed = {key: value.to(self.accelerator.device) for key, value in batch.items()}
+        columns = [logps.float().tolist() for logps in self.compute_ref_log_probs(self.model, placed)]
+        return zip(rows, zip(*columns, strict=True), strict=True)
 
     def _save_checkpoint(self: Any, model: Any, trial: Any) -> None:
         folder = checkpoint.save_checkpoint(self, self.checkpoints, self.config_digest)

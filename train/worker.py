@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,9 +49,9 @@ class Mailbox:
     def __init__(self) -> None:
         self.events: deque[Event] = deque()
 
-    def put(self, event: Event) -> None:
-        """Leave an event."""
-        self.events.append(event)
+    def put(self, events: Sequence[Event]) -> None:
+        """Leave events."""
+        self.events.extend(events)
 
     def take(self) -> list[Event]:
         """All events since the last call."""
@@ -115,23 +116,27 @@ def wants_gpu(configs: Sequence[TrainConfig], workers: int, resources: Mapping[s
 
 def _datasets(configs: Sequence[TrainConfig]) -> dict[str, Any]:
     """The training rows of every kind that is needed, as Ray datasets."""
-    import ray.data
-
-    from data.manifest import load_manifest
-
-    datasets = {}
+    datasets: dict[str, Any] = {}
     for config in configs:
         if config.kind not in datasets:
-            manifest = load_manifest(config.dataset)
-            prefix = f"{config.kind}/train/"
-            files = [str(config.dataset / s.path) for s in manifest.shards if s.path.startswith(prefix) and s.rows]
-            datasets[config.kind] = ray.data.read_parquet(files, override_num_blocks=_blocks(files), num_cpus=READ_CPUS)
+            datasets[config.kind] = _training_rows(config)
     return datasets
 
 
-def _blocks(files: Sequence[str]) -> int:
-    """Read tasks: each is a process of its own, so small data gets one."""
-    return max(1, sum(Path(file).stat().st_size for file in files) // BYTES_PER_BLOCK)
+def _training_rows(config: TrainConfig) -> Any:
+    """A Ray dataset; what fits one block is read here, for the processes that read cost more than such data."""
+    import ray.data
+
+    from data.manifest import load_manifest
+    from train.examples import read_split
+
+    prefix = f"{config.kind}/train/"
+    shards = [shard for shard in load_manifest(config.dataset).shards if shard.path.startswith(prefix) and shard.rows]
+    files = [str(config.dataset / shard.path) for shard in shards]
+    blocks = sum(Path(file).stat().st_size for file in files) // BYTES_PER_BLOCK
+    if not blocks:
+        return ray.data.from_arrow(read_split(config.dataset, config.kind, "train"))
+    return ray.data.read_parquet(files, override_num_blocks=blocks, num_cpus=READ_CPUS)
 
 
 def train_in_worker(loop: dict[str, Any]) -> None:
@@ -178,23 +183,36 @@ def _shard(config: TrainConfig) -> Any:
 
 
 class WorkerReporter:
-    """Sends what a worker has to say to the mailbox; only rank 0 speaks."""
+    """Sends what a worker has to say to the mailbox; only rank 0 speaks.
+
+    Steps are told together, as often as the command looks: a message costs as much as a short step.
+    """
 
     def __init__(self, run: int, mailbox: Any, rank: int) -> None:
         self.run, self.mailbox, self.rank = run, mailbox, rank
+        self.unsent: list[Event] = []
+        self.sent_at = time.monotonic()
 
     def tell(self, kind: str, **more: Any) -> None:
-        """One event."""
+        """One event, sent at once with those that wait."""
         if self.rank == 0:
-            self.mailbox.put.remote(Event(self.run, kind, **more))
+            self.unsent.append(Event(self.run, kind, **more))
+            self._send()
 
     def progress(self, step: int, steps: int, values: Mapping[str, float]) -> None:
         """What one step measured."""
-        self.tell("progress", step=step, steps=steps, values=dict(values))
+        if self.rank == 0:
+            self.unsent.append(Event(self.run, "progress", step, steps, dict(values)))
+            if time.monotonic() - self.sent_at >= POLL_S:
+                self._send()
 
     def checkpoint(self, folder: Path, step: int) -> None:
         """A checkpoint was written."""
         self.tell("checkpoint", step=step)
+
+    def _send(self) -> None:
+        self.mailbox.put.remote(self.unsent)
+        self.unsent, self.sent_at = [], time.monotonic()
 
 
 @contextlib.contextmanager

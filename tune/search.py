@@ -59,8 +59,9 @@ class NestedRuns(ray.tune.Callback):  # type: ignore[misc]  # Ray is untyped her
         run, step = self._run(trial), int(result["training_iteration"])
         run.log_metrics({name: result[name] for name in (*self.measures, *METRICS) if name in result}, step=step)
         run.log_metrics({f"rate/{name}": trial.config[name] for name in self.varied}, step=step)
-        if result.get("failed"):
-            run.set_tags({"rayloop.failed": result["failed"]})
+        for name in ("failed", "adopted"):
+            if result.get(name):
+                run.set_tags({f"rayloop.{name}": result[name]})
         shown = ", ".join(f"{name} {result[name]:.3f}" for name in self.measures if name in result)
         log.info("trial %s at %.0f%%: %s", _number(trial), 100 * result["progress"], shown or result.get("failed"))
 

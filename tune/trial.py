@@ -94,7 +94,7 @@ class SweepTrial(ray.tune.Trainable):  # type: ignore[misc]  # Ray is untyped he
         """Go on from the checkpoint of another trial; from its own, a training goes on by itself."""
         saved, owner = Path(checkpoint) / SAVED, Path(checkpoint) / OWNER
         if owner.is_file() and owner.read_text() != self.trial_id:
-            self.running.adopt(saved)
+            self.running.adopt(saved, owner.read_text())
 
     def cleanup(self) -> None:
         """Stop what runs."""
@@ -113,6 +113,8 @@ class RunningTrial:
         self.stopped, self.told = threading.Event(), threading.Semaphore(0)
         self.begun_at = time.monotonic()
         self.share, self.targets = 0.0, [0]
+        self.adopted = ""
+        """Id of the trial whose place this one has taken."""
         self.thread = threading.Thread(target=self._run, name="training", daemon=True)
 
     def go_on(self) -> None:
@@ -139,8 +141,9 @@ class RunningTrial:
 
         return last_checkpoint(self.folder / "checkpoints")
 
-    def adopt(self, saved: Path) -> None:
-        """Keep a checkpoint to begin from."""
+    def adopt(self, saved: Path, owner: str) -> None:
+        """Keep a checkpoint of another trial to begin from."""
+        self.adopted = owner
         self.folder.mkdir(parents=True, exist_ok=True)
         shutil.copytree(saved, self.folder / ADOPTED, dirs_exist_ok=True)
 
@@ -198,7 +201,7 @@ class RunningTrial:
         values = {axes.value: found.value, axes.cost: found.cost, "value": found.value, "cost": found.cost}
         values |= {"reward": found.reward} if found.reward is not None else {}
         values |= {"score": found.score(axes.limit), **self._progress()}
-        self.results.put({**values, **more, "failed": "", "done": done})
+        self.results.put({**values, **more, "failed": "", "adopted": self.adopted, "done": done})
 
     def _fail(self, reason: str) -> None:
         self.results.put({"score": FAILED_SCORE, **self._progress(), "failed": reason or "failed", "done": True})

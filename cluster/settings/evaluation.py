@@ -35,6 +35,12 @@ class EvaluationSettings(Section):
     """A domain with at least this many cases is gated by itself."""
     max_prompts: int = Field(600, ge=1)
     """Held-out prompts that are answered at most, chosen by a hash that does not depend on their order."""
+    max_logged: int = Field(2000, ge=1)
+    """Logged answers that are weighed at most for the off-policy estimates."""
+    min_effective_samples: float = Field(100.0, ge=1)
+    """With a smaller effective sample an off-policy estimate is no evidence."""
+    human_answers: int = Field(100, ge=1, le=1000)
+    """Held-out prompts whose answers people are asked to compare."""
     perplexity_ratio: float = Field(1.02, ge=1)
     """Perplexity may be at most this many times the champion's."""
     margin: float = Field(0.01, ge=0, lt=1)

@@ -12,9 +12,10 @@ import numpy as np
 from sqlalchemy.engine import Engine
 
 from data.log import EventLog
+from data.offpolicy import Estimator
 from serve.experiments.exposures import Design, Designs, Exposure, exposures_of
 from serve.experiments.metrics import is_explicit
-from serve.experiments.offpolicy import Estimator, Logged, estimate
+from serve.experiments.offpolicy import Logged, estimate
 from serve.experiments.store import get_experiment
 
 

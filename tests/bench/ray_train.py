@@ -51,9 +51,12 @@ def measure(side: str, root: Path, steps: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def listen(event: Event) -> None:
+        if event.kind == "begin":
+            found["start_s"] = time.perf_counter() - begun
         if event.values and "train_runtime" in event.values:
             found["trainer_s"] = event.values["train_runtime"]
         if event.result is not None:
+            found["told_s"] = time.perf_counter() - begun
             found["adapter"] = event.result["adapter_sha256"]
         if event.error is not None:
             raise event.error
@@ -68,6 +71,7 @@ def measure(side: str, root: Path, steps: int) -> dict[str, Any]:
             run_here([config], listen)
         ended = time.perf_counter()
     found["once_s"] = ended - begun - found["trainer_s"]
+    found["end_s"] = ended - begun - found.pop("told_s")
     return found
 
 
@@ -101,10 +105,14 @@ def main() -> int:
 
 def report(steps: int, runs: dict[str, list[dict[str, Any]]]) -> int:
     """Print medians and the share of a ten-minute run."""
-    median = {s: {k: statistics.median(r[k] for r in f) for k in ("trainer_s", "once_s")} for s, f in runs.items()}
+    kinds = ("trainer_s", "once_s", "start_s", "end_s")
+    median = {side: {k: statistics.median(run[k] for run in found) for k in kinds} for side, found in runs.items()}
     for side, values in median.items():
         step_ms = 1000 * values["trainer_s"] / steps
-        print(f"{side:14} once {values['once_s']:6.2f} s   a step {step_ms:7.2f} ms  ({steps} steps)")
+        print(
+            f"{side:14} once {values['once_s']:6.2f} s (until it begins {values['start_s']:.2f} s, after its end "
+            f"{values['end_s']:.2f} s)   a step {step_ms:7.2f} ms  ({steps} steps)"
+        )
     once_s = median[RAY]["once_s"] - median[PLAIN]["once_s"]
     slower = median[RAY]["trainer_s"] / median[PLAIN]["trainer_s"] - 1
     cluster_s = statistics.median(run["cluster_s"] for run in runs[RAY])

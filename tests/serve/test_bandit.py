@@ -15,9 +15,10 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import ConflictError, InputError
 from cluster.settings import load_settings
+from data.offpolicy import weighted_mean
 from serve.experiments.bandit import Posterior, posterior, probability_better, thompson_share
 from serve.experiments.logged import estimates, read_logged
-from serve.experiments.offpolicy import Logged, estimate, weighted_mean
+from serve.experiments.offpolicy import Logged, estimate
 from serve.experiments.projection import Projection
 from serve.experiments.readings import read_moments
 from serve.rollout.bandits import end_bandit, start_bandit, tick_bandits

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from data.offpolicy import Estimator
 from serve.experiments import covariates, sequences
 from serve.experiments.betting import betting_interval
 from serve.experiments.comparisons import Moments, design_effect, ratio
 from serve.experiments.group_sequential import boundaries
-from serve.experiments.offpolicy import Estimator, Logged, estimate
+from serve.experiments.offpolicy import Logged, estimate
 from serve.experiments.planner import users_for_proportion, users_needed
 from tests.serve.simulation import REQUESTS, ArmSums, Floats, share_of, tastes, thumbs, user_sums
 

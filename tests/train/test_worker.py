@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from cluster.errors import HealthGateError, InputError
 from cluster.settings.training import LoraSettings
 from tests.toys import toy_feedback, write_dataset
 from train.config import TrainConfig
-from train.run import train
+from train.run import build_trainer, prepare, train
+from train.trainers import DpoTrainer
 from train.worker import Event, run_here, run_on_ray, wants_gpu
 
 pytestmark = [pytest.mark.slow]
@@ -44,8 +46,12 @@ def test_runs_on_ray_equal_runs_here_and_survive_a_killed_worker(
     config_of: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     """SFT then DPO in one group of workers; the worker is killed in the middle of the second."""
-    shape: dict[str, Any] = {"epochs": 5, "save_steps": 2, "report_examples": 0}
-    here = [train(config_of(m, **shape, out=tmp_path / f"here-{m}")).adapter_sha256 for m in ("sft", "dpo")]
+    shape: dict[str, Any] = {"save_steps": 2, "report_examples": 0}
+    epochs = {"sft": 1, "dpo": 5}  # the second is still going on when the kill arrives
+    here = [
+        train(config_of(m, **shape, epochs=count, out=tmp_path / f"here-{m}")).adapter_sha256
+        for m, count in epochs.items()
+    ]
     heard, killed = Heard(), []
 
     def kill_once(event: Event) -> None:  # events come in batches: a second checkpoint may be told of the dead
@@ -56,7 +62,7 @@ def test_runs_on_ray_equal_runs_here_and_survive_a_killed_worker(
             killed.append(int(begun.values["pid"]))
             os.kill(killed[0], signal.SIGKILL)
 
-    configs = [config_of(m, **shape, out=tmp_path / f"ray-{m}") for m in ("sft", "dpo")]
+    configs = [config_of(m, **shape, epochs=count, out=tmp_path / f"ray-{m}") for m, count in epochs.items()]
     run_on_ray(configs, workers=1, max_failures=2, on_event=kill_once)
     results = {result["method"]: result["adapter_sha256"] for result in heard.results()}
     assert [results["sft"], results["dpo"]] == here
@@ -86,6 +92,49 @@ def test_two_workers_learn_what_one_learns_from_the_same_global_batch(
         one, two = (load_file(tmp_path / f"{n}-{method}" / "adapter" / ADAPTER_WEIGHTS) for n in ("one", "two"))
         furthest = max(float((one[name] - two[name]).abs().max()) for name in one)
         assert furthest < 0.01 * max(float(one[name].abs().max()) for name in one if "lora_B" in name), method
+
+
+class OneOf(DpoTrainer):
+    """One of several workers, up to where they tell each other what each has computed."""
+
+    def __init__(self, trainer: Any, place: int, count: int) -> None:
+        self.__dict__ |= trainer.__dict__
+        real = trainer.accelerator
+        shared = {"device": real.device, "unwrap_model": real.unwrap_model, "autocast": real.autocast}
+        self.accelerator = SimpleNamespace(process_index=place, num_processes=count, **shared)
+        self.passes = 0
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        self.passes += 1
+        return super().compute_ref_log_probs(model, inputs)
+
+
+def test_workers_share_out_the_reference_pass(
+    config_of: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build_trainer(prepare(config_of("dpo", reference_cache=None)), None)
+    rows = trainer.train_dataset.remove_columns(list(trainer.reference_columns))
+    alone, first, second = OneOf(trainer, 0, 1), OneOf(trainer, 0, 2), OneOf(trainer, 1, 2)
+    expected = alone._reference_logps(rows, 4)
+    assert expected["ref_chosen_logps"] == pytest.approx(list(trainer.train_dataset["ref_chosen_logps"]), abs=1e-3)
+    told: list[Any] = []
+    monkeypatch.setattr("train.trainers.gather_object", lambda own: told.append(own[0]) or own)
+    first._reference_logps(rows, 4)
+    monkeypatch.setattr("train.trainers.gather_object", lambda own: told + own)
+    assert second._reference_logps(rows, 4) == expected
+    assert first.passes + second.passes == alone.passes == -(-len(rows) // 4)
+    assert abs(first.passes - second.passes) <= 1
+
+
+def test_a_refusal_in_the_reference_pass_reaches_every_worker(
+    config_of: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build_trainer(prepare(config_of("dpo", reference_cache=None)), None)
+    rows = trainer.train_dataset.remove_columns(list(trainer.reference_columns))
+    refusal = InputError("training.dpo.shared_prompt", True, "changes this model", "set it to false")
+    monkeypatch.setattr("train.trainers.gather_object", lambda own: [*own, refusal])
+    with pytest.raises(InputError, match="changes this model"):
+        OneOf(trainer, 0, 2)._reference_logps(rows, 4)
 
 
 def test_a_closed_gate_ends_its_run_and_not_the_next(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:

@@ -122,26 +122,36 @@ def _check_runs(settings: Settings, found: Any) -> None:
 def test_a_population_of_reward_models_goes_on_from_the_better_ones(
     mlflow_settings: Settings, toy_base: Path, ray_session: None
 ) -> None:
-    """Half of them start at a rate that teaches nothing; at the end all know what the others learned."""
+    """Half of them take the places of the other half at the one rung between, and go on from there."""
     settings = sweep_settings(mlflow_settings)
     settings = settings.model_copy(
-        update={"sweep": settings.sweep.model_copy(update={"rungs": 3, "exploit_share": 0.5})}
+        update={"sweep": settings.sweep.model_copy(update={"rungs": 2, "exploit_share": 0.5})}
     )
     made = write_feedback_dataset(settings.home / "datasets", users=60)
     ranges = {"learning_rate": "1e-7,1e-2", "seed": "0,1"}
-    places: dict[str, Any] = {"dataset": made.dataset_id, "base": str(toy_base), "overrides": {"epochs": 12.0}}
+    places: dict[str, Any] = {"dataset": made.dataset_id, "base": str(toy_base), "overrides": {"epochs": 2.0}}
     sweep = new_sweep(settings, method="reward", ranges=ranges, grid=True, scheduler="pbt", **places)
     found = run_sweep(settings, sweep)
     assert [trial.status for trial in found.trials] == ["completed"] * 4
-    values = [trial.value for trial in found.trials if trial.value is not None]
-    assert len(values) == 4 and min(values) > 0.75  # a rate of 1e-7 alone stays near one half
     assert found.axes.names == ("pair accuracy", "calibration error") and found.chosen is not None
     client = tracking.client(settings)
     runs = client.search_runs(
         [client.get_run(found.run_id).info.experiment_id], f"tags.mlflow.parentRunId = '{found.run_id}'"
     )
-    assert len(runs) == 4
-    assert all({"pair_accuracy", "rate/learning_rate"} <= set(run.data.metrics) for run in runs)
+    history = {
+        (run.data.tags["rayloop.trial"], name): [m.value for m in client.get_metric_history(run.info.run_id, name)]
+        for run in runs
+        for name in ("progress", "score", "pair_accuracy", "rate/learning_rate")
+    }
+    trials = {trial for trial, _ in history}
+    assert len(trials) == 4 and all(len(values) == 2 for values in history.values())
+    # a training that had begun anew would be measured at the rung once more
+    assert all(history[trial, "progress"] == [0.5, 1.0] for trial in trials)
+    adopted = {run.data.tags["rayloop.trial"]: run.data.tags.get("rayloop.adopted") for run in runs}
+    better = {trial for trial in trials if adopted[trial] is None}
+    assert len(better) == 2 and {adopted[trial] for trial in trials - better} <= better
+    at_rung = {trial: history[trial, "score"][0] for trial in trials}
+    assert max(at_rung[trial] for trial in trials - better) <= min(at_rung[trial] for trial in better)
 
 
 @pytest.mark.ray

@@ -4,11 +4,14 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.settings.evaluation import EvaluationSettings
 from data.grading import Grader
-from train.evaluate.types import Case, Model, Prompt, Truth
+from train.evaluate.types import Case, Logged, Model, Prompt, Truth
+
+if TYPE_CHECKING:
+    from train.evaluate.human import Asked
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Answers:
     losses: list[tuple[float, int]]
     """One an entry of `Evidence.truths`: nats, tokens."""
     seconds: float = 0.0
+    logged: list[tuple[float, int]] = field(default_factory=list)
+    """One an entry of `Evidence.logged`: log-probability in nats, tokens."""
 
     def to(self, prompt: Prompt) -> str:
         """The answer to a prompt that was asked."""
@@ -42,6 +47,10 @@ class Evidence:
     cases: dict[str, list[Case]] = field(default_factory=dict)
     reward_model: Grader | None = None
     """A reward model as a grader, for the drift alert."""
+    logged: list[Logged] = field(default_factory=list)
+    """Rewarded answers of which is known how likely they were."""
+    asked: "Asked | None" = None
+    """What people were asked about the versions' answers."""
     template: tuple[str, str] | None = None
     """Digests of the template: recorded in training, and in force."""
 
@@ -65,15 +74,15 @@ def prompt_key(prompt: Prompt) -> str:
     return json.dumps([prompt.messages, prompt.tools], sort_keys=True)
 
 
-def ask(model: Model, truths: Sequence[Truth], cases: Sequence[Case]) -> Answers:
+def ask(model: Model, truths: Sequence[Truth], cases: Sequence[Case], logged: Sequence[Logged] = ()) -> Answers:
     """Put every different prompt to a version once, insist where a case says so, and measure its loss on the
-    recorded answers."""
+    recorded answers and how likely it finds the logged ones."""
     started = time.monotonic()
     by_prompt = _answered(model, [truth.prompt for truth in truths] + [case.prompt for case in cases])
     argued = [case.argued(by_prompt[prompt_key(case.prompt)]) for case in cases if case.insists is not None]
     by_prompt |= _answered(model, argued)
-    losses = model.losses(truths)
-    return Answers(name=model.name, by_prompt=by_prompt, losses=losses, seconds=time.monotonic() - started)
+    losses, likelihoods = model.losses(truths), model.likelihoods(logged)
+    return Answers(model.name, by_prompt, losses, time.monotonic() - started, likelihoods)
 
 
 def _answered(model: Model, asked: Sequence[Prompt]) -> dict[str, str]:

@@ -15,6 +15,8 @@ from data.grading.text_similarity import similarity
 from train.evaluate.drift import grader_drift
 from train.evaluate.evidence import Evidence
 from train.evaluate.fields import valid_output
+from train.evaluate.human import human
+from train.evaluate.off_policy import off_policy
 from train.evaluate.parity import template_parity
 from train.evaluate.safety import safety
 from train.evaluate.shares import anchor, changed, outcomes, share_of_cases
@@ -165,6 +167,8 @@ SUITES: dict[str, Suite] = {
         Suite("anchor", anchor, cases=True),
         Suite("win_rate", win_rate),
         Suite("shuffled_control", shuffled_control),
+        Suite("off_policy", off_policy, gated=False),
+        Suite("human", human, gated=False),
         Suite("grader_drift", grader_drift, gated=False),
     )
 }

@@ -18,7 +18,7 @@ from cluster.registry import Registry, Version
 from cluster.runtime import ray_session
 from cluster.settings import Settings
 from train.evaluate.evidence import prompt_key
-from train.evaluate.types import Model, Prompt, Truth
+from train.evaluate.types import Logged, Model, Prompt, Truth
 
 PROJECT = Path(__file__).resolve().parents[2]
 CODE = ("train/generate.py", "data/template.py")
@@ -67,6 +67,17 @@ class LocalVersion:
             losses |= {i: (-s.total, s.tokens) for i, s in zip(positions, scores, strict=True)}
         return [losses[i] for i in range(len(truths))]
 
+    def likelihoods(self, logged: Sequence[Logged]) -> list[tuple[float, int]]:
+        """Log-probability in nats and tokens of each logged answer, up to its end token."""
+        found: dict[int, tuple[float, int]] = {}
+        for tools, positions in _by_tools([row.prompt for row in logged]):
+            asked = [logged[i].prompt.messages for i in positions]
+            said = [logged[i].answer for i in positions]
+            size = self.source.batch_size
+            scores = self._model().logprobs(asked, said, batch_size=size, tools=tools, upto_end=True)
+            found |= {i: (s.total, s.tokens) for i, s in zip(positions, scores, strict=True)}
+        return [found[i] for i in range(len(logged))]
+
     def _model(self) -> Any:
         if self._loaded is None:
             from train.generate import LocalModel
@@ -92,6 +103,10 @@ class RayVersion:
     def losses(self, truths: Sequence[Truth]) -> list[tuple[float, int]]:
         """Negative log-likelihood in nats and tokens of each recorded answer."""
         return self._spread("losses", truths)
+
+    def likelihoods(self, logged: Sequence[Logged]) -> list[tuple[float, int]]:
+        """Log-probability in nats and tokens of each logged answer, up to its end token."""
+        return self._spread("likelihoods", logged)
 
     def close(self) -> None:
         """Give the actors' resources back."""
@@ -127,6 +142,12 @@ class KeptVersion:
         """Negative log-likelihood in nats and tokens of each recorded answer."""
         keys = [_digest("loss", prompt_key(truth.prompt), truth.reference) for truth in truths]
         self._complete(keys, truths, self.model.losses)
+        return [(float(self.known[key][0]), int(self.known[key][1])) for key in keys]
+
+    def likelihoods(self, logged: Sequence[Logged]) -> list[tuple[float, int]]:
+        """Log-probability in nats and tokens of each logged answer, up to its end token."""
+        keys = [_digest("likelihood", prompt_key(row.prompt), row.answer) for row in logged]
+        self._complete(keys, logged, self.model.likelihoods)
         return [(float(self.known[key][0]), int(self.known[key][1])) for key in keys]
 
     def _complete(self, keys: Sequence[str], items: Sequence[Any], ask: Callable[[Any], Any]) -> None:

@@ -21,6 +21,7 @@ STYLES = {
     "failed": "red",
     "not_applicable": "dim",
     "no_data": "yellow",
+    "waiting": "yellow",
     "could_not_run": "red",
 }
 COLUMNS = ("suite", "status", "value", "threshold", "interval", "detail")

@@ -27,7 +27,9 @@ from data.manifest import find_dataset, load_manifest
 from train.evaluate.cases import read_cases
 from train.evaluate.evidence import Evidence, ask
 from train.evaluate.gates import SUITES, run_suites
+from train.evaluate.human import ask_people
 from train.evaluate.models import open_version
+from train.evaluate.off_policy import read_logged
 from train.evaluate.parity import template_digests
 from train.evaluate.report import write_report
 from train.evaluate.truth import read_truths
@@ -78,6 +80,7 @@ def evaluate(
     dataset = find_dataset(settings, dataset_ref or version.dataset_id or "latest")
     started = time.monotonic()
     evidence = gather(settings, registry, version, champion, dataset)
+    evidence = ask_people(settings, version.model, evidence)
     gathered = time.monotonic()
     gates = run_suites(evidence)
     manifest = load_manifest(dataset)
@@ -116,12 +119,13 @@ def gather(settings: Settings, registry: Registry, version: Version, champion: V
     wanted = [s.name for s in SUITES.values() if s.cases and s.name not in chosen.not_applicable]
     cases = {name: read_cases(name, chosen.suites) for name in wanted}
     truths = read_truths(dataset, limit=chosen.max_prompts)
+    logged = [] if "off_policy" in chosen.not_applicable else read_logged(dataset, limit=chosen.max_logged)
     every = [case for rows in cases.values() for case in rows]
     answers = []
     for role in (version, champion):
         log.info("%s answers %d prompts", role.id, len(truths) + len(every))
         with open_version(settings, registry, role) as model:
-            answers.append(ask(model, truths, every))
+            answers.append(ask(model, truths, every, logged))
     return Evidence(
         settings=chosen,
         truths=truths,
@@ -130,6 +134,7 @@ def gather(settings: Settings, registry: Registry, version: Version, champion: V
         grader=grader,
         cases=cases,
         reward_model=as_grader(scorer),
+        logged=logged,
         template=template_digests(version),
     )
 

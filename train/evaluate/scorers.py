@@ -10,8 +10,8 @@ from typing import Any
 from cluster.errors import InputError
 from data.detectors.grounding import ungrounded_share
 from data.grading.text import MISSING, equal, normalise, parse_json
+from data.tool_calls import calls_in
 
-TOOL_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
 SUPPORT_OVERLAP = 0.6  # share of a sentence's content words that a passage must hold
 REFUSAL = re.compile(
     r"\bi (?:can(?:no|')t|won't|will not|must (?:decline|refuse)|decline to|refuse to)\b"
@@ -59,18 +59,6 @@ def is_refusal(answer: str) -> bool:
     return REFUSAL.search(answer.replace("\u2019", "'")) is not None
 
 
-def tool_calls(answer: str) -> list[dict[str, Any]]:
-    """Tool calls written in an answer as `<tool_call>{…}</tool_call>` or as one JSON object."""
-    texts = TOOL_CALL.findall(answer) or [answer]
-    found = []
-    for value in map(parse_json, texts):
-        if isinstance(value, Mapping) and isinstance(value.get("name"), str):
-            arguments = value.get("arguments", {})
-            arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
-            found.append({"name": value["name"], "arguments": arguments})
-    return found
-
-
 def _exact(wanted: str, answer: str) -> bool:
     return equal(_as_json(wanted), _as_json(answer)) if _is_object(wanted) else normalise(wanted) == normalise(answer)
 
@@ -102,10 +90,9 @@ def _json_schema(wanted: Mapping[str, Any], answer: str) -> bool:
 def _tool_call(wanted: Mapping[str, Any] | Sequence[Mapping[str, Any]], answer: str) -> bool:
     """Names and order must agree, and the arguments that are named."""
     expected = [wanted] if isinstance(wanted, Mapping) else list(wanted)
-    found = tool_calls(answer)
-    return [call["name"] for call in found] == [call["name"] for call in expected] and all(
-        isinstance(call["arguments"], Mapping)
-        and all(equal(call["arguments"].get(k, MISSING), v) for k, v in want.get("arguments", {}).items())
+    found = calls_in(answer)
+    return [call.name for call in found] == [call["name"] for call in expected] and all(
+        all(equal(call.arguments.get(k, MISSING), v) for k, v in want.get("arguments", {}).items())
         for call, want in zip(found, expected, strict=True)
     )
 

@@ -6,7 +6,8 @@ from typing import Any, Literal, Protocol
 
 from data.events import Message
 
-Status = Literal["passed", "failed", "not_applicable", "no_data", "could_not_run"]
+Status = Literal["passed", "failed", "not_applicable", "no_data", "could_not_run", "waiting"]
+"""`waiting`: people have been asked and not all have answered; only what is reported and not gated waits."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,21 @@ class Truth:
     reference: str
     origin: str
     """`correction`, `liked`, or what the dataset calls it."""
+
+
+@dataclass(frozen=True)
+class Logged:
+    """A held-out answer that somebody got, what it earned, and how likely it was."""
+
+    example_id: str
+    user_id: str
+    prompt: Prompt
+    answer: str
+    reward: float
+    logprob: float
+    """Natural log of the probability with which it was drawn."""
+    tokens: int
+    """Its end token included."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,10 @@ class Model(Protocol):
 
     def losses(self, truths: Sequence[Truth]) -> list[tuple[float, int]]:
         """For each recorded answer: its negative log-likelihood in nats, and its tokens."""
+        ...
+
+    def likelihoods(self, logged: Sequence[Logged]) -> list[tuple[float, int]]:
+        """For each logged answer: its log-probability in nats and its tokens, up to its end token."""
         ...
 
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from train.evaluate.types import Prompt, Truth
+from train.evaluate.types import Logged, Prompt, Truth
 
 Answerer = Callable[[str], str]
 CASE_SUITES = ("refusal", "over_refusal", "regression", "grounding", "sycophancy", "anchor")
@@ -24,6 +24,9 @@ class FakeModel:
 
     def losses(self, truths: Sequence[Truth]) -> list[tuple[float, int]]:
         return [(self.nats_per_token * 10, 10) for _ in truths]
+
+    def likelihoods(self, logged: Sequence[Logged]) -> list[tuple[float, int]]:
+        return [(-self.nats_per_token * row.tokens, row.tokens) for row in logged]
 
 
 def prompt(text: str) -> Prompt:

@@ -9,7 +9,7 @@ import pytest
 from cluster.errors import InputError
 from train.evaluate.cases import read_cases
 from train.evaluate.gates import SUITES
-from train.evaluate.scorers import is_refusal, passes, tool_calls
+from train.evaluate.scorers import is_refusal, passes
 from train.evaluate.truth import choose, make_truths
 
 
@@ -84,7 +84,9 @@ def test_scorers(expect: dict[str, Any], answer: str, holds: bool) -> None:
 def test_tool_calls_in_order() -> None:
     first, second = '{"name": "a", "arguments": "{\\"x\\": 1}"}', '{"name": "b"}'
     text = f"<tool_call>{first}</tool_call> <tool_call>{second}</tool_call>"
-    assert tool_calls(text) == [{"name": "a", "arguments": {"x": 1}}, {"name": "b", "arguments": {}}]
+    wanted = [{"name": "a", "arguments": {"x": 1}}, {"name": "b"}]
+    assert passes({"tool_call": wanted}, text) and not passes({"tool_call": wanted[::-1]}, text)
+    assert not passes({"tool_call": wanted}, "[1]")
 
 
 @pytest.mark.parametrize(
