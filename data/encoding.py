@@ -78,6 +78,11 @@ def _unpack(arrays: bytes) -> dict[str, Any]:
     return unpacked
 
 
+def num_completion_tokens(arrays: bytes) -> int:
+    """Length of the completion's ids in packed arrays."""
+    return int(struct.unpack_from("<3I", arrays)[1])
+
+
 def body_digest(salt: bytes, event: Event, text: bytes, arrays: bytes | None) -> bytes:
     """SHA-256 over salt, personal ids, and the body's text and arrays (`encode_body`)."""
     personal = orjson.dumps((event.user_id, event.session_id))

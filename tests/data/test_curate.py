@@ -13,10 +13,11 @@ from cluster.database import connect
 from cluster.errors import DatasetError, InputError, NotFoundError
 from cluster.settings import Settings, load_settings
 from data.card import dataset_card
-from data.curate import check_usable, curate, log_to_mlflow
+from data.curate import check_usable, curate
 from data.events import Event, parse_body
 from data.log import EventLog
 from data.manifest import COLUMNS, Manifest, find_dataset, load_manifest, read_examples
+from data.mlflow_datasets import log_to_mlflow
 from data.split import SPLITS
 from data.validate import validate
 from tests.data.kill_worker import a_worker_killed

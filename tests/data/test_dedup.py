@@ -8,13 +8,8 @@ from hypothesis import strategies as st
 
 from cluster.settings.curation import CurationSettings, DeduplicationSettings
 from data.dedup import (
-    EDGES,
     assign_clusters,
-    bucket_edges,
-    buckets_of,
-    cluster_of,
     deduplicate,
-    find_clusters,
     fingerprint,
     normalise_text,
     record_fields,
@@ -23,6 +18,7 @@ from data.dedup import (
 )
 from data.join import to_json
 from data.minhash import shingle, similarity, sketch
+from data.near import PAIRS, cluster_of, find_clusters, near_edges
 from data.stages import with_column
 from tests.data.rows import rows
 from tests.data.traffic import texts
@@ -38,7 +34,7 @@ def prose(rng: random.Random, length: int = 60) -> list[str]:
 
 def clustered(*changes: dict[str, object], settings: CurationSettings = SETTINGS) -> pa.Table:
     table, _ = fingerprint(rows(*changes), settings)
-    edges = bucket_edges(buckets_of(sketches_of(table, settings.dedup), settings.dedup), settings.dedup)
+    edges = near_edges(sketches_of(table, settings.dedup), settings.dedup)
     return assign_clusters(table, find_clusters(edges, NONE))[0]
 
 
@@ -116,7 +112,7 @@ def test_records_that_differ_only_beside_their_fields_are_near_duplicates() -> N
 
 
 def test_chains_become_one_cluster_named_by_its_least_node() -> None:
-    edges = pa.table([[3, 5, 9], [5, 8, 11]], schema=EDGES)
+    edges = pa.table([[3, 5, 9], [5, 8, 11]], schema=PAIRS)
     clusters = find_clusters(edges, np.array([11, 77], np.uint64))
     nodes = np.array([3, 8, 11, 9, 42], np.uint64)
     assert cluster_of(nodes, clusters).tolist() == [3, 3, 9, 9, 42]
@@ -127,7 +123,7 @@ def test_a_large_bucket_is_compared_along_a_chain() -> None:
     settings = DeduplicationSettings(bucket_pairs=2)
     story = " ".join(prose(random.Random(3), 200))
     table, _ = fingerprint(rows(*(ask(n, f"{story} {n}") for n in range(20))), SETTINGS)
-    edges = bucket_edges(buckets_of(sketches_of(table, settings), settings), settings)
+    edges = near_edges(sketches_of(table, settings), settings)
     assert len(set(cluster_of(table["node"].to_numpy(), find_clusters(edges, NONE)).tolist())) == 1
 
 
