@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from cluster.settings.curation import CurationSettings, DeduplicationSettings
 from data.events import Message
 from data.join import to_json
-from data.minhash import U64, Shingles, mix, shingle, sketch_column, text_hashes
+from data.minhash import U64, mix, shingle, sketch_column, text_hashes
 from data.near import SKETCHES, Clusters, cluster_of
 from data.split import SPLITS, split_of
 from data.stages import Dropped, with_column
@@ -123,11 +123,13 @@ def deduplicate(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table, 
         groups[row["cluster"], row["split"]].append(row)
     dropped: Dropped = Counter()
     kept: list[dict[str, Any]] = []
-    for key in sorted(groups):
-        merged = _merge_equal(groups[key])
-        dropped["exact duplicate"] += len(groups[key]) - len(merged)
-        distinct = _drop_near(merged, settings)
-        dropped["near duplicate"] += len(merged) - len(distinct)
+    merged = {key: _merge_equal(groups[key]) for key in sorted(groups)}
+    dropped["exact duplicate"] = sum(map(len, groups.values())) - sum(map(len, merged.values()))
+    several = [row for rows in merged.values() if len(rows) > settings.dedup.keep_per_cluster for row in rows]
+    hashes = _answer_shingles(several, settings)
+    for rows in merged.values():
+        distinct = _drop_near(rows, hashes, settings)
+        dropped["near duplicate"] += len(rows) - len(distinct)
         kept += distinct
     return pa.concat_tables([table.filter(pa.array(alone)), pa.Table.from_pylist(kept, table.schema)]), +dropped
 
@@ -164,15 +166,22 @@ def _merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _drop_near(rows: list[dict[str, Any]], settings: CurationSettings) -> list[dict[str, Any]]:
+def _answer_shingles(rows: list[dict[str, Any]], settings: CurationSettings) -> dict[int, U64]:
+    """The shingles of each row's answer, by the row's `id`: all rows at once, for a call costs more than a text."""
+    answers = [content_text(orjson.loads(row["response"])) for row in rows]
+    shingles = shingle(pa.array(answers, pa.string()), settings.dedup.shingle_words)
+    edges = pairwise(shingles.offsets)
+    return {id(row): shingles.hashes[begin:end] for row, (begin, end) in zip(rows, edges, strict=True)}
+
+
+def _drop_near(rows: list[dict[str, Any]], hashes: dict[int, U64], settings: CurationSettings) -> list[dict[str, Any]]:
     """Of rows whose answers are near duplicates, the first `keep_per_cluster` by weight."""
     most = settings.dedup.keep_per_cluster
     if len(rows) <= most:
         return rows
     rows = sorted(rows, key=lambda r: (-r["weight"], r["at_us"], r["interaction_id"]))
-    answers = [content_text(orjson.loads(row["response"])) for row in rows]
-    fields = [record_fields(answer, 1) for answer in answers]
-    sets = shingle_sets(shingle(pa.array(answers, pa.string()), settings.dedup.shingle_words))
+    fields = [record_fields(content_text(orjson.loads(row["response"])), 1) for row in rows]
+    sets = [set(hashes[id(row)].tolist()) for row in rows]
     kept: list[int] = []
 
     def near(i: int, k: int) -> bool:
@@ -184,12 +193,6 @@ def _drop_near(rows: list[dict[str, Any]], settings: CurationSettings) -> list[d
         if sum(near(i, k) for k in kept) < most:
             kept.append(i)
     return [rows[i] for i in kept]
-
-
-def shingle_sets(shingles: Shingles) -> list[set[int]]:
-    """The shingles of each text as a set."""
-    edges = shingles.offsets
-    return [set(shingles.hashes[a:b].tolist()) for a, b in pairwise(edges)]
 
 
 def jaccard(left: set[int], right: set[int]) -> float:

@@ -17,6 +17,7 @@ from cluster.settings.curation import DeduplicationSettings
 from data.minhash import U64, band_keys, similarity
 
 I64 = NDArray[np.int64]
+SLOTS_PER_KEY = 8
 KEYS = pa.schema([("band", pa.uint64()), ("text", pa.uint64())])
 """A text under one of its band keys."""
 PAIRS = pa.schema([("left", pa.uint64()), ("right", pa.uint64())])
@@ -105,11 +106,18 @@ def _low_bytes(matrix: NDArray[np.uint32], rows: I64) -> NDArray[np.uint8]:
 
 
 def _shared(keys: U64) -> I64:
-    """Indexes of the keys that occur more than once."""
-    order = np.argsort(keys)
-    same = np.diff(keys[order]) == 0
-    shared: I64 = order[np.concatenate([same, [False]]) | np.concatenate([[False], same])] if len(keys) else order
-    return shared
+    """Indexes of all keys that occur more than once, and of a few others: most keys are alone and need no sorting.
+
+    Keys write their index into a slot; whoever finds another's there, and whoever wrote last, shares the slot.
+    """
+    slots = (keys & np.uint64((1 << int(len(keys) * SLOTS_PER_KEY).bit_length()) - 1)).astype(np.int64)
+    owner = np.zeros(int(slots.max(initial=0)) + 1, np.int32)
+    numbers = np.arange(len(keys), dtype=np.int32)
+    owner[slots] = numbers
+    overwritten = owner[slots] != numbers
+    crowded = np.zeros(len(owner), bool)
+    crowded[slots[overwritten]] = True
+    return np.flatnonzero(crowded[slots])
 
 
 def _distinct_pairs(one: U64, other: U64) -> pa.Table:

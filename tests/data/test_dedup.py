@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,10 @@ from data.dedup import (
     fingerprint,
     normalise_text,
     record_fields,
-    shingle_sets,
     sketches_of,
 )
 from data.join import to_json
-from data.minhash import shingle, similarity, sketch
+from data.minhash import Shingles, shingle, similarity, sketch
 from data.near import PAIRS, cluster_of, find_clusters, near_edges
 from data.stages import with_column
 from tests.data.rows import rows
@@ -26,6 +26,10 @@ from tests.data.traffic import texts
 SETTINGS = CurationSettings()
 NONE = np.zeros(0, np.uint64)
 WORDS = [f"word{n}" for n in range(400)]
+
+
+def shingle_sets(found: Shingles) -> list[set[int]]:
+    return [set(found.hashes[i:j].tolist()) for i, j in pairwise(found.offsets)]
 
 
 def prose(rng: random.Random, length: int = 60) -> list[str]:
@@ -48,7 +52,7 @@ def ask(number: int, text: str, answer: str = "a b c", **more: object) -> dict[s
 
 def test_shingles_are_padded_so_that_every_word_counts_alike() -> None:
     found = shingle(pa.array(["A b, c!", "a B  c", "a b d", ""]), 3)
-    sets = [set(found.hashes[i:j].tolist()) for i, j in zip(found.offsets[:-1], found.offsets[1:], strict=True)]
+    sets = shingle_sets(found)
     assert [len(s) for s in sets] == [5, 5, 5, 1]  # words + 2; an empty text is all padding
     assert sets[0] == sets[1]
     assert len(sets[0] & sets[2]) == 2  # "-- -- a" and "-- a b"
