@@ -7,6 +7,7 @@ which questions are near duplicates, which topics are over-full.
 
 import gc
 import logging
+import os
 import shutil
 import uuid
 from collections import Counter
@@ -27,7 +28,7 @@ import ray.data
 from cluster.clock import now_us, to_iso
 from cluster.database import connect
 from cluster.errors import DatasetError
-from cluster.runtime import ray_session
+from cluster.runtime import RaySession, ray_session
 from cluster.settings import Settings
 from cluster.settings.curation import CurationSettings
 from data import augment, dedup, keep, manifest, weigh
@@ -98,9 +99,9 @@ def curate(
             raise DatasetError("the event log is empty; send traffic and feedback first, or `rayloop import` some")
         blocks = plan_blocks(engine, last_seq, settings.curation.events_per_block, parallelism)
         root = manifest.datasets_root(settings, out)
-        with mlflow_warming_up(settings), ray_session(settings), _quiet_ray_data():
+        with mlflow_warming_up(settings), ray_session(settings) as session, _quiet_ray_data():
             traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
-            written = _Curation(settings, agent, blocks, root, traced).run()
+            written = _Curation(settings, agent, blocks, root, traced, task_cpus(settings, session)).run()
         if settings.curation.log_to_mlflow:
             log_to_mlflow(settings, written)
         event_log.append([_ready_event(written)])
@@ -119,6 +120,8 @@ class _Curation:
     root: Path
     traced: bool = True
     """The log holds parts of traces that may belong together."""
+    cpus: float = 0.5
+    """Logical CPUs of one task."""
     calibration: dict[str, Any] = field(default_factory=dict)
     topics: tuple[str, ...] = ()
     topic_shares: dict[str, float] = field(default_factory=dict)
@@ -186,14 +189,14 @@ class _Curation:
             batch_format="pyarrow",
             batch_size=None,
             zero_copy_batch=True,
-            num_cpus=self.settings.curation.stage_cpus,
+            num_cpus=self.cpus,
         )
 
     def _together(self, dataset: Any, key: str) -> Any:
         """The same rows, with all rows of a key in one block; where there is but one, they already are."""
         if len(self.blocks) == 1:
             return dataset
-        return self._from(exchange(_with_rows(dataset), key, len(self.blocks), self._cpus))
+        return self._from(exchange(_with_rows(dataset), key, len(self.blocks), self.cpus))
 
     def _from(self, blocks: Sequence[Any]) -> Any:
         """A dataset of blocks that lie in the object store."""
@@ -203,11 +206,7 @@ class _Curation:
 
     def _each(self, dataset: Any, function: Callable[..., Any], *shared: Any) -> list[Any]:
         """References to what a function makes of the rows of each block of a materialised dataset."""
-        return each(_with_rows(dataset), _of_rows, function, *shared, num_cpus=self._cpus)
-
-    @property
-    def _cpus(self) -> float:
-        return self.settings.curation.stage_cpus
+        return each(_with_rows(dataset), _of_rows, function, *shared, num_cpus=self.cpus)
 
     def _calibrate(self, joined: Any) -> None:
         """What implicit signals are worth, from a sample of the interactions with both kinds of sign."""
@@ -223,13 +222,13 @@ class _Curation:
         named = self.settings.curation.detectors
         if named.toxicity_model or named.refusal_model or named.grounding_model:
             return None
-        return gathered([], partial(detectors, named), self._cpus)
+        return gathered([], partial(detectors, named), self.cpus)
 
     def _vote_factors(self, joined: Any) -> dict[str, dict[str, float]]:
         """Factors of users over a cap."""
         config = self.settings.curation.weigh
-        days = exchange(self._each(joined, weigh.count_votes), "user", len(self.blocks), self._cpus)
-        totals = each(days, partial(weigh.user_totals, votes_per_day=config.votes_per_day), num_cpus=self._cpus)
+        days = exchange(self._each(joined, weigh.count_votes), "user", len(self.blocks), self.cpus)
+        totals = each(days, partial(weigh.user_totals, votes_per_day=config.votes_per_day), num_cpus=self.cpus)
         everything = sum(pc.sum(table["total"]).as_py() or 0.0 for table in _read_each(totals))
         return weigh.exceptions(_read_each(totals), everything, config.dataset_share)
 
@@ -240,7 +239,7 @@ class _Curation:
 
     def _clusters(self, rows: Any) -> tuple[list[Any], Any]:
         """Sketches of this dataset's texts, and a reference to the near-duplicate `Clusters`."""
-        config, parts, cpus = self.settings.curation.dedup, len(self.blocks), self._cpus
+        config, parts, cpus = self.settings.curation.dedup, len(self.blocks), self.cpus
         own = self._each(rows, partial(dedup.sketches_of, settings=config))
         tested = [_read_sketches(str(file)) for file in sorted(self._sketch_folder().glob("*.parquet"))]
         nodes = np.unique(np.concatenate([np.zeros(0, np.uint64), *(t["node"].to_numpy() for t in tested)]))
@@ -261,7 +260,7 @@ class _Curation:
 
     def _write(self, final: Any, sketches: Any) -> Manifest:
         """Shards, card and manifest in a folder beside, then renamed into place."""
-        found = list(_read_each(each(_with_rows(final), summary_of, num_cpus=self._cpus)))
+        found = list(_read_each(each(_with_rows(final), summary_of, num_cpus=self.cpus)))
         stages = sum_counts((line for one in found for line in one.counts), list(STAGES))
         sizes = dict(sorted(sum((one.sizes for one in found), Counter()).items()))
         counts = manifest.count_table([(kind, split, n) for (kind, split), n in sizes.items()])
@@ -310,7 +309,7 @@ class _Curation:
 
     def _keep_test_sketches(self, tested: U64, sketches: Sequence[Any], dataset_id: str) -> None:
         """Remember what was in test, so that it never enters a later training set."""
-        tables = _read_each(each(sketches, dedup.sketches_of_nodes, tested, num_cpus=self._cpus))
+        tables = _read_each(each(sketches, dedup.sketches_of_nodes, tested, num_cpus=self.cpus))
         table = pa.concat_tables([SKETCHES.empty_table(), *tables]).sort_by("text")
         file = self._sketch_folder() / f"{dataset_id}.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -320,6 +319,13 @@ class _Curation:
 
     def _sketch_folder(self) -> Path:
         return manifest.sketch_folder(self.root, self.settings.tenant, self.settings.workspace)
+
+
+def task_cpus(settings: Settings, session: RaySession) -> float:
+    """Logical CPUs of one task: a core's share of a cluster that is here for curation alone, else the setting."""
+    if not session.started:
+        return settings.curation.stage_cpus
+    return max(1.0, settings.ray.num_cpus / (os.cpu_count() or 1))
 
 
 def check_usable(

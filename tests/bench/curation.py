@@ -155,7 +155,7 @@ def ours(home: Path) -> dict[str, Any]:
     from data.manifest import read_examples
     from data.split import SPLITS
 
-    settings = load_settings(home=home, curation={"log_to_mlflow": False})[0]
+    settings = load_settings(home=home, curation={"log_to_mlflow": False, "stage_cpus": 1.0})[0]
     store = {"object_store_memory": STORE_MB * 2**20}
     ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, **store)
     begun = time.perf_counter()
