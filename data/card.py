@@ -1,7 +1,9 @@
 """The dataset card: what a person should know about a dataset, as Markdown and plots beside its manifest."""
 
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,40 +70,58 @@ def _weights(calibration: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def draw_plots(manifest: Manifest, blocks: Iterable[pa.Table], folder: Path) -> list[str]:
-    """Writes the plots of a dataset into a folder, reading its examples block by block; returns their names."""
-    scores: Numbers = {}
-    words: Numbers = {}
-    for table in blocks:
-        _count_scores(table, scores)
-        _count_words(table, words)
+@dataclass(frozen=True)
+class Histograms:
+    """Of each kind of example, how many fall into each bin: of their score or reward, and of their answer's words."""
+
+    scores: Numbers
+    words: Numbers
+
+    @staticmethod
+    def of(table: pa.Table) -> "Histograms":
+        """Of the examples in a block."""
+        return Histograms(_count_scores(table), _count_words(table))
+
+
+def draw_plots(manifest: Manifest, blocks: Iterable[Histograms], folder: Path) -> list[str]:
+    """Writes the plots of a dataset into a folder; returns their names."""
+    found = list(blocks)
     lost = {stage.name: stage.rows_out for stage in manifest.stages}
     edges = [f"{edge}+" for edge in WORD_EDGES]
     tenths = [f"{bin / BINS:.2f}" for bin in range(BINS)]
     _bars(folder / "stages.png", "rows left after each stage", list(lost), {"rows": list(lost.values())})
-    _bars(folder / "scores.png", "score or reward of examples", tenths, _series(scores, BINS))
-    _bars(folder / "lengths.png", "words in an answer", edges, _series(words, len(edges)))
+    scores, words = _series([one.scores for one in found], BINS), _series([one.words for one in found], len(edges))
+    _bars(folder / "scores.png", "score or reward of examples", tenths, scores)
+    _bars(folder / "lengths.png", "words in an answer", edges, words)
     return ["stages.png", "scores.png", "lengths.png"]
 
 
-def _count_scores(table: pa.Table, into: Numbers) -> None:
+def _count_scores(table: pa.Table) -> Numbers:
+    found: Numbers = defaultdict(Counter)
     columns = (table[name].to_pylist() for name in ("kind", "score", "reward"))
     for kind, score, reward in zip(*columns, strict=True):
         value = score if score is not None else reward
         if value is not None:
-            into.setdefault(kind, Counter())[min(BINS - 1, int(value * BINS))] += 1
+            found[kind][min(BINS - 1, int(value * BINS))] += 1
+    return dict(found)
 
 
-def _count_words(table: pa.Table, into: Numbers) -> None:
+def _count_words(table: pa.Table) -> Numbers:
+    found: Numbers = defaultdict(Counter)
     columns = (table[name].to_pylist() for name in ("kind", *ANSWERS))
     for kind, *answers in zip(*columns, strict=True):
         text = next((answer for answer in answers if answer is not None), None)
         length = 0 if text is None else len(content_text(orjson.loads(text)[-1]).split())
-        into.setdefault(kind, Counter())[int(np.searchsorted(WORD_EDGES, length, side="right")) - 1] += 1
+        found[kind][bisect_right(WORD_EDGES, length) - 1] += 1
+    return dict(found)
 
 
-def _series(counted: Numbers, bins: int) -> dict[str, list[int]]:
-    return {kind: [counted[kind][bin] for bin in range(bins)] for kind in sorted(counted)}
+def _series(blocks: Sequence[Numbers], bins: int) -> dict[str, list[int]]:
+    kinds = sorted({kind for counted in blocks for kind in counted})
+    return {
+        kind: [sum(counted[kind][bin] for counted in blocks if kind in counted) for bin in range(bins)]
+        for kind in kinds
+    }
 
 
 def _bars(file: Path, title: str, names: Sequence[str], series: dict[str, list[int]]) -> None:

@@ -5,9 +5,12 @@ must be together for it, and carries the few small things that all blocks must k
 which questions are near duplicates, which topics are over-full.
 """
 
+import gc
 import logging
+import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,11 +25,10 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from cluster import tracking
 from cluster.clock import now_us, to_iso
 from cluster.database import connect
-from cluster.errors import DatasetError, UnavailableError
-from cluster.runtime import ray_session
+from cluster.errors import DatasetError
+from cluster.runtime import RaySession, ray_session
 from cluster.settings import Settings
 from cluster.settings.curation import CurationSettings
 from data import augment, dedup, keep, manifest, weigh
@@ -36,17 +38,23 @@ from data.calibration import fit
 from data.card import dataset_card, draw_plots
 from data.detectors.interface import detectors
 from data.events import Event
+from data.exchange import each, exchange, gathered
 from data.filter import filter_rows
 from data.join import join_events, name_trajectories
 from data.log import EventLog
 from data.manifest import Manifest, Shard
+from data.minhash import U64
+from data.mlflow_datasets import log_to_mlflow, mlflow_warming_up
+from data.near import SKETCHES
+from data.near_parts import clusters_of
 from data.pairs import make_examples
 from data.score import score
 from data.scrub import scrub
 from data.signal_pairs import PAIRS, from_table, pairs_of_rows, sample
 from data.source import Block, plan_blocks, read_block
 from data.split import resolve_clusters
-from data.stages import COUNTS, Stage, join_counts, split_counts, sum_counts, with_column
+from data.stages import Stage, join_counts, split_counts, sum_counts, with_column
+from data.summary import summary_of
 from data.traces import TRACE, TRACED, add_trace, join_traces
 
 log = logging.getLogger(__name__)
@@ -91,9 +99,9 @@ def curate(
             raise DatasetError("the event log is empty; send traffic and feedback first, or `rayloop import` some")
         blocks = plan_blocks(engine, last_seq, settings.curation.events_per_block, parallelism)
         root = manifest.datasets_root(settings, out)
-        with ray_session(settings), _quiet_ray_data():
+        with mlflow_warming_up(settings), ray_session(settings) as session, _quiet_ray_data():
             traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
-            written = _Curation(settings, agent, blocks, root, traced).run()
+            written = _Curation(settings, agent, blocks, root, traced, task_cpus(settings, session)).run()
         if settings.curation.log_to_mlflow:
             log_to_mlflow(settings, written)
         event_log.append([_ready_event(written)])
@@ -112,6 +120,8 @@ class _Curation:
     root: Path
     traced: bool = True
     """The log holds parts of traces that may belong together."""
+    cpus: float = 0.5
+    """Logical CPUs of one task."""
     calibration: dict[str, Any] = field(default_factory=dict)
     topics: tuple[str, ...] = ()
     topic_shares: dict[str, float] = field(default_factory=dict)
@@ -119,10 +129,9 @@ class _Curation:
     def run(self) -> Manifest:
         """The stages of the page, in its order."""
         config = self.settings.curation
-        events = self._read()
-        joined = self._map(
-            self._together(events, "interaction_id"), Stage("join", partial(join_events, agent=self.agent))
-        )
+        asked = self._detectors()
+        events = self._together(self._read(), "interaction_id")
+        joined = self._map(events, Stage("join", partial(join_events, agent=self.agent)))
         if self.settings.feedback.implicit:
             joined = self._together(joined, "session_key")
         if self.settings.feedback.implicit and self.settings.calibration.apply:
@@ -130,12 +139,14 @@ class _Curation:
             self._calibrate(joined)
         implicit = partial(add_implicit_signals, settings=self.settings, weights=self.calibration.get("used", {}))
         joined = self._map(joined, Stage("behaviour", implicit)).materialize()
+        if not _with_rows(joined):
+            raise DatasetError("no examples could be made (no interactions)")
         factors = self._vote_factors(joined)
         rows = self._map(
             joined,
             Stage("weigh", partial(weigh.weigh, settings=config.weigh, factors=factors)),
             Stage("score", partial(score, settings=config.score)),
-            Stage("filter", partial(_filter, settings=config, asked=self._detectors())),
+            Stage("filter", partial(_filter, settings=config, asked=asked)),
             Stage("scrub", partial(scrub, settings=config.scrub)),
             Stage("fingerprint", partial(dedup.fingerprint, settings=config)),
         ).materialize()
@@ -178,65 +189,67 @@ class _Curation:
             batch_format="pyarrow",
             batch_size=None,
             zero_copy_batch=True,
-            num_cpus=self.settings.curation.stage_cpus,
+            num_cpus=self.cpus,
         )
 
     def _together(self, dataset: Any, key: str) -> Any:
-        """The same rows, with all rows of a key in one block."""
-        blocks = len(self.blocks)
-        return dataset.repartition(blocks, keys=[key]) if blocks > 1 else dataset.repartition(1)
+        """The same rows, with all rows of a key in one block; where there is but one, they already are."""
+        if len(self.blocks) == 1:
+            return dataset
+        return self._from(exchange(_with_rows(dataset), key, len(self.blocks), self.cpus))
+
+    def _from(self, blocks: Sequence[Any]) -> Any:
+        """A dataset of blocks that lie in the object store."""
+        numbers = [{"block": number} for number in range(len(blocks))]
+        numbered = ray.data.from_items(numbers, override_num_blocks=len(blocks))
+        return self._map(numbered, partial(_fetch, blocks=list(blocks)))
+
+    def _each(self, dataset: Any, function: Callable[..., Any], *shared: Any) -> list[Any]:
+        """References to what a function makes of the rows of each block of a materialised dataset."""
+        return each(_with_rows(dataset), _of_rows, function, *shared, num_cpus=self.cpus)
 
     def _calibrate(self, joined: Any) -> None:
         """What implicit signals are worth, from a sample of the interactions with both kinds of sign."""
-        found = self._map(joined, _without_counts, partial(pairs_of_rows, settings=self.settings)).materialize()
         pairs = PAIRS.empty_table()
-        for table in _blocks(found):
+        for table in _read_each(self._each(joined, partial(pairs_of_rows, settings=self.settings))):
             pairs = sample(pa.concat_tables([pairs, table]), self.settings.calibration.max_rows)
         if len(pairs):
             fitted = fit(from_table(pairs), self.settings)
             self.calibration = fitted.as_dict() | {"used": fitted.as_settings()}
 
     def _detectors(self) -> Any:
-        """A reference to the detectors, trained here once for all workers; models are loaded where they are used."""
+        """A reference to the detectors, trained once for all workers; models are loaded where they are used."""
         named = self.settings.curation.detectors
         if named.toxicity_model or named.refusal_model or named.grounding_model:
             return None
-        return ray.put(detectors(named))
+        return gathered([], partial(detectors, named), self.cpus)
 
     def _vote_factors(self, joined: Any) -> dict[str, dict[str, float]]:
         """Factors of users over a cap."""
         config = self.settings.curation.weigh
-        days = self._map(joined, _without_counts, weigh.count_votes)
-        totals = self._map(
-            self._together(days, "user"), partial(weigh.user_totals, votes_per_day=config.votes_per_day)
-        ).materialize()
-        everything = sum(pc.sum(table["total"]).as_py() or 0.0 for table in _blocks(totals))
-        return weigh.exceptions(_blocks(totals), everything, config.dataset_share)
+        days = exchange(self._each(joined, weigh.count_votes), "user", len(self.blocks), self.cpus)
+        totals = each(days, partial(weigh.user_totals, votes_per_day=config.votes_per_day), num_cpus=self.cpus)
+        everything = sum(pc.sum(table["total"]).as_py() or 0.0 for table in _read_each(totals))
+        return weigh.exceptions(_read_each(totals), everything, config.dataset_share)
 
     def _best(self, rows: Any) -> Any:
         """The best interactions of all agents, as many as are kept."""
-        ranks = list(_blocks(self._map(rows, _without_counts, keep.ranks).materialize()))
-        least = keep.least_kept(ranks, self.settings.curation.whole_kept)
+        least = keep.least_kept(_read_each(self._each(rows, keep.ranks)), self.settings.curation.whole_kept)
         return self._map(rows, Stage("keep", partial(keep.keep_best, least=least))).materialize()
 
-    def _clusters(self, rows: Any) -> tuple[Any, Any]:
+    def _clusters(self, rows: Any) -> tuple[list[Any], Any]:
         """Sketches of this dataset's texts, and a reference to the near-duplicate `Clusters`."""
-        config = self.settings.curation.dedup
-        sketches = self._map(rows, _without_counts, partial(dedup.sketches_of, settings=config)).materialize()
-        kept = sorted(self._sketch_folder().glob("*.parquet"))
-        tested = [_read_sketches(str(file)) for file in kept]
-        texts = sketches.union(ray.data.from_arrow(tested)) if tested else sketches
-        buckets = self._map(texts, partial(dedup.buckets_of, settings=config))
-        edges = self._map(self._together(buckets, "band"), partial(dedup.bucket_edges, settings=config))
+        config, parts, cpus = self.settings.curation.dedup, len(self.blocks), self.cpus
+        own = self._each(rows, partial(dedup.sketches_of, settings=config))
+        tested = [_read_sketches(str(file)) for file in sorted(self._sketch_folder().glob("*.parquet"))]
         nodes = np.unique(np.concatenate([np.zeros(0, np.uint64), *(t["node"].to_numpy() for t in tested)]))
-        find = ray.remote(_find_clusters).options(num_cpus=self.settings.curation.stage_cpus)
-        return sketches, find.remote(nodes, *edges.materialize().to_arrow_refs())
+        return own, clusters_of([*own, *map(ray.put, tested)], nodes, config, parts, cpus)
 
     def _with_topics(self, examples: Any) -> Any:
         """Examples with their topic, from one model fitted on a sample of all blocks."""
         config = self.settings.curation.balance
         sample = partial(balancing.sample_questions, most=config.topic_sample)
-        model = balancing.fit(_blocks(self._map(examples, _without_counts, sample).materialize()), config)
+        model = balancing.fit(_read_each(self._each(examples, sample)), config)
         self.topics = model.names
         return self._map(examples, partial(_add_topics, model=ray.put(model)))
 
@@ -247,19 +260,19 @@ class _Curation:
 
     def _write(self, final: Any, sketches: Any) -> Manifest:
         """Shards, card and manifest in a folder beside, then renamed into place."""
-        lines = [text for table in _blocks(final) for text in table[COUNTS].drop_null().to_pylist()]
-        stages = sum_counts(lines, list(STAGES))
-        sizes = _sizes(final)
+        found = list(_read_each(each(_with_rows(final), summary_of, num_cpus=self.cpus)))
+        stages = sum_counts((line for one in found for line in one.counts), list(STAGES))
+        sizes = dict(sorted(sum((one.sizes for one in found), Counter()).items()))
         counts = manifest.count_table([(kind, split, n) for (kind, split), n in sizes.items()])
-        check_usable(counts, _labels(final), [(s.name, s.dropped) for s in stages])
+        check_usable(counts, {v for one in found for v in one.labels}, [(s.name, s.dropped) for s in stages])
         building = self.root / f".building-{uuid.uuid4().hex}"
         building.mkdir(parents=True)
         try:
             shards = self._write_shards(final, building, sizes)
-            made = self._manifest(final, stages, counts, shards)
-            plots = draw_plots(made, (split_counts(table)[0] for table in _blocks(final)), building)
+            made = self._manifest([at for one in found for at in one.times], stages, counts, shards)
+            plots = draw_plots(made, (one.histograms for one in found), building)
             (building / "card.md").write_text(dataset_card(made, plots))
-            self._keep_test_sketches(final, sketches, made.dataset_id)
+            self._keep_test_sketches(np.concatenate([one.tested for one in found]), sketches, made.dataset_id)
             return manifest.publish(building, self.root, made)
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -272,11 +285,9 @@ class _Curation:
         return sorted((Shard(**row) for row in rows), key=lambda shard: shard.path)
 
     def _manifest(
-        self, final: Any, stages: Sequence[Any], counts: dict[str, dict[str, int]], shards: list[Shard]
+        self, times: Sequence[int], stages: Sequence[Any], counts: dict[str, dict[str, int]], shards: list[Shard]
     ) -> Manifest:
         digest = manifest.dataset_hash(shards)
-        times = [t for table in _blocks(final) for t in (pc.min(table["at_us"]), pc.max(table["at_us"]))]
-        known = [t.as_py() for t in times if t.is_valid]
         return Manifest(
             dataset_id=f"{self.agent or 'all'}-{digest[:12]}".replace("/", "_"),
             dataset_hash=digest,
@@ -288,7 +299,7 @@ class _Curation:
             config=_public_config(self.settings),
             git_commit=manifest.git_commit(),
             sources={"first_seq": 1, "last_seq": self.blocks[-1].last},
-            time_range=[to_iso(min(known)), to_iso(max(known))],
+            time_range=[to_iso(min(times)), to_iso(max(times))],
             stages=list(stages),
             counts=counts,
             shards=shards,
@@ -296,12 +307,10 @@ class _Curation:
             calibration=self.calibration,
         )
 
-    def _keep_test_sketches(self, final: Any, sketches: Any, dataset_id: str) -> None:
+    def _keep_test_sketches(self, tested: U64, sketches: Sequence[Any], dataset_id: str) -> None:
         """Remember what was in test, so that it never enters a later training set."""
-        nodes = [t.filter(pc.equal(t["split"], "test"))["node"].to_numpy() for t in _blocks(final)]
-        tested = np.unique(np.concatenate([np.zeros(0, np.uint64), *nodes]))
-        tables = [dedup.sketches_of_nodes(table, tested) for table in _blocks(sketches)]
-        table = pa.concat_tables([dedup.SKETCHES.empty_table(), *tables]).sort_by("text")
+        tables = _read_each(each(sketches, dedup.sketches_of_nodes, tested, num_cpus=self.cpus))
+        table = pa.concat_tables([SKETCHES.empty_table(), *tables]).sort_by("text")
         file = self._sketch_folder() / f"{dataset_id}.parquet"
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{uuid.uuid4().hex}.part")
@@ -310,6 +319,13 @@ class _Curation:
 
     def _sketch_folder(self) -> Path:
         return manifest.sketch_folder(self.root, self.settings.tenant, self.settings.workspace)
+
+
+def task_cpus(settings: Settings, session: RaySession) -> float:
+    """Logical CPUs of one task: a core's share of a cluster that is here for curation alone, else the setting."""
+    if not session.started:
+        return settings.curation.stage_cpus
+    return max(1.0, settings.ray.num_cpus / (os.cpu_count() or 1))
 
 
 def check_usable(
@@ -339,7 +355,7 @@ def _quiet_ray_data() -> Iterator[None]:
     """Ray Data without bars, and with blocks that are never cut: the rows of a key must stay together."""
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars, context.target_max_block_size
-    loggers = {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}
+    loggers = {"ray.data": logging.ERROR, "ray.data._internal.progress": logging.ERROR}
     levels = {name: logging.getLogger(name).level for name in loggers}
     context.enable_progress_bars, context.target_max_block_size = False, None
     try:
@@ -353,9 +369,20 @@ def _quiet_ray_data() -> Iterator[None]:
 
 
 def _apply(table: pa.Table, functions: Sequence[Callable[[pa.Table], pa.Table]]) -> pa.Table:
-    for function in functions:
-        table = function(table)
-    return table
+    with _no_collection():
+        for function in functions:
+            table = function(table)
+        return table
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Rows are lists and dicts without cycles, by the hundred thousand: looking for cycles cost a third of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _without_counts(table: pa.Table) -> pa.Table:
@@ -370,6 +397,22 @@ def _filter(table: pa.Table, settings: CurationSettings, asked: Any) -> tuple[pa
     return filter_rows(table, settings, None if asked is None else ray.get(asked))
 
 
+def _with_rows(dataset: Any) -> list[Any]:
+    """References to the blocks that hold rows: Ray Data's empty ones have no columns either."""
+    bundles = dataset.iter_internal_ref_bundles()
+    return [block.ref for bundle in bundles for block in bundle.blocks if block.metadata.num_rows]
+
+
+def _fetch(table: pa.Table, blocks: Sequence[Any]) -> pa.Table:
+    """The blocks whose numbers are in the rows."""
+    return pa.concat_tables(ray.get([blocks[number] for number in table["block"].to_pylist()]))
+
+
+def _of_rows(table: pa.Table, function: Callable[..., Any], *shared: Any) -> Any:
+    """The function's result for a block without its counting rows."""
+    return function(_without_counts(table), *shared)
+
+
 def _assign(table: pa.Table, clusters: Any) -> tuple[pa.Table, Any]:
     return dedup.assign_clusters(table, ray.get(clusters))
 
@@ -380,13 +423,8 @@ def _add_topics(table: pa.Table, model: Any) -> pa.Table:
     return join_counts(balancing.add_topics(rows, ray.get(model)), counts)
 
 
-def _find_clusters(tested: Any, *edges: pa.Table) -> dedup.Clusters:
-    whole = [table for table in edges if table.column_names]
-    return dedup.find_clusters(pa.concat_tables([dedup.EDGES.empty_table(), *whole]), tested)
-
-
 def _read_sketches(file: str) -> pa.Table:
-    return pq.read_table(file, schema=dedup.SKETCHES)
+    return pq.read_table(file, schema=SKETCHES)
 
 
 def _name_shards(table: pa.Table, number: dict[tuple[str, str], int]) -> pa.Table:
@@ -404,20 +442,9 @@ def _blocks(dataset: Any) -> Iterator[pa.Table]:
             yield table
 
 
-def _sizes(final: Any) -> dict[tuple[str, str], int]:
-    """Examples of each kind and split."""
-    sizes: dict[tuple[str, str], int] = {}
-    for table in _blocks(final):
-        groups = split_counts(table)[0].group_by(["kind", "split"]).aggregate([([], "count_all")])
-        for row in groups.to_pylist():
-            key = row["kind"], row["split"]
-            sizes[key] = sizes.get(key, 0) + row["count_all"]
-    return dict(sorted(sizes.items()))
-
-
-def _labels(final: Any) -> set[bool]:
-    """Which verdicts the unpaired examples hold."""
-    return {label for table in _blocks(final) for label in pc.unique(table["label"].drop_null()).to_pylist()}
+def _read_each(references: Sequence[Any]) -> Iterator[Any]:
+    """What references stand for, one in memory at a time."""
+    return map(ray.get, references)
 
 
 def _public_config(settings: Settings) -> dict[str, Any]:
@@ -426,26 +453,6 @@ def _public_config(settings: Settings) -> dict[str, Any]:
     config["split"]["salt"] = "(not shown)"
     config["augment"]["api_key"] = None
     return config
-
-
-def log_to_mlflow(settings: Settings, written: Manifest) -> None:
-    """Log a dataset as an MLflow run with its card, plots and numbers, once for each dataset.
-
-    Without MLflow the dataset is whole all the same, so that is a warning.
-    """
-    tags = {"rayloop.kind": "dataset", "rayloop.dataset_id": written.dataset_id}
-    try:
-        client, experiment = tracking.client(settings), tracking.experiment_id(settings)
-        wanted = f"tags.`rayloop.dataset_id` = '{written.dataset_id}'"
-        if client.search_runs([experiment], wanted, max_results=1):
-            return
-        with tracking.run(settings, f"dataset {written.dataset_id}", tags=tags) as run:
-            run.log_dataset(name=written.dataset_id, digest=written.dataset_hash, uri=written.path, context="curation")
-            run.log_metrics({f"{k}.{s}": n for k, splits in written.counts.items() for s, n in splits.items()})
-            for file in ("manifest.json", "card.md", *sorted(p.name for p in Path(written.path).glob("*.png"))):
-                run.log_artifact(Path(written.path) / file)
-    except UnavailableError as error:
-        log.warning("dataset %s is not in MLflow: %s", written.dataset_id, error)
 
 
 def _ready_event(written: Manifest) -> Event:

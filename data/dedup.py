@@ -1,8 +1,6 @@
 """Stage 6, deduplicate: equal answers are merged, near-equal ones dropped, near-equal questions marked.
 
-Questions and whole examples are compared by MinHash LSH: every text gives one key a band, texts that
-share a key are candidates, candidates whose sketches agree enough are joined, and what is connected is a
-cluster. Only keys and sketches travel between machines, never a set of all rows to one place.
+Questions and whole examples are compared by their sketches (`data.near`).
 
 Two texts made of `field: value` lines are near duplicates only when all their fields agree: in a record,
 one different value is a different case, however alike the rest reads (docs/decisions/).
@@ -11,7 +9,6 @@ one different value is a different case, however alike the rest reads (docs/deci
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -24,17 +21,11 @@ from numpy.typing import NDArray
 from cluster.settings.curation import CurationSettings, DeduplicationSettings
 from data.events import Message
 from data.join import to_json
-from data.minhash import U64, Shingles, band_keys, mix, shingle, similarity, sketch_column, text_hashes
+from data.minhash import U64, mix, shingle, sketch_column, text_hashes
+from data.near import SKETCHES, Clusters, cluster_of
 from data.split import SPLITS, split_of
 from data.stages import Dropped, with_column
 from data.template import content_text
-
-BUCKETS = pa.schema([("band", pa.uint64()), ("text", pa.uint64()), ("node", pa.uint64()), ("sketch", pa.binary())])
-"""A text under one of its band keys; `node` is the question it belongs to, `sketch` one byte a value."""
-EDGES = pa.schema([("left", pa.uint64()), ("right", pa.uint64())])
-"""Two nodes found to be near duplicates."""
-SKETCHES = pa.schema([("text", pa.uint64()), ("node", pa.uint64()), ("salt", pa.uint64()), ("sketch", pa.binary())])
-"""A text's full sketch (uint32 values), as kept of test items."""
 
 FIELD_PATTERNS = (
     re.compile(r"^[ \t]*[-*]?[ \t]*([^\W_][\w ./()-]{0,40}?)[ \t]*[:=][ \t]+(\S.*?)[ \t]*$", re.M),  # a line each
@@ -110,113 +101,6 @@ def sketches_of_nodes(sketches: pa.Table, nodes: U64) -> pa.Table:
     return sketches.filter(pa.array(np.isin(sketches["node"].to_numpy(), nodes)))
 
 
-def buckets_of(sketches: pa.Table, settings: DeduplicationSettings) -> pa.Table:
-    """Rows of `BUCKETS`: each text once a band."""
-    matrix = _matrix(sketches["sketch"], np.dtype(np.uint32), settings.bands * settings.rows_per_band)
-    keys = band_keys(matrix, settings.bands, sketches["salt"].to_numpy())
-    index = np.repeat(np.arange(len(matrix)), settings.bands)
-    columns = [
-        sketches["text"].to_numpy()[index],
-        sketches["node"].to_numpy()[index],
-        _rows_as_binary(np.repeat(matrix.astype(np.uint8), settings.bands, axis=0)),
-    ]
-    return pa.table([keys.ravel(), *columns], schema=BUCKETS)
-
-
-def bucket_edges(buckets: pa.Table, settings: DeduplicationSettings) -> pa.Table:
-    """Rows of `EDGES`: near duplicates among texts that share a band key.
-
-    Needs all rows of a key. A bucket of more than `bucket_pairs` texts is compared along a chain and with
-    its first text, so that a popular text costs no square.
-    """
-    band, text, node = (buckets[name].to_numpy() for name in ("band", "text", "node"))
-    order = _shared(band)
-    order = order[np.lexsort((text[order], band[order]))]
-    fresh = np.ones(len(order), dtype=bool)
-    fresh[1:] = (np.diff(band[order]) != 0) | (np.diff(text[order]) != 0)
-    order = order[fresh]
-    left, right = _candidates(band[order], settings.bucket_pairs)
-    left, right = _once(text, node, order[left], order[right])
-    matrix = _matrix(buckets["sketch"], np.dtype(np.uint8), settings.bands * settings.rows_per_band)
-    alike = similarity(matrix[left], matrix[right]) >= settings.threshold
-    pairs = np.sort(np.stack([node[left[alike]], node[right[alike]]], axis=1), axis=1)
-    pairs = np.unique(pairs, axis=0)
-    return pa.table([pairs[:, 0], pairs[:, 1]], schema=EDGES)
-
-
-def _shared(keys: U64) -> NDArray[np.int64]:
-    """Indexes of the keys that occur more than once."""
-    order = np.argsort(keys)
-    same = np.diff(keys[order]) == 0
-    shared: NDArray[np.int64] = order[np.concatenate([same, [False]]) | np.concatenate([[False], same])]
-    return shared
-
-
-def _once(
-    text: U64, node: U64, left: NDArray[np.int64], right: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Each pair of texts of different nodes once, however many bands they share."""
-    different = node[left] != node[right]
-    left, right = left[different], right[different]
-    low, high = np.minimum(text[left], text[right]), np.maximum(text[left], text[right])
-    _, first = np.unique(mix(low) + np.uint64(3) * high, return_index=True)
-    return left[first], right[first]
-
-
-def _candidates(keys: U64, most: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Index pairs within runs of equal keys: all pairs of a short run, chain and star of a long one."""
-    starts = np.flatnonzero(np.concatenate([[True], np.diff(keys) != 0])) if len(keys) else np.zeros(0, np.int64)
-    sizes = np.diff(np.append(starts, len(keys)))
-    lefts, rights = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    for size in np.unique(sizes[sizes > 1]):
-        begin = starts[sizes == size]
-        if size <= most:
-            i, j = np.triu_indices(size, 1)
-        else:
-            rest = np.arange(1, size)
-            i, j = np.concatenate([rest - 1, np.zeros(size - 1, np.int64)]), np.concatenate([rest, rest])
-        lefts.append((begin[:, None] + i[None, :]).ravel())
-        rights.append((begin[:, None] + j[None, :]).ravel())
-    return np.concatenate(lefts), np.concatenate(rights)
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """Clusters of more than one node, and nodes that are or were test items; the rest stand alone."""
-
-    nodes: U64
-    """Sorted."""
-    clusters: U64
-    """The least node of each one's cluster."""
-    tested: U64
-    """Clusters that hold a test item of an earlier dataset, sorted."""
-
-
-def find_clusters(edges: pa.Table, tested_nodes: U64) -> Clusters:
-    """Connected components of the edges: `tested_nodes` are those of earlier test items."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    left, right = edges["left"].to_numpy(), edges["right"].to_numpy()
-    nodes, index = np.unique(np.concatenate([left, right]).astype(np.uint64), return_inverse=True)
-    i, j = np.split(index, 2)
-    graph = coo_array((np.ones(len(i), dtype=np.int8), (i, j)), shape=(len(nodes), len(nodes)))
-    count, component = connected_components(graph, directed=False)
-    least = np.full(count, np.iinfo(np.uint64).max, dtype=np.uint64)
-    np.minimum.at(least, component, nodes)
-    found = Clusters(nodes, least[component], np.zeros(0, np.uint64))
-    return Clusters(found.nodes, found.clusters, np.unique(cluster_of(tested_nodes, found)))
-
-
-def cluster_of(nodes: U64, clusters: Clusters) -> U64:
-    """The cluster of each node; a node alone is its own."""
-    if not len(clusters.nodes) or not len(nodes):
-        return nodes.astype(np.uint64)
-    place = np.minimum(np.searchsorted(clusters.nodes, nodes), len(clusters.nodes) - 1)
-    known = clusters.nodes[place] == nodes
-    return np.where(known, clusters.clusters[place], nodes).astype(np.uint64)
-
-
 def assign_clusters(table: pa.Table, clusters: Clusters) -> tuple[pa.Table, Dropped]:
     """Adds `cluster` and `seen_in_test`."""
     own = cluster_of(table["node"].to_numpy(), clusters)
@@ -239,11 +123,13 @@ def deduplicate(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table, 
         groups[row["cluster"], row["split"]].append(row)
     dropped: Dropped = Counter()
     kept: list[dict[str, Any]] = []
-    for key in sorted(groups):
-        merged = _merge_equal(groups[key])
-        dropped["exact duplicate"] += len(groups[key]) - len(merged)
-        distinct = _drop_near(merged, settings)
-        dropped["near duplicate"] += len(merged) - len(distinct)
+    merged = {key: _merge_equal(groups[key]) for key in sorted(groups)}
+    dropped["exact duplicate"] = sum(map(len, groups.values())) - sum(map(len, merged.values()))
+    several = [row for rows in merged.values() if len(rows) > settings.dedup.keep_per_cluster for row in rows]
+    hashes = _answer_shingles(several, settings)
+    for rows in merged.values():
+        distinct = _drop_near(rows, hashes, settings)
+        dropped["near duplicate"] += len(rows) - len(distinct)
         kept += distinct
     return pa.concat_tables([table.filter(pa.array(alone)), pa.Table.from_pylist(kept, table.schema)]), +dropped
 
@@ -280,15 +166,22 @@ def _merge(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _drop_near(rows: list[dict[str, Any]], settings: CurationSettings) -> list[dict[str, Any]]:
+def _answer_shingles(rows: list[dict[str, Any]], settings: CurationSettings) -> dict[int, U64]:
+    """The shingles of each row's answer, by the row's `id`: all rows at once, for a call costs more than a text."""
+    answers = [content_text(orjson.loads(row["response"])) for row in rows]
+    shingles = shingle(pa.array(answers, pa.string()), settings.dedup.shingle_words)
+    edges = pairwise(shingles.offsets)
+    return {id(row): shingles.hashes[begin:end] for row, (begin, end) in zip(rows, edges, strict=True)}
+
+
+def _drop_near(rows: list[dict[str, Any]], hashes: dict[int, U64], settings: CurationSettings) -> list[dict[str, Any]]:
     """Of rows whose answers are near duplicates, the first `keep_per_cluster` by weight."""
     most = settings.dedup.keep_per_cluster
     if len(rows) <= most:
         return rows
     rows = sorted(rows, key=lambda r: (-r["weight"], r["at_us"], r["interaction_id"]))
-    answers = [content_text(orjson.loads(row["response"])) for row in rows]
-    fields = [record_fields(answer, 1) for answer in answers]
-    sets = shingle_sets(shingle(pa.array(answers, pa.string()), settings.dedup.shingle_words))
+    fields = [record_fields(content_text(orjson.loads(row["response"])), 1) for row in rows]
+    sets = [set(hashes[id(row)].tolist()) for row in rows]
     kept: list[int] = []
 
     def near(i: int, k: int) -> bool:
@@ -302,12 +195,6 @@ def _drop_near(rows: list[dict[str, Any]], settings: CurationSettings) -> list[d
     return [rows[i] for i in kept]
 
 
-def shingle_sets(shingles: Shingles) -> list[set[int]]:
-    """The shingles of each text as a set."""
-    edges = shingles.offsets
-    return [set(shingles.hashes[a:b].tolist()) for a, b in pairwise(edges)]
-
-
 def jaccard(left: set[int], right: set[int]) -> float:
     """Size of the intersection over size of the union; 1 for two empty sets."""
     union = len(left | right)
@@ -319,15 +206,3 @@ def _rows_as_binary(matrix: NDArray[Any]) -> pa.Array:
     offsets = np.arange(len(matrix) + 1, dtype=np.int32) * np.int32(matrix.shape[1] * matrix.itemsize)
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(matrix))]
     return pa.Array.from_buffers(pa.binary(), len(matrix), buffers)
-
-
-def _matrix(column: pa.ChunkedArray, dtype: np.dtype[Any], columns: int) -> NDArray[Any]:
-    """Binary rows of equal length as a matrix, without a copy where they lie in one piece."""
-    width = columns * dtype.itemsize
-    parts = []
-    for chunk in column.chunks:
-        if len(chunk):
-            begin = int(np.frombuffer(chunk.buffers()[1], np.int32, len(chunk) + chunk.offset)[chunk.offset])
-            parts.append(np.frombuffer(chunk.buffers()[2], np.uint8, len(chunk) * width, begin))
-    joined = parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.uint8), *parts])
-    return joined.view(dtype).reshape(len(column), columns)

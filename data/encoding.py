@@ -78,6 +78,12 @@ def _unpack(arrays: bytes) -> dict[str, Any]:
     return unpacked
 
 
+def lengths_of(arrays: bytes) -> dict[str, int]:
+    """How long each of the packed arrays is."""
+    lengths = struct.unpack_from("<3I", arrays)
+    return {name: length for (name, _), length in zip(ARRAYS, lengths, strict=True)}
+
+
 def body_digest(salt: bytes, event: Event, text: bytes, arrays: bytes | None) -> bytes:
     """SHA-256 over salt, personal ids, and the body's text and arrays (`encode_body`)."""
     personal = orjson.dumps((event.user_id, event.session_id))

@@ -56,7 +56,12 @@ def _rows(mlflow: Any, experiment_id: str, experiment: str) -> Iterator[Row]:
 
 def trace_items(trace: Any, experiment: str) -> Iterator[tuple[dict[str, Any], InputError | None]]:
     """The items of one trace, each with its `kind`; or what is wrong with it."""
-    spans = [_span(span, trace.info, experiment) for span in trace.data.spans]
+    spans = []
+    for span in trace.data.spans:
+        try:
+            spans.append(_span(span, trace.info, experiment))
+        except InputError as error:
+            yield {"span": span.name}, error
     found = items_of(spans)
     for each in found:
         yield {"kind": each.kind, **each.item}, each.error
@@ -127,6 +132,8 @@ def _answer(outputs: Any) -> tuple[list[Any] | None, str | None, str | None]:
     """The answer, why it ended and its id: of a chat completion, a message, or a text."""
     if isinstance(outputs, dict) and isinstance(outputs.get("choices"), list) and outputs["choices"]:
         choice = outputs["choices"][0]
+        if not isinstance(choice, dict):
+            raise InputError("outputs.choices.0", choice, "must be an object", "log the answer as the API gave it")
         return [choice.get("message")], choice.get("finish_reason"), outputs.get("id")
     if isinstance(outputs, dict) and isinstance(outputs.get("messages"), list):
         outputs = outputs["messages"][-1:]

@@ -60,6 +60,8 @@ EXAMPLES = pa.schema(
     ]
 )
 """Examples of all kinds; `data.manifest.COLUMNS` says which columns each kind keeps."""
+UNUSED = ("context", "behaviours", "votes", "scrubbed", "session_key", "session_id", "version", "latency_s", "fields")
+"""Columns that no example is made of: to make Python values of them takes time."""
 Row = dict[str, Any]
 
 
@@ -83,7 +85,7 @@ class Answer:
 def make_examples(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table, Dropped]:
     """Rows of `EXAMPLES`. Needs all rows of a cluster; the tally counts refused pairs and silent rows."""
     groups: dict[tuple[int, str], list[Row]] = defaultdict(list)
-    for row in table.to_pylist():
+    for row in table.drop_columns([name for name in UNUSED if name in table.column_names]).to_pylist():
         groups[row["cluster"], row["split"]].append(row)
     dropped: Dropped = Counter()
     examples: list[Row] = []

@@ -4,8 +4,8 @@ The pass only rules out. What it leaves is confirmed with `re`, so spans are the
 with digits or letters beyond ASCII that `re` takes for ASCII ones are left to `re` altogether.
 """
 
+import re
 import threading
-import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -54,5 +54,5 @@ class Prefilter:
 @cache
 def _odd_characters() -> str:
     """A class of the decimal digits beyond ASCII, and of the letters in `SPECIAL`."""
-    digits = [chr(c) for c in range(128, 0x110000) if unicodedata.category(chr(c)) == "Nd"]
+    digits = re.findall(r"\d", "".join(map(chr, range(128, 0x110000))))
     return f"[{''.join((*digits, *SPECIAL))}]"

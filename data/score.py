@@ -101,8 +101,8 @@ def completeness(answer: str, settings: ScoreSettings) -> float:
 
 def context_used(answer: str, context: Sequence[str]) -> float | None:
     """Share of the answer's content words that its passages hold; `None` without passages."""
-    said = content_words(answer)
-    if not context or not said:
+    said = content_words(answer) if context else None
+    if not said:
         return None
     return len(said & content_words(" ".join(context))) / len(said)
 

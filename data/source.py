@@ -6,7 +6,6 @@ erasures, so a task that is run again reads the same rows.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import orjson
 import pyarrow as pa
@@ -16,7 +15,7 @@ from sqlalchemy.engine import Engine
 from cluster.database import connect
 from cluster.errors import UnavailableError
 from cluster.settings import Settings
-from data.encoding import decode_body
+from data.encoding import ARRAYS, decode_body, decompress, lengths_of
 from data.log import EventLog
 from data.partitions import Partition, read_batches, read_partitions, sealed_upto
 from data.propensity import answer_logprob
@@ -37,6 +36,8 @@ EVENTS = pa.schema(
 )
 """One event a row; `body` is JSON, null when erased."""
 READ = ("kind", "event_id", "interaction_id", "user_id", "session_id", "agent", "occurred_at_us", "body", "arrays")
+TOKENS = tuple(name for name, _ in ARRAYS)
+LEFT_OUT = tuple(f'"{name}"'.encode() for name in TOKENS)
 MOVED = 3  # times that a file is looked up anew: an erasure may move it while it is read
 
 
@@ -117,7 +118,7 @@ def _wanted(batch: pa.Table, settings: Settings) -> pa.Table:
     mine = pc.and_(pc.equal(batch["tenant"], settings.tenant), pc.equal(batch["workspace"], settings.workspace))
     rows = batch.filter(pc.and_(mine, pc.is_in(batch["kind"], pa.array(KINDS)))).select(list(READ))
     bodies = [
-        None if text is None else _body(kind, decode_body(text.encode(), arrays))
+        None if text is None else _stored_body(kind, text.encode(), arrays)
         for kind, text, arrays in zip(*(rows[n].to_pylist() for n in ("kind", "body", "arrays")), strict=True)
     ]
     columns = [rows[name] for name in READ[:-2]]
@@ -125,28 +126,36 @@ def _wanted(batch: pa.Table, settings: Settings) -> pa.Table:
 
 
 def _pages(engine: Engine, settings: Settings, block: Block) -> Iterator[pa.RecordBatch]:
+    """Events beyond the sealed days, a short read at a time."""
     log, after = EventLog(engine), block.after
     while after < block.last:
-        page = log.read(after, settings.curation.page_events, kinds=KINDS, tenant=settings.tenant)
+        page = log.read_stored(after, settings.curation.page_events, kinds=KINDS, tenant=settings.tenant)
         if not page:
             return
         after = page[-1].seq
-        rows = [r for r in page if r.seq <= block.last and r.event.workspace == settings.workspace]
-        yield pa.RecordBatch.from_pylist([_row(r) for r in rows], EVENTS)
+        rows = [r for r in page if r.seq <= block.last and r.workspace == settings.workspace]
+        texts = [None if r.erased else _stored_body(r.kind, r.body, r.arrays) for r in rows]
+        columns = [[getattr(r, name) for r in rows] for name in READ[:-2]]
+        yield pa.RecordBatch.from_arrays(
+            [pa.array(values, field.type) for values, field in zip([*columns, texts], EVENTS, strict=True)],
+            schema=EVENTS,
+        )
 
 
-def _row(recorded: Any) -> dict[str, Any]:
-    event = recorded.event
-    return {
-        "kind": event.kind,
-        "event_id": event.event_id,
-        "interaction_id": event.interaction_id,
-        "user_id": event.user_id,
-        "session_id": event.session_id,
-        "agent": event.agent,
-        "at_us": event.occurred_at_us,
-        "body": None if recorded.erased else _body(event.kind, event.body),
-    }
+def _stored_body(kind: str, stored: bytes, arrays: bytes | None) -> str:
+    """`_body` of a body as it is kept: its text already is canonical JSON, so it is parsed only where that tells more."""
+    text = decompress(stored)
+    if kind != "interaction" and arrays is None:
+        return text.decode()
+    lengths = {} if arrays is None else lengths_of(arrays)
+    if (
+        kind != "interaction"
+        or text == b"{}"
+        or lengths.get("completion_logprobs")
+        or any(name in text for name in LEFT_OUT)
+    ):
+        return _body(kind, decode_body(text, arrays))
+    return f'{{"answer_tokens":{lengths.get("completion_token_ids", 0)},{text[1:].decode()}'
 
 
 def _body(kind: str, body: dict[str, object]) -> str:
@@ -155,6 +164,5 @@ def _body(kind: str, body: dict[str, object]) -> str:
         counts: dict[str, object] = {"answer_tokens": len(body.get("completion_token_ids") or ())}  # type: ignore[arg-type]
         if (logprob := answer_logprob(body)) is not None:
             counts["answer_logprob"] = logprob
-        left_out = ("prompt_token_ids", "completion_token_ids", "completion_logprobs")
-        body = {k: v for k, v in body.items() if k not in left_out} | counts
+        body = {k: v for k, v in body.items() if k not in TOKENS} | counts
     return orjson.dumps(body, option=orjson.OPT_SORT_KEYS).decode()

@@ -18,9 +18,6 @@ import pyarrow.parquet as pq
 from cluster.errors import DatasetError
 from cluster.settings.curation import CurationSettings
 from data.dedup import (
-    SKETCHES,
-    bucket_edges,
-    buckets_of,
     normalise_text,
     question_salts,
     question_text,
@@ -30,6 +27,7 @@ from data.dedup import (
 from data.join import to_json
 from data.manifest import Manifest, dataset_hash, example_schema, sketch_folder
 from data.minhash import text_hashes
+from data.near import SKETCHES, near_edges
 from data.recognisers import find
 from data.scrub import suspicion
 from data.template import content_text, render
@@ -166,7 +164,7 @@ def check_near_duplicates(rows: Sequence[Row], settings: CurationSettings) -> Ch
     nodes = text_hashes(list(as_written))
     fields = text_hashes([record_fields(question, settings.dedup.field_lines) for question in questions])
     sketches = sketch_texts(questions, nodes, nodes, fields, settings.dedup)
-    edges = bucket_edges(buckets_of(sketches, settings.dedup), settings.dedup)
+    edges = near_edges(sketches, settings.dedup)
     by_node = dict(zip(nodes.tolist(), questions, strict=True))
     ends = (edges["left"].to_pylist(), edges["right"].to_pylist())
     pairs = [(by_node[a], by_node[b]) for a, b in zip(*ends, strict=True)]
@@ -192,7 +190,7 @@ def check_earlier_tests(rows: Iterable[Row], manifest: Manifest, settings: Curat
     nodes = text_hashes(list(questions))
     fields = text_hashes([record_fields(question, settings.dedup.field_lines) for question in questions.values()])
     own = sketch_texts(list(questions.values()), nodes, nodes, question_salts(fields), settings.dedup)
-    edges = bucket_edges(buckets_of(pa.concat_tables([own, tested]), settings.dedup), settings.dedup)
+    edges = near_edges(pa.concat_tables([own, tested]), settings.dedup)
     was_tested = set(tested["node"].to_pylist())
     pairs = zip(edges["left"].to_pylist(), edges["right"].to_pylist(), strict=True)
     by_node = dict(zip(nodes.tolist(), questions.values(), strict=True))

@@ -266,7 +266,8 @@ class CurationSettings(Section):
     page_events: int = Field(2_000, ge=1)
     """Events in one read transaction."""
     stage_cpus: float = Field(0.5, gt=0)
-    """Logical CPUs of one task. Fractions leave room for Serve on the same machine."""
+    """Logical CPUs of one task on a cluster that runs already; fractions leave room for Serve on the same machine.
+    On a cluster that curation starts for itself, a task has a core."""
     log_to_mlflow: bool = True
     """Log each dataset to MLflow, with its manifest, card and plots."""
     shard_rows: int = Field(50_000, ge=1)

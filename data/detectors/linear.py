@@ -8,6 +8,7 @@ column of long answers costs little more than splitting it. A text is as bad as 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -81,7 +82,9 @@ class LinearDetector:
         return np.where(lengths > 0, scaled, -np.inf)
 
     def _word_scores(self, vocabulary: list[str]) -> Matrix:
-        return np.array([self.weights[word_buckets(word)].sum() for word in vocabulary] or [0.0])
+        """Sum of the weights of each word's buckets."""
+        buckets, starts = word_buckets(vocabulary)
+        return np.add.reduceat(self.weights[buckets], starts) if vocabulary else np.zeros(1)
 
 
 def sentences_of(texts: pa.Array) -> Sentences:
@@ -101,12 +104,16 @@ def _without_blanks(words: NDArray[np.int64], offsets: NDArray[np.int64], vocabu
     return Sentences(words[real], kept[offsets].astype(np.int64), vocabulary)
 
 
-@cache
-def word_buckets(word: str) -> NDArray[np.int64]:
-    """Buckets of a word and of its letter n-grams."""
-    marked = f"<{word}>"
-    grams = [marked, *(marked[i : i + n] for n in LETTERS for i in range(len(marked) - n + 1))]
-    return _hash(grams) % BUCKETS
+def word_buckets(words: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Buckets of each word and of its letter n-grams, one word after the other, and where each word's begin."""
+    grams: list[str] = []
+    starts = []
+    for word in words:
+        marked = f"<{word}>"
+        starts.append(len(grams))
+        grams.append(marked)
+        grams += [marked[i : i + n] for n in LETTERS for i in range(len(marked) - n + 1)]
+    return _hash(grams) % BUCKETS, np.array(starts, np.int64)
 
 
 def _hash(texts: Sequence[str]) -> NDArray[np.int64]:
@@ -137,12 +144,13 @@ def features(texts: Sequence[str]) -> "object":
 
     found = sentences_of(pa.array(list(texts), pa.string()))
     lengths = np.diff(found.offsets)
+    buckets_of, starts = word_buckets(found.vocabulary)
+    of_word = np.split(buckets_of, starts[1:])
     owners, buckets = [], []
-    for sentence, (begin, end) in enumerate(zip(found.offsets[:-1], found.offsets[1:], strict=True)):
+    for sentence, (begin, end) in enumerate(pairwise(found.offsets)):
         for word in found.words[begin:end]:
-            own = word_buckets(found.vocabulary[word])
-            owners.append(np.full(len(own), sentence))
-            buckets.append(own)
+            owners.append(np.full(len(of_word[word]), sentence))
+            buckets.append(of_word[word])
     for owner, bucket in run_buckets(found):
         owners.append(owner)
         buckets.append(bucket)

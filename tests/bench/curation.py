@@ -7,7 +7,8 @@ with scrubbing, detectors, near-duplicate clusters, pairs, splits and manifest. 
 rows, already joined, to a Parquet file: `map` with eight `re` substitutions, `map` with a score and a filter,
 datasketch MinHash and LSH over the questions, one file. It does less; both must find the same number of
 distinct questions, up to the sketches' error. Both run in processes of their own with the same number of CPUs.
-Cost is per row, so the peer may run on fewer. Memory is the highest sum of private memory of all processes; CPU
+Cost is per row, so the peer may run on fewer. Memory is the highest sum of private memory of all processes, beside
+an object store of 2 GB at the most (Ray moves to disk what does not fit); CPU
 seconds are those of all processes, start of Ray included, for machines that are shared.
 """
 
@@ -30,6 +31,7 @@ TARGET = 10.0
 SAME = 0.02
 PEER = "datasketch==2.0.0"
 CPUS = 2
+STORE_MB = 2048
 COPIES, WORDS, USERS = 0.2, 60, 5000
 
 PEER_CODE = """
@@ -153,8 +155,9 @@ def ours(home: Path) -> dict[str, Any]:
     from data.manifest import read_examples
     from data.split import SPLITS
 
-    settings = load_settings(home=home, curation={"log_to_mlflow": False})[0]
-    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False)
+    settings = load_settings(home=home, curation={"log_to_mlflow": False, "stage_cpus": 1.0})[0]
+    store = {"object_store_memory": STORE_MB * 2**20}
+    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, **store)
     begun = time.perf_counter()
     made = curate(settings, agent="a")
     seconds = time.perf_counter() - begun

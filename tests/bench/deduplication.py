@@ -97,14 +97,15 @@ def ours(texts: Sequence[str]) -> dict[str, Any]:
     import numpy as np
 
     from cluster.settings.curation import DeduplicationSettings
-    from data.dedup import bucket_edges, buckets_of, cluster_of, find_clusters, sketch_texts
+    from data.dedup import sketch_texts
+    from data.near import cluster_of, find_clusters, near_edges
 
     settings = DeduplicationSettings()
 
     def flag(texts: Sequence[str]) -> list[int]:
         ids = np.arange(len(texts), dtype=np.uint64)
         sketches = sketch_texts(list(texts), ids, ids, np.zeros(len(texts), np.uint64), settings)
-        edges = bucket_edges(buckets_of(sketches, settings), settings)
+        edges = near_edges(sketches, settings)
         return list(np.flatnonzero(cluster_of(ids, find_clusters(edges, ids[:0])) != ids).tolist())
 
     flag(texts[:WARM])

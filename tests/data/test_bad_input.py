@@ -1,6 +1,9 @@
 """One bad row among good ones, through every importer: it is named with field, value and rule; the others are kept."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +21,8 @@ from data.importers import ImportOptions, ImportReport, import_source
 from data.log import EventLog
 from data.sources import Source, file_source, open_source
 
+FAKE_CLOUD = Path(__file__).parent / "fake_cloud"
+ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
 THUMB = {"kind": "feedback", "interaction_id": "i1", "type": "thumbs_up"}
 CHAT = {"kind": "interaction", "interaction_id": "i2", "messages": [{"role": "user", "content": "hi"}]}
@@ -53,12 +58,15 @@ def columns(rows: list[Row]) -> list[Row]:
 
 
 def parquet(rows: list[Row], folder: Path, settings: Settings) -> Source:
-    file = folder / "f.parquet"
+    return file_source(parquet_file(rows, folder / "f.parquet"))
+
+
+def parquet_file(rows: list[Row], file: Path) -> Path:
     flat = columns(rows)
     names = sorted({name for row in flat for name in row})
     kinds = {n: pa.infer_type([row[n] for row in flat if n in row]) for n in names}
     pq.write_table(pa.Table.from_pylist(flat, pa.schema(kinds)), file)
-    return file_source(file)
+    return file
 
 
 def table(rows: list[Row], folder: Path, settings: Settings) -> Source:
@@ -118,6 +126,32 @@ def test_bad_row_is_named(verdicts: dict[str, dict[str, Any]], way: str, name: s
     assert problem.field == field or problem.field.startswith(f"{field}.")
     assert rule in problem.rule and problem.as_dict()["value"] is not None
     assert len(str(problem.as_dict()["value"])) < 200
+
+
+@pytest.mark.ray
+def test_bad_rows_of_bigquery_are_named_and_the_good_ones_kept(tmp_path: Path) -> None:
+    not_a_number = THUMB | {"type": "rating", "value": float("nan")}
+    bad = [row for row, _, _ in BAD.values()] + [not_a_number]
+    rows = [row for n, wrong in enumerate(bad) for row in (THUMB | {"event_id": f"good-{n}"}, wrong)]
+    environment = {
+        **os.environ,
+        "RAYLOOP_HOME": str(tmp_path / "home"),
+        "RAYLOOP_INTAKE__SHOWN_PROBLEMS": "100",
+        "FAKE_BIGQUERY_ROWS": str(parquet_file(rows, tmp_path / "rows.parquet")),
+        "PYTHONPATH": str(FAKE_CLOUD),
+        "RAY_AUTH_MODE": "disabled",
+    }
+    command = [sys.executable, "-m", "data", "import", "bigquery://proj", "--table", "logs.feedback", "--json"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    report = json.loads(done.stdout)
+    twenty = 20  # good rows of the other stream
+    counts = report["rows"], report["imported"], report["rejected"]
+    assert counts == (twenty + 2 * len(bad), twenty + len(bad), len(bad)), done.stderr
+    problems = report["problems"]
+    expected = [*BAD.values(), (not_a_number, "value", "finite")]
+    for _, field, rule in expected:
+        named = [p for p in problems if p["field"] == field or p["field"].startswith(f"{field}.")]
+        assert any(rule in problem["rule"] for problem in named), (field, rule, named)
 
 
 @pytest.mark.parametrize("cut", [0.2, 0.6, 0.95])

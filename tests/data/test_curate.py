@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,14 @@ import pytest
 
 from cluster.database import connect
 from cluster.errors import DatasetError, InputError, NotFoundError
+from cluster.runtime import RaySession
 from cluster.settings import Settings, load_settings
 from data.card import dataset_card
-from data.curate import check_usable, curate, log_to_mlflow
+from data.curate import check_usable, curate, task_cpus
 from data.events import Event, parse_body
 from data.log import EventLog
 from data.manifest import COLUMNS, Manifest, find_dataset, load_manifest, read_examples
+from data.mlflow_datasets import log_to_mlflow
 from data.split import SPLITS
 from data.validate import validate
 from tests.data.kill_worker import a_worker_killed
@@ -329,3 +332,9 @@ def test_pyarrow_keeps_the_schema_of_an_empty_shard_list() -> None:
 
     empty = pa.table({"shard": pa.array([], pa.string())})
     assert write_shards(empty, Path("/nonexistent")).schema.equals(SHARDS)
+
+
+def test_a_task_has_a_core_where_the_cluster_is_there_for_it_alone(tmp_path: Path) -> None:
+    settings = load_settings(home=tmp_path, ray={"num_cpus": 600})[0]
+    assert task_cpus(settings, RaySession("127.0.0.1:1", started=False)) == settings.curation.stage_cpus
+    assert task_cpus(settings, RaySession("127.0.0.1:1", started=True)) == 600 / (os.cpu_count() or 1)

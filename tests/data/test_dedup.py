@@ -1,4 +1,5 @@
 import random
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -8,21 +9,16 @@ from hypothesis import strategies as st
 
 from cluster.settings.curation import CurationSettings, DeduplicationSettings
 from data.dedup import (
-    EDGES,
     assign_clusters,
-    bucket_edges,
-    buckets_of,
-    cluster_of,
     deduplicate,
-    find_clusters,
     fingerprint,
     normalise_text,
     record_fields,
-    shingle_sets,
     sketches_of,
 )
 from data.join import to_json
-from data.minhash import shingle, similarity, sketch
+from data.minhash import Shingles, shingle, similarity, sketch
+from data.near import PAIRS, cluster_of, find_clusters, near_edges
 from data.stages import with_column
 from tests.data.rows import rows
 from tests.data.traffic import texts
@@ -32,13 +28,17 @@ NONE = np.zeros(0, np.uint64)
 WORDS = [f"word{n}" for n in range(400)]
 
 
+def shingle_sets(found: Shingles) -> list[set[int]]:
+    return [set(found.hashes[i:j].tolist()) for i, j in pairwise(found.offsets)]
+
+
 def prose(rng: random.Random, length: int = 60) -> list[str]:
     return [rng.choice(WORDS) for _ in range(length)]
 
 
 def clustered(*changes: dict[str, object], settings: CurationSettings = SETTINGS) -> pa.Table:
     table, _ = fingerprint(rows(*changes), settings)
-    edges = bucket_edges(buckets_of(sketches_of(table, settings.dedup), settings.dedup), settings.dedup)
+    edges = near_edges(sketches_of(table, settings.dedup), settings.dedup)
     return assign_clusters(table, find_clusters(edges, NONE))[0]
 
 
@@ -52,7 +52,7 @@ def ask(number: int, text: str, answer: str = "a b c", **more: object) -> dict[s
 
 def test_shingles_are_padded_so_that_every_word_counts_alike() -> None:
     found = shingle(pa.array(["A b, c!", "a B  c", "a b d", ""]), 3)
-    sets = [set(found.hashes[i:j].tolist()) for i, j in zip(found.offsets[:-1], found.offsets[1:], strict=True)]
+    sets = shingle_sets(found)
     assert [len(s) for s in sets] == [5, 5, 5, 1]  # words + 2; an empty text is all padding
     assert sets[0] == sets[1]
     assert len(sets[0] & sets[2]) == 2  # "-- -- a" and "-- a b"
@@ -116,7 +116,7 @@ def test_records_that_differ_only_beside_their_fields_are_near_duplicates() -> N
 
 
 def test_chains_become_one_cluster_named_by_its_least_node() -> None:
-    edges = pa.table([[3, 5, 9], [5, 8, 11]], schema=EDGES)
+    edges = pa.table([[3, 5, 9], [5, 8, 11]], schema=PAIRS)
     clusters = find_clusters(edges, np.array([11, 77], np.uint64))
     nodes = np.array([3, 8, 11, 9, 42], np.uint64)
     assert cluster_of(nodes, clusters).tolist() == [3, 3, 9, 9, 42]
@@ -127,7 +127,7 @@ def test_a_large_bucket_is_compared_along_a_chain() -> None:
     settings = DeduplicationSettings(bucket_pairs=2)
     story = " ".join(prose(random.Random(3), 200))
     table, _ = fingerprint(rows(*(ask(n, f"{story} {n}") for n in range(20))), SETTINGS)
-    edges = bucket_edges(buckets_of(sketches_of(table, settings), settings), settings)
+    edges = near_edges(sketches_of(table, settings), settings)
     assert len(set(cluster_of(table["node"].to_numpy(), find_clusters(edges, NONE)).tolist())) == 1
 
 

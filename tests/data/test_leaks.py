@@ -10,16 +10,13 @@ from hypothesis import strategies as st
 
 from cluster.settings.curation import CurationSettings, SplitSettings
 from data.dedup import (
-    SKETCHES,
     assign_clusters,
-    bucket_edges,
-    buckets_of,
     deduplicate,
-    find_clusters,
     fingerprint,
     sketches_of,
     sketches_of_nodes,
 )
+from data.near import SKETCHES, find_clusters, near_edges
 from data.pairs import make_examples
 from data.split import resolve_clusters
 from data.stages import with_column
@@ -82,7 +79,7 @@ def dataset(log: list[Said], root: Root, config: CurationSettings) -> pa.Table:
     table, _ = fingerprint(table, config)
     own = sketches_of(table, config.dedup)
     before = pa.concat_tables([SKETCHES.empty_table(), *root.sketches])
-    edges = bucket_edges(buckets_of(pa.concat_tables([own, before]), config.dedup), config.dedup)
+    edges = near_edges(pa.concat_tables([own, before]), config.dedup)
     table, _ = assign_clusters(table, find_clusters(edges, np.unique(before["node"].to_numpy())))
     table, _ = deduplicate(table, config)
     examples, _ = make_examples(table, config)

@@ -60,3 +60,12 @@ def test_cursor_reader_beside_many_writers_misses_nothing(database: Engine) -> N
             after = recorded.seq
             seen.append(recorded.event.event_id)
     assert len(seen) == len(set(seen)) == writers * per_writer
+
+
+def test_a_page_of_events_is_read_along_seq_without_sorting(sqlite_database: Engine) -> None:
+    kinds = ("interaction", "feedback")
+    page = EventLog(sqlite_database)._page(5, 10, kinds, "default")
+    text = page.compile(sqlite_database, compile_kwargs={"literal_binds": True})
+    with sqlite_database.connect() as connection:
+        plan = [row[3] for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}")]
+    assert not any("TEMP B-TREE" in step for step in plan), plan

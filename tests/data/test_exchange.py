@@ -1,0 +1,87 @@
+"""Rows of a key meet in one block, and near duplicates found in parts are those found in one table."""
+
+import random
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from cluster.settings.curation import DeduplicationSettings
+from data import near
+from data.dedup import sketch_texts
+from data.exchange import each, exchange, parts_of
+from data.near_parts import edges_in_parts
+
+SETTINGS = DeduplicationSettings()
+CPUS = 0.5
+
+
+def test_a_part_is_the_same_for_equal_keys_and_null_is_a_key() -> None:
+    keys = pa.chunked_array([["a", None, "b"], ["a", None]], pa.string())
+    parts = parts_of(keys, 7).tolist()
+    assert parts[0] == parts[3] and parts[1] == parts[4] and set(parts) <= set(range(7))
+    numbers = pa.chunked_array([[2**64 - 1, None, 5, 2**64 - 1]], pa.uint64())
+    assert parts_of(numbers, 7).tolist()[0] == parts_of(numbers, 7).tolist()[3]
+    spread = np.bincount(parts_of(pa.chunked_array([[f"user{n}" for n in range(7000)]]), 7), minlength=7)
+    assert spread.min() > 800
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_exchange_keeps_every_row_and_brings_a_key_together(ray_session: None, parts: int) -> None:
+    rows = [{"key": None if n % 11 == 0 else f"k{n % 13}", "n": n} for n in range(200)]
+    blocks = [ray.put(pa.Table.from_pylist(rows[at : at + 50])) for at in range(0, 200, 50)]
+    blocks.append(ray.put(pa.table({})))
+    found = ray.get(exchange(blocks, "key", parts, CPUS))
+    assert len(found) == parts
+    assert sorted(n for table in found for n in table["n"].to_pylist()) == list(range(200))
+    homes = [set(table["key"].to_pylist()) for table in found]
+    assert sum(map(len, homes)) == len(set().union(*homes)) == 14
+
+
+def edited(rng: random.Random, text: str) -> str:
+    words = text.split()
+    words[rng.randrange(len(words))] = "other"
+    return " ".join(words)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("parts", [1, 3])
+def test_edges_found_in_parts_are_those_found_in_one_table(ray_session: None, parts: int) -> None:
+    rng = random.Random(4)
+    texts = [" ".join(f"w{rng.randrange(500)}" for _ in range(60)) for _ in range(60)]
+    texts += [edited(rng, rng.choice(texts[:20])) for _ in range(40)]
+    ids = np.arange(1, len(texts) + 1, dtype=np.uint64)
+    sketches = sketch_texts(texts, ids, ids, np.zeros(len(texts), np.uint64), SETTINGS)
+    whole = near.near_edges(sketches, SETTINGS).to_pylist()
+    blocks = [ray.put(sketches.slice(at, 25).combine_chunks()) for at in range(0, 100, 25)]
+    edges = ray.get(edges_in_parts(blocks, SETTINGS, parts, CPUS))
+    assert sorted((e["left"], e["right"]) for table in edges for e in table.to_pylist()) == [
+        (e["left"], e["right"]) for e in whole
+    ]
+    assert len(whole) >= 40
+
+
+def test_a_text_of_one_key_only_is_no_candidate() -> None:
+    keys = pa.table([[1, 1, 2, 3, 3, 3], [7, 8, 9, 4, 4, 6]], schema=near.KEYS)
+    pairs = near.candidate_pairs(keys, SETTINGS)
+    assert pairs.to_pylist() == [{"left": 4, "right": 6}, {"left": 7, "right": 8}]
+    groups = near.candidate_groups(pairs)
+    assert groups.to_pylist() == [
+        {"text": 4, "group": 4},
+        {"text": 6, "group": 4},
+        {"text": 7, "group": 7},
+        {"text": 8, "group": 7},
+    ]
+
+
+@pytest.mark.ray
+def test_each_resolves_what_blocks_share(ray_session: None) -> None:
+    blocks = [ray.put(pa.table({"n": [n]})) for n in (1, 2)]
+    shared = ray.put(10)
+    assert ray.get(each(blocks, added, shared, num_cpus=CPUS)) == [11, 12]
+
+
+def added(table: pa.Table, more: int) -> int:
+    return int(table["n"][0].as_py()) + more
