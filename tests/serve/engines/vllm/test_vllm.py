@@ -10,8 +10,8 @@ import httpx
 import openai
 import pytest
 
-from serve.engines.local import LocalEngine
 from serve.engines.adapter_source import AdapterError
+from serve.engines.local import LocalEngine
 from serve.engines.vllm.engine import VllmEngine
 from serve.engines.vllm.http_api import VllmApi
 from tests.serve.engines import models
