@@ -143,7 +143,7 @@ def _pages(engine: Engine, settings: Settings, block: Block) -> Iterator[pa.Reco
 
 
 def _stored_body(kind: str, stored: bytes, arrays: bytes | None) -> str:
-    """`_body` of a body as it is kept: its text is canonical JSON already, so it is parsed only where that tells more."""
+    """`_body` of a body as it is kept: its text is canonical JSON, so it is parsed only where that tells more."""
     text = decompress(stored)
     if kind != "interaction" and arrays is None:
         return text.decode()
