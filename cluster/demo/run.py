@@ -174,8 +174,8 @@ class Demo:
     def evaluate(self) -> None:
         """Every version against the champion, on recorded feedback."""
         with self.story.stage("evaluate", "Evaluate each version against the champion") as stage:
-            lines = [["evaluate", self.versions[m], "--against", "champion"] for m in METHODS]
-            self.findings.gates = self.cli.run_all(lines, stage, accepted=(0, 1))
+            line = ["evaluate", *(self.versions[m] for m in METHODS), "--against", "champion"]
+            self.findings.gates = self.cli.run(*line, stage=stage, accepted=(0, 1))["evaluations"]
             rates = (f"{m} {'passed' if f['passed'] else 'failed'}{_win_rate_text(f)}" for m, f in self._judged())
             stage.found(", ".join(rates))
 

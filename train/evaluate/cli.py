@@ -1,13 +1,17 @@
 """`rayloop evaluate` and `rayloop compare`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster.logs import configure_logging
 from cluster.settings import load_settings
+
+if TYPE_CHECKING:
+    from train.evaluate.run import Evaluation
 
 app = typer.Typer(no_args_is_help=True, help="Evaluate versions before any traffic reaches them.")
 
@@ -19,7 +23,7 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Held-out prompts answere
 
 @app.command()
 def evaluate(
-    version: Annotated[str, typer.Argument(help="Version (triage/3) or alias (triage@challenger).")],
+    versions: Annotated[list[str], typer.Argument(help="Versions (triage/3) or aliases (triage@challenger).")],
     against: Annotated[str, typer.Option(help="Alias of the same model, or a version.")] = "champion",
     dataset: DatasetOption = None,
     suites: Annotated[Path | None, typer.Option(help="Folder with a team's own cases.")] = None,
@@ -27,23 +31,35 @@ def evaluate(
     as_json: Json = False,
     config: Config = None,
 ) -> None:
-    """Run the suites and gates on a version. Exits with 1 when it does not pass."""
+    """Run the suites and gates on versions. Exits with 1 when one does not pass.
+
+    The version they are compared with answers once. With --json several come as a list, `evaluations`.
+    """
     settings, _ = load_settings(config, evaluation=_asked(suites=suites, max_prompts=limit))
     configure_logging(settings.logging)
+    from train.evaluate.run import Known
     from train.evaluate.run import evaluate as run_evaluation
 
-    found = run_evaluation(settings, version, against=against, dataset_ref=dataset)
+    known: Known = {}
+    found = [run_evaluation(settings, ref, against=against, dataset_ref=dataset, known=known) for ref in versions]
+    passed = all(each.passed for each in found)
     if as_json:
-        print(json.dumps(found.to_json()))
+        shown = [each.to_json() for each in found]
+        print(json.dumps(shown[0] if len(shown) == 1 else {"passed": passed, "evaluations": shown}))
     else:
-        from rich.console import Console
+        _show(found)
+    raise typer.Exit(0 if passed else 1)
 
-        from train.evaluate.report import print_table
 
-        print_table(found, Console())
-        follow = f"rollout start {found.version}" if found.passed else f"compare {found.against} {found.version}"
+def _show(found: "Sequence[Evaluation]") -> None:
+    from rich.console import Console
+
+    from train.evaluate.report import print_table
+
+    for each in found:
+        print_table(each, Console())
+        follow = f"rollout start {each.version}" if each.passed else f"compare {each.against} {each.version}"
         print(f"next: rayloop {follow}")
-    raise typer.Exit(0 if found.passed else 1)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from data.grading.reward_model import Scorer
 from data.log import EventLog
 from data.manifest import find_dataset, load_manifest
 from train.evaluate.cases import read_cases
-from train.evaluate.evidence import Evidence, ask
+from train.evaluate.evidence import Answers, Evidence, ask
 from train.evaluate.gates import SUITES, run_suites
 from train.evaluate.human import ask_people
 from train.evaluate.models import open_version
@@ -61,14 +61,21 @@ class Evaluation:
         return {**self.__dict__, "gates": [gate.to_json() for gate in self.gates]}
 
 
+Known = dict[tuple[str, Path], Answers]
+"""Answers of versions that others are compared with, to a dataset's prompts and every case."""
+
+
 def evaluate(
     settings: Settings,
     version_ref: str,
     *,
     against: str = "champion",
     dataset_ref: str | None = None,
+    known: Known | None = None,
 ) -> Evaluation:
     """Evaluate a version against another and record the outcome.
+
+    Several versions evaluated with the same `known` ask the one they are all compared with only once.
 
     Raises:
         NotFoundError: no such version or dataset.
@@ -79,7 +86,7 @@ def evaluate(
     champion = resolve_opponent(registry, version, against)
     dataset = find_dataset(settings, dataset_ref or version.dataset_id or "latest")
     started = time.monotonic()
-    evidence = gather(settings, registry, version, champion, dataset)
+    evidence = gather(settings, registry, version, champion, dataset, known)
     evidence = ask_people(settings, version.model, evidence)
     gathered = time.monotonic()
     gates = run_suites(evidence)
@@ -111,9 +118,17 @@ def resolve_opponent(registry: Registry, version: Version, against: str) -> Vers
     return opponent
 
 
-def gather(settings: Settings, registry: Registry, version: Version, champion: Version, dataset: Path) -> Evidence:
+def gather(
+    settings: Settings,
+    registry: Registry,
+    version: Version,
+    champion: Version,
+    dataset: Path,
+    known: Known | None = None,
+) -> Evidence:
     """Ask both versions once, about the held-out truths and every case."""
     chosen = settings.evaluation
+    known = {} if known is None else known
     scorer = open_scorer(chosen.reward_model)
     grader = make_grader(chosen.grader, field="evaluation.grader", at_hand=AtHand.of(settings.grader, scorer))
     wanted = [s.name for s in SUITES.values() if s.cases and s.name not in chosen.not_applicable]
@@ -121,16 +136,19 @@ def gather(settings: Settings, registry: Registry, version: Version, champion: V
     truths = read_truths(dataset, limit=chosen.max_prompts)
     logged = [] if "off_policy" in chosen.not_applicable else read_logged(dataset, limit=chosen.max_logged)
     every = [case for rows in cases.values() for case in rows]
-    answers = []
-    for role in (version, champion):
+
+    def answers(role: Version) -> Answers:
         log.info("%s answers %d prompts", role.id, len(truths) + len(every))
         with open_version(settings, registry, role) as model:
-            answers.append(ask(model, truths, every, logged))
+            return ask(model, truths, every, logged)
+
+    if (champion.id, dataset) not in known:
+        known[champion.id, dataset] = answers(champion)
     return Evidence(
         settings=chosen,
         truths=truths,
-        candidate=answers[0],
-        champion=answers[1],
+        candidate=answers(version),
+        champion=known[champion.id, dataset],
         grader=grader,
         cases=cases,
         reward_model=as_grader(scorer),

@@ -134,6 +134,36 @@ def test_the_command_prints_one_object_and_says_no_by_its_exit_code(
         } <= set(report["gates"][0])
 
 
+def test_several_versions_ask_the_one_they_are_compared_with_once(
+    registered: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry = Registry(registered)
+    second = registry.get("triage/2")
+    registry.register_adapter(
+        "triage", registry.adapter_dir(second), base_model=second.base_model, dataset_id=second.dataset_id
+    )
+    opened = []
+
+    @contextmanager
+    def noted(settings: Settings, registry: Registry, version: Version) -> Iterator[Model]:
+        opened.append(version.id)
+        yield FakeModel(version.id, knows if version.id == "triage/2" else guesses)
+
+    monkeypatch.setattr(run, "open_version", noted)
+    monkeypatch.setenv("RAYLOOP_HOME", str(registered.home))
+    monkeypatch.setenv("RAYLOOP_EVALUATION__NOT_APPLICABLE", json.dumps(registered.evaluation.not_applicable))
+    monkeypatch.setattr("sys.argv", ["rayloop", "evaluate", "triage/2", "triage/3", "--json"])
+    with pytest.raises(SystemExit) as stop:
+        run_app(app)
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert opened == ["triage/1", "triage/2", "triage/3"]
+    assert [(e["version"], e["against"], e["passed"]) for e in report["evaluations"]] == [
+        ("triage/2", "triage/1", True),
+        ("triage/3", "triage/1", False),
+    ]
+    assert stop.value.code == 1 and report["passed"] is False
+
+
 def test_compare_shows_gates_answers_configurations_and_datasets(registered: Settings) -> None:
     found = compare.compare(registered, "triage/1", "triage/2")
     assert found["measured"][0]["suite"] == "win_rate" and found["measured"][0]["value"] > 0.5
