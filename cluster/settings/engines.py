@@ -42,8 +42,8 @@ class AutoscalingSettings(Section):
     """How long there must be too many requests before replicas are added."""
     downscale_delay_s: float = Field(600.0, ge=0)
     """How long there must be too few before replicas are taken away."""
-    look_back_s: float = Field(30.0, gt=0)
-    """Over how long the requests are averaged."""
+    look_back_s: float = Field(30.0, gt=10)
+    """Over how long the requests are averaged; Serve counts them every 10 s."""
     scale_to_zero: Literal["never", "candidates", "always"] = "never"
     """Which engines may have no replica while nobody asks: those that rollouts bring up for candidates on another base
     model, or this one too. The first request then waits until a replica is up; versions stay servable."""

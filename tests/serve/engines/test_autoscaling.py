@@ -159,7 +159,7 @@ def idling(ray_session: None, base: Path, tmp_path_factory: pytest.TempPathFacto
     idle = {
         "scale_to_zero": "always",
         "idle_s": 1.0,
-        "look_back_s": 2.0,
+        "look_back_s": 11.0,
         "downscale_delay_s": 0.5,
         "upscale_delay_s": 0.0,
     }
