@@ -12,11 +12,13 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import stamina
 
 from cluster import tracking
 from cluster.clock import now_us, to_iso
@@ -30,6 +32,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 BASE_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "chat_template*")
 MODEL_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}")
 CHUNK_BYTES = 1 << 20
+WRITE_TRIES = 5
 NAME_ADAPTER = "name a directory written by `rayloop train`"
 NAME_BASE = "name a transformers model directory or a hub id"
 
@@ -241,7 +244,7 @@ class Registry:
             raise ConflictError(f"{target.id} may not be {alias}: {RETRAIN}")
         if alias == "challenger" and target.gates != "passed":
             raise ConflictError(f"{target.id} may not be challenger: gates are {target.gates}; run `rayloop evaluate`")
-        self.client.set_registered_model_alias(model, alias, str(target.number))
+        _settled(lambda: self.client.set_registered_model_alias(model, alias, str(target.number)))
         record = {"actor": actor, "reason": reason, "at": to_iso(now_us())}
         self.tag(target, f"rayloop.alias.{alias}", json.dumps(record))
 
@@ -253,7 +256,7 @@ class Registry:
     def tag(self, version: Version | str, key: str, value: str) -> None:
         """Set a tag of a version."""
         target = version if isinstance(version, Version) else self.get(version)
-        self.client.set_model_version_tag(target.model, str(target.number), key, value)
+        _settled(lambda: self.client.set_model_version_tag(target.model, str(target.number), key, value))
 
     def adapter_dir(self, version: Version | str) -> Path:
         """A local directory with the adapter's files, downloaded once and verified against the digest.
@@ -424,3 +427,15 @@ def _list_known(versions: list[Version], models: list[str]) -> str:
     if versions:
         return ", ".join(v.id + "".join(f" (@{alias})" for alias in v.aliases) for v in versions)
     return f"the models {', '.join(models)}" if models else "no registered models"
+
+
+def _settled(write: Callable[[], None]) -> None:
+    """Write an alias or a tag. MLflow inserts where it finds no row, so of two processes that write the first one
+    at once one is refused; it finds the other's row when it tries again."""
+    for attempt in stamina.retry_context(on=_is_taken, attempts=WRITE_TRIES, timeout=None, wait_initial=0.05):
+        with attempt:
+            write()
+
+
+def _is_taken(error: Exception) -> bool:
+    return "unique constraint" in str(error).lower()

@@ -163,7 +163,7 @@ def _training(plan: DemoPlan, home: Path) -> dict[str, Any]:
 def _evaluation(plan: DemoPlan, home: Path) -> dict[str, Any]:
     return {
         "suites": str(home / "suites"),
-        "not_applicable": dict.fromkeys(UNTAUGHT, NOT_APPLICABLE),
+        "not_applicable": dict.fromkeys(UNTAUGHT, NOT_APPLICABLE) | {"human": "nobody labels in the demo"},
         "max_prompts": plan.evaluated_prompts,
         "max_new_tokens": 32,
     }

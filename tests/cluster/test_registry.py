@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,19 @@ def test_unreachable_mlflow_is_one_clear_error(tmp_path: Path) -> None:
     settings = load_settings(home=tmp_path, mlflow={"tracking_uri": f"sqlite:///{tmp_path}/file/mlflow.db"})[0]
     with pytest.raises(UnavailableError, match=r"mlflow\.tracking_uri"):
         Registry(settings).models()
+
+
+def test_a_tag_that_several_write_first_at_once_is_written(mlflow_settings: Settings, tmp_path: Path) -> None:
+    version = Registry(mlflow_settings).register_base("triage", make_base(tmp_path / "base"))
+    writers = [Registry(mlflow_settings) for _ in range(4)]
+    barrier = threading.Barrier(len(writers))
+
+    def write(registry: Registry) -> None:
+        for number in range(12):
+            barrier.wait(60)
+            registry.tag(version, f"tag.{number}", "x")
+
+    with ThreadPoolExecutor(len(writers)) as pool:
+        list(pool.map(write, writers))
+    tags = Registry(mlflow_settings).get(version.id).tags
+    assert {f"tag.{number}" for number in range(12)} <= tags.keys()
