@@ -32,7 +32,7 @@ from data.uploads import StoredFile
 
 KINDS: dict[Format, str] = {"chat": "sft", "preference": "preference"}
 """Format of a file -> kind of its examples."""
-TEXTS = pa.schema([(name, pa.string()) for name in SCRUBBED] + [("line", pa.int64())])
+TEXTS = pa.schema([(name, pa.string()) for name in SCRUBBED] + [("answer_logprob", pa.float64()), ("line", pa.int64())])
 
 
 @dataclass(frozen=True)
