@@ -41,11 +41,18 @@ def test_failing_command_ends_the_demo_with_its_own_line(tmp_path: Path, monkeyp
     assert "names no setting" in next((tmp_path / "demo" / "logs").glob("*train-toy.log")).read_text()
 
 
+def listen_to_interrupts() -> None:
+    """Where the tests run in the background of a script, their children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interrupted_demo_leaves_nothing_running(tmp_path: Path, number: signal.Signals, code: int) -> None:
     home = tmp_path / "demo"
     line = [sys.executable, "-m", "cluster", "demo", "--home", str(home), "--json"]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen_to_interrupts
+    ) as process:
         deadline = time.monotonic() + 240
         while len(family(home)) < 2 and time.monotonic() < deadline:  # the demo and its first command
             time.sleep(0.1)
