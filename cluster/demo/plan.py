@@ -74,8 +74,15 @@ class DemoPlan(Section):
     """Users each arm needs before a stage is left; a thousand outside a demonstration."""
     keep_up: bool = False
     """Leave the live side running at the end, with its pages to look at."""
+    control: bool = True
+    """Train one more adapter on shuffled feedback, for the table."""
     damage: float = -2.0
     """The damaged candidate is the promoted adapter with one factor scaled by this."""
+
+    @property
+    def trains_control(self) -> bool:
+        """With all feedback shuffled there is nothing to compare with."""
+        return self.control and not self.shuffle_feedback
 
 
 QUICK = {
@@ -84,6 +91,7 @@ QUICK = {
     "trials": 2,
     "held_out": 600,
     "evaluated_prompts": 200,
+    "control": False,
 }
 """Smaller numbers, for CI."""
 

@@ -105,7 +105,7 @@ class Demo:
         """Live traffic and feedback."""
         title = f"{self.plan.users} analysts ask about {self.plan.alerts} alerts and react"
         with self.story.stage("traffic", title) as stage:
-            extra = ["--control", str(self._control_events)] if not self.plan.shuffle_feedback else []
+            extra = ["--control", str(self._control_events)] if self.plan.trains_control else []
             tally = self._start_traffic("--alerts", str(self.plan.alerts), *extra).wait(stage, TRAFFIC_LIMIT_S)
             self.findings.traffic = tally
             liked = 100 * tally["liked"] / max(tally["judged"], 1)
@@ -151,7 +151,7 @@ class Demo:
 
     def train_control(self) -> None:
         """The same training on the same answers, the reactions dealt out anew: it must learn nothing."""
-        if self.plan.shuffle_feedback:
+        if not self.plan.trains_control:
             return
         with self.story.stage("control", "Train DPO on shuffled feedback, as a control") as stage:
             config = write_control_config(self.home.control, self.plan, self.home.root, self.tuned)
