@@ -9,9 +9,9 @@ from data.events import ASSIGNMENT_FIELDS, BODIES
 from data.feedback import SERVER_FIELDS
 from data.intake import TRACE_KINDS
 from data.items import NEEDS_INTERACTION, Envelope
-from data.label_content import LETTERS
-from data.label_queue import ORDER
-from data.label_submission import LabelItem
+from data.labelling.content import LETTERS
+from data.labelling.queue import ORDER
+from data.labelling.submission import LabelItem
 from serve.intake_http import KINDS
 from serve.labels_http import LABELS, MOST_SHOWN, QUEUE
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from cluster.database import connect
 from cluster.settings import Settings
-from data.labelling import AnswerToLabel, Judgement, LabelRequest, labels_for, request_labels
+from data.labelling.requests import AnswerToLabel, Judgement, LabelRequest, labels_for, request_labels
 from data.log import EventLog
 from train.evaluate.evidence import Evidence
 from train.evaluate.statistics import win_rate_interval

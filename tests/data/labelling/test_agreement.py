@@ -3,10 +3,10 @@
 import pytest
 from sqlalchemy.engine import Engine
 
-from data.agreement import krippendorff_alpha
-from data.label_agreement import agreement_of
+from data.labelling.agreement import agreement_of
+from data.labelling.krippendorff import krippendorff_alpha
 from data.log import EventLog
-from tests.data.test_labelling import item_of, label
+from tests.data.labelling.test_requests import item_of, label
 
 FOUR_OBSERVERS = """
 1 2 3 3 2 1 4 1 2 . . .

@@ -7,7 +7,7 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import InputError
 from data.events import Event, parse_body
-from data.labelling import (
+from data.labelling.requests import (
     AnswerToLabel,
     LabelRequest,
     answer_name,

@@ -11,10 +11,10 @@ from cluster.clock import DAY_US, now_us
 from cluster.errors import NotFoundError
 from cluster.settings.labelling import LabellingSettings
 from data.events import Event, parse_body
-from data.label_queue import LabelQueue, first_seq_at, room_for
-from data.labelling import AnswerToLabel, LabelRequest, item_id, request_labels
+from data.labelling.queue import LabelQueue, first_seq_at, room_for
+from data.labelling.requests import AnswerToLabel, LabelRequest, item_id, request_labels
 from data.log import EventLog
-from tests.data.test_labelling import blind, item_of, label
+from tests.data.labelling.test_requests import blind, item_of, label
 
 ALONE = LabellingSettings(overlap_share=0)
 
@@ -102,7 +102,7 @@ def test_item_of_somebody_erased_or_of_long_ago_is_gone(
     log.append([Event("erasure", "default", "default", parse_body("erasure", {"user_id": "u", "events": [[2, 2]]}))])
     assert ids(queue) == [item_id("default", "s1-pair"), item_id("default", "s3-pair")]
     later = now_us() + 15 * DAY_US
-    monkeypatch.setattr("data.label_queue.now_us", lambda: later)
+    monkeypatch.setattr("data.labelling.queue.now_us", lambda: later)
     assert ids(queue) == ids(LabelQueue(sqlite_database, ALONE)) == []
 
 

@@ -26,8 +26,8 @@ def queue(
 ) -> None:
     """What waits to be judged, the most urgent first: prompts and answers, without whose they are."""
     from cluster.database import connect
-    from data.label_content import shown_items
-    from data.label_queue import LabelQueue
+    from data.labelling.content import shown_items
+    from data.labelling.queue import LabelQueue
     from data.log import EventLog
 
     settings, _ = load_settings(config)
@@ -73,8 +73,8 @@ def add(
     """Judge one item of the queue; judging it again replaces what you said before."""
     from cluster.database import connect
     from data.items import Identity
-    from data.label_queue import LabelQueue
-    from data.label_submission import LabelParser
+    from data.labelling.queue import LabelQueue
+    from data.labelling.submission import LabelParser
     from data.log import EventLog
 
     settings, _ = load_settings(config)
@@ -111,7 +111,7 @@ def agreement(config: ConfigOption = None, json_output: JsonOption = False) -> N
     from dataclasses import asdict
 
     from cluster.database import connect
-    from data.label_agreement import agreement_of
+    from data.labelling.agreement import agreement_of
     from data.log import EventLog
 
     settings, _ = load_settings(config)
@@ -129,8 +129,8 @@ def agreement(config: ConfigOption = None, json_output: JsonOption = False) -> N
 def sample(config: ConfigOption = None, json_output: JsonOption = False) -> None:
     """Put uncertain answers and random ones of the last day into the queue, as far as today has room."""
     from cluster.database import connect
-    from data.label_queue import LabelQueue
-    from data.label_sampling import sample_for_labelling
+    from data.labelling.queue import LabelQueue
+    from data.labelling.sampling import sample_for_labelling
 
     settings: Settings = load_settings(config)[0]
     engine = connect(settings)

@@ -9,7 +9,7 @@ import orjson
 from cluster.clock import to_iso
 from cluster.settings import Settings
 from data.events import Event
-from data.label_queue import Item
+from data.labelling.queue import Item
 from data.log import EventLog
 
 log = logging.getLogger(__name__)

@@ -10,13 +10,13 @@ from cluster.errors import InputError
 from cluster.settings import Settings
 from data.events import Event, parse_body
 from data.items import Identity
-from data.label_content import places, shown_items
-from data.label_queue import LabelQueue
-from data.label_submission import LabelParser
-from data.labelling import AnswerToLabel, LabelRequest, labels_for, request_labels
+from data.labelling.content import places, shown_items
+from data.labelling.queue import LabelQueue
+from data.labelling.requests import AnswerToLabel, LabelRequest, labels_for, request_labels
+from data.labelling.submission import LabelParser
 from data.log import EventLog
-from tests.data.test_label_queue import ALONE, one, pair
-from tests.data.test_labelling import blind, item_of
+from tests.data.labelling.test_queue import ALONE, one, pair
+from tests.data.labelling.test_requests import blind, item_of
 
 ME = Identity("default", "default")
 

@@ -8,10 +8,10 @@ from sqlalchemy.engine import Engine
 from cluster.clock import DAY_US, now_us
 from cluster.settings import Settings, load_settings
 from data.events import Event, parse_body
-from data.label_queue import LabelQueue
-from data.label_sampling import sample_for_labelling
+from data.labelling.queue import LabelQueue
+from data.labelling.sampling import sample_for_labelling
 from data.log import EventLog
-from tests.data.test_label_queue import pair
+from tests.data.labelling.test_queue import pair
 
 
 @pytest.fixture

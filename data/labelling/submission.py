@@ -9,9 +9,9 @@ from cluster.errors import InputError, NotFoundError
 from data.events import Event, input_error, parse_body, uuid7
 from data.items import Identity
 from data.label_bodies import Complexity, ItemId, Reviewer, Scores
-from data.label_content import places
-from data.label_queue import Item, LabelQueue
-from data.labelling import LABEL, SKIPPED
+from data.labelling.content import places
+from data.labelling.queue import Item, LabelQueue
+from data.labelling.requests import LABEL, SKIPPED
 from data.plain import check_plain
 
 Letter = Literal["a", "b"]

@@ -19,7 +19,7 @@ from cluster.errors import NotFoundError
 from cluster.settings.labelling import LabellingSettings
 from cluster.tables import events
 from data.events import RecordedEvent
-from data.labelling import LABEL, REQUESTED, SKIPPED, answer_names, is_flipped, item_id
+from data.labelling.requests import LABEL, REQUESTED, SKIPPED, answer_names, is_flipped, item_id
 from data.log import EventLog
 
 PAIR = "shadow.pair"

@@ -1,7 +1,7 @@
 """Asking people about answers, and reading what they said.
 
 Whoever wants people's judgement writes `label.requested` events (`request_labels`); the queue that reviewers see is
-a projection of them (`data.label_queue`); what came of a request is read with `labels_for`. The versions behind the
+a projection of them (`data.labelling.queue`); what came of a request is read with `labels_for`. The versions behind the
 answers are in the event and are shown to nobody who judges.
 """
 

@@ -12,8 +12,8 @@ from cluster.clock import DAY_US, now_us
 from cluster.settings import Settings
 from data.events import Event
 from data.label_bodies import Reason
-from data.label_queue import LabelQueue, first_seq_at, room_for
-from data.labelling import AnswerToLabel, LabelRequest, request_labels
+from data.labelling.queue import LabelQueue, first_seq_at, room_for
+from data.labelling.requests import AnswerToLabel, LabelRequest, request_labels
 from data.log import EventLog
 
 

@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
-from data.agreement import Level, krippendorff_alpha
 from data.events import Event
-from data.labelling import LABEL, is_flipped
+from data.labelling.krippendorff import Level, krippendorff_alpha
+from data.labelling.requests import LABEL, is_flipped
 from data.log import EventLog
 
 PREFERENCE = "preference"
