@@ -168,9 +168,9 @@ def erase(
     json_output: JsonOption = False,
 ) -> None:
     """Remove a person from log, sealed days, datasets and caches; mark versions trained on them."""
-    from data.erase import Person
-    from data.erase import erase as run
-    from data.erase_files import describe
+    from data.erasure.erase import Person
+    from data.erasure.erase import erase as run
+    from data.erasure.files import describe
     from data.feedback import pseudonym as pseudonym_of
     from data.feedback import pseudonym_secret
 

@@ -19,9 +19,9 @@ from cluster.errors import ConflictError, NotFoundError, UnavailableError
 from cluster.registry import Registry
 from cluster.settings import Settings, load_settings
 from cluster.tables import arm_statistics, event_bodies, events, experiment_users, tombstones
-from data import erase as erasing
-from data import erase_files, erase_versions
-from data.erase import Person, erase
+from data.erasure import erase as erasing
+from data.erasure import files, versions
+from data.erasure.erase import Person, erase
 from data.events import Event, parse_body
 from data.feedback import pseudonym, pseudonym_secret
 from data.group_commit import GroupCommit
@@ -270,12 +270,12 @@ STEPS = (
     (erasing, "write_file"),
     (erasing, "update_partition"),
     (erasing, "remove_file"),
-    (erase_files, "datasets_with"),
-    (erase_files, "clean_spools"),
-    (erase_files, "_clean_shard"),
-    (erase_files, "clean_datasets"),
-    (erase_files, "drop_caches"),
-    (erase_versions, "mark_versions"),
+    (files, "datasets_with"),
+    (files, "clean_spools"),
+    (files, "_clean_shard"),
+    (files, "clean_datasets"),
+    (files, "drop_caches"),
+    (versions, "mark_versions"),
     (erasing, "remove_traces"),
     (erasing, "_finish"),
 )
@@ -389,10 +389,10 @@ def test_reading_past_an_erased_event_gives_its_envelope_only(database: Engine, 
 def test_version_registered_after_the_erasure_is_marked_too(tmp_path: Path) -> None:
     settings = load_settings(home=tmp_path / "home")[0]
     dataset = write_feedback_dataset(Path(settings.datasets_root))
-    assert erase_versions.erased_since(settings, dataset.dataset_id) == {}
-    erase_files.clean_datasets([dataset.path], "u001", set())
-    assert list(erase_versions.erased_since(settings, dataset.dataset_id)) == ["rayloop.needs_retraining"]
-    assert erase_versions.erased_since(settings, None) == {}
+    assert versions.erased_since(settings, dataset.dataset_id) == {}
+    files.clean_datasets([dataset.path], "u001", set())
+    assert list(versions.erased_since(settings, dataset.dataset_id)) == ["rayloop.needs_retraining"]
+    assert versions.erased_since(settings, None) == {}
 
 
 def test_person_known_from_a_spool_alone_is_erased_there(database: Engine, settings: Settings) -> None:

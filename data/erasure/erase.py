@@ -2,8 +2,8 @@
 
 In this order, each step safe to repeat, so that an erasure that was killed is finished by the next call: the
 tombstone, from which on nothing of theirs is taken in; the records of the log with what was counted from them,
-in one transaction; sealed partitions; spools, datasets and caches (`data.erase_files`); the versions trained on
-them (`data.erase_versions`); deleted bytes in the database's files; the event that says so.
+in one transaction; sealed partitions; spools, datasets and caches (`data.erasure.files`); the versions trained on
+them (`data.erasure.versions`); deleted bytes in the database's files; the event that says so.
 
 Envelopes stay, marked erased, without personal ids: Merkle roots and the order of the log still hold.
 """
@@ -106,7 +106,7 @@ def _this(person: Person) -> sa.ColumnElement[bool]:
 
 def _raise_tombstone(engine: Engine, settings: Settings, person: Person) -> None:
     """Refuse what comes in from now on; the first thing that is durable."""
-    from data.erase_files import spooled
+    from data.erasure.files import spooled
 
     if _row(engine, person) is not None:
         return
@@ -303,8 +303,8 @@ def _without(batch: pa.Table, digests: dict[int, bytes]) -> pa.Table:
 
 
 def _erase_files(engine: Engine, settings: Settings, person: Person, seqs: Sequence[int]) -> Report:
-    from data.erase_files import clean_datasets, clean_spools, datasets_with, drop_caches
-    from data.erase_versions import mark_versions
+    from data.erasure.files import clean_datasets, clean_spools, datasets_with, drop_caches
+    from data.erasure.versions import mark_versions
 
     report: Report = dict(_row(engine, person)["report"])
     touched = set(_interactions(engine, seqs))
