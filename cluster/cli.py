@@ -61,7 +61,7 @@ COMMANDS: dict[str, Mount] = {
     "verify": Mount("serve.verify_cli", "Check the event log and rebuild every decision.", "verify"),
     "loop": Mount("cluster.commands", "Run the jobs of one turn of the loop.", "loop"),
     "notify": Mount("cluster.notify_cli", "Channels to people, and a test of them."),
-    "outlets": Mount("data.outlets_cli", "Events that leave: webhooks, brokers, notifications."),
+    "outlets": Mount("data.outlets.cli", "Events that leave: webhooks, brokers, notifications."),
     "submit": Mount("cluster.commands", "Send any of these commands to a Ray cluster as a job.", "submit"),
 }
 

@@ -15,9 +15,9 @@ from cluster.lease import lease_holder
 from cluster.logs import configure_logging
 from cluster.settings import Settings, load_settings
 from cluster.webhook import DeliveryError
-from data.outlet_loop import OutletLoop
-from data.outlets import Outlet, Plan, drop, read_dead_letters, read_progress, resend, waiting
-from data.sinks import plans
+from data.outlets.loop import OutletLoop
+from data.outlets.outlet import Outlet, Plan, drop, read_dead_letters, read_progress, resend, waiting
+from data.outlets.sinks import plans
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 

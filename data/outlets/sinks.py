@@ -12,8 +12,8 @@ from cluster.settings import Settings
 from cluster.settings.outlets import AnyChannel, AnyOutlet, KafkaOutlet, NatsOutlet, WebhookOutlet
 from cluster.webhook import Webhook, secret_bytes
 from data.events import BODIES, RecordedEvent
-from data.notices import WORDS, notice
-from data.outlets import Plan, Sink, document, message_id
+from data.outlets.notices import WORDS, notice
+from data.outlets.outlet import Plan, Sink, document, message_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +84,11 @@ def open_sink(outlet: AnyOutlet, at_once: int) -> Sink:
             secret = None if outlet.secret_env is None else secret_bytes(outlet.secret_env)
             return WebhookSink(Webhook(outlet.url, secret, outlet.timeout_s), outlet.scrub)
         case NatsOutlet():
-            from data.broker import nats_sink
+            from data.outlets.broker import nats_sink
 
             return nats_sink(outlet, at_once)
         case KafkaOutlet():
-            from data.broker import kafka_sink
+            from data.outlets.broker import kafka_sink
 
             return kafka_sink(outlet, at_once)
 

@@ -14,7 +14,7 @@ from cluster.errors import ConfigError
 from cluster.settings.outlets import KafkaOutlet, NatsOutlet
 from cluster.webhook import DeliveryError, environment_value
 from data.events import RecordedEvent
-from data.outlets import document, message_id
+from data.outlets.outlet import document, message_id
 
 Publish = Callable[[RecordedEvent], Awaitable[None]]
 Connect = Callable[[], AbstractAsyncContextManager[Publish]]

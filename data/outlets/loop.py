@@ -15,8 +15,8 @@ from cluster.database import connect
 from cluster.errors import ConfigError, ConflictError, RayloopError
 from cluster.lease import acquire_lease, release_lease
 from cluster.settings import Settings
-from data.outlets import Outlet, Plan
-from data.sinks import plans
+from data.outlets.outlet import Outlet, Plan
+from data.outlets.sinks import plans
 
 log = logging.getLogger(__name__)
 

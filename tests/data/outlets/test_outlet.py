@@ -27,9 +27,9 @@ from cluster.webhook import DeliveryError, signature
 from data.events import Event, RecordedEvent
 from data.job_endings import append_job_ended
 from data.log import EventLog
-from data.outlet_loop import OutletLoop
-from data.outlets import Outlet, Plan, drop, read_dead_letters, read_progress, resend, waiting
-from data.sinks import plans
+from data.outlets.loop import OutletLoop
+from data.outlets.outlet import Outlet, Plan, drop, read_dead_letters, read_progress, resend, waiting
+from data.outlets.sinks import plans
 from tests.services import Scripted, refused, scripted
 
 SETTINGS = load_settings()[0].outlets
@@ -422,7 +422,7 @@ def test_job_that_ends_is_told_once_a_try(database: Engine) -> None:
     }  # fmt: skip
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "notifications.md"
+PAGE = Path(__file__).parents[3] / "docs" / "notifications.md"
 
 
 def blocks(language: str) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from data.events import BODIES, Event, RecordedEvent, parse_body
-from data.notices import DECISIONS, WORDS, notice
+from data.outlets.notices import DECISIONS, WORDS, notice
 
 DECISION = {
     "rollout_id": "r1", "experiment_id": "x1", "number": 3, "outcome": "rollback", "reason": "error rate is worse",
@@ -63,7 +63,7 @@ def test_every_alert_has_words_and_is_told_once_an_hour(monkeypatch: pytest.Monk
     from cluster.settings import load_settings
     from data import alerts
     from data.events import OperatorAlert
-    from data.notices import ALERTS
+    from data.outlets.notices import ALERTS
 
     assert set(ALERTS) == set(OperatorAlert.model_fields["name"].annotation.__args__)  # type: ignore[union-attr]
     hour_us, ids = 3_600_000_000, []

@@ -16,8 +16,8 @@ from cluster.errors import ConfigError
 from cluster.settings import load_settings
 from data.events import Event
 from data.log import EventLog
-from data.outlets import Outlet, read_dead_letters
-from data.sinks import plans
+from data.outlets.outlet import Outlet, read_dead_letters
+from data.outlets.sinks import plans
 from tests.conftest import skip_or_fail
 from tests.services import refused
 
