@@ -21,7 +21,7 @@ ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 FormatOption = Annotated[
     str,
-    typer.Option("--format", help="auto, events, openai, or the name of a mapping in data/mappings."),
+    typer.Option("--format", help="auto, events, openai, or the name of a mapping in data/importers/mappings."),
 ]
 SOURCES = "A file of JSON lines or Parquet, a database's URL, bigquery://PROJECT, or mlflow:EXPERIMENT."
 TableOption = Annotated[str | None, typer.Option("--table", help="Table of the database.")]
@@ -45,9 +45,9 @@ def import_(
 
     Exit code 1 if a row was rejected.
     """
-    from data.importers import ImportOptions, ImportReport, Problem, import_source
+    from data.importers.run import ImportOptions, ImportReport, Problem, import_source
+    from data.importers.sources import open_source
     from data.log import EventLog
-    from data.sources import open_source
 
     settings = _settings(config)
     opened = open_source(source, settings, table=table, query=query)
@@ -105,8 +105,8 @@ def audit(
     json_output: JsonOption = False,
 ) -> None:
     """Describe sources before they are imported: tables, columns, empties, relations, labels, baselines."""
-    from data.audit import audit_sources, to_markdown
-    from data.sources import open_sources
+    from data.importers.audit import audit_sources, to_markdown
+    from data.importers.sources import open_sources
 
     settings = _settings(config)
     opened = [each for text in sources for each in open_sources(text, settings, table=table, query=query)]

@@ -25,14 +25,14 @@ from data.erasure.erase import Person, erase
 from data.events import Event, parse_body
 from data.feedback import pseudonym, pseudonym_secret
 from data.group_commit import GroupCommit
-from data.importers import ImportOptions, import_source
+from data.importers.run import ImportOptions, import_source
+from data.importers.sources import file_source
 from data.intake import Intake
 from data.items import Identity
 from data.log import EventLog
 from data.manifest import list_datasets, read_examples
 from data.partitions import read_partitions
 from data.seal import seal
-from data.sources import file_source
 from data.validate import check_files
 from data.verify import verify_log
 from tests.cluster.test_registry import make_adapter, make_base

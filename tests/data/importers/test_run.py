@@ -12,10 +12,10 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import InputError
 from cluster.settings import Settings
-from data.importers import ImportOptions, ImportReport, Problem, import_source
+from data.importers.mapping import EventRule, Mapping, load_mapping, look_up, shipped_mappings
+from data.importers.run import ImportOptions, ImportReport, Problem, import_source
+from data.importers.sources import file_source
 from data.log import EventLog
-from data.mapping import EventRule, Mapping, load_mapping, look_up, shipped_mappings
-from data.sources import file_source
 
 
 def jsonl(path: Path, *rows: Any) -> Path:

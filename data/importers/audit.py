@@ -12,9 +12,9 @@ from typing import Any
 
 from cluster.settings import Settings
 from cluster.settings.capture import AuditSettings
-from data.baselines import baseline_scores
+from data.importers.baselines import baseline_scores
+from data.importers.sources import ForeignKey, Source
 from data.rows import Row
-from data.sources import ForeignKey, Source
 
 Report = dict[str, Any]
 

@@ -50,17 +50,17 @@ def open_sources(text: str, settings: Settings, *, table: str | None = None, que
     if table is not None and query is not None:
         raise InputError("query", query, "does not go with a table", "give --table or --query")
     if text.startswith(BIGQUERY):
-        from data.bigquery import bigquery_source
+        from data.importers.bigquery import bigquery_source
 
         return [bigquery_source(text.removeprefix(BIGQUERY), table, query, settings)]
     if "://" in text:
-        from data.sql import sql_sources
+        from data.importers.sql import sql_sources
 
         return sql_sources(text, table, query)
     if table is not None or query is not None:
         raise InputError("source", text, "has no tables", "give a database's URL, or leave out --table and --query")
     if text.startswith(MLFLOW):
-        from data.mlflow_traces import mlflow_source
+        from data.importers.mlflow_traces import mlflow_source
 
         return [mlflow_source(text.removeprefix(MLFLOW), settings)]
     return [file_source(Path(text))]

@@ -11,10 +11,10 @@ from cluster.errors import InputError
 from cluster.settings import Settings
 from cluster.tracking import client
 from data.genai import interaction_id, items_of
+from data.importers.sources import Source
 from data.otlp import Attributes, Span
 from data.plain import to_plain
 from data.rows import Row
-from data.sources import Source
 
 PAGE_TRACES = 100
 OPERATIONS = {

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from cluster.errors import InputError, UnavailableError
 from cluster.runtime import ray_session
 from cluster.settings import Settings
+from data.importers.sources import Source
 from data.rows import Row, plain_row
-from data.sources import Source
 
 
 def bigquery_source(project: str, table: str | None, query: str | None, settings: Settings) -> Source:

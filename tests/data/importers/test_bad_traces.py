@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy.engine import Engine
 
 from cluster.settings import Settings
-from data.importers import ImportOptions, import_source
+from data.importers.run import ImportOptions, import_source
+from data.importers.sources import open_source
 from data.log import EventLog
-from data.sources import open_source
 
 ASKED = {"messages": [{"role": "user", "content": "hi"}]}
 SAID = {"role": "assistant", "content": "yes"}

@@ -8,8 +8,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from cluster.errors import InputError, UnavailableError
+from data.importers.sources import ForeignKey, Source
 from data.rows import Row, plain_row
-from data.sources import ForeignKey, Source
 
 FETCHED_ROWS = 1000
 

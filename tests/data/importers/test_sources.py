@@ -16,14 +16,14 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import InputError, UnavailableError
 from cluster.settings import Settings
-from data.audit import audit_sources, to_markdown
-from data.importers import ImportOptions, ImportReport, import_source
+from data.importers.audit import audit_sources, to_markdown
+from data.importers.run import ImportOptions, ImportReport, import_source
+from data.importers.sources import file_source, open_source, open_sources
 from data.log import EventLog
-from data.sources import file_source, open_source, open_sources
-from tests.data.test_importers import THUMB, jsonl
+from tests.data.importers.test_run import THUMB, jsonl
 
 FAKE_CLOUD = Path(__file__).parent / "fake_cloud"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

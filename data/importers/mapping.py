@@ -1,6 +1,6 @@
 """How rows of a foreign format become items: a small declarative file, read by one short interpreter.
 
-A mapping (`data/mappings/*.yaml`, or a file of your own) lists the events a row gives. Values are
+A mapping (`data/importers/mappings/*.yaml`, or a file of your own) lists the events a row gives. Values are
 templates: `$a.b` is the value at a path, of whatever type (`$a.b?` may be missing; list places are
 numbers or slices like `:-1`), `text {a.b}` puts values into text, `{a:digest}` is a short hash of a value
 (`{row:digest}` of the whole row), anything else stands for itself. With `for_each`, the events are given

@@ -19,11 +19,11 @@ from cluster.errors import ErasedError, InputError
 from cluster.settings import Settings
 from data.events import Event
 from data.feedback import pseudonym_secret
+from data.importers.mapping import Mapping, load_mapping, shipped_mappings
+from data.importers.sources import Source
 from data.items import Identity, Parser
 from data.log import EventLog
-from data.mapping import Mapping, load_mapping, shipped_mappings
 from data.rows import Row
-from data.sources import Source
 
 EVENTS = "events"
 """The format of rows that are items already, each with its `kind`."""

@@ -17,12 +17,12 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import InputError
 from cluster.settings import Settings
-from data.importers import ImportOptions, ImportReport, import_source
+from data.importers.run import ImportOptions, ImportReport, import_source
+from data.importers.sources import Source, file_source, open_source
 from data.log import EventLog
-from data.sources import Source, file_source, open_source
 
 FAKE_CLOUD = Path(__file__).parent / "fake_cloud"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 Row = dict[str, Any]
 THUMB = {"kind": "feedback", "interaction_id": "i1", "type": "thumbs_up"}
 CHAT = {"kind": "interaction", "interaction_id": "i2", "messages": [{"role": "user", "content": "hi"}]}
