@@ -55,7 +55,7 @@ from data.source import Block, plan_blocks, read_block
 from data.split import resolve_clusters
 from data.stages import Stage, join_counts, split_counts, sum_counts, with_column
 from data.summary import summary_of
-from data.traces import TRACE, TRACED, add_trace, join_traces
+from data.traces.join import TRACE, TRACED, add_trace, join_traces
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,6 @@ from cluster.tables import (
 )
 from data.encoding import body_digest, decompress
 from data.events import Event, parse_body
-from data.genai import trace_session
 from data.log import LOOKUP_CHUNK, EventLog, recorded_event, subject, take_append_lock
 from data.partitions import (
     ROWS,
@@ -47,6 +46,7 @@ from data.partitions import (
     write_file,
 )
 from data.seal import LOCK, update_partition
+from data.traces.genai import trace_session
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Traces that MLflow holds, as rows that are items: the spans of agents, and what people said of them.
 
-MLflow's span types stand for the operations of the GenAI conventions, so `data.genai` reads both.
+MLflow's span types stand for the operations of the GenAI conventions, so `data.traces.genai` reads both.
 """
 
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from cluster.clock import SECOND_US
 from cluster.errors import InputError
 from cluster.settings import Settings
 from cluster.tracking import client
-from data.genai import interaction_id, items_of
 from data.importers.sources import Source
-from data.otlp import Attributes, Span
 from data.plain import to_plain
 from data.rows import Row
+from data.traces.genai import interaction_id, items_of
+from data.traces.otlp import Attributes, Span
 
 PAGE_TRACES = 100
 OPERATIONS = {

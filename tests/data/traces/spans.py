@@ -7,7 +7,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as SpanMessage
 
-from data.otlp import Span
+from data.traces.otlp import Span
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 START_NS = 1_790_000_000_000_000_000

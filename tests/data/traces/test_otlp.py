@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from cluster.errors import InputError
-from data.genai import items_of
-from data.genai_messages import conversation
-from data.otlp import Span, SpanEvent, from_json, from_protobuf
-from tests.data.spans import AGENT_RUN, TRACE, export_json, export_protobuf, span_json
+from data.traces.genai import items_of
+from data.traces.messages import conversation
+from data.traces.otlp import Span, SpanEvent, from_json, from_protobuf
+from tests.data.traces.spans import AGENT_RUN, TRACE, export_json, export_protobuf, span_json
 
 ASKED = [{"role": "user", "parts": [{"type": "text", "content": "Where is it?"}]}]
 ANSWERED = [{"role": "assistant", "parts": [{"type": "text", "content": "Here."}], "finish_reason": "stop"}]

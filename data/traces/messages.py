@@ -8,7 +8,7 @@ import orjson
 
 from cluster.errors import InputError
 from data.events import Message
-from data.otlp import Attributes, Span
+from data.traces.otlp import Attributes, Span
 
 DETAILS = "gen_ai.client.inference.operation.details"
 INPUT, OUTPUT, SYSTEM = "gen_ai.input.messages", "gen_ai.output.messages", "gen_ai.system_instructions"

@@ -10,15 +10,15 @@ from sqlalchemy.engine import Engine
 
 from cluster.settings import Settings, load_settings
 from data.events import Event
-from data.genai import items_of
 from data.items import Identity, Parser
 from data.join import join_events, name_trajectories
 from data.log import EventLog
-from data.otlp import Span, from_json
-from data.traces import TRACE, add_trace, join_traces
-from tests.data.spans import AGENT_RUN, _span, export_json
-from tests.data.spans import TRACE as TRACE_ID
+from data.traces.genai import items_of
+from data.traces.join import TRACE, add_trace, join_traces
+from data.traces.otlp import Span, from_json
 from tests.data.test_join import block
+from tests.data.traces.spans import AGENT_RUN, _span, export_json
+from tests.data.traces.spans import TRACE as TRACE_ID
 
 NOW_US = 1_890_000_000_000_000
 AGENT, RETRIEVAL, FIRST, TOOL, SECOND = AGENT_RUN

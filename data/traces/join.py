@@ -1,9 +1,9 @@
 """Spans of one trace that came in several requests become one trajectory.
 
 Exporters send a span when it ends, in batches: the agent's own span comes last, often alone, and only it says what
-its steps belong to. Each span became an event when it came (`data.genai`); here those of a trace meet. A trajectory
-takes the longest conversation and the tool calls of the spans below it, and gives them its user, session and agent
-where they name none; a tool call finds the answer that asked for it.
+its steps belong to. Each span became an event when it came (`data.traces.genai`); here those of a trace meet. A
+trajectory takes the longest conversation and the tool calls of the spans below it, and gives them its user, session
+and agent where they name none; a tool call finds the answer that asked for it.
 """
 
 from collections import defaultdict
@@ -14,10 +14,10 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.genai import trace_session
 from data.source import EVENTS
 from data.stages import with_column
 from data.tool_turns import asked_for
+from data.traces.genai import trace_session
 
 Event = dict[str, Any]
 """One row of `EVENTS` with its body parsed."""

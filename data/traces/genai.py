@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import InputError
-from data.genai_messages import Conversation, conversation, parsed, tool_definitions
-from data.otlp import Attributes, Span
+from data.traces.messages import Conversation, conversation, parsed, tool_definitions
+from data.traces.otlp import Attributes, Span
 
 Item = dict[str, Any]
 
@@ -209,7 +209,7 @@ def _call(span: Span) -> Item:
 def _trajectory(span: Span, trace: _Traces) -> Item:
     """The longest conversation there is: the agent's own attributes often hold its first and last turn only.
 
-    None where the spans below it came in other requests; `data.traces` puts them together.
+    None where the spans below it came in other requests; `data.traces.join` puts them together.
     """
     below = trace.below(span)
     talks = [conversation(span)]
