@@ -37,7 +37,7 @@ class StoredFile:
     bytes: int
     sha256: str
     format: str | None
-    """`chat`, `preference` or `item` (see `data.tuning_rows`); `None` for results."""
+    """`chat`, `preference` or `item` (see `data.finetuning.rows`); `None` for results."""
     rows: int
     created_at_us: int
 

@@ -9,10 +9,10 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import DatasetError
 from cluster.settings import Settings
+from data.finetuning.dataset import Part, package
+from data.finetuning.rows import check_file
+from data.finetuning.uploads import Uploads
 from data.manifest import read_examples
-from data.tuning_dataset import Part, package
-from data.tuning_rows import check_file
-from data.uploads import Uploads
 from data.validate import validate
 
 Json = dict[str, Any]

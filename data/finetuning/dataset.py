@@ -22,13 +22,13 @@ from cluster.settings import Settings
 from data import manifest
 from data.card import dataset_card
 from data.events import Event
+from data.finetuning.rows import Format, Json, learned
+from data.finetuning.uploads import StoredFile
 from data.join import to_json
 from data.manifest import Manifest, Shard
 from data.rows import read_rows
 from data.scrub import SCRUBBED, scrub
 from data.stages import StageCount
-from data.tuning_rows import Format, Json, learned
-from data.uploads import StoredFile
 
 KINDS: dict[Format, str] = {"chat": "sft", "preference": "preference"}
 """Format of a file -> kind of its examples."""
