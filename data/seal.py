@@ -23,7 +23,7 @@ from cluster.tables import event_bodies, event_ids, events, partitions
 from data.encoding import decompress
 from data.events import Event
 from data.log import IDS_CURSOR, EventLog, save_cursor
-from data.partitions import (
+from data.partitions.partition import (
     ROWS,
     Partition,
     Written,

@@ -21,7 +21,7 @@ def verify(
     json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Check the event log and its sealed days, and rebuild every decision. Exit code 1 if something was altered."""
-    from data.verify import verify_log
+    from data.verify.run import verify_log
     from serve.rollout.replay import verify_decisions
 
     settings, _ = load_settings(config)

@@ -34,7 +34,7 @@ from cluster.tables import (
 from data.encoding import body_digest, decompress
 from data.events import Event, parse_body
 from data.log import LOOKUP_CHUNK, EventLog, recorded_event, subject, take_append_lock
-from data.partitions import (
+from data.partitions.partition import (
     ROWS,
     Partition,
     forget_cached,

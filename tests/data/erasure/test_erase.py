@@ -31,10 +31,10 @@ from data.intake import Intake
 from data.items import Identity
 from data.log import EventLog
 from data.manifest import list_datasets, read_examples
-from data.partitions import read_partitions
+from data.partitions.partition import read_partitions
 from data.seal import seal
 from data.validate import check_files
-from data.verify import verify_log
+from data.verify.run import verify_log
 from tests.cluster.test_registry import make_adapter, make_base
 from tests.data.days import asked, at, said
 from tests.datasets import write_feedback_dataset
@@ -366,7 +366,7 @@ def test_erasure_waits_for_a_seal_and_says_so_when_it_takes_too_long(database: E
 
 
 def test_partition_that_was_tampered_with_stops_the_erasure(database: Engine, settings: Settings) -> None:
-    from tests.data import tampers
+    from tests.data.verify import tampers
 
     fill(database, settings)
     with database.connect() as connection:

@@ -11,9 +11,9 @@ from cluster.tables import event_bodies, event_ids, events, partitions
 from data.events import Event, parse_body
 from data.log import EventLog
 from data.seal import seal as seal_days
-from data.verify import Fault, VerifyReport, verify_log
-from tests.data import tampers
+from data.verify.run import Fault, VerifyReport, verify_log
 from tests.data.days import AFTER_US, three_days
+from tests.data.verify import tampers
 
 Tamper = Callable[[Connection], object]
 

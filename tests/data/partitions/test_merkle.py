@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.merkle import MerkleTree, merkle_root
+from data.partitions.merkle import MerkleTree, merkle_root
 
 LEAVES = [
     bytes.fromhex(text)

@@ -25,7 +25,7 @@ from cluster.clock import DAY_US, SECOND_US
 from cluster.errors import ConfigError, UnavailableError
 from cluster.tables import events, partitions
 from data.encoding import decode_body
-from data.merkle import MerkleTree
+from data.partitions.merkle import MerkleTree
 
 ROWS = pa.schema(
     [

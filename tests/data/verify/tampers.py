@@ -18,7 +18,7 @@ from sqlalchemy.engine import Connection, Engine
 from cluster.tables import event_bodies, event_ids, events
 from data.encoding import body_digest, event_digest
 from data.log import recorded_event
-from data.partitions import Partition, day_of, read_partitions
+from data.partitions.partition import Partition, day_of, read_partitions
 
 InDatabase = Callable[[Connection, int], None]
 InFile = Callable[[pa.Table, int], pa.Table]

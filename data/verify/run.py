@@ -1,7 +1,7 @@
 """Checks the event log: every record in its place, unaltered, once; its sealed days as they were sealed.
 
 Three readings, each in pages: the records of the database (place, digest, body), the event ids (orphans,
-doubles), and the sealed partitions (`data.verify_partitions`). Faults name `seq` and event id.
+doubles), and the sealed partitions (`data.verify.partitions`). Faults name `seq` and event id.
 
 What no reading can tell: records after the last seal that somebody rewrote together with their digests, or
 cut off at the end together with their ids. From the seal on, the roots hold them.
@@ -23,7 +23,7 @@ from cluster.settings import Settings
 from cluster.tables import erasures, event_bodies, event_ids, events
 from data.encoding import body_digest, decompress, event_digest
 from data.log import IDS_CURSOR, EventLog, recorded_event
-from data.partitions import read_partitions, sealed_upto
+from data.partitions.partition import read_partitions, sealed_upto
 
 NEAR = 8
 """Places to either side in which a record that does not fit its own is looked for first."""
@@ -71,7 +71,7 @@ class VerifyReport:
 
 def verify_log(engine: Engine, settings: Settings, on_progress: Callable[[int], None] = lambda _: None) -> VerifyReport:
     """Read the whole log and its partitions, and name every record that is not as it was written."""
-    from data.verify_partitions import check_partitions
+    from data.verify.partitions import check_partitions
 
     report = VerifyReport(settings.log.verify_shown_faults)
     _Records(engine, settings, report).check(on_progress)
