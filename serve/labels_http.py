@@ -15,8 +15,8 @@ from cluster.errors import ConflictError, InputError, UnavailableError
 from cluster.settings import Settings
 from data.events import Event
 from data.group_commit import GroupCommit
-from data.intake import ItemResult, Prepared, items_in, read_document
-from data.items import Identity
+from data.intake.batches import ItemResult, Prepared, items_in, read_document
+from data.intake.items import Identity
 from data.labelling.content import shown_items
 from data.labelling.queue import LabelQueue
 from data.labelling.submission import LabelParser

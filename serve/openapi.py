@@ -7,8 +7,8 @@ import orjson
 
 from data.events import ASSIGNMENT_FIELDS, BODIES
 from data.feedback import SERVER_FIELDS
-from data.intake import TRACE_KINDS
-from data.items import NEEDS_INTERACTION, Envelope
+from data.intake.batches import TRACE_KINDS
+from data.intake.items import NEEDS_INTERACTION, Envelope
 from data.labelling.content import LETTERS
 from data.labelling.queue import ORDER
 from data.labelling.submission import LabelItem

@@ -34,7 +34,7 @@ class EventRule(BaseModel):
 
     kind: str
     fields: dict[str, Any]
-    """Fields of the item (`data.items`), as templates."""
+    """Fields of the item (`data.intake.items`), as templates."""
     when: str | None = None
     """A path; the event is given only where its value is true."""
     unless: str | None = None

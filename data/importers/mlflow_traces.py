@@ -11,7 +11,7 @@ from cluster.errors import InputError
 from cluster.settings import Settings
 from cluster.tracking import client
 from data.importers.sources import Source
-from data.plain import to_plain
+from data.intake.plain import to_plain
 from data.rows import Row
 from data.traces.genai import interaction_id, items_of
 from data.traces.otlp import Attributes, Span

@@ -72,7 +72,7 @@ def add(
 ) -> None:
     """Judge one item of the queue; judging it again replaces what you said before."""
     from cluster.database import connect
-    from data.items import Identity
+    from data.intake.items import Identity
     from data.labelling.queue import LabelQueue
     from data.labelling.submission import LabelParser
     from data.log import EventLog

@@ -7,12 +7,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import InputError, NotFoundError
 from data.events import Event, input_error, parse_body, uuid7
-from data.items import Identity
+from data.intake.items import Identity
+from data.intake.plain import check_plain
 from data.label_bodies import Complexity, ItemId, Reviewer, Scores
 from data.labelling.content import places
 from data.labelling.queue import Item, LabelQueue
 from data.labelling.requests import LABEL, SKIPPED
-from data.plain import check_plain
 
 Letter = Literal["a", "b"]
 TIE = "tie"

@@ -27,8 +27,8 @@ from data.feedback import pseudonym, pseudonym_secret
 from data.group_commit import GroupCommit
 from data.importers.run import ImportOptions, import_source
 from data.importers.sources import file_source
-from data.intake import Intake
-from data.items import Identity
+from data.intake.batches import Intake
+from data.intake.items import Identity
 from data.log import EventLog
 from data.manifest import list_datasets, read_examples
 from data.partitions.partition import read_partitions

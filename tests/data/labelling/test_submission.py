@@ -9,7 +9,7 @@ from sqlalchemy.engine import Engine
 from cluster.errors import InputError
 from cluster.settings import Settings
 from data.events import Event, parse_body
-from data.items import Identity
+from data.intake.items import Identity
 from data.labelling.content import places, shown_items
 from data.labelling.queue import LabelQueue
 from data.labelling.requests import AnswerToLabel, LabelRequest, labels_for, request_labels

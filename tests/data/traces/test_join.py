@@ -10,7 +10,7 @@ from sqlalchemy.engine import Engine
 
 from cluster.settings import Settings, load_settings
 from data.events import Event
-from data.items import Identity, Parser
+from data.intake.items import Identity, Parser
 from data.join import join_events, name_trajectories
 from data.log import EventLog
 from data.traces.genai import items_of

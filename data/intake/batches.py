@@ -17,7 +17,7 @@ from cluster.settings import Settings
 from data.events import ASSIGNMENT_FIELDS, Event
 from data.feedback import EXPLICIT, pseudonym_secret
 from data.group_commit import GroupCommit
-from data.items import Identity, Parser
+from data.intake.items import Identity, Parser
 from data.log import Verdict
 
 KINDS = ("feedback", "behaviour", "outcome", "trajectory", "interaction", "tool_call")

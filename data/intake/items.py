@@ -15,8 +15,8 @@ from cluster.errors import InputError
 from cluster.settings import Settings
 from data.events import Event, input_error, interaction_event_id, parse_body, uuid7
 from data.feedback import complete_feedback, pseudonym, refuse_server_fields
-from data.metadata import scrubbed
-from data.plain import check_plain
+from data.intake.metadata import scrubbed
+from data.intake.plain import check_plain
 
 Id = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x20\x7f]+$")]
 """An identifier: printable, without blanks, as long as its column."""

@@ -14,8 +14,8 @@ from cluster.settings import Settings, load_settings
 from data.events import BODIES
 from data.feedback import pseudonym
 from data.group_commit import GroupCommit
-from data.intake import KINDS, Intake, read_items
-from data.items import Envelope, Identity, Parser
+from data.intake.batches import KINDS, Intake, read_items
+from data.intake.items import Envelope, Identity, Parser
 from data.log import EventLog
 
 SECRET = "0123456789abcdef"
