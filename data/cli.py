@@ -45,8 +45,8 @@ def import_(
 
     Exit code 1 if a row was rejected.
     """
+    from data.importers.open import open_source
     from data.importers.run import ImportOptions, ImportReport, Problem, import_source
-    from data.importers.sources import open_source
     from data.log import EventLog
 
     settings = _settings(config)
@@ -106,7 +106,7 @@ def audit(
 ) -> None:
     """Describe sources before they are imported: tables, columns, empties, relations, labels, baselines."""
     from data.importers.audit import audit_sources, to_markdown
-    from data.importers.sources import open_sources
+    from data.importers.open import open_sources
 
     settings = _settings(config)
     opened = [each for text in sources for each in open_sources(text, settings, table=table, query=query)]

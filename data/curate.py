@@ -36,7 +36,7 @@ from data import balance as balancing
 from data.behaviour import add_implicit_signals
 from data.calibration import fit
 from data.card import dataset_card, draw_plots
-from data.detectors.interface import detectors
+from data.detectors.make import detectors
 from data.events import Event
 from data.exchange import each, exchange, gathered
 from data.filter import filter_rows

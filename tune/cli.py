@@ -42,7 +42,8 @@ def run(
     """Sweep learning rate, KL coefficient and other fields of a training."""
     settings, _ = load_settings(config)
     configure_logging(settings.logging)
-    from tune.sweep import new_sweep, resume_sweep, run_sweep
+    from tune.spec import new_sweep
+    from tune.sweep import resume_sweep, run_sweep
 
     if resume:
         found = resume_sweep(settings, resume)

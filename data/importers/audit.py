@@ -13,7 +13,7 @@ from typing import Any
 from cluster.settings import Settings
 from cluster.settings.capture import AuditSettings
 from data.importers.baselines import baseline_scores
-from data.importers.sources import ForeignKey, Source
+from data.importers.source import ForeignKey, Source
 from data.rows import Row
 
 Report = dict[str, Any]

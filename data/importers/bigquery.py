@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from cluster.errors import InputError, UnavailableError
 from cluster.runtime import ray_session
 from cluster.settings import Settings
-from data.importers.sources import Source
+from data.importers.source import Source
 from data.rows import Row, plain_row
 
 

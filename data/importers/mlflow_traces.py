@@ -10,7 +10,7 @@ from cluster.clock import SECOND_US
 from cluster.errors import InputError
 from cluster.settings import Settings
 from cluster.tracking import client
-from data.importers.sources import Source
+from data.importers.source import Source
 from data.intake.plain import to_plain
 from data.rows import Row
 from data.traces.genai import interaction_id, items_of

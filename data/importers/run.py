@@ -20,7 +20,7 @@ from cluster.settings import Settings
 from data.events import Event
 from data.feedback import pseudonym_secret
 from data.importers.mapping import Mapping, load_mapping, shipped_mappings
-from data.importers.sources import Source
+from data.importers.source import Source
 from data.intake.items import Identity, Parser
 from data.log import EventLog
 from data.rows import Row

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from cluster.errors import InputError, UnavailableError
-from data.importers.sources import ForeignKey, Source
+from data.importers.source import ForeignKey, Source
 from data.rows import Row, plain_row
 
 FETCHED_ROWS = 1000

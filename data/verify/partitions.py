@@ -19,7 +19,7 @@ from data.encoding import body_digest, event_digest
 from data.log import EventLog, recorded_event
 from data.partitions.merkle import MerkleTree
 from data.partitions.partition import Partition, hash_file, read_batches, read_partitions
-from data.verify.run import VerifyReport
+from data.verify.report import VerifyReport
 
 Row = dict[str, Any]
 ENVELOPE = (

@@ -11,7 +11,6 @@ import bisect
 import hmac
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -24,6 +23,8 @@ from cluster.tables import erasures, event_bodies, event_ids, events
 from data.encoding import body_digest, decompress, event_digest
 from data.log import IDS_CURSOR, EventLog, recorded_event
 from data.partitions.partition import read_partitions, sealed_upto
+from data.verify.partitions import check_partitions
+from data.verify.report import VerifyReport
 
 NEAR = 8
 """Places to either side in which a record that does not fit its own is looked for first."""
@@ -31,48 +32,8 @@ SEARCHES = 20
 """Records that are looked for in the whole log; each costs a hash for every place."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing that is wrong."""
-
-    seq: int | None
-    """Where; `None` for an id whose event is gone, or a whole partition."""
-    what: str
-
-
-@dataclass(slots=True)
-class VerifyReport:
-    """What a check of the log found."""
-
-    shown: int
-    """How many faults are kept in words; all are counted."""
-    events: int = 0
-    erased: int = 0
-    partitions: int = 0
-    fault_count: int = 0
-    faults: list[Fault] = field(default_factory=list)
-
-    def add(self, seq: int | None, what: str) -> None:
-        """Note a fault."""
-        self.fault_count += 1
-        if len(self.faults) < self.shown:
-            self.faults.append(Fault(seq, what))
-
-    def as_dict(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {
-            "events": self.events,
-            "erased": self.erased,
-            "partitions": self.partitions,
-            "fault_count": self.fault_count,
-            "faults": [{"seq": f.seq, "what": f.what} for f in self.faults],
-        }
-
-
 def verify_log(engine: Engine, settings: Settings, on_progress: Callable[[int], None] = lambda _: None) -> VerifyReport:
     """Read the whole log and its partitions, and name every record that is not as it was written."""
-    from data.verify.partitions import check_partitions
-
     report = VerifyReport(settings.log.verify_shown_faults)
     _Records(engine, settings, report).check(on_progress)
     for seq, problem in itertools.chain(_doubles(engine, settings), _orphans(engine)):

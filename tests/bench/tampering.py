@@ -20,7 +20,8 @@ from cluster.database import connect
 from cluster.settings import load_settings
 from data.log import EventLog
 from data.seal import seal
-from data.verify.run import VerifyReport, verify_log
+from data.verify.report import VerifyReport
+from data.verify.run import verify_log
 from tests.data.days import asked, at, said
 from tests.data.verify import tampers
 

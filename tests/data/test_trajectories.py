@@ -13,7 +13,7 @@ from cluster.settings import load_settings
 from cluster.settings.curation import CurationSettings
 from data.curate import curate
 from data.importers.run import ImportOptions, import_source
-from data.importers.sources import file_source
+from data.importers.source import file_source
 from data.join import join_events, name_trajectories, to_json
 from data.log import EventLog
 from data.manifest import read_examples

@@ -16,7 +16,8 @@ from cluster.errors import InputError, NotFoundError
 from cluster.settings import Settings, load_settings
 from tests.datasets import write_feedback_dataset
 from tune.objective import axes_of
-from tune.sweep import new_sweep, read_sweep, resume_sweep, run_sweep, sweep_folder
+from tune.spec import new_sweep, read_sweep, sweep_folder
+from tune.sweep import resume_sweep, run_sweep
 from tune.trial import Plan, rungs_of
 
 EMPTY = Plan({}, None, "", (0.5, 1.0), 1, axes_of("dpo", 0.1))
@@ -76,7 +77,8 @@ SCRIPT = """
 import sys
 from cluster.settings import load_settings
 from tests.tune.test_sweep import sweep_settings
-from tune.sweep import new_sweep, run_sweep
+from tune.spec import new_sweep
+from tune.sweep import run_sweep
 settings = sweep_settings(load_settings(home=sys.argv[1])[0], trials=2)
 run_sweep(settings, new_sweep(settings, method="dpo", dataset="latest", base=sys.argv[2], scheduler="none"))
 """

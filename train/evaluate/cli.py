@@ -11,7 +11,7 @@ from cluster.logs import configure_logging
 from cluster.settings import load_settings
 
 if TYPE_CHECKING:
-    from train.evaluate.run import Evaluation
+    from train.evaluate.types import Evaluation
 
 app = typer.Typer(no_args_is_help=True, help="Evaluate versions before any traffic reaches them.")
 

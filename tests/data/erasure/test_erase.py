@@ -26,7 +26,7 @@ from data.events import Event, parse_body
 from data.feedback import pseudonym, pseudonym_secret
 from data.group_commit import GroupCommit
 from data.importers.run import ImportOptions, import_source
-from data.importers.sources import file_source
+from data.importers.source import file_source
 from data.intake.batches import Intake
 from data.intake.items import Identity
 from data.log import EventLog

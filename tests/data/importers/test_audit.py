@@ -7,7 +7,7 @@ from cluster.errors import InputError
 from cluster.settings import Settings
 from data.importers.audit import audit_sources, flatten, to_markdown
 from data.importers.baselines import baseline_scores, macro_scores
-from data.importers.sources import file_source
+from data.importers.source import file_source
 
 
 def write(path: Path, rows: list[object]) -> Path:

@@ -17,8 +17,9 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import InputError
 from cluster.settings import Settings
+from data.importers.open import open_source
 from data.importers.run import ImportOptions, ImportReport, import_source
-from data.importers.sources import Source, file_source, open_source
+from data.importers.source import Source, file_source
 from data.log import EventLog
 
 FAKE_CLOUD = Path(__file__).parent / "fake_cloud"

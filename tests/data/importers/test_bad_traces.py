@@ -7,8 +7,8 @@ import pytest
 from sqlalchemy.engine import Engine
 
 from cluster.settings import Settings
+from data.importers.open import open_source
 from data.importers.run import ImportOptions, import_source
-from data.importers.sources import open_source
 from data.log import EventLog
 
 ASKED = {"messages": [{"role": "user", "content": "hi"}]}

@@ -14,7 +14,7 @@ from cluster.errors import InputError
 from cluster.settings import Settings
 from data.importers.mapping import EventRule, Mapping, load_mapping, look_up, shipped_mappings
 from data.importers.run import ImportOptions, ImportReport, Problem, import_source
-from data.importers.sources import file_source
+from data.importers.source import file_source
 from data.log import EventLog
 
 

@@ -17,8 +17,9 @@ from sqlalchemy.engine import Engine
 from cluster.errors import InputError, UnavailableError
 from cluster.settings import Settings
 from data.importers.audit import audit_sources, to_markdown
+from data.importers.open import open_source, open_sources
 from data.importers.run import ImportOptions, ImportReport, import_source
-from data.importers.sources import file_source, open_source, open_sources
+from data.importers.source import file_source
 from data.log import EventLog
 from tests.data.importers.test_run import THUMB, jsonl
 

@@ -11,7 +11,8 @@ from cluster.tables import event_bodies, event_ids, events, partitions
 from data.events import Event, parse_body
 from data.log import EventLog
 from data.seal import seal as seal_days
-from data.verify.run import Fault, VerifyReport, verify_log
+from data.verify.report import Fault, VerifyReport
+from data.verify.run import verify_log
 from tests.data.days import AFTER_US, three_days
 from tests.data.verify import tampers
 

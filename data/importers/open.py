@@ -1,43 +1,16 @@
-"""Where rows come from: a file, a table or query of a SQL database, BigQuery, or MLflow's traces.
+"""Which source of rows a text names: a file, a table or query of a SQL database, BigQuery, or MLflow's traces.
 
-A source is named by one text: a path; a SQLAlchemy URL (`postgresql+psycopg://host/shop`, `sqlite:///x.db`);
+The text is a path; a SQLAlchemy URL (`postgresql+psycopg://host/shop`, `sqlite:///x.db`);
 `bigquery://project`; or `mlflow:experiment`. Reading starts when its rows are asked for.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.errors import InputError
 from cluster.settings import Settings
-from data.rows import Row, read_rows, size
+from data.importers.source import Source, file_source
 
 MLFLOW, BIGQUERY = "mlflow:", "bigquery://"
-
-
-@dataclass(frozen=True, slots=True)
-class ForeignKey:
-    """A relation that a database declares: `column` refers to `other` of `table`."""
-
-    column: str
-    table: str
-    other: str
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Rows, under a name."""
-
-    name: str
-    rows: Callable[[], Iterator[Row]]
-    total: Callable[[], int]
-    """The `end` of the last row; 0 where only reading would tell."""
-    foreign_keys: tuple[ForeignKey, ...] = ()
-
-
-def file_source(path: Path) -> Source:
-    """A file of JSON lines or Parquet."""
-    return Source(path.name, lambda: read_rows(path), lambda: size(path))
 
 
 def open_sources(text: str, settings: Settings, *, table: str | None = None, query: str | None = None) -> list[Source]:
