@@ -12,13 +12,12 @@ import typer
 from cluster.database import connect
 from cluster.errors import InputError
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.progress import progress_bar
 from cluster.settings import Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 FormatOption = Annotated[
     str,
     typer.Option("--format", help="auto, events, openai, or the name of a mapping in data/importers/mappings."),

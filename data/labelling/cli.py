@@ -2,18 +2,16 @@
 
 import getpass
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cluster.errors import InputError
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 ReviewerOption = Annotated[str | None, typer.Option("--reviewer", help="Who judges; you, by default.")]
 
 

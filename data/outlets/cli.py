@@ -3,7 +3,6 @@
 import json
 import signal
 import threading
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +12,7 @@ from cluster.database import connect
 from cluster.errors import NotFoundError, UnavailableError
 from cluster.lease import lease_holder
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import Settings, load_settings
 from cluster.webhook import DeliveryError
 from data.outlets.loop import OutletLoop
@@ -21,8 +21,6 @@ from data.outlets.sinks import plans
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 NameArgument = Annotated[str, typer.Argument(help="As `rayloop outlets list` shows it: outlet:NAME or notify:NAME.")]
 
 
