@@ -23,18 +23,8 @@ from cluster.tables import event_bodies, event_ids, events, partitions
 from data.encoding import decompress
 from data.events import Event
 from data.log import IDS_CURSOR, EventLog, save_cursor
-from data.partitions.partition import (
-    ROWS,
-    Partition,
-    Written,
-    day_of,
-    hash_file,
-    open_location,
-    path_of,
-    read_partitions,
-    sealed_upto,
-    write_file,
-)
+from data.partitions.files import ROWS, Written, hash_file, open_location, write_file
+from data.partitions.partition import Partition, day_of, path_of, read_partitions, sealed_upto
 
 log = logging.getLogger(__name__)
 

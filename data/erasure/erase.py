@@ -34,17 +34,9 @@ from cluster.tables import (
 from data.encoding import body_digest, decompress
 from data.events import Event, parse_body
 from data.log import LOOKUP_CHUNK, EventLog, recorded_event, subject, take_append_lock
-from data.partitions.partition import (
-    ROWS,
-    Partition,
-    forget_cached,
-    next_path,
-    older_paths,
-    read_batches,
-    read_partitions,
-    remove_file,
-    write_file,
-)
+from data.partitions.bodies import forget_cached
+from data.partitions.files import ROWS, read_batches, remove_file, write_file
+from data.partitions.partition import Partition, next_path, older_paths, read_partitions
 from data.seal import LOCK, update_partition
 from data.traces.genai import trace_session
 

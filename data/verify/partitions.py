@@ -17,8 +17,9 @@ from cluster.settings import Settings
 from cluster.tables import events
 from data.encoding import body_digest, event_digest
 from data.log import EventLog, recorded_event
+from data.partitions.files import hash_file, read_batches
 from data.partitions.merkle import MerkleTree
-from data.partitions.partition import Partition, hash_file, read_batches, read_partitions
+from data.partitions.partition import Partition, read_partitions
 from data.verify.report import VerifyReport
 
 Row = dict[str, Any]
