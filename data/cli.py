@@ -167,9 +167,9 @@ def erase(
     json_output: JsonOption = False,
 ) -> None:
     """Remove a person from log, sealed days, datasets and caches; mark versions trained on them."""
-    from data.erasure.erase import Person
     from data.erasure.erase import erase as run
     from data.erasure.files import describe
+    from data.erasure.person import Person
     from data.feedback import pseudonym as pseudonym_of
     from data.feedback import pseudonym_secret
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
@@ -97,6 +98,12 @@ def read_partitions(connection: Connection, *, state: str | None = "sealed") -> 
     if state is not None:
         query = query.where(partitions.c.state == state)
     return [Partition(**row) for row in connection.execute(query).mappings()]
+
+
+def update_partition(connection: Connection, partition: Partition, values: dict[str, Any]) -> None:
+    """Change the row of a partition."""
+    this = (partitions.c.after_seq == partition.after_seq) & (partitions.c.day == partition.day)
+    connection.execute(partitions.update().where(this).values(values))
 
 
 def sealed_upto(known: Iterable[Partition]) -> int:

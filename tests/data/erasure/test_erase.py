@@ -20,8 +20,9 @@ from cluster.registry import Registry
 from cluster.settings import Settings, load_settings
 from cluster.tables import arm_statistics, event_bodies, events, experiment_users, tombstones
 from data.erasure import erase as erasing
-from data.erasure import files, versions
-from data.erasure.erase import Person, erase
+from data.erasure import files, partitions, versions
+from data.erasure.erase import erase
+from data.erasure.person import Person
 from data.events import Event, parse_body
 from data.feedback import pseudonym, pseudonym_secret
 from data.group_commit import GroupCommit
@@ -265,11 +266,11 @@ class Killed(BaseException):
 
 
 STEPS = (
-    (erasing, "_raise_tombstone"),
-    (erasing, "_erase_records"),
-    (erasing, "write_file"),
-    (erasing, "update_partition"),
-    (erasing, "remove_file"),
+    (erasing, "raise_tombstone"),
+    (erasing, "erase_records"),
+    (partitions, "write_file"),
+    (partitions, "update_partition"),
+    (partitions, "remove_file"),
     (files, "datasets_with"),
     (files, "clean_spools"),
     (files, "_clean_shard"),

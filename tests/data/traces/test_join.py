@@ -143,7 +143,8 @@ def test_an_empty_block_keeps_its_schema() -> None:
 def test_erasing_the_user_of_a_run_takes_steps_that_came_without_a_user(
     sqlite_database: Engine, settings: Settings
 ) -> None:
-    from data.erasure.erase import Person, erase
+    from data.erasure.erase import erase
+    from data.erasure.person import Person
 
     log = EventLog(sqlite_database)
     ada = next(e.user_id for e in events_of([AGENT]))
