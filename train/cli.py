@@ -13,7 +13,7 @@ from cluster.settings import Settings, load_settings
 from train.answers import generate
 
 if TYPE_CHECKING:
-    from train.jobs import Request
+    from train.plan import Request
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fit a LoRA adapter to a dataset.")
 
@@ -85,7 +85,7 @@ def run(
     """Train on a curated dataset; DPO and KTO are reported beside SFT on the same feedback."""
     settings, _ = load_settings(config)
     configure_logging(settings.logging)
-    from train.jobs import Request
+    from train.plan import Request
 
     shape = {"weights": weights, "learning_rate": learning_rate, "beta": beta, "seed": seed, "device": device}
     length = {"epochs": epochs, "max_steps": max_steps}

@@ -22,7 +22,8 @@ from data.finetuning.uploads import Uploads
 from data.log import EventLog
 from data.manifest import datasets_root, load_manifest
 from train.config import TrainConfig, resolve_config
-from train.jobs import Request, run_training
+from train.jobs import run_training
+from train.plan import Request
 from train.register import register_adapter
 
 log = logging.getLogger(__name__)
