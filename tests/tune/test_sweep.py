@@ -1,6 +1,5 @@
 """A real sweep on the tiny model: trials, nested runs, the choice, and going on after an interruption."""
 
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from cluster.errors import InputError, NotFoundError
 from cluster.settings import Settings, load_settings
 from tests.datasets import write_feedback_dataset
 from tune.objective import axes_of
-from tune.spec import new_sweep, read_sweep, sweep_folder
+from tune.spec import new_sweep, read_sweep, write_sweep
 from tune.sweep import resume_sweep, run_sweep
 from tune.trial import Plan, rungs_of
 
@@ -44,9 +43,7 @@ def test_new_sweep_refuses_unknown_fields_and_methods(settings: Settings) -> Non
 
 def test_a_sweep_is_kept_in_its_folder(settings: Settings) -> None:
     sweep = new_sweep(settings, method="dpo", dataset="d", base="b", ranges={"schedule": "linear,cosine"})
-    folder = sweep_folder(settings, sweep.sweep_id)
-    folder.mkdir(parents=True)
-    (folder / "sweep.json").write_text(json.dumps(sweep.to_json()))
+    write_sweep(settings, sweep)
     assert read_sweep(settings, sweep.sweep_id) == sweep
     with pytest.raises(NotFoundError, match=sweep.sweep_id):
         read_sweep(settings, "other")
