@@ -54,14 +54,14 @@ COMMANDS: dict[str, Mount] = {
     "tune": Mount("tune.cli", "Sweep hyper-parameters."),
     "experiment": Mount("serve.experiments.cli", "Plan, list and read experiments."),
     "rollout": Mount("serve.rollout.cli", "Start, approve, freeze or roll back a rollout."),
-    "label": Mount("data.label_cli", "Answers that wait for people's judgement: look, judge, see who agrees."),
+    "label": Mount("data.labelling.cli", "Answers that wait for people's judgement: look, judge, see who agrees."),
     "jobs": Mount("cluster.commands", "Training jobs and their state.", "jobs"),
     "lineage": Mount("data.cli", "From a version to the feedback that made it.", "lineage"),
     "erase": Mount("data.cli", "Remove a person from everything that was kept of them.", "erase"),
     "verify": Mount("serve.verify_cli", "Check the event log and rebuild every decision.", "verify"),
     "loop": Mount("cluster.commands", "Run the jobs of one turn of the loop.", "loop"),
     "notify": Mount("cluster.notify_cli", "Channels to people, and a test of them."),
-    "outlets": Mount("data.outlets_cli", "Events that leave: webhooks, brokers, notifications."),
+    "outlets": Mount("data.outlets.cli", "Events that leave: webhooks, brokers, notifications."),
     "submit": Mount("cluster.commands", "Send any of these commands to a Ray cluster as a job.", "submit"),
 }
 

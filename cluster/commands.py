@@ -2,19 +2,17 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
 
 from cluster.errors import InputError
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 SECRET_WORDS = ("secret", "password", "token", "key")
 

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from cluster.errors import ConfigError, ConflictError, UnavailableError
+from cluster.schema import other_schema, require_schema
 from cluster.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def connect(settings: Settings, *, migrate: bool = True) -> Engine:
     """An engine on the configured database, its schema brought up to date.
 
     Raises:
-        ConfigError: the URL is not one we speak.
+        ConfigError: the URL is not one we speak, or the database not one that our migrations make.
         UnavailableError: the server does not answer or refuses us.
     """
     engine = _engine(settings)
@@ -127,11 +128,20 @@ def upgrade(engine: Engine) -> None:
     """Bring the schema to the newest migration; safe to call from many processes at once.
 
     Where it is there already, alembic is not even imported: every process connects, and few ever migrate.
+
+    Raises:
+        ConfigError: the database is not one that these migrations make.
     """
-    if is_current(engine):
-        return
+    if not is_current(engine):
+        _migrate(engine)
+    with engine.connect() as connection:
+        require_schema(connection)
+
+
+def _migrate(engine: Engine) -> None:
     from alembic import command
     from alembic.config import Config
+    from alembic.util import CommandError
 
     with write(engine).begin() as connection:
         if is_postgres(engine):
@@ -139,7 +149,10 @@ def upgrade(engine: Engine) -> None:
         config = Config()
         config.set_main_option("script_location", str(MIGRATIONS))
         config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        try:
+            command.upgrade(config, "head")
+        except CommandError as error:  # a revision of a later Rayloop, or of another program
+            raise other_schema(connection, f"is at a revision that is not known here ({error})") from None
 
 
 def is_current(engine: Engine) -> bool:

@@ -1,7 +1,6 @@
 """`rayloop notify`: the channels to people, and a test of them."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,14 +8,12 @@ import typer
 from cluster.clock import now_us
 from cluster.errors import ConfigError, InputError, NotFoundError, UnavailableError
 from cluster.notify import messenger, trial_notice
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import Settings, load_settings
 from cluster.settings.outlets import AnyChannel, Severity
 from cluster.webhook import DeliveryError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
-
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Events for the people who run this: graders that drift apart, a spool that grows, a queue that is full.
 
-They travel like every other event, so whatever is notified of events is notified of them (`data.notices`). An alert
-about the log itself arrives when the log is back; at the moment it happens the metrics say so.
+They travel like every other event, so whatever is notified of events is notified of them (`data.outlets.notices`). An
+alert about the log itself arrives when the log is back; at the moment it happens the metrics say so.
 """
 
 import os

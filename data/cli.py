@@ -12,16 +12,15 @@ import typer
 from cluster.database import connect
 from cluster.errors import InputError
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.progress import progress_bar
 from cluster.settings import Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 FormatOption = Annotated[
     str,
-    typer.Option("--format", help="auto, events, openai, or the name of a mapping in data/mappings."),
+    typer.Option("--format", help="auto, events, openai, or the name of a mapping in data/importers/mappings."),
 ]
 SOURCES = "A file of JSON lines or Parquet, a database's URL, bigquery://PROJECT, or mlflow:EXPERIMENT."
 TableOption = Annotated[str | None, typer.Option("--table", help="Table of the database.")]
@@ -45,9 +44,9 @@ def import_(
 
     Exit code 1 if a row was rejected.
     """
-    from data.importers import ImportOptions, ImportReport, Problem, import_source
+    from data.importers.open import open_source
+    from data.importers.run import ImportOptions, ImportReport, Problem, import_source
     from data.log import EventLog
-    from data.sources import open_source
 
     settings = _settings(config)
     opened = open_source(source, settings, table=table, query=query)
@@ -105,8 +104,8 @@ def audit(
     json_output: JsonOption = False,
 ) -> None:
     """Describe sources before they are imported: tables, columns, empties, relations, labels, baselines."""
-    from data.audit import audit_sources, to_markdown
-    from data.sources import open_sources
+    from data.importers.audit import audit_sources, to_markdown
+    from data.importers.open import open_sources
 
     settings = _settings(config)
     opened = [each for text in sources for each in open_sources(text, settings, table=table, query=query)]
@@ -168,9 +167,9 @@ def erase(
     json_output: JsonOption = False,
 ) -> None:
     """Remove a person from log, sealed days, datasets and caches; mark versions trained on them."""
-    from data.erase import Person
-    from data.erase import erase as run
-    from data.erase_files import describe
+    from data.erasure.erase import erase as run
+    from data.erasure.files import describe
+    from data.erasure.person import Person
     from data.feedback import pseudonym as pseudonym_of
     from data.feedback import pseudonym_secret
 

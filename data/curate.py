@@ -36,7 +36,7 @@ from data import balance as balancing
 from data.behaviour import add_implicit_signals
 from data.calibration import fit
 from data.card import dataset_card, draw_plots
-from data.detectors.interface import detectors
+from data.detectors.make import detectors
 from data.events import Event
 from data.exchange import each, exchange, gathered
 from data.filter import filter_rows
@@ -55,7 +55,7 @@ from data.source import Block, plan_blocks, read_block
 from data.split import resolve_clusters
 from data.stages import Stage, join_counts, split_counts, sum_counts, with_column
 from data.summary import summary_of
-from data.traces import TRACE, TRACED, add_trace, join_traces
+from data.traces.join import TRACE, TRACED, add_trace, join_traces
 
 log = logging.getLogger(__name__)
 

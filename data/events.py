@@ -31,7 +31,7 @@ Tier = Annotated[str, Field(min_length=1, max_length=64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 SpanId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 """Of the OpenTelemetry span an item was made from. `parent_span_id` names the nearest span above it that is an item
-too, else the last one known: by these the parts of a trace find each other (`data.traces`)."""
+too, else the last one known: by these the parts of a trace find each other (`data.traces.join`)."""
 
 
 class ToolCall(Body):

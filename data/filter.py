@@ -9,7 +9,8 @@ import orjson
 import pyarrow as pa
 
 from cluster.settings.curation import CurationSettings, FilterSettings
-from data.detectors.interface import YES, Detectors, Item, detectors
+from data.detectors.interface import YES, Item
+from data.detectors.make import Detectors, detectors
 from data.events import Message
 from data.stages import Dropped, keep
 from data.template import content_text

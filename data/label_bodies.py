@@ -65,9 +65,9 @@ class Label(Body):
     """The preferred answer: its interaction id, or what `answer` names."""
     notes: str | None = None
     item_id: ItemId | None = None
-    """The item of the queue (`data.labelling.item_id`) that this answers."""
+    """The item of the queue (`data.labelling.requests.item_id`) that this answers."""
     answer: ItemId | None = None
-    """The answer judged, where it is not an interaction of the log (`data.labelling.answer_name`)."""
+    """The answer judged, where it is not an interaction of the log (`data.labelling.requests.answer_name`)."""
 
 
 class LabelSkipped(Body):

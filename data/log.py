@@ -170,7 +170,7 @@ class EventLog:
         gone = [row["seq"] for row in rows if row["body"] is None and not row["erased"]]
         if not gone:
             return [recorded_event(row) for row in rows]
-        from data.partitions import sealed_bodies
+        from data.partitions.bodies import sealed_bodies
 
         sealed = sealed_bodies(self.engine, gone)
         return [recorded_event(row, sealed.get(row["seq"])) for row in rows]

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from cluster.errors import InputError
-from data.plain import to_plain
+from data.intake.plain import to_plain
 
 PARQUET_MAGIC = b"PAR1"
 PARQUET_BATCH = 1024

@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Engine
 
 from cluster.clock import DAY_US
 from cluster.database import exclusive, write
@@ -23,18 +23,8 @@ from cluster.tables import event_bodies, event_ids, events, partitions
 from data.encoding import decompress
 from data.events import Event
 from data.log import IDS_CURSOR, EventLog, save_cursor
-from data.partitions import (
-    ROWS,
-    Partition,
-    Written,
-    day_of,
-    hash_file,
-    open_location,
-    path_of,
-    read_partitions,
-    sealed_upto,
-    write_file,
-)
+from data.partitions.files import ROWS, Written, hash_file, open_location, write_file
+from data.partitions.partition import Partition, day_of, path_of, read_partitions, sealed_upto, update_partition
 
 log = logging.getLogger(__name__)
 
@@ -155,12 +145,6 @@ def _register(engine: Engine, settings: Settings, partition: Partition, written:
         update_partition(connection, partition, values)
         EventLog(engine).append_in(connection, [event])
     return Partition(**asdict(partition) | values)
-
-
-def update_partition(connection: Connection, partition: Partition, values: dict[str, Any]) -> None:
-    """Change the row of a partition."""
-    this = (partitions.c.after_seq == partition.after_seq) & (partitions.c.day == partition.day)
-    connection.execute(partitions.update().where(this).values(values))
 
 
 def _pages(engine: Engine, partition: Partition, page: int) -> Iterator[pa.Table]:

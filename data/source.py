@@ -17,7 +17,8 @@ from cluster.errors import UnavailableError
 from cluster.settings import Settings
 from data.encoding import ARRAYS, decode_body, decompress, lengths_of
 from data.log import EventLog
-from data.partitions import Partition, read_batches, read_partitions, sealed_upto
+from data.partitions.files import read_batches
+from data.partitions.partition import Partition, read_partitions, sealed_upto
 from data.propensity import answer_logprob
 
 KINDS = ("interaction", "trajectory", "tool_call", "feedback", "behaviour", "label", "grade")

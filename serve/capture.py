@@ -25,7 +25,7 @@ from cluster.settings.capture import LogSettings
 from cluster.settings.serving import CaptureQueueSettings
 from data.events import Event, interaction_event_id, uuid7
 from data.group_commit import GroupCommit, Transient
-from data.metadata import PAIRS, bounded, scrubbed
+from data.intake.metadata import PAIRS, bounded, scrubbed
 from serve.arms import Plan
 from serve.keys import Key
 from serve.rewrite import Answer

@@ -16,6 +16,7 @@ import typer
 from cluster.database import connect
 from cluster.errors import ConflictError, InputError, UnavailableError
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import Settings, load_settings
 from serve.config import write_files, write_private
 from serve.keys import EVERYDAY, KeyRing, create_key
@@ -23,8 +24,6 @@ from serve.ports import free_ports, require_free
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 RUN_RECORD = "run/up.json"
 KEY_FILE = "run/api_key"

@@ -28,21 +28,8 @@ from urllib.parse import quote
 
 from serve.client_config import ClientConfig, delivery, remote
 from serve.client_services import Grade, ServiceCalls
-from serve.recording import (
-    Active,
-    HeardAsyncStream,
-    HeardStream,
-    Listener,
-    Message,
-    Prediction,
-    Speaker,
-    ToolCall,
-    Trajectory,
-    heard_async,
-    listen,
-    request_messages,
-    stamped,
-)
+from serve.listening import Active, HeardAsyncStream, HeardStream, Listener, heard_async, listen
+from serve.recording import Message, Prediction, Speaker, ToolCall, Trajectory, request_messages, stamped
 from serve.sender import Sender
 
 log = logging.getLogger(__name__)

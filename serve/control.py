@@ -1,6 +1,6 @@
 """The application `control` (at `/control`): one replica that counts the log and drives every rollout.
 
-It also runs the outlets (`data.outlet_loop`) and fills the labelling queue. The work is done in threads, so the
+It also runs the outlets (`data.outlets.loop`) and fills the labelling queue. The work is done in threads, so the
 replica always answers `GET /healthz`, and `GET /metrics` with what this process counts. A second replica, or a second
 cluster on the same database, finds the leases taken and waits. `GET /rollouts` shows the rollouts of the key's tenant.
 """
@@ -20,7 +20,7 @@ from cluster.database import connect
 from cluster.errors import RayloopError
 from cluster.logs import configure_logging
 from cluster.settings import Settings
-from data.outlet_loop import OutletLoop
+from data.outlets.loop import OutletLoop
 from serve.asgi import HttpApplication, bearer_key, require_method, send_json
 from serve.finetuning.dispatcher import DispatchLoop
 from serve.known_keys import KnownKeys

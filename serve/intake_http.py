@@ -16,8 +16,8 @@ from cluster import metrics
 from cluster.errors import ConflictError, InputError, OverloadedError, UnavailableError
 from cluster.settings import Settings
 from cluster.settings.serving import ServeSettings
-from data.intake import Intake, ItemResult, items_in, read_document
-from data.items import Identity
+from data.intake.batches import Intake, ItemResult, items_in, read_document
+from data.intake.items import Identity
 from serve import otlp_http
 from serve.keys import Key
 from serve.openai import JSON, ApiError, Headers, Receive, Scope, Send, read_body, send_response, unpack

@@ -1,7 +1,6 @@
 """`rayloop keys`: create, list, rotate and revoke API keys."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,13 +8,12 @@ import typer
 from cluster.clock import to_iso
 from cluster.database import connect
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import load_settings
 from serve.keys import EVERYDAY, Key, create_key, list_keys, revoke_key, rotate_key
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 
 HOUR_S, DAY_S = 3_600, 86_400
 

@@ -14,8 +14,8 @@ from cluster.database import connect
 from cluster.errors import RayloopError
 from cluster.lease import acquire_lease, release_lease
 from cluster.settings import Settings
-from data.label_queue import LabelQueue
-from data.label_sampling import sample_for_labelling
+from data.labelling.queue import LabelQueue
+from data.labelling.sampling import sample_for_labelling
 
 log = logging.getLogger(__name__)
 

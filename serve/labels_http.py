@@ -15,11 +15,11 @@ from cluster.errors import ConflictError, InputError, UnavailableError
 from cluster.settings import Settings
 from data.events import Event
 from data.group_commit import GroupCommit
-from data.intake import ItemResult, Prepared, items_in, read_document
-from data.items import Identity
-from data.label_content import shown_items
-from data.label_queue import LabelQueue
-from data.label_submission import LabelParser
+from data.intake.batches import ItemResult, Prepared, items_in, read_document
+from data.intake.items import Identity
+from data.labelling.content import shown_items
+from data.labelling.queue import LabelQueue
+from data.labelling.submission import LabelParser
 from data.log import EventLog, Verdict
 from serve.asgi import send_json
 from serve.intake_http import in_api_shape

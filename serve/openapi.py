@@ -7,11 +7,11 @@ import orjson
 
 from data.events import ASSIGNMENT_FIELDS, BODIES
 from data.feedback import SERVER_FIELDS
-from data.intake import TRACE_KINDS
-from data.items import NEEDS_INTERACTION, Envelope
-from data.label_content import LETTERS
-from data.label_queue import ORDER
-from data.label_submission import LabelItem
+from data.intake.batches import TRACE_KINDS
+from data.intake.items import NEEDS_INTERACTION, Envelope
+from data.labelling.content import LETTERS
+from data.labelling.queue import ORDER
+from data.labelling.submission import LabelItem
 from serve.intake_http import KINDS
 from serve.labels_http import LABELS, MOST_SHOWN, QUEUE
 

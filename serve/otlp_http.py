@@ -10,9 +10,9 @@ from typing import Any
 
 import orjson
 
-from data.genai import Found, items_of
-from data.intake import ItemResult
-from data.otlp import Export, from_json, from_protobuf
+from data.intake.batches import ItemResult
+from data.traces.genai import Found, items_of
+from data.traces.otlp import Export, from_json, from_protobuf
 from serve.openai import JSON, ApiError, Headers, Scope, Send, header, send_response
 
 PATH = "/v1/traces"

@@ -23,7 +23,7 @@ from data.alerts import alert
 from data.events import Event
 from data.feedback import pseudonym_secret
 from data.group_commit import GroupCommit
-from data.intake import Intake
+from data.intake.batches import Intake
 from data.log import EventLog
 from serve import intake_http, labels_http, openapi, otlp_http, users_http
 from serve.anomalies import AnomalyWatch

@@ -2,7 +2,6 @@
 
 import getpass
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,13 +10,12 @@ from cluster.clock import to_iso
 from cluster.database import connect
 from cluster.errors import InputError
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import Settings, load_settings
 from serve.routes import Route, RouteKey, read_route, read_routes, update_route, write_route
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 AgentArgument = Annotated[str, typer.Argument(help="The agent whose route it is.")]
 ModalityOption = Annotated[str, typer.Option(help="Modality of the route.")]
 ReasonOption = Annotated[str | None, typer.Option(help="Kept with the event.")]

@@ -31,7 +31,8 @@ class UsersHandler:
         Raises:
             ApiError: no such user, or the erasure could not be finished; it goes on with the next call.
         """
-        from data.erase import Person, erase
+        from data.erasure.erase import erase
+        from data.erasure.person import Person
 
         user = scope["path"].removeprefix(PREFIX)
         if not 0 < len(user) <= LONGEST_USER:

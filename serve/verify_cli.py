@@ -2,13 +2,12 @@
 
 import json
 import sys
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from cluster.database import connect
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.progress import progress_bar
 from cluster.settings import load_settings
 
@@ -17,11 +16,11 @@ app = typer.Typer(no_args_is_help=False, add_completion=False)
 
 @app.command()
 def verify(
-    config: Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+    config: ConfigOption = None,
+    json_output: JsonOption = False,
 ) -> None:
     """Check the event log and its sealed days, and rebuild every decision. Exit code 1 if something was altered."""
-    from data.verify import verify_log
+    from data.verify.run import verify_log
     from serve.rollout.replay import verify_decisions
 
     settings, _ = load_settings(config)

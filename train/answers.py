@@ -10,6 +10,7 @@ import typer
 
 from cluster.errors import InputError
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import load_settings
 from train.files import unwritable
 
@@ -24,8 +25,8 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 256,
-    config: Annotated[Path | None, typer.Option("--config", help="rayloop.yaml to use.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Answer a file of prompts with a base model and with each of its adapters."""
     settings, _ = load_settings(config)

@@ -8,18 +8,16 @@ import typer
 
 from cluster.errors import InputError
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import Settings, load_settings
 from train.answers import generate
 
 if TYPE_CHECKING:
-    from train.jobs import Request
+    from train.plan import Request
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fit a LoRA adapter to a dataset.")
 
 app.command("generate")(generate)
-
-Config = Annotated[Path | None, typer.Option("--config", help="rayloop.yaml to use.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.callback()
@@ -33,8 +31,8 @@ def toy(
     out: Annotated[Path, typer.Option(help="Folder to write the model to.")],
     epochs: Annotated[float | None, typer.Option(help="Passes over the examples.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and order.")] = None,
-    config: Config = None,
-    as_json: AsJson = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Train a small base model from scratch on chat examples."""
     chosen = {k: v for k, v in {"epochs": epochs, "seed": seed}.items() if v is not None}
@@ -81,13 +79,13 @@ def run(
         str | None,
         typer.Option("--register", metavar="MODEL", help="Register what was trained as versions of this agent."),
     ] = None,
-    config: Config = None,
-    as_json: AsJson = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Train on a curated dataset; DPO and KTO are reported beside SFT on the same feedback."""
     settings, _ = load_settings(config)
     configure_logging(settings.logging)
-    from train.jobs import Request
+    from train.plan import Request
 
     shape = {"weights": weights, "learning_rate": learning_rate, "beta": beta, "seed": seed, "device": device}
     length = {"epochs": epochs, "max_steps": max_steps}
@@ -135,8 +133,8 @@ def remote(
     beta: Annotated[float | None, typer.Option(help="KL coefficient of DPO.")] = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's name.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="JOB", help="Go on watching a job that was sent.")] = None,
-    config: Config = None,
-    as_json: AsJson = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Have a dataset trained by another endpoint that speaks OpenAI's fine-tuning API; its result is registered."""
     settings, _ = load_settings(config)
@@ -166,8 +164,8 @@ def remote(
 def job(
     job_id: Annotated[str, typer.Argument(help="A job of the fine-tuning API.")],
     token: Annotated[str, typer.Option(help="Shows that the job was given to this process.")],
-    config: Config = None,
-    as_json: AsJson = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Do a job of the fine-tuning API; `rayloop up` starts this by itself."""
     settings, _ = load_settings(config)
@@ -186,8 +184,8 @@ def register(
     base: Annotated[str | None, typer.Option(help="Register this base model instead of an adapter.")] = None,
     base_model: Annotated[str | None, typer.Option(help="Base model of the adapter, where it is not known.")] = None,
     run: Annotated[str | None, typer.Option(help="MLflow run that made the adapter.")] = None,
-    config: Config = None,
-    as_json: AsJson = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Put a trained adapter or a base model into the registry."""
     settings, _ = load_settings(config)
@@ -230,7 +228,7 @@ def reward_server(
     base: Annotated[str | None, typer.Option(help="Its base model, where it is not known.")] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8100,
-    config: Config = None,
+    config: ConfigOption = None,
 ) -> None:
     """Score conversations with a reward model over HTTP, for graders of type `reward_model`."""
     settings, _ = load_settings(config)

@@ -17,12 +17,13 @@ from cluster.jobs import Job, Jobs
 from cluster.registry import Registry
 from cluster.runners import Runners
 from cluster.settings import Settings
+from data.finetuning.dataset import Part, package, ready_event
+from data.finetuning.uploads import Uploads
 from data.log import EventLog
 from data.manifest import datasets_root, load_manifest
-from data.tuning_dataset import Part, package, ready_event
-from data.uploads import Uploads
 from train.config import TrainConfig, resolve_config
-from train.jobs import Request, run_training
+from train.jobs import run_training
+from train.plan import Request
 from train.register import register_adapter
 
 log = logging.getLogger(__name__)

@@ -1,42 +1,33 @@
-"""What `rayloop train run` does: plan the runs, start them, and keep job table, MLflow and terminal current."""
+"""What `rayloop train run` does: start the planned runs, and keep job table, MLflow and terminal current."""
 
 import json
 import logging
 import os
 import socket
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 from sqlalchemy.engine import Engine
 
 from cluster import tracking
 from cluster.errors import (
     ConflictError,
-    DatasetError,
     HealthGateError,
-    InputError,
-    NotFoundError,
     RayloopError,
     UnavailableError,
 )
 from cluster.job_events import Kind, note
-from cluster.jobs import Job, Jobs
-from cluster.registry import Registry, describe_base
+from cluster.jobs import Jobs
 from cluster.settings import Settings
-from data.grading import AtHand, make_grader
 from data.job_endings import append_job_ended
-from data.manifest import Manifest, find_dataset, load_manifest
-from train.config import TrainConfig, check_model_dir, resolve_config
-from train.examples import check_data, read_data
+from data.manifest import Manifest
+from train.config import TrainConfig
+from train.plan import Planned, Request, plan_runs
 from train.progress import Progress
-from train.rewards import open_scorer
 from train.worker import Event, run_here, run_on_ray
 
 log = logging.getLogger(__name__)
@@ -61,154 +52,6 @@ Opening = Literal["create", "adopt", "resume"]
 """Where a run's row in the job table comes from."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a person asked for."""
-
-    methods: tuple[str, ...] = ()
-    dataset: str = "latest"
-    agent: str | None = None
-    base: str | None = None
-    name: str | None = None
-    resume: str | None = None
-    """Name of an earlier request, whose unfinished runs go on; everything else is taken from it."""
-    adopt: bool = False
-    """The job `name` is in the table already, pending: the fine-tuning API put it there."""
-    workers: int | None = None
-    ray: bool = True
-    sft_baseline: bool | None = None
-    overrides: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One run that will be made."""
-
-    job_id: str
-    config: TrainConfig
-    base_revision: str
-    asked: bool
-    """False: the SFT run that stands beside another for comparison."""
-    grader_version: str = ""
-    """GRPO: of the grader that gives the reward."""
-
-
-def plan(settings: Settings, request: Request) -> tuple[list[Planned], Manifest]:
-    """The runs of a request, checked as far as that goes without computing.
-
-    Raises:
-        InputError, NotFoundError, DatasetError: what was asked for cannot be trained.
-    """
-    dataset = find_dataset(settings, request.dataset, agent=request.agent)
-    manifest = load_manifest(dataset)
-    if manifest.erased_rows:
-        raise DatasetError(
-            f"{manifest.erased_rows} examples of {manifest.dataset_id} were erased since it was made; "
-            "run `rayloop curate` and train on the new one"
-        )
-    agent = request.agent or manifest.agent
-    base, adapter = resolve_base(settings, request.base, agent)
-    check_model_dir(base)
-    revision = describe_base(base)[1]
-    methods = _with_baseline(settings, request, manifest)
-    name = request.name or f"{request.methods[-1]}-{uuid.uuid4().hex[:8]}"
-    planned = []
-    for method in methods:
-        job_id = name if len(methods) == 1 else f"{name}.{method}"
-        config = resolve_config(
-            settings,
-            method,
-            base_model=base,
-            init_adapter=adapter,
-            dataset=dataset,
-            out=settings.home / "training" / job_id,
-            **dict(request.overrides or {}),
-        )
-        check_data(method, config.kind, read_data(dataset, config.kind), dataset)
-        planned.append(Planned(job_id, config, revision, method in request.methods, grader_version(config)))
-    return planned, manifest
-
-
-def grader_version(config: TrainConfig) -> str:
-    """Version of the grader that a run learns from; empty where there is none.
-
-    Raises:
-        InputError: it cannot be made.
-    """
-    if config.method != "grpo":
-        return ""
-    scorer = open_scorer(config.reward_model)
-    return make_grader(config.grader, field="training.grpo.grader", at_hand=AtHand(scorer=scorer)).version
-
-
-def plan_again(jobs: Jobs, name: str) -> tuple[list[Planned], Manifest]:
-    """The unfinished runs of an earlier request, as they were.
-
-    Raises:
-        NotFoundError: no request of this name.
-        ConflictError: all of it is done, or a process is still at it.
-    """
-    known = [job for job in reversed(jobs.list(limit=1000)) if job.job_id == name or job.job_id.startswith(f"{name}.")]
-    if any(job.request is not None for job in known):
-        raise ConflictError(f"training {name!r} belongs to the fine-tuning API; resume it there")
-    if not known:
-        raise NotFoundError(f"no training job {name!r}; see `rayloop jobs`")
-    left = [job for job in known if job.state != "completed"]
-    if not left:
-        raise ConflictError(f"training {name!r} is completed; there is nothing to resume")
-    for job in left:
-        where = job.progress or {}
-        if job.state == "running" and where.get("host") == socket.gethostname() and psutil.pid_exists(where["pid"]):
-            raise ConflictError(f"training {job.job_id!r} still runs, as process {where['pid']}")
-    planned = [_as_it_was(job) for job in left]
-    return planned, load_manifest(planned[0].config.dataset)
-
-
-def _as_it_was(job: Job) -> Planned:
-    config = TrainConfig.model_validate(job.config)
-    revision = describe_base(config.base_model)[1]
-    return Planned(job.job_id, config, revision, asked=True, grader_version=grader_version(config))
-
-
-def _adopted(settings: Settings, request: Request, jobs: Jobs) -> tuple[list[Planned], Manifest]:
-    """The run of a job of the API: as it was planned in an earlier life, else planned anew."""
-    job = jobs.get(str(request.name))
-    if not job.config:
-        return plan(settings, request)
-    planned = _as_it_was(job)
-    return [planned], load_manifest(planned.config.dataset)
-
-
-def _with_baseline(settings: Settings, request: Request, manifest: Manifest) -> list[str]:
-    """The methods asked for, with SFT on the same feedback beside DPO and KTO."""
-    wanted = settings.training.sft_baseline if request.sft_baseline is None else request.sft_baseline
-    methods = list(dict.fromkeys(request.methods))
-    if not wanted or "sft" in methods or not {"dpo", "kto"} & set(methods):
-        return methods
-    if not manifest.counts.get("sft", {}).get("train"):
-        log.warning("no SFT examples in dataset %s: nothing to report beside %s", manifest.dataset_id, methods)
-        return methods
-    return ["sft", *methods]
-
-
-def resolve_base(settings: Settings, ref: str | None, agent: str | None) -> tuple[str, str | None]:
-    """Base model and adapter to start from: of a path, a hub id, or a registered version.
-
-    Without `ref` it is the base model of the agent's champion, else the configured one.
-    """
-    registry = Registry(settings)
-    if ref is None:
-        try:
-            return registry.get(f"{agent}@champion").base_model, None
-        except (NotFoundError, InputError):
-            return settings.training.base_model, None
-    plain = ref.removeprefix("models:/")
-    if ("@" in plain or plain.rpartition("/")[2].isdecimal()) and not Path(ref).exists():
-        found = registry.get(plain)
-        return found.base_model, str(registry.adapter_dir(found)) if found.adapter_sha256 else None
-    return ref, None
-
-
 def run_training(settings: Settings, request: Request, database: Engine) -> dict[str, Any]:
     """Plan, train and record; returns what the command prints.
 
@@ -216,7 +59,7 @@ def run_training(settings: Settings, request: Request, database: Engine) -> dict
         RayloopError: a run that was asked for failed; the others have been recorded.
     """
     jobs = Jobs(database, settings.tenant, settings.workspace)
-    planned, manifest = _planned(settings, request, jobs)
+    planned, manifest = plan_runs(settings, request, jobs)
     opening: Opening = "adopt" if request.adopt else "resume" if request.resume else "create"
     with ExitStack() as stack:
         records = [Record(settings, jobs, run, manifest, opening) for run in planned]
@@ -225,12 +68,6 @@ def run_training(settings: Settings, request: Request, database: Engine) -> dict
             record.open()
         _run(settings, request, [run.config for run in planned], records)
     return report(records, manifest)
-
-
-def _planned(settings: Settings, request: Request, jobs: Jobs) -> tuple[list[Planned], Manifest]:
-    if request.adopt:
-        return _adopted(settings, request, jobs)
-    return plan_again(jobs, request.resume) if request.resume else plan(settings, request)
 
 
 def _run(settings: Settings, request: Request, configs: Sequence[TrainConfig], records: Sequence["Record"]) -> None:

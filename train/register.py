@@ -11,7 +11,7 @@ from cluster.errors import ConflictError, InputError, NotFoundError
 from cluster.jobs import Jobs
 from cluster.registry import Registry, Version, read_adapter_config
 from cluster.settings import Settings
-from data.erase_versions import erased_since
+from data.erasure.versions import erased_since
 from data.events import Event, parse_body
 from data.log import EventLog
 from train.jobs import ORIGIN

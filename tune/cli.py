@@ -1,19 +1,16 @@
 """`rayloop tune`: sweep hyper-parameters."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from cluster.errors import InputError
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import load_settings
 
 app = typer.Typer(no_args_is_help=True, help="Sweep hyper-parameters.")
-
-Config = Annotated[Path | None, typer.Option(help="Configuration file; rayloop.yaml by default.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 @app.callback()
@@ -36,13 +33,14 @@ def run(
         str, typer.Option(help="asha stops worse trials, pbt has them copy better ones, or none.")
     ] = "asha",
     resume: Annotated[str | None, typer.Option(help="Id of an interrupted sweep.")] = None,
-    as_json: Json = False,
-    config: Config = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
 ) -> None:
     """Sweep learning rate, KL coefficient and other fields of a training."""
     settings, _ = load_settings(config)
     configure_logging(settings.logging)
-    from tune.sweep import new_sweep, resume_sweep, run_sweep
+    from tune.spec import new_sweep
+    from tune.sweep import resume_sweep, run_sweep
 
     if resume:
         found = resume_sweep(settings, resume)

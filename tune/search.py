@@ -18,13 +18,15 @@ from cluster.settings.training import SweepSettings
 from tune.objective import Axes
 from tune.report import Trial
 from tune.space import Space, to_ray
-from tune.sweep import MUTABLE, RESULTS, Sweep, sweep_folder
+from tune.spec import MUTABLE, Sweep, sweep_folder
 from tune.trial import Plan, SweepTrial
 
 log = logging.getLogger(__name__)
 
 QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_THRESHOLD_S": "30"}
 METRICS = ("reward", "score", "progress")
+RESULTS = "tune"
+"""Ray Tune's own folder, in the sweep's."""
 
 
 class NestedRuns(ray.tune.Callback):  # type: ignore[misc]  # Ray is untyped here

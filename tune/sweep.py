@@ -1,23 +1,20 @@
 """A sweep: many trainings on one dataset, judged by an evaluation metric under a KL constraint.
 
 Ray Tune draws the configurations and stops the worse ones early (ASHA), or lets them go on from the better ones with
-other rates (PBT). Each trial is a nested MLflow run
-with its parameters, written from this process, so that the trials' actors need no MLflow. A sweep lives
-in `<home>/sweeps/<id>/`, from which an interrupted one resumes.
+other rates (PBT). Each trial is a nested MLflow run with its parameters, written from this process, so that the
+trials' actors need no MLflow. A sweep lives in `<home>/sweeps/<id>/`, from which an interrupted one resumes.
 """
 
 import json
 import logging
 import os
 import time
-import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster import tracking
-from cluster.errors import DatasetError, InputError, NotFoundError
+from cluster.errors import DatasetError
 from cluster.registry import Registry
 from cluster.runtime import ray_session
 from cluster.settings import Settings
@@ -28,38 +25,10 @@ from train.evaluate.truth import read_truths
 from tune import report
 from tune.objective import Axes, Target, axes_of
 from tune.report import Trial
-from tune.space import Choice, Range, Space, contains, default_space, field_of, parse_dimension
+from tune.space import Choice, Range, contains, field_of
+from tune.spec import Sweep, read_sweep, sweep_folder, write_sweep
 
 log = logging.getLogger(__name__)
-
-SPEC = "sweep.json"
-RESULTS = "tune"
-SCHEDULERS = ("asha", "pbt", "none")
-MUTABLE = ("learning_rate", "beta", "sft_weight", "weight_decay")
-"""What a population may change on the way: fields that say how to learn, not what is learned."""
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What is swept; kept in the sweep's folder so that it can be resumed."""
-
-    sweep_id: str
-    method: str
-    dataset: str
-    base: str
-    """Version or path the trainings start from."""
-    trials: int
-    space: Space
-    overrides: dict[str, Any] = field(default_factory=dict)
-    """Fields of the training's configuration that are the same in every trial."""
-    grid: bool = False
-    scheduler: str = "asha"
-    run_id: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        space = {name: {"kind": type(d).__name__, **d.__dict__} for name, d in self.space.items()}
-        return {**self.__dict__, "space": space}
 
 
 @dataclass(frozen=True)
@@ -85,59 +54,6 @@ class SweepResult:
         return values
 
 
-def new_sweep(
-    settings: Settings,
-    *,
-    method: str,
-    dataset: str,
-    base: str,
-    trials: int | None = None,
-    ranges: Mapping[str, str] | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    grid: bool = False,
-    scheduler: str = "asha",
-) -> Sweep:
-    """A sweep over the default ranges, with those in `ranges` (field to text) instead or beside.
-
-    Raises:
-        InputError: an unknown method, field or scheduler, or a range that is none.
-    """
-    from train.config import resolve_config
-
-    resolved = resolve_config(settings, method, base_model=base, dataset=Path(dataset), out=Path("unused"))
-    asked = {name: parse_dimension(name, text) for name, text in (ranges or {}).items()}
-    _check_fields(asked, resolved.model_dump(mode="json"))
-    space: Space = (
-        {} if grid else default_space(settings.sweep, learning_rate=resolved.learning_rate, beta=resolved.beta)
-    )
-    space |= asked
-    if scheduler not in SCHEDULERS:
-        raise InputError("scheduler", scheduler, f"must be one of {', '.join(SCHEDULERS)}", "choose one of them")
-    if scheduler == "pbt" and not set(space) & set(MUTABLE):
-        raise InputError("scheduler", scheduler, f"needs one of {', '.join(MUTABLE)} to change", "vary it as well")
-    return Sweep(
-        sweep_id=f"{method}-{uuid.uuid4().hex[:8]}",
-        method=method,
-        dataset=dataset,
-        base=base,
-        trials=trials or settings.sweep.trials,
-        space=space,
-        overrides=dict(overrides or {}),
-        grid=grid,
-        scheduler=scheduler,
-    )
-
-
-def _check_fields(names: Iterable[str], config: Mapping[str, Any]) -> None:
-    for name in names:
-        try:
-            field_of(config, name)
-        except KeyError:
-            raise InputError(
-                name, name, "is no field of a training", "see `training` in docs/configuration.md"
-            ) from None
-
-
 def run_sweep(settings: Settings, sweep: Sweep) -> SweepResult:
     """Run a sweep from its beginning.
 
@@ -147,12 +63,10 @@ def run_sweep(settings: Settings, sweep: Sweep) -> SweepResult:
     """
     sweep = pin(settings, sweep)
     prepared = make_plan(settings, sweep, Path(sweep.dataset))  # refuses before anything is written
-    folder = sweep_folder(settings, sweep.sweep_id)
     tags = {"rayloop.kind": "sweep", "rayloop.sweep": sweep.sweep_id, "rayloop.method": sweep.method}
     with tracking.run(settings, f"sweep {sweep.sweep_id}", tags=tags) as run:
         sweep = replace(sweep, run_id=run.run_id)
-        folder.mkdir(parents=True)
-        (folder / SPEC).write_text(json.dumps(sweep.to_json(), indent=2))
+        write_sweep(settings, sweep)
         return _carry_out(settings, sweep, prepared, run, resume=False)
 
 
@@ -178,27 +92,6 @@ def resume_sweep(settings: Settings, sweep_id: str) -> SweepResult:
     found = _carry_out(settings, sweep, prepared, run, resume=True)
     run.client.set_terminated(run.run_id, "FINISHED")
     return found
-
-
-def read_sweep(settings: Settings, sweep_id: str) -> Sweep:
-    """A sweep from its folder.
-
-    Raises:
-        NotFoundError: no such sweep; the message names those there are.
-    """
-    file = sweep_folder(settings, sweep_id) / SPEC
-    if not file.is_file():
-        root = settings.home / "sweeps"
-        known = sorted(path.parent.name for path in root.glob(f"*/{SPEC}")) if root.is_dir() else []
-        raise NotFoundError(f"no sweep {sweep_id!r}; there are {', '.join(known) or 'none'}")
-    values = json.loads(file.read_text())
-    space = {name: _dimension(fields) for name, fields in values.pop("space").items()}
-    return Sweep(**values, space=space)
-
-
-def sweep_folder(settings: Settings, sweep_id: str) -> Path:
-    """Where a sweep keeps everything."""
-    return settings.home / "sweeps" / sweep_id
 
 
 def _carry_out(
@@ -315,12 +208,6 @@ def _log_result(run: tracking.Run, found: SweepResult) -> None:
         best = {found.axes.value: found.chosen.value, found.axes.cost: found.chosen.cost}
         run.log_metrics({f"chosen.{name}": value for name, value in best.items()})
         run.set_tags({"rayloop.chosen": json.dumps(found.chosen.config)})
-
-
-def _dimension(fields: dict[str, Any]) -> Range | Choice:
-    if fields.pop("kind") == "Choice":
-        return Choice(tuple(fields["values"]))
-    return Range(**fields)
 
 
 def _text(dimension: Range | Choice) -> str:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cluster.options import JsonOption
+
 if TYPE_CHECKING:
     from cluster.demo.report import Findings
 
@@ -29,7 +31,7 @@ def demo(
     home: Annotated[Path, typer.Option(help="Folder of the demo; made afresh.")] = Path(".rayloop/demo"),
     keep_up: Annotated[bool, typer.Option("--keep-up/--no-keep-up", help="Leave the live side running.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Smaller numbers, for CI.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    json_output: JsonOption = False,
 ) -> None:
     """An alert-triage agent learns from simulated analysts and is promoted; a damaged one is rolled back."""
     from cluster.demo.plan import QUICK, DemoPlan

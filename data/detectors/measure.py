@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 
 from cluster.settings import Settings
 from data.detectors.cases import FOLDER, cases
-from data.detectors.interface import YES, Detector, Item, detectors
+from data.detectors.interface import YES, Detector, Item
+from data.detectors.make import detectors
 
 
 @dataclass(frozen=True, slots=True)

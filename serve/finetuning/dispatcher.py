@@ -31,7 +31,7 @@ from cluster.registry import Registry
 from cluster.runners import Runners
 from cluster.settings import Settings
 from cluster.tables import training_jobs
-from data.uploads import Uploads
+from data.finetuning.uploads import Uploads
 from serve import servables
 from serve.adapter_store import adapter_location
 from serve.config import write_private

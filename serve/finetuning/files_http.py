@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from starlette.datastructures import FormData, UploadFile
 
 from cluster.settings import Settings
-from data.tuning_rows import check_file
-from data.uploads import StoredFile, Uploads
+from data.finetuning.rows import check_file
+from data.finetuning.uploads import StoredFile, Uploads
 from serve.finetuning.form import read_form
 from serve.finetuning.objects import Json, file_object, page
 from serve.openai import ApiError, Headers, Receive, Scope, Send, header

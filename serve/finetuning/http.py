@@ -11,8 +11,8 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import ConflictError, InputError, NotFoundError, OverloadedError, UnavailableError
 from cluster.settings import Settings
-from data.tuning_rows import LineError
-from data.uploads import Uploads
+from data.finetuning.rows import LineError
+from data.finetuning.uploads import Uploads
 from serve.asgi import send_json
 from serve.finetuning.files_http import FileRoutes
 from serve.finetuning.jobs_http import JobRoutes

@@ -20,8 +20,8 @@ from cluster.errors import ConflictError, NotFoundError
 from cluster.job_events import JobEvent, Kind, note, read_events
 from cluster.jobs import Job, Jobs
 from cluster.settings import Settings
-from data.tuning_rows import Json, check_against_grader
-from data.uploads import StoredFile, Uploads
+from data.finetuning.rows import Json, check_against_grader
+from data.finetuning.uploads import StoredFile, Uploads
 from serve.finetuning import requests
 from serve.finetuning.objects import (
     ENDED,

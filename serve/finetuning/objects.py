@@ -8,7 +8,7 @@ from typing import Any
 from cluster.clock import SECOND_US
 from cluster.job_events import JobEvent
 from cluster.jobs import Job
-from data.uploads import StoredFile
+from data.finetuning.uploads import StoredFile
 
 Json = dict[str, Any]
 ENDED = ("succeeded", "failed", "cancelled")

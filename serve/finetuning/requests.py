@@ -11,9 +11,9 @@ from typing import Any
 
 from cluster.errors import InputError
 from cluster.settings import Settings
+from data.finetuning.rows import METHOD_FORMATS, Json
+from data.finetuning.uploads import StoredFile
 from data.grading.make import make_grader
-from data.tuning_rows import METHOD_FORMATS, Json
-from data.uploads import StoredFile
 from serve.openai import unknown_model
 from serve.snapshot import Snapshot
 

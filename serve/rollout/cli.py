@@ -13,12 +13,11 @@ from sqlalchemy.engine import Engine
 from cluster.database import connect
 from cluster.errors import InputError, NotFoundError
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import Settings, load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-ConfigOption = Annotated[Path | None, typer.Option("--config", help="The rayloop.yaml to use.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 RolloutArgument = Annotated[str | None, typer.Argument(help="Rollout id, agent or candidate; the newest one without.")]
 ReasonOption = Annotated[str | None, typer.Option(help="Kept with the decision.")]
 WATCH_S = 1.0

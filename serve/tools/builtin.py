@@ -9,7 +9,7 @@ from cluster.clock import to_iso
 from cluster.errors import InputError, NotFoundError
 from cluster.tables import events
 from data.events import FeedbackType, RecordedEvent
-from data.items import Identity
+from data.intake.items import Identity
 from data.log import EventLog
 from data.template import content_text
 from serve.tools.registry import Caller, tool

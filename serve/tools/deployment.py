@@ -12,7 +12,7 @@ from cluster.errors import ConfigError
 from cluster.logs import configure_logging
 from cluster.settings import Settings
 from data.group_commit import GroupCommit
-from data.intake import Intake
+from data.intake.batches import Intake
 from data.log import EventLog
 from serve.known_keys import KnownKeys
 from serve.tools.http import ToolApi

@@ -48,7 +48,7 @@ class Services:
     database: Any
     """SQLAlchemy engine of the installation."""
     intake: Any
-    """`data.intake.Intake`: the way into the event log."""
+    """`data.intake.batches.Intake`: the way into the event log."""
     sql: Any = None
     """`serve.tools.sql.ReadOnlySql`."""
 

@@ -17,7 +17,7 @@ from pydantic_core import PydanticSerializationError
 from cluster import metrics
 from cluster.errors import ConflictError, InputError, NotFoundError, RayloopError
 from cluster.settings.tools import ToolSettings
-from data.items import Identity
+from data.intake.items import Identity
 from serve.breaker import Breaker, BreakerLimits
 from serve.keys import Key
 from serve.openai import ApiError

@@ -29,7 +29,7 @@ from sqlalchemy.engine import Engine
 
 from cluster.database import connect
 from cluster.settings import Settings, load_settings
-from data.verify import verify_log
+from data.verify.run import verify_log
 from tests.bench._power_loss import lost_without_power
 from tests.bench.ingestion import POSTGRES
 from tests.data.kill_cycles import Outcome, run_cycles

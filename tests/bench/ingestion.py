@@ -4,7 +4,7 @@
 
 Ours: 32 connections send bodies of 100 feedback items to `/v1/feedback`; every item is parsed, checked,
 made idempotent by its id, given a reward and a pseudonym, and acknowledged when it is on disk. Measured on
-SQLite and on PostgreSQL, through a small HTTP server around `data.intake`, or through a running router.
+SQLite and on PostgreSQL, through a small HTTP server around `data.intake.batches`, or through a running router.
 
 Peer: the same events as rows of one PostgreSQL table with a unique event id, one INSERT and one commit a
 row, from 32 connections in four processes (psycopg). Client and server share the machine in both cases.
@@ -38,8 +38,8 @@ from aiohttp import web
 from cluster.database import connect
 from cluster.settings import Settings, load_settings
 from data.group_commit import GroupCommit
-from data.intake import Intake, read_items
-from data.items import Identity
+from data.intake.batches import Intake, read_items
+from data.intake.items import Identity
 from data.log import EventLog
 
 POSTGRES = os.environ.get("RAYLOOP_TEST_POSTGRES", "postgresql://postgres@127.0.0.1:5432/postgres")

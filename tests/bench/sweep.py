@@ -57,7 +57,8 @@ def build(root: Path) -> None:
 
 def ours(root: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
     """`rayloop tune run`, in this process."""
-    from tune.sweep import new_sweep, run_sweep
+    from tune.spec import new_sweep
+    from tune.sweep import run_sweep
 
     settings = settings_of(root, asked, "ours")
     found = run_sweep(settings, new_sweep(settings, method="dpo", dataset="latest", base=str(root / "base")))
@@ -71,7 +72,8 @@ def peer(root: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
 
     from cluster.runtime import ray_session
     from tune.space import to_ray
-    from tune.sweep import make_plan, new_sweep, pin
+    from tune.spec import new_sweep
+    from tune.sweep import make_plan, pin
 
     settings = settings_of(root, asked, "peer")
     sweep = pin(

@@ -3,8 +3,8 @@
     python -m tests.bench.tampering [--events 100000]
 
 Half of the log is sealed, its bodies have left the database; the other half is open. Each way of tampering
-(`tests/data/tampers.py`) is tried on one record of either half, or of a sealed file, on SQLite. Printed: the first
-fault and the number of faults, the time of a clean check, and the most memory the process ever held.
+(`tests/data/verify/tampers.py`) is tried on one record of either half, or of a sealed file, on SQLite. Printed: the
+first fault and the number of faults, the time of a clean check, and the most memory the process ever held.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from cluster.database import connect
 from cluster.settings import load_settings
 from data.log import EventLog
 from data.seal import seal
-from data.verify import VerifyReport, verify_log
-from tests.data import tampers
+from data.verify.report import VerifyReport
+from data.verify.run import verify_log
 from tests.data.days import asked, at, said
+from tests.data.verify import tampers
 
 BATCH = 2000
 

@@ -1,9 +1,11 @@
 """The migrations give exactly the tables that the code uses."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -12,6 +14,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy.engine import Engine
 
 from cluster.database import MIGRATIONS, connect, is_current, upgrade
+from cluster.errors import ConfigError
 from cluster.settings import Settings, load_settings
 from cluster.tables import metadata
 
@@ -54,6 +57,70 @@ def test_schema_is_current_once_migrated_and_behind_before(database: Engine) -> 
     with database.begin() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = '0000'"))
     assert not is_current(database)
+
+
+EDITS = {
+    "ALTER TABLE leases DROP COLUMN holder": "no column leases.holder",
+    "DROP TABLE judged_answers": "no table judged_answers",
+    "ALTER TABLE routes ADD COLUMN canary TEXT": "a column routes.canary too much",
+    "CREATE TABLE made_by_others (id INTEGER)": None,
+}
+"""What another edit of the migration may have done, and how it is told."""
+
+
+@pytest.mark.parametrize(("edit", "told"), EDITS.items())
+def test_database_of_another_edit_is_refused_in_one_line(database: Engine, edit: str, told: str | None) -> None:
+    with database.begin() as connection:
+        connection.execute(sa.text(edit))
+    if told is None:
+        upgrade(database)
+        return
+    with pytest.raises(ConfigError) as refused:
+        upgrade(database)
+    shown = database.url.render_as_string(hide_password=True)
+    assert (refused.value.field, refused.value.value) == ("database.url", shown)
+    assert told in str(refused.value) and "empty database" in str(refused.value)
+
+
+def test_column_that_must_be_filled_is_another_column(database: Engine) -> None:
+    with database.begin() as connection:
+        connection.execute(sa.text("DROP TABLE leases"))
+        connection.execute(sa.text("CREATE TABLE leases (name VARCHAR, holder VARCHAR, until_us BIGINT)"))
+    with pytest.raises(ConfigError, match=r"another leases\.name"):
+        upgrade(database)
+
+
+def test_many_differences_are_counted(database: Engine) -> None:
+    with database.begin() as connection:
+        for table in ("judged_answers", "tool_replies", "training_jobs", "uploaded_files", "leases"):
+            connection.execute(sa.text(f"DROP TABLE {table}"))
+    with pytest.raises(ConfigError, match="and 2 more"):
+        upgrade(database)
+
+
+def test_unknown_revision_is_told(database: Engine) -> None:
+    with database.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = 'f00d'"))
+    with pytest.raises(ConfigError, match=r"revision that is not known here .*f00d"):
+        upgrade(database)
+
+
+@pytest.mark.parametrize("command", ["status", "curate"])
+def test_command_on_an_old_database_says_one_line(tmp_path: Path, database_url: str, command: str) -> None:
+    engine = connect(load_settings(database={"url": database_url})[0])
+    with engine.begin() as connection:
+        connection.execute(sa.text("ALTER TABLE events DROP COLUMN workspace"))
+    engine.dispose()
+    done = subprocess.run(
+        [sys.executable, "-m", "cluster", command],
+        env=os.environ | {"RAYLOOP_HOME": str(tmp_path), "RAYLOOP_DATABASE__URL": database_url},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: database.url='") and database_url.rpartition("/")[2] in line
+    assert "no column events.workspace" in line and "empty database" in line
 
 
 def test_empty_database_is_not_current(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.settings import Settings, load_settings
-from tests.data.test_importers import THUMB, jsonl
+from tests.data.importers.test_run import THUMB, jsonl
 
 
 def rayloop(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy.engine import Engine
 
 from cluster.settings import Settings
-from data.verify import verify_log
+from data.verify.run import verify_log
 from tests.data.kill_cycles import run_cycles
 
 

@@ -4,7 +4,8 @@ from typing import Any
 import pytest
 
 from cluster.settings.curation import CurationSettings, FilterSettings
-from data.detectors.interface import Detectors, Item
+from data.detectors.interface import Item
+from data.detectors.make import Detectors
 from data.filter import filter_rows, is_tool_error
 from tests.data.rows import rows
 

@@ -18,8 +18,8 @@ from cluster.settings import Settings, load_settings
 from cluster.tables import event_bodies, event_ids, events, partitions
 from data import seal as sealing
 from data.log import EventLog
-from data.merkle import merkle_root
-from data.partitions import Partition, read_partitions
+from data.partitions.merkle import merkle_root
+from data.partitions.partition import Partition, read_partitions
 from data.seal import seal
 from tests.data.days import AFTER_US, DAY0, asked, at, said, three_days
 
@@ -200,7 +200,7 @@ def test_damaged_body_is_sealed_without_it(database: Engine, settings: Settings)
 
 
 def test_partitions_of_another_generation_have_another_path() -> None:
-    from data.partitions import next_path, path_of
+    from data.partitions.partition import next_path, path_of
 
     first = Partition(0, DAY0, 9, "sealed", "/x", path_of(DAY0, 0, 9), 9)
     second = replace(first, path=next_path(first))

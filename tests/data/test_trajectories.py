@@ -12,12 +12,12 @@ from cluster.database import connect
 from cluster.settings import load_settings
 from cluster.settings.curation import CurationSettings
 from data.curate import curate
-from data.importers import ImportOptions, import_source
+from data.importers.run import ImportOptions, import_source
+from data.importers.source import file_source
 from data.join import join_events, name_trajectories, to_json
 from data.log import EventLog
 from data.manifest import read_examples
 from data.source import EVENTS
-from data.sources import file_source
 from data.split import SPLITS
 from data.template import normalise, render, render_with_mask
 from data.validate import validate

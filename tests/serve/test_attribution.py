@@ -14,8 +14,8 @@ from cluster.database import connect
 from cluster.settings import Settings, load_settings
 from cluster.tables import arm_statistics
 from data.group_commit import GroupCommit
-from data.intake import Intake
-from data.items import Identity
+from data.intake.batches import Intake
+from data.intake.items import Identity
 from data.join import join_events
 from data.log import EventLog
 from data.source import Block, read_block

@@ -27,7 +27,7 @@ from cluster.settings import Settings, load_settings
 from cluster.tables import events
 from data.events import Event, parse_body
 from data.log import EventLog
-from data.notices import notice
+from data.outlets.notices import notice
 from serve.assignment import assign_request
 from serve.keys import create_key
 from serve.rollout.commands import start

@@ -5,10 +5,10 @@ from sqlalchemy.engine import Engine
 from cluster.clock import now_us
 from cluster.lease import lease_holder
 from cluster.settings import Settings
-from data.label_queue import LabelQueue
+from data.labelling.queue import LabelQueue
 from data.log import EventLog
 from serve.labelling_loop import LEASE, LabellingLoop
-from tests.data.test_label_sampling import answer
+from tests.data.labelling.test_sampling import answer
 
 
 def test_one_of_two_loops_draws_and_hands_over_when_it_ends(settings: Settings, sqlite_database: Engine) -> None:

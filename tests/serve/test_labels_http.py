@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
-from data.labelling import labels_for, request_labels
+from data.labelling.requests import labels_for, request_labels
 from data.log import EventLog
 from serve.keys import create_key
-from tests.data.test_labelling import blind, item_of
+from tests.data.labelling.test_requests import blind, item_of
 from tests.serve.conftest import Live, live_router
 
 

@@ -17,8 +17,8 @@ from data.feedback import pseudonym, pseudonym_secret
 from data.join import join_events, name_trajectories
 from data.log import EventLog
 from data.source import plan_blocks, read_block
-from data.traces import add_trace, join_traces
-from tests.data.spans import AGENT_RUN, export_json, export_protobuf
+from data.traces.join import add_trace, join_traces
+from tests.data.traces.spans import AGENT_RUN, export_json, export_protobuf
 from tests.serve.conftest import Live, live_router
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "agent.mjs"

@@ -19,7 +19,7 @@ from cluster.database import connect
 from cluster.registry import GATES_TAG, Registry
 from cluster.settings import Settings, load_settings
 from cluster.tables import servable_replicas
-from data.notices import notice
+from data.outlets.notices import notice
 from serve.control import ControlApi, ControlLoop
 from serve.experiments.cli import app as experiment_app
 from serve.keys import create_key, list_keys

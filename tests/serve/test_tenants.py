@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
-from data.label_queue import LabelQueue
-from data.labelling import AnswerToLabel, LabelRequest, request_labels
+from data.labelling.queue import LabelQueue
+from data.labelling.requests import AnswerToLabel, LabelRequest, request_labels
 from data.log import EventLog
 from serve.finetuning.http import ROUTES as FINETUNING
 from serve.keys import SCOPES, create_key

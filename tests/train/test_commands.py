@@ -28,8 +28,9 @@ from data.template import template_digest
 from tests.toys import toy_feedback, write_dataset
 from train.cli import app
 from train.config import TrainConfig
-from train.jobs import Request, run_training
+from train.jobs import run_training
 from train.models import load_tokenizer
+from train.plan import Request
 from train.worker import Event, run_here
 
 

@@ -14,8 +14,8 @@ from cluster.jobs import Job, Jobs
 from cluster.registry import Registry
 from cluster.runners import Runners
 from cluster.settings import Settings, load_settings
-from data.tuning_rows import check_file
-from data.uploads import Uploads
+from data.finetuning.rows import check_file
+from data.finetuning.uploads import Uploads
 from tests.toys import toy_examples
 from train.finetuning import run_job
 

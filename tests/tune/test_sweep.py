@@ -1,6 +1,5 @@
 """A real sweep on the tiny model: trials, nested runs, the choice, and going on after an interruption."""
 
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,8 @@ from cluster.errors import InputError, NotFoundError
 from cluster.settings import Settings, load_settings
 from tests.datasets import write_feedback_dataset
 from tune.objective import axes_of
-from tune.sweep import new_sweep, read_sweep, resume_sweep, run_sweep, sweep_folder
+from tune.spec import new_sweep, read_sweep, write_sweep
+from tune.sweep import resume_sweep, run_sweep
 from tune.trial import Plan, rungs_of
 
 EMPTY = Plan({}, None, "", (0.5, 1.0), 1, axes_of("dpo", 0.1))
@@ -43,9 +43,7 @@ def test_new_sweep_refuses_unknown_fields_and_methods(settings: Settings) -> Non
 
 def test_a_sweep_is_kept_in_its_folder(settings: Settings) -> None:
     sweep = new_sweep(settings, method="dpo", dataset="d", base="b", ranges={"schedule": "linear,cosine"})
-    folder = sweep_folder(settings, sweep.sweep_id)
-    folder.mkdir(parents=True)
-    (folder / "sweep.json").write_text(json.dumps(sweep.to_json()))
+    write_sweep(settings, sweep)
     assert read_sweep(settings, sweep.sweep_id) == sweep
     with pytest.raises(NotFoundError, match=sweep.sweep_id):
         read_sweep(settings, "other")
@@ -76,7 +74,8 @@ SCRIPT = """
 import sys
 from cluster.settings import load_settings
 from tests.tune.test_sweep import sweep_settings
-from tune.sweep import new_sweep, run_sweep
+from tune.spec import new_sweep
+from tune.sweep import run_sweep
 settings = sweep_settings(load_settings(home=sys.argv[1])[0], trials=2)
 run_sweep(settings, new_sweep(settings, method="dpo", dataset="latest", base=sys.argv[2], scheduler="none"))
 """

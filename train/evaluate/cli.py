@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import load_settings
 
 if TYPE_CHECKING:
-    from train.evaluate.run import Evaluation
+    from train.evaluate.types import Evaluation
 
 app = typer.Typer(no_args_is_help=True, help="Evaluate versions before any traffic reaches them.")
 
-Config = Annotated[Path | None, typer.Option(help="Configuration file; rayloop.yaml by default.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DatasetOption = Annotated[str | None, typer.Option(help="Dataset id, hash, path or `latest`.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Held-out prompts answered at most.")]
 
@@ -28,8 +27,8 @@ def evaluate(
     dataset: DatasetOption = None,
     suites: Annotated[Path | None, typer.Option(help="Folder with a team's own cases.")] = None,
     limit: Limit = None,
-    as_json: Json = False,
-    config: Config = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
 ) -> None:
     """Run the suites and gates on versions. Exits with 1 when one does not pass.
 
@@ -68,8 +67,8 @@ def compare(
     second: Annotated[str, typer.Argument(help="Another.")],
     dataset: DatasetOption = None,
     limit: Limit = None,
-    as_json: Json = False,
-    config: Config = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = None,
 ) -> None:
     """Two versions side by side: gates, win rate, answers that differ, configurations, datasets."""
     settings, _ = load_settings(config, evaluation=_asked(max_prompts=limit))

@@ -1,17 +1,15 @@
-"""What the suites look at: each version's answers and losses, made once and shared by all of them."""
+"""What the suites look at: each version's answers and losses, and what people say of them; made once, shared by all."""
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cluster.settings.evaluation import EvaluationSettings
 from data.grading import Grader
+from data.labelling.requests import Judgement, LabelRequest
 from train.evaluate.types import Case, Logged, Model, Prompt, Truth
-
-if TYPE_CHECKING:
-    from train.evaluate.human import Asked
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,25 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Question:
+    """One prompt whose two answers people compare."""
+
+    truth: Truth
+    request: LabelRequest
+    place: int
+    """Where the candidate's answer stands: 0 or 1, by a hash that tells reviewers nothing."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What people were asked, and what they have said so far."""
+
+    questions: Sequence[Question]
+    said: Mapping[str, Sequence[Judgement]]
+    """By request id."""
+
+
+@dataclass(frozen=True)
 class Evidence:
     """Everything a suite may use."""
 
@@ -49,7 +66,7 @@ class Evidence:
     """A reward model as a grader, for the drift alert."""
     logged: list[Logged] = field(default_factory=list)
     """Rewarded answers of which is known how likely they were."""
-    asked: "Asked | None" = None
+    asked: Asked | None = None
     """What people were asked about the versions' answers."""
     template: tuple[str, str] | None = None
     """Digests of the template: recorded in training, and in force."""

@@ -6,38 +6,19 @@ and waits for the rest: evaluating the version again reads it. Asking again chan
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from cluster.database import connect
 from cluster.settings import Settings
-from data.labelling import AnswerToLabel, Judgement, LabelRequest, labels_for, request_labels
+from data.labelling.requests import AnswerToLabel, Judgement, LabelRequest, labels_for, request_labels
 from data.log import EventLog
-from train.evaluate.evidence import Evidence
+from train.evaluate.evidence import Asked, Evidence, Question
 from train.evaluate.statistics import win_rate_interval
 from train.evaluate.truth import choose
 from train.evaluate.types import Gate, Truth
-
-
-@dataclass(frozen=True)
-class Question:
-    """One prompt whose two answers people compare."""
-
-    truth: Truth
-    request: LabelRequest
-    place: int
-    """Where the candidate's answer stands: 0 or 1, by a hash that tells reviewers nothing."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What people were asked, and what they have said so far."""
-
-    questions: Sequence[Question]
-    said: Mapping[str, Sequence[Judgement]]
-    """By request id."""
 
 
 def ask_people(settings: Settings, agent: str, evidence: Evidence) -> Evidence:

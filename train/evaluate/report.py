@@ -4,17 +4,14 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from cluster.tracking import Run
 from train.evaluate.evidence import Evidence
-from train.evaluate.types import Gate
-
-if TYPE_CHECKING:
-    from train.evaluate.run import Evaluation
+from train.evaluate.types import Evaluation, Gate
 
 STYLES = {
     "passed": "green",
@@ -32,7 +29,7 @@ pre{{white-space:pre-wrap;background:#f4f4f4;padding:.5rem}}img{{max-width:100%}
 """
 
 
-def print_table(found: "Evaluation", console: Console) -> None:
+def print_table(found: Evaluation, console: Console) -> None:
     """The gates as one table, and what follows from them."""
     table = Table(title=f"{found.version} against {found.against} ({found.prompts} held-out prompts)")
     for column in COLUMNS:
@@ -52,7 +49,7 @@ def cells(gate: Gate) -> tuple[str, ...]:
     return gate.suite, status, _number(gate.value), _number(gate.threshold), interval, gate.detail
 
 
-def write_report(run: Run, found: "Evaluation", evidence: Evidence) -> None:
+def write_report(run: Run, found: Evaluation, evidence: Evidence) -> None:
     """`report.md`, `report.html` and the plots, as artifacts of the run."""
     figure = plot(found.gates)
     run.log_text(markdown(found, evidence), "report.md")
@@ -60,7 +57,7 @@ def write_report(run: Run, found: "Evaluation", evidence: Evidence) -> None:
     run.log_bytes(figure, "gates.png")
 
 
-def markdown(found: "Evaluation", evidence: Evidence) -> str:
+def markdown(found: Evaluation, evidence: Evidence) -> str:
     """The report as Markdown."""
     lines = [f"# {found.version} against {found.against}: {'passed' if found.passed else 'failed'}", ""]
     lines += _facts(found)
@@ -74,7 +71,7 @@ def markdown(found: "Evaluation", evidence: Evidence) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(found: "Evaluation", evidence: Evidence, figure: bytes) -> str:
+def page(found: Evaluation, evidence: Evidence, figure: bytes) -> str:
     """The report as one HTML file; answers are escaped, they are not ours."""
     rows = "".join(_row(cells(gate)) for gate in found.gates)
     head = "".join(f"<th>{column}</th>" for column in COLUMNS)
@@ -143,7 +140,7 @@ def _plot_wins(axes: Any, gates: Sequence[Gate]) -> None:
         axes.errorbar([0], [gate.value], yerr=spread, fmt="o", capsize=8)
 
 
-def _facts(found: "Evaluation") -> list[str]:
+def _facts(found: Evaluation) -> list[str]:
     return [
         f"dataset {found.dataset_id} ({found.dataset_hash[:12]}), {found.prompts} held-out prompts",
         f"grader {found.grader_version}",

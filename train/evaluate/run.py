@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +33,10 @@ from train.evaluate.off_policy import read_logged
 from train.evaluate.parity import template_digests
 from train.evaluate.report import write_report
 from train.evaluate.truth import read_truths
-from train.evaluate.types import Gate, verdict
+from train.evaluate.types import Evaluation, Gate, verdict
 from train.rewards import open_scorer
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was found about a version."""
-
-    version: str
-    against: str
-    passed: bool
-    gates: list[Gate]
-    dataset_id: str
-    dataset_hash: str
-    prompts: int
-    grader_version: str
-    run_id: str = ""
-    alias: str | None = None
-    """`challenger` where the version became it."""
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**self.__dict__, "gates": [gate.to_json() for gate in self.gates]}
 
 
 Known = dict[tuple[str, Path], Answers]

@@ -1,4 +1,4 @@
-"""The words of evaluation: cases, held-out truth, gates."""
+"""The words of evaluation: cases, held-out truth, gates, what was found of a version."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -90,6 +90,28 @@ class Gate:
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {**asdict(self), "passed": self.passed, "changed_cases": list(self.changed_cases)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found about a version."""
+
+    version: str
+    against: str
+    passed: bool
+    gates: list[Gate]
+    dataset_id: str
+    dataset_hash: str
+    prompts: int
+    grader_version: str
+    run_id: str = ""
+    alias: str | None = None
+    """`challenger` where the version became it."""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**self.__dict__, "gates": [gate.to_json() for gate in self.gates]}
 
 
 class Model(Protocol):

@@ -8,6 +8,7 @@ import typer
 
 from cluster.errors import InputError
 from cluster.logs import configure_logging
+from cluster.options import ConfigOption, JsonOption
 from cluster.settings import load_settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Write a version as files that other tools load.")
@@ -21,8 +22,8 @@ def export(
     quantisation: Annotated[str | None, typer.Option(help="GGUF: auto, f32, f16, bf16 or q8_0.")] = None,
     create: Annotated[str | None, typer.Option(metavar="NAME", help="Also create the model in ollama.")] = None,
     push: Annotated[bool, typer.Option("--push", help="And push it.")] = False,
-    config: Annotated[Path | None, typer.Option("--config", help="rayloop.yaml to use.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    config: ConfigOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a version as an adapter, merged weights, a GGUF file or an Ollama model, and check it."""
     if (create or push) and kind != "ollama":

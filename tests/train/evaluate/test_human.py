@@ -8,12 +8,12 @@ import pytest
 
 from cluster.database import connect
 from cluster.settings import Settings
-from data.labelling import item_id, request_event_id
+from data.labelling.requests import item_id, request_event_id
 from data.log import EventLog
-from tests.data.test_labelling import label
+from tests.data.labelling.test_requests import label
 from tests.train.evaluate.fakes import answer_json, make_truths
-from train.evaluate.evidence import Evidence
-from train.evaluate.human import Question, ask_people, human, questions_of
+from train.evaluate.evidence import Evidence, Question
+from train.evaluate.human import ask_people, human, questions_of
 
 
 @pytest.fixture

@@ -1,0 +1,227 @@
+"""From uploaded fine-tuning files to a dataset like any other: scrubbed, with manifest and hash.
+
+The training file is the split `train`, the validation file the split `validation`; a question that is in both
+stays in validation only. Each assistant message that is to be learned becomes an example of its own, with the
+turns before it as its prompt.
+"""
+
+import hashlib
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+
+from cluster.clock import now_us, to_iso
+from cluster.errors import DatasetError
+from cluster.settings import Settings
+from data import manifest
+from data.card import dataset_card
+from data.events import Event
+from data.finetuning.rows import Format, Json, learned
+from data.finetuning.uploads import StoredFile
+from data.join import to_json
+from data.manifest import Manifest, Shard
+from data.rows import read_rows
+from data.scrub import SCRUBBED, scrub
+from data.stages import StageCount
+
+KINDS: dict[Format, str] = {"chat": "sft", "preference": "preference"}
+"""Format of a file -> kind of its examples."""
+TEXTS = pa.schema([(name, pa.string()) for name in SCRUBBED] + [("answer_logprob", pa.float64()), ("line", pa.int64())])
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file and the split it becomes."""
+
+    split: str
+    stored: StoredFile
+    path: Path
+
+
+def package(settings: Settings, parts: Sequence[Part], *, agent: str | None) -> Manifest:
+    """Write the dataset of these files; the same files give the same dataset.
+
+    Raises:
+        DatasetError: nothing is left to train on, with what became of the lines.
+    """
+    kind = _kind(parts[0].stored)
+    counted = _Counted()
+    examples = [example for part in parts for example in _examples(part, kind, settings, agent, counted)]
+    examples = _apart(examples, counted)
+    counts = manifest.count_table([(kind, example["split"], 1) for example in examples])
+    if not counts[kind]["train"]:
+        reasons = [f"{stage.name}: {reason} {n}" for stage in counted.stages() for reason, n in stage.dropped.items()]
+        raise DatasetError(f"no line of the training file is left to train on ({'; '.join(reasons)})")
+    root = manifest.datasets_root(settings)
+    building = root / f".building-{uuid.uuid4().hex}"
+    building.mkdir(parents=True)
+    try:
+        shards = _write(examples, kind, building)
+        made = _manifest(settings, parts, agent, counted.stages(), counts, shards)
+        (building / "card.md").write_text(dataset_card(made))
+        return manifest.publish(building, root, made)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _kind(stored: StoredFile) -> str:
+    for known, kind in KINDS.items():
+        if stored.format == known:
+            return kind
+    raise DatasetError(f"file {stored.filename!r} has the format `{stored.format}`, of which no dataset can be made")
+
+
+def ready_event(made: Manifest) -> Event:
+    """`dataset.ready`, once for each dataset."""
+    body = {
+        "dataset_id": made.dataset_id,
+        "dataset_hash": made.dataset_hash,
+        "path": made.path,
+        "counts": made.counts,
+    }
+    event_id = f"dataset.ready:{made.workspace}:{made.dataset_id}"
+    return Event("dataset.ready", made.tenant, made.workspace, body, event_id=event_id, agent=made.agent)
+
+
+class _Counted:
+    """Rows in, rows out and reasons of each stage, over all files."""
+
+    def __init__(self) -> None:
+        self._stages: dict[str, tuple[int, int, dict[str, int]]] = {}
+
+    def add(self, stage: str, rows_in: int, rows_out: int, dropped: dict[str, int]) -> None:
+        """Count what a stage did with one file."""
+        before = self._stages.get(stage, (0, 0, {}))
+        reasons = {name: before[2].get(name, 0) + dropped.get(name, 0) for name in {**before[2], **dropped}}
+        self._stages[stage] = (before[0] + rows_in, before[1] + rows_out, dict(sorted(reasons.items())))
+
+    def stages(self) -> list[StageCount]:
+        """In the order in which they were first counted."""
+        return [StageCount(name, *values) for name, values in self._stages.items()]
+
+
+def _examples(part: Part, kind: str, settings: Settings, agent: str | None, counted: _Counted) -> Iterator[Json]:
+    rows = [(row.number, row.value) for row in read_rows(part.path)]
+    texts = pa.Table.from_pylist([_texts(line, value, kind) for line, value in rows], TEXTS)
+    clean, dropped = scrub(texts, settings.curation.scrub)
+    counted.add("scrub", len(texts), len(clean), dict(dropped))
+    made = 0
+    for row in clean.to_pylist():
+        for content in _contents(row, kind):
+            made += 1
+            yield _example(part, kind, agent, row["line"], content)
+    counted.add("examples", len(clean), made, {})
+
+
+def _texts(line: int, value: Json, kind: str) -> Json:
+    """One line in the columns that are scrubbed."""
+    if kind == "sft":
+        messages, answer, tools = value["messages"], None, value.get("tools")
+    else:
+        messages, tools = value["input"]["messages"], value["input"].get("tools")
+        answer = {"chosen": value["preferred_output"], "rejected": value["non_preferred_output"]}
+    return {
+        "line": line,
+        "messages": to_json([_plain(message) for message in messages]),
+        "response": None if answer is None else to_json({k: [_plain(m) for m in v] for k, v in answer.items()}),
+        "tools": to_json(tools) if tools else None,
+    }
+
+
+def _plain(message: Json) -> Json:
+    """A message as chat templates know it: `developer` is the later name of `system`."""
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {**message, "role": role}
+
+
+def _contents(row: Json, kind: str) -> Iterator[Json]:
+    """The columns of the examples that one scrubbed line makes."""
+    messages = orjson.loads(row["messages"])
+    common = {"tools": row["tools"], "weight": 1.0}
+    if kind == "preference":
+        answers = orjson.loads(row["response"])
+        chosen, rejected = (to_json(_bare(answers[name])) for name in ("chosen", "rejected"))
+        yield {"prompt": to_json(_bare(messages)), "chosen": chosen, "rejected": rejected, "margin": 1.0, **common}
+        return
+    for end, message in enumerate(messages, 1):
+        if learned(message):
+            yield {"messages": to_json(_bare(messages[:end])), "score": 1.0, **common}
+
+
+def _bare(messages: Sequence[Json]) -> list[Json]:
+    return [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+
+
+def _example(part: Part, kind: str, agent: str | None, line: int, content: Json) -> Json:
+    prompt = content.get("prompt") or to_json(orjson.loads(content["messages"])[:-1])
+    identity = to_json([kind, part.split, part.stored.sha256, line, content])
+    return {
+        "split": part.split,
+        "example_id": hashlib.sha256(identity.encode()).hexdigest()[:32],
+        "user_id": f"file:{part.stored.sha256[:16]}",
+        "interaction_ids": [f"file:{part.stored.sha256[:16]}:{line}"],
+        "cluster_id": hashlib.sha256(prompt.encode()).hexdigest()[:16],
+        "agent": agent,
+        "order": float(line),
+        "origin": "upload",
+        **content,
+    }
+
+
+def _apart(examples: list[Json], counted: _Counted) -> list[Json]:
+    """Without those training examples whose question is in validation."""
+    held_out = {example["cluster_id"] for example in examples if example["split"] == "validation"}
+    kept = [e for e in examples if e["split"] == "validation" or e["cluster_id"] not in held_out]
+    dropped = len(examples) - len(kept)
+    counted.add("split", len(examples), len(kept), {"question in validation": dropped} if dropped else {})
+    return kept
+
+
+def _write(examples: Sequence[Json], kind: str, folder: Path) -> list[Shard]:
+    schema = manifest.example_schema(kind)
+    shards: list[Shard] = []
+    for split in ("train", "validation"):
+        rows = [{name: example.get(name) for name in schema.names} for example in examples if example["split"] == split]
+        if not rows:
+            continue
+        table = pa.Table.from_pylist(rows, schema)
+        named = table.append_column("shard", pa.array([f"{kind}/{split}/00000"] * len(rows), pa.string()))
+        shards += [Shard(**row) for row in manifest.write_shards(named, folder).to_pylist()]
+    return shards
+
+
+def _manifest(
+    settings: Settings,
+    parts: Sequence[Part],
+    agent: str | None,
+    stages: list[StageCount],
+    counts: dict[str, dict[str, int]],
+    shards: list[Shard],
+) -> Manifest:
+    digest = manifest.dataset_hash(shards)
+    times = [to_iso(part.stored.created_at_us) for part in parts]
+    files: list[dict[str, Any]] = [
+        {"split": part.split, "filename": part.stored.filename, "sha256": part.stored.sha256} for part in parts
+    ]
+    return Manifest(
+        dataset_id=f"upload-{settings.tenant}-{digest[:12]}",
+        dataset_hash=digest,
+        schema_version=manifest.SCHEMA_VERSION,
+        created_at=to_iso(now_us()),
+        tenant=settings.tenant,
+        workspace=settings.workspace,
+        agent=agent,
+        config={"scrub": settings.curation.scrub.model_dump(mode="json")},
+        git_commit=manifest.git_commit(),
+        sources={"files": files},
+        time_range=[min(times), max(times)],
+        stages=stages,
+        counts=counts,
+        shards=shards,
+    )

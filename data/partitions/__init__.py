@@ -1,0 +1,1 @@
+"""Sealed partitions: days of the log as Parquet files that prove themselves."""
