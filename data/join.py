@@ -138,7 +138,8 @@ def _by_kind(events: Iterable[Event]) -> dict[str, list[Event]]:
 
 def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
     body = interaction["body"]
-    messages = with_tool_turns(body["messages"], body.get("response"), _calls(body, kinds["tool_call"]))
+    calls = _calls(body, kinds["tool_call"])
+    messages = with_tool_turns(body["messages"], body.get("response"), calls) if calls else body["messages"]
     user = interaction["user_id"] or f"session:{interaction['session_id'] or interaction['interaction_id']}"
     return {
         "interaction_id": interaction["interaction_id"],

@@ -92,14 +92,31 @@ class Answer:
         return len(content_text(self.message).split())
 
     @cached_property
-    def turns(self) -> int:
-        """Messages of the conversation up to and with the answer."""
-        return len(orjson.loads(self.row["messages"])) + 1
-
-    @cached_property
     def json(self) -> str:
         """The message as a JSON list of one."""
         return to_json([self.message])
+
+    @cached_property
+    def columns(self) -> Row:
+        """What all examples made of this answer alone have in common."""
+        row = self.row
+        return {
+            "split": row["split"],
+            "user_id": row["user_id"],
+            "interaction_ids": sorted(set(row["interaction_ids"])),
+            "cluster_id": f"{row['cluster']:016x}",
+            "agent": row["agent"],
+            "tools": row["tools"],
+            "weight": min(1.0, row["weight"]),
+            "origin": self.origin,
+            "at_us": row["at_us"],
+            "cluster": row["cluster"],
+            "node": row["node"],
+            "seen_in_test": row["seen_in_test"],
+            "synthetic": False,
+            "turns": len(orjson.loads(row["messages"])) + 1,
+            "answer_words": self.words,
+        }
 
 
 def make_examples(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table, Dropped]:
@@ -157,7 +174,7 @@ def answers_of(row: Row, settings: CurationSettings) -> list[Answer]:
 def sft_examples(answers: list[Answer], settings: ExampleSettings) -> Iterator[Row]:
     """Answers good enough to imitate, and corrections."""
     for answer in answers:
-        if answer.score < settings.sft_min_score or answer.truncated or not answer.text:
+        if answer.score < settings.sft_min_score or answer.truncated or not answer.words:
             continue
         if answer.origin == "correction" and not settings.sft_corrections:
             continue
@@ -172,7 +189,7 @@ def unpaired_examples(answers: list[Answer], settings: ExampleSettings) -> Itera
             label = True if settings.unpaired_corrections else None
         else:
             label = None if not explicit else explicit > 0
-        if label is None or answer.truncated or not answer.text:
+        if label is None or answer.truncated or not answer.words:
             continue
         yield _example("unpaired", [answer], prompt=answer.row["messages"], completion=answer.json, label=label)
 
@@ -180,7 +197,7 @@ def unpaired_examples(answers: list[Answer], settings: ExampleSettings) -> Itera
 def reward_examples(answers: list[Answer]) -> Iterator[Row]:
     """Answers with what reviewers, graders or users gave them, the first of these that there is."""
     for answer in answers:
-        if answer.origin != "answer" or not answer.text:
+        if answer.origin != "answer" or not answer.words:
             continue
         parts = orjson.loads(answer.row["parts"])
         source = next((name for name in ("label", "grade", "explicit") if parts[name] is not None), None)
@@ -353,28 +370,15 @@ def refusal(chosen: Answer, rejected: Answer, settings: ExampleSettings) -> str 
 
 
 def _example(kind: str, answers: list[Answer], **columns: Any) -> Row:
-    row = answers[0].row
-    ids = row["interaction_ids"] if len(answers) == 1 else [i for a in answers for i in a.row["interaction_ids"]]
-    ids = sorted(set(ids)) if len(ids) > 1 else ids
+    shared = answers[0].columns
+    if len(answers) > 1:
+        all_of = [answer.columns for answer in answers]
+        shared = shared | {
+            "interaction_ids": sorted({i for one in all_of for i in one["interaction_ids"]}),
+            "weight": min(one["weight"] for one in all_of),
+            "at_us": max(one["at_us"] for one in all_of),
+        }
     content = {name: value for name, value in columns.items() if isinstance(value, str)}
-    identity = orjson.dumps([kind, row["split"], ids, content], option=orjson.OPT_SORT_KEYS)
-    return {
-        "kind": kind,
-        "split": row["split"],
-        "example_id": hashlib.sha256(identity).hexdigest()[:32],
-        "user_id": row["user_id"],
-        "interaction_ids": ids,
-        "cluster_id": f"{row['cluster']:016x}",
-        "agent": row["agent"],
-        "tools": row["tools"],
-        "weight": min(1.0, *(answer.row["weight"] for answer in answers)),
-        "origin": answers[0].origin,
-        "at_us": max(answer.row["at_us"] for answer in answers),
-        "cluster": row["cluster"],
-        "node": row["node"],
-        "seen_in_test": row["seen_in_test"],
-        "synthetic": False,
-        "turns": answers[0].turns,
-        "answer_words": answers[0].words,
-        **columns,
-    }
+    identity = [kind, shared["split"], shared["interaction_ids"], content]
+    digest = hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return {**shared, "kind": kind, "example_id": digest[:32], **columns}
