@@ -146,7 +146,7 @@ class _Curation:
             rows = self._best(rows)
         sketches, clusters = self._clusters(rows)
         examples = self._together(rows, "cluster", Stage("cluster", partial(_assign, clusters=clusters)))
-        made = (
+        made: tuple[Stage, ...] = (
             Stage("deduplicate", partial(dedup.deduplicate, settings=config)),
             Stage("examples", partial(make_examples, settings=config)),
         )
@@ -167,7 +167,8 @@ class _Curation:
 
     def _joined(self) -> Blocks:
         """One interaction a row, with what its user did where implicit signals are on."""
-        rows, join = self._read(), (Stage("join", partial(join_events, agent=self.agent)),)
+        rows = self._read()
+        join: tuple[Stage, ...] = (Stage("join", partial(join_events, agent=self.agent)),)
         if self.settings.feedback.implicit:
             rows, join = self._together(rows, "session_key", *join), ()
             if self.settings.calibration.apply:
