@@ -11,11 +11,8 @@ from cluster.settings.curation import BalanceSettings
 from data.dedup import question_text
 from data.detectors.topics import TopicModel, fit_topics
 from data.stages import Dropped, with_column
-from data.template import content_text
 
 LONG_ANSWER_WORDS = 400  # an answer of this length counts as long
-ANSWERED = ("chosen", "completion", "response", "trajectory", "messages")
-"""Columns of which the last message is the answer, first to last choice."""
 MANY_TURNS = 8  # a conversation of this many turns counts as multi-step
 
 
@@ -89,15 +86,11 @@ def balance(table: pa.Table, factors: Mapping[int, float]) -> tuple[pa.Table, Dr
 
 def curriculum(table: pa.Table) -> tuple[pa.Table, Dropped]:
     """Fills `order` in [0, 1]: from clear, short, single-step examples to doubtful, long, multi-step ones."""
-    prompts = _prompts(table)
-    columns = (table[name].to_pylist() for name in ("score", "reward", "margin", *ANSWERED))
+    columns = (table[name].to_pylist() for name in ("score", "reward", "margin", "turns", "answer_words"))
     orders = []
-    for prompt, score, reward, margin, *answers in zip(prompts, *columns, strict=True):
+    for score, reward, margin, turns, words in zip(*columns, strict=True):
         judged = score if score is not None else reward
         confidence = margin if margin is not None else abs(2 * judged - 1) if judged is not None else 0.5
-        text = next(answer for answer in answers if answer is not None)
-        words = len(content_text(orjson.loads(text)[-1]).split())
-        turns = len(prompt) + (len(orjson.loads(text)) if answers[-1] is None else 1)
         steps = min(1.0, (turns - 2) / MANY_TURNS)
         length = min(1.0, words / LONG_ANSWER_WORDS)
         orders.append(round(0.5 * (1 - min(1.0, confidence)) + 0.3 * steps + 0.2 * length, 6))

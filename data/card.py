@@ -8,14 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 
 from data.manifest import Manifest
 from data.split import SPLITS
-from data.template import content_text
 
-ANSWERS = ("chosen", "completion", "response", "trajectory", "messages")
 BINS = 20
 WORD_EDGES = (0, 10, 25, 50, 100, 200, 400, 800, 1600)
 Numbers = dict[str, Counter[int]]
@@ -108,11 +105,8 @@ def _count_scores(table: pa.Table) -> Numbers:
 
 def _count_words(table: pa.Table) -> Numbers:
     found: Numbers = defaultdict(Counter)
-    columns = (table[name].to_pylist() for name in ("kind", *ANSWERS))
-    for kind, *answers in zip(*columns, strict=True):
-        text = next((answer for answer in answers if answer is not None), None)
-        length = 0 if text is None else len(content_text(orjson.loads(text)[-1]).split())
-        found[kind][bisect_right(WORD_EDGES, length) - 1] += 1
+    for kind, words in zip(table["kind"].to_pylist(), table["answer_words"].to_pylist(), strict=True):
+        found[kind][bisect_right(WORD_EDGES, words) - 1] += 1
     return dict(found)
 
 

@@ -38,7 +38,7 @@ from data.calibration import fit
 from data.card import dataset_card, draw_plots
 from data.detectors.make import detectors
 from data.events import Event
-from data.exchange import each, exchange, gathered
+from data.exchange import Blocks, each, exchange, gathered
 from data.filter import filter_rows
 from data.join import join_events, name_trajectories
 from data.log import EventLog
@@ -130,16 +130,8 @@ class _Curation:
         """The stages of the page, in its order."""
         config = self.settings.curation
         asked = self._detectors()
-        events = self._together(self._read(), "interaction_id")
-        joined = self._map(events, Stage("join", partial(join_events, agent=self.agent)))
-        if self.settings.feedback.implicit:
-            joined = self._together(joined, "session_key")
-        if self.settings.feedback.implicit and self.settings.calibration.apply:
-            joined = joined.materialize()
-            self._calibrate(joined)
-        implicit = partial(add_implicit_signals, settings=self.settings, weights=self.calibration.get("used", {}))
-        joined = self._map(joined, Stage("behaviour", implicit)).materialize()
-        if not _with_rows(joined):
+        joined = self._joined()
+        if not joined:
             raise DatasetError("no examples could be made (no interactions)")
         factors = self._vote_factors(joined)
         rows = self._map(
@@ -149,66 +141,74 @@ class _Curation:
             Stage("filter", partial(_filter, settings=config, asked=asked)),
             Stage("scrub", partial(scrub, settings=config.scrub)),
             Stage("fingerprint", partial(dedup.fingerprint, settings=config)),
-        ).materialize()
+        )
         if self.agent is None and config.whole_kept:
             rows = self._best(rows)
         sketches, clusters = self._clusters(rows)
-        rows = self._map(rows, Stage("cluster", partial(_assign, clusters=clusters)))
-        examples = self._map(
-            self._together(rows, "cluster"),
+        examples = self._together(rows, "cluster", Stage("cluster", partial(_assign, clusters=clusters)))
+        made: tuple[Stage, ...] = (
             Stage("deduplicate", partial(dedup.deduplicate, settings=config)),
             Stage("examples", partial(make_examples, settings=config)),
         )
         topic_factors: dict[int, float] = {}
         if config.balance.topics:
-            examples = self._with_topics(examples.materialize()).materialize()
+            examples, made = self._with_topics(self._map(examples, *made)), ()
             topic_factors = self._topic_factors(examples)
         reword = augment.reworder(config.augment, self.agent)
         final = self._map(
             examples,
+            *made,
             Stage("balance", partial(balancing.balance, factors=topic_factors)),
             Stage("augment", partial(augment.augment, settings=config.augment, reword=reword)),
             Stage("curriculum", balancing.curriculum),
             Stage("split", resolve_clusters),
-        ).materialize()
+        )
         return self._write(final, sketches)
 
-    def _read(self) -> Any:
-        """Blocks of events, read in parallel; those of one trace put together."""
-        blocks = [{"block": block.to_json()} for block in self.blocks]
-        spans = ray.data.from_items(blocks, override_num_blocks=len(blocks))
-        events = self._map(spans, partial(_read_block, settings=self.settings))
-        if self.traced:
-            events = self._map(self._together(self._map(events, add_trace), TRACE), join_traces)
-        return self._map(events, name_trajectories)
+    def _joined(self) -> Blocks:
+        """One interaction a row, with what its user did where implicit signals are on."""
+        rows = self._read()
+        join: tuple[Stage, ...] = (Stage("join", partial(join_events, agent=self.agent)),)
+        if self.settings.feedback.implicit:
+            rows, join = self._together(rows, "session_key", *join), ()
+            if self.settings.calibration.apply:
+                self._calibrate(rows)
+        implicit = partial(add_implicit_signals, settings=self.settings, weights=self.calibration.get("used", {}))
+        return self._map(rows, *join, Stage("behaviour", implicit))
 
-    def _map(self, dataset: Any, *functions: Callable[[pa.Table], pa.Table]) -> Any:
-        """Functions applied one after the other to each whole block, in one task."""
-        return dataset.map_batches(
-            partial(_apply, functions=functions),
+    def _read(self) -> Blocks:
+        """Events, read in parallel; those of one trace put together, then those of one interaction."""
+        read = partial(read_block, self.settings)
+        if not self.traced:
+            return self._together(self.blocks, "interaction_id", read, name_trajectories)
+        traces = self._together(self.blocks, TRACE, read, add_trace)
+        return self._together(traces, "interaction_id", join_traces, name_trajectories)
+
+    def _map(self, blocks: Blocks, *functions: Callable[[pa.Table], pa.Table]) -> Blocks:
+        """What functions, one after the other in one task, make of each block; blocks without rows are left out."""
+        if not blocks:
+            return []
+        ray.wait(list(blocks), num_returns=len(blocks), fetch_local=False)  # a task that waits would hold a worker
+        numbers = [{"block": number} for number in range(len(blocks))]
+        dataset = ray.data.from_items(numbers, override_num_blocks=len(blocks)).map_batches(
+            partial(_apply_to, blocks=list(blocks), functions=functions),
             batch_format="pyarrow",
             batch_size=None,
             zero_copy_batch=True,
             num_cpus=self.cpus,
         )
+        return _with_rows(dataset)
 
-    def _together(self, dataset: Any, key: str) -> Any:
-        """The same rows, with all rows of a key in one block; where there is but one, they already are."""
-        if len(self.blocks) == 1:
-            return dataset
-        return self._from(exchange(_with_rows(dataset), key, len(self.blocks), self.cpus))
+    def _together(self, blocks: Sequence[Any], key: str, *first: Callable[[Any], pa.Table]) -> Blocks:
+        """What functions make of each block, then all rows of a key in one block."""
+        before = partial(_apply, functions=first) if first else None
+        return exchange(blocks, key, len(self.blocks), self.cpus, before)
 
-    def _from(self, blocks: Sequence[Any]) -> Any:
-        """A dataset of blocks that lie in the object store."""
-        numbers = [{"block": number} for number in range(len(blocks))]
-        numbered = ray.data.from_items(numbers, override_num_blocks=len(blocks))
-        return self._map(numbered, partial(_fetch, blocks=list(blocks)))
+    def _each(self, blocks: Blocks, function: Callable[..., Any], *shared: Any) -> list[Any]:
+        """References to what a function makes of the rows of each block."""
+        return each(blocks, _of_rows, function, *shared, num_cpus=self.cpus)
 
-    def _each(self, dataset: Any, function: Callable[..., Any], *shared: Any) -> list[Any]:
-        """References to what a function makes of the rows of each block of a materialised dataset."""
-        return each(_with_rows(dataset), _of_rows, function, *shared, num_cpus=self.cpus)
-
-    def _calibrate(self, joined: Any) -> None:
+    def _calibrate(self, joined: Blocks) -> None:
         """What implicit signals are worth, from a sample of the interactions with both kinds of sign."""
         pairs = PAIRS.empty_table()
         for table in _read_each(self._each(joined, partial(pairs_of_rows, settings=self.settings))):
@@ -224,7 +224,7 @@ class _Curation:
             return None
         return gathered([], partial(detectors, named), self.cpus)
 
-    def _vote_factors(self, joined: Any) -> dict[str, dict[str, float]]:
+    def _vote_factors(self, joined: Blocks) -> dict[str, dict[str, float]]:
         """Factors of users over a cap."""
         config = self.settings.curation.weigh
         days = exchange(self._each(joined, weigh.count_votes), "user", len(self.blocks), self.cpus)
@@ -232,20 +232,22 @@ class _Curation:
         everything = sum(pc.sum(table["total"]).as_py() or 0.0 for table in _read_each(totals))
         return weigh.exceptions(_read_each(totals), everything, config.dataset_share)
 
-    def _best(self, rows: Any) -> Any:
+    def _best(self, rows: Blocks) -> Blocks:
         """The best interactions of all agents, as many as are kept."""
         least = keep.least_kept(_read_each(self._each(rows, keep.ranks)), self.settings.curation.whole_kept)
-        return self._map(rows, Stage("keep", partial(keep.keep_best, least=least))).materialize()
+        return self._map(rows, Stage("keep", partial(keep.keep_best, least=least)))
 
-    def _clusters(self, rows: Any) -> tuple[list[Any], Any]:
+    def _clusters(self, rows: Blocks) -> tuple[list[Any], Any]:
         """Sketches of this dataset's texts, and a reference to the near-duplicate `Clusters`."""
         config, parts, cpus = self.settings.curation.dedup, len(self.blocks), self.cpus
         own = self._each(rows, partial(dedup.sketches_of, settings=config))
         tested = [_read_sketches(str(file)) for file in sorted(self._sketch_folder().glob("*.parquet"))]
         nodes = np.unique(np.concatenate([np.zeros(0, np.uint64), *(t["node"].to_numpy() for t in tested)]))
-        return own, clusters_of([*own, *map(ray.put, tested)], nodes, config, parts, cpus)
+        clusters = clusters_of([*own, *map(ray.put, tested)], nodes, config, parts, cpus)
+        ray.wait([clusters])
+        return own, clusters
 
-    def _with_topics(self, examples: Any) -> Any:
+    def _with_topics(self, examples: Blocks) -> Blocks:
         """Examples with their topic, from one model fitted on a sample of all blocks."""
         config = self.settings.curation.balance
         sample = partial(balancing.sample_questions, most=config.topic_sample)
@@ -253,14 +255,14 @@ class _Curation:
         self.topics = model.names
         return self._map(examples, partial(_add_topics, model=ray.put(model)))
 
-    def _topic_factors(self, examples: Any) -> dict[int, float]:
-        blocks = [balancing.topic_weights(split_counts(table)[0]) for table in _blocks(examples)]
+    def _topic_factors(self, examples: Blocks) -> dict[int, float]:
+        blocks = list(_read_each(self._each(examples, balancing.topic_weights)))
         self.topic_shares = balancing.topic_shares(blocks, self.topics)
         return balancing.topic_factors(blocks, self.settings.curation.balance)
 
-    def _write(self, final: Any, sketches: Any) -> Manifest:
+    def _write(self, final: Blocks, sketches: Sequence[Any]) -> Manifest:
         """Shards, card and manifest in a folder beside, then renamed into place."""
-        found = list(_read_each(each(_with_rows(final), summary_of, num_cpus=self.cpus)))
+        found = list(_read_each(each(final, summary_of, num_cpus=self.cpus)))
         stages = sum_counts((line for one in found for line in one.counts), list(STAGES))
         sizes = dict(sorted(sum((one.sizes for one in found), Counter()).items()))
         counts = manifest.count_table([(kind, split, n) for (kind, split), n in sizes.items()])
@@ -277,11 +279,11 @@ class _Curation:
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
-    def _write_shards(self, final: Any, folder: Path, sizes: dict[tuple[str, str], int]) -> list[Shard]:
+    def _write_shards(self, final: Blocks, folder: Path, sizes: dict[tuple[str, str], int]) -> list[Shard]:
         number = {key: -(-n // self.settings.curation.shard_rows) for key, n in sizes.items()}
-        named = self._map(final, _without_counts, partial(_name_shards, number=number))
-        written = self._map(self._together(named, "shard"), partial(manifest.write_shards, folder=folder))
-        rows = [row for table in _blocks(written.materialize()) for row in table.to_pylist()]
+        named = self._together(final, "shard", _without_counts, partial(_name_shards, number=number))
+        written = each(named, manifest.write_shards, folder, num_cpus=self.cpus)
+        rows = [row for table in _read_each(written) for row in table.to_pylist()]
         return sorted((Shard(**row) for row in rows), key=lambda shard: shard.path)
 
     def _manifest(
@@ -368,11 +370,16 @@ def _quiet_ray_data() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _apply(table: pa.Table, functions: Sequence[Callable[[pa.Table], pa.Table]]) -> pa.Table:
+def _apply(block: Any, functions: Sequence[Callable[[Any], Any]]) -> pa.Table:
     with _no_collection():
         for function in functions:
-            table = function(table)
-        return table
+            block = function(block)
+        return block
+
+
+def _apply_to(table: pa.Table, blocks: Blocks, functions: Sequence[Callable[[Any], Any]]) -> pa.Table:
+    """`_apply` to the blocks whose numbers are in the rows."""
+    return pa.concat_tables([_apply(ray.get(blocks[number]), functions) for number in table["block"].to_pylist()])
 
 
 @contextmanager
@@ -389,10 +396,6 @@ def _without_counts(table: pa.Table) -> pa.Table:
     return split_counts(table)[0]
 
 
-def _read_block(table: pa.Table, settings: Settings) -> pa.Table:
-    return pa.concat_tables([read_block(settings, Block.from_json(row["block"])) for row in table.to_pylist()])
-
-
 def _filter(table: pa.Table, settings: CurationSettings, asked: Any) -> tuple[pa.Table, Any]:
     return filter_rows(table, settings, None if asked is None else ray.get(asked))
 
@@ -401,11 +404,6 @@ def _with_rows(dataset: Any) -> list[Any]:
     """References to the blocks that hold rows: Ray Data's empty ones have no columns either."""
     bundles = dataset.iter_internal_ref_bundles()
     return [block.ref for bundle in bundles for block in bundle.blocks if block.metadata.num_rows]
-
-
-def _fetch(table: pa.Table, blocks: Sequence[Any]) -> pa.Table:
-    """The blocks whose numbers are in the rows."""
-    return pa.concat_tables(ray.get([blocks[number] for number in table["block"].to_pylist()]))
 
 
 def _of_rows(table: pa.Table, function: Callable[..., Any], *shared: Any) -> Any:
@@ -432,14 +430,6 @@ def _name_shards(table: pa.Table, number: dict[tuple[str, str], int]) -> pa.Tabl
     columns = (table[name].to_pylist() for name in ("kind", "split", "example_id"))
     names = [f"{k}/{s}/{int(i[:8], 16) % number[k, s]:05d}" for k, s, i in zip(*columns, strict=True)]
     return with_column(table, "shard", names, pa.string())
-
-
-def _blocks(dataset: Any) -> Iterator[pa.Table]:
-    """The blocks of a materialised dataset, one in memory at a time."""
-    for reference in dataset.to_arrow_refs():
-        table = ray.get(reference)
-        if table.column_names:
-            yield table
 
 
 def _read_each(references: Sequence[Any]) -> Iterator[Any]:

@@ -39,12 +39,18 @@ def gathered(blocks: Blocks, function: Callable[..., Any], num_cpus: float) -> A
     return ray.remote(_call).options(num_cpus=num_cpus).remote(function, *blocks)
 
 
-def exchange(blocks: Blocks, key: str, parts: int, num_cpus: float) -> list[Any]:
-    """`parts` blocks with the same rows, all rows of a key in one of them; null is a key."""
+def exchange(
+    blocks: Sequence[Any], key: str, parts: int, num_cpus: float, before: Callable[[Any], pa.Table] | None = None
+) -> list[Any]:
+    """`parts` blocks with the same rows, all rows of a key in one of them; null is a key.
+
+    With `before`, the rows are what it makes of each block, in the task that cuts them.
+    """
     if parts == 1:
-        return [gathered(blocks, _joined, num_cpus)] if len(blocks) > 1 else list(blocks)
+        made = list(blocks) if before is None else each(blocks, before, num_cpus=num_cpus)
+        return [gathered(made, _joined, num_cpus)] if len(made) > 1 else made
     cut = ray.remote(_cut).options(num_cpus=num_cpus, num_returns=parts)
-    pieces = [cut.remote(block, key, parts) for block in blocks]
+    pieces = [cut.remote(block, key, parts, before) for block in blocks]
     return [gathered(column, _joined, num_cpus) for column in zip(*pieces, strict=True)]
 
 
@@ -57,7 +63,8 @@ def parts_of(column: pa.ChunkedArray, parts: int) -> NDArray[np.int16]:
     return (hashed % np.uint64(parts)).astype(np.int16)
 
 
-def _cut(table: pa.Table, key: str, parts: int) -> list[pa.Table]:
+def _cut(block: Any, key: str, parts: int, before: Callable[[Any], pa.Table] | None) -> list[pa.Table]:
+    table = block if before is None else before(block)
     if not table.column_names:  # Ray Data's block without rows, which has no columns either
         return [table] * parts
     place = parts_of(table[key], parts)

@@ -8,18 +8,21 @@ Tool calls that were reported beside a conversation become turns of its prompt (
 """
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.stages import Dropped, with_column
+from data.stages import Dropped, rows_of, table_of, with_column
 from data.template import content_text
 from data.tool_turns import asked_for, with_tool_turns
 
 Event = dict[str, Any]
-"""One row of `data.source.EVENTS` with its body parsed."""
+"""One row of `data.source.EVENTS`; its body is parsed where a row of `ROWS` is made of it."""
 
 ROWS = pa.schema(
     [
@@ -59,43 +62,44 @@ def join_events(table: pa.Table, agent: str | None = None) -> tuple[pa.Table, Dr
     known becomes a row without an interaction, which `data.behaviour` takes up again.
     """
     dropped: Dropped = Counter()
-    by_interaction: dict[str, list[Event]] = defaultdict(list)
-    rows = []
-    for event in _parsed(table, dropped):
-        if event["interaction_id"] is not None:
-            by_interaction[event["interaction_id"]].append(event)
-        elif event["kind"] == "behaviour" and event["session_id"] is not None:
-            rows.append(_carrier(event))
-        else:
-            dropped["no interaction id"] += 1
-    for events in by_interaction.values():
-        kinds = _by_kind(events)
+    return table_of(_joined(table, agent, dropped), ROWS), +dropped
+
+
+def _joined(table: pa.Table, agent: str | None, dropped: Dropped) -> Iterator[dict[str, Any]]:
+    """The rows, in order of their interaction."""
+    events = rows_of(_in_order(table, dropped))
+    for interaction_id, group in groupby(events, key=itemgetter("interaction_id")):
+        if interaction_id is None:
+            yield from _carriers(group, dropped)
+            continue
+        kinds = _by_kind(group)
         found = kinds["interaction"] or kinds["trajectory"]
         if not found:
-            dropped["interaction unknown"] += len(events)
+            dropped["interaction unknown"] += sum(map(len, kinds.values()))
         elif agent is not None and found[0]["agent"] != agent:
-            dropped["other agent"] += len(events)
+            dropped["other agent"] += sum(map(len, kinds.values()))
         else:
             dropped["interaction repeated"] += len(kinds["interaction"]) + len(kinds["trajectory"]) - 1
-            rows.append(_row(_as_interaction(found[0]), kinds))
-    rows.sort(key=lambda row: (row["interaction_id"] or "", row["behaviours"]))
-    return pa.Table.from_pylist(rows, ROWS), +dropped
+            yield _row(_as_interaction(found[0]), kinds)
 
 
-def _parsed(table: pa.Table, dropped: Dropped) -> list[Event]:
-    """Events with parsed bodies in canonical order, each `event_id` once."""
-    events = sorted(table.to_pylist(), key=lambda e: (e["at_us"], e["event_id"]))
+def _in_order(table: pa.Table, dropped: Dropped) -> pa.Table:
+    """Events by interaction and in canonical order, each `event_id` once."""
+    names = ("interaction_id", "at_us", "event_id")
+    interactions, times, ids = (table[name].to_pylist() for name in names)
+    erased = pc.is_null(table["body"]).to_pylist()
     seen: set[str] = set()
-    parsed = []
-    for event in events:
-        if event["body"] is None:
+    kept = []
+    for place in sorted(range(len(table)), key=lambda i: (times[i], ids[i])):
+        if erased[place]:
             dropped["erased"] += 1
-        elif event["event_id"] in seen:
+        elif ids[place] in seen:
             dropped["event repeated"] += 1
         else:
-            seen.add(event["event_id"])
-            parsed.append({**event, "body": orjson.loads(event["body"])})
-    return parsed
+            seen.add(ids[place])
+            kept.append(place)
+    kept.sort(key=lambda i: (interactions[i] is not None, interactions[i]))
+    return table.take(pa.array(kept, pa.int64()))
 
 
 def name_trajectories(table: pa.Table) -> pa.Table:
@@ -123,16 +127,19 @@ def _outcome(event: Event) -> list[dict[str, Any]]:
     return [{"grader": "outcome", "grader_version": "1", "reward": event["body"]["reward"]}]
 
 
-def _by_kind(events: list[Event]) -> dict[str, list[Event]]:
+def _by_kind(events: Iterable[Event]) -> dict[str, list[Event]]:
+    """The events of one interaction, with parsed bodies."""
     kinds: dict[str, list[Event]] = defaultdict(list)
     for event in events:
+        event["body"] = orjson.loads(event["body"])
         kinds[event["kind"]].append(event)
     return kinds
 
 
 def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
     body = interaction["body"]
-    messages = with_tool_turns(body["messages"], body.get("response"), _calls(body, kinds["tool_call"]))
+    calls = _calls(body, kinds["tool_call"])
+    messages = with_tool_turns(body["messages"], body.get("response"), calls) if calls else body["messages"]
     user = interaction["user_id"] or f"session:{interaction['session_id'] or interaction['interaction_id']}"
     return {
         "interaction_id": interaction["interaction_id"],
@@ -142,7 +149,7 @@ def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
         "at_us": interaction["at_us"],
         "messages": to_json(messages),
         "tools": to_json(body["tools"]) if body.get("tools") else None,
-        "context": to_json(body.get("context") or []),
+        "context": _list(body.get("context")),
         "response": to_json(body["response"]) if body.get("response") else None,
         "finish_reason": body.get("finish_reason"),
         "version": body.get("served_version"),
@@ -152,10 +159,10 @@ def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
         "flags": to_json(body.get("flags") or {}),
         "latency_s": body.get("latency_s", 0.0),
         "session_key": session_key(interaction["session_id"], user, interaction["agent"]),
-        "behaviours": to_json([_behaviour(event) for event in kinds["behaviour"]]),
-        "signals": to_json([_signal(event, interaction) for event in kinds["feedback"]]),
-        "labels": to_json(_newest(kinds["label"], "reviewer")),
-        "grades": to_json(_outcome(interaction) + _newest(kinds["grade"], "grader")),
+        "behaviours": _list([_behaviour(event) for event in kinds["behaviour"]]),
+        "signals": _list([_signal(event, interaction) for event in kinds["feedback"]]),
+        "labels": _list(_newest(kinds["label"], "reviewer")),
+        "grades": _list(_outcome(interaction) + _newest(kinds["grade"], "grader")),
         "tail": to_json(body["tail"]) if "tail" in body else None,
     }
 
@@ -166,6 +173,8 @@ def _calls(body: dict[str, Any], events: list[Event]) -> list[dict[str, Any]]:
     Of a run with several turns only those that a turn asks for: nobody says where the others belong.
     """
     own = body.get("tool_calls") or []
+    if not own and not events:
+        return []
     named = {call.get("call_id") for call in own}
     calls = [*own, *(e["body"] for e in events if not own or e["body"].get("call_id") not in named | {None})]
     earlier = [m for m in body["messages"] if m["role"] == "assistant"]
@@ -185,10 +194,17 @@ def _behaviour(event: Event) -> dict[str, Any]:
     return {"body": event["body"], "at_us": event["at_us"], "interaction_id": event["interaction_id"]}
 
 
-def _carrier(event: Event) -> dict[str, Any]:
-    """A row that holds nothing but what a user did in a session."""
-    key = session_key(event["session_id"], "", None)
-    return {"session_id": event["session_id"], "session_key": key, "behaviours": to_json([_behaviour(event)])}
+def _carriers(events: Iterable[Event], dropped: Dropped) -> list[dict[str, Any]]:
+    """Rows that hold nothing but what a user did in a session."""
+    rows = []
+    for event in events:
+        if event["kind"] != "behaviour" or event["session_id"] is None:
+            dropped["no interaction id"] += 1
+            continue
+        event["body"] = orjson.loads(event["body"])
+        key = session_key(event["session_id"], "", None)
+        rows.append({"session_id": event["session_id"], "session_key": key, "behaviours": to_json([_behaviour(event)])})
+    return sorted(rows, key=itemgetter("behaviours"))
 
 
 def session_key(session_id: str | None, user: str, agent: str | None) -> str:
@@ -202,6 +218,10 @@ def _newest(events: list[Event], by: str) -> list[dict[str, Any]]:
     for event in events:
         newest[event["body"][by]] = event["body"]
     return [newest[name] for name in sorted(newest)]
+
+
+def _list(values: list[Any] | None) -> str:
+    return to_json(values) if values else "[]"
 
 
 def to_json(value: Any) -> str:

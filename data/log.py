@@ -14,8 +14,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import orjson
 import sqlalchemy as sa
@@ -43,6 +42,23 @@ class Verdict:
     """`refused`: its user, session or interaction was erased."""
     seq: int | None = None
     """Its place in the log; `None` unless accepted."""
+
+
+class StoredEvent(NamedTuple):
+    """An event with its body as it is kept; null when erased."""
+
+    seq: int
+    kind: str
+    event_id: str
+    interaction_id: str | None
+    user_id: str | None
+    session_id: str | None
+    agent: str | None
+    occurred_at_us: int
+    workspace: str
+    erased: bool
+    body: bytes | None
+    arrays: bytes | None
 
 
 class EventLog:
@@ -94,17 +110,25 @@ class EventLog:
             rows = connection.execute(self._page(after, limit, kinds, tenant)).mappings().all()
         return self._recorded(rows)
 
-    def read_stored(self, after: int, limit: int, *, kinds: Sequence[str], tenant: str) -> Sequence[Any]:
-        """`read` without opening anything: rows of `events` with `body` and `arrays` as they are kept.
+    def read_stored(self, after: int, limit: int, *, kinds: Sequence[str], tenant: str) -> list[StoredEvent]:
+        """`read` without opening anything.
 
-        A body that left the database with its sealed day comes as from `encode_body`, one that was erased as null.
+        A body that left the database with its sealed day comes as from `encode_body`.
         """
+        columns = [event_bodies.c[n] if n in ("body", "arrays") else events.c[n] for n in StoredEvent._fields]
+        query = self._page(after, limit, kinds, tenant).with_only_columns(*columns, maintain_column_froms=True)
         with self.engine.connect() as connection:
-            rows = connection.execute(self._page(after, limit, kinds, tenant)).all()
-        if all(row.body is not None or row.erased for row in rows):
+            rows = [StoredEvent._make(row) for row in connection.execute(query).all()]
+        gone = [row.seq for row in rows if row.body is None and not row.erased]
+        if not gone:
             return rows
-        opened = self._recorded([row._mapping for row in rows])
-        return [_stored(row, recorded) for row, recorded in zip(rows, opened, strict=True)]
+        from data.partitions import sealed_bodies
+
+        sealed = {seq: encode_body(body) for seq, body in sealed_bodies(self.engine, gone).items()}
+        return [
+            row._replace(body=sealed[row.seq][0], arrays=sealed[row.seq][1]) if row.seq in sealed else row
+            for row in rows
+        ]
 
     def _page(self, after: int, limit: int, kinds: Sequence[str], tenant: str | None) -> sa.Select[Any]:
         """The next events in order. SQLite walks along `seq`: it would rather sort all events of the tenant, or of
@@ -200,12 +224,6 @@ def save_cursor(connection: Connection, name: str, seq: int) -> None:
     changed = connection.execute(cursors.update().where(cursors.c.name == name).values(values))
     if not changed.rowcount:
         connection.execute(cursors.insert().values(name=name, **values))
-
-
-def _stored(row: Any, recorded: RecordedEvent) -> Any:
-    """A row of `read_stored` whose body was elsewhere."""
-    body, arrays = (None, None) if row.erased else encode_body(recorded.event.body)
-    return SimpleNamespace(**row._mapping | {"body": body, "arrays": arrays})
 
 
 def _with_bodies() -> sa.Select[Any]:

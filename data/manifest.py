@@ -27,7 +27,7 @@ from data.join import to_json
 from data.minhash import SKETCH_VERSION
 from data.pairs import EXAMPLES, KINDS
 from data.split import SPLITS
-from data.stages import StageCount
+from data.stages import StageCount, rows_of
 
 SCHEMA_VERSION = 3
 COMMON = ("example_id", "user_id", "interaction_ids", "cluster_id", "agent", "order", "origin", "synthetic")
@@ -112,8 +112,8 @@ def write_shards(table: pa.Table, folder: Path) -> pa.Table:
 def content_digest(rows: pa.Table) -> str:
     """SHA-256 over the rows as canonical JSON lines."""
     digest = hashlib.sha256()
-    for row in rows.to_pylist():
-        digest.update(to_json(row).encode() + b"\n")
+    for row in rows_of(rows):
+        digest.update(orjson.dumps(row, option=orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE))
     return digest.hexdigest()
 
 

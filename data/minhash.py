@@ -74,7 +74,19 @@ def _ascii_or_words(texts: pa.Array) -> pa.Array:
 
 def only_words(texts: pa.Array) -> pa.Array:
     """Texts in lower case, with spaces for all that is no letter and no digit."""
-    return pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\p{L}\p{N}]", " ")
+    odd = pc.invert(pc.string_is_ascii(texts))
+    if not pc.any(odd).as_py():
+        return _translated(texts)
+    slow = pc.replace_substring_regex(pc.utf8_lower(texts.filter(odd)), r"[^\p{L}\p{N}]", " ")
+    return pc.replace_with_mask(_translated(texts), odd, slow)
+
+
+def _translated(texts: pa.Array) -> pa.Array:
+    """Texts with each byte as `ASCII_WORDS` says, which is much faster than a pattern."""
+    whole = pa.concat_arrays([texts])  # buffers without an offset
+    valid, offsets, data = whole.buffers()
+    words = data.to_pybytes().translate(ASCII_WORDS) if data is not None else b""
+    return pa.Array.from_buffers(whole.type, len(whole), [valid, offsets, pa.py_buffer(words)], offset=whole.offset)
 
 
 def _word_ends(raw: NDArray[np.uint8], offsets: I64) -> tuple[I64, I64]:

@@ -10,6 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import orjson
@@ -19,7 +21,7 @@ from cluster.settings.curation import CurationSettings, ExampleSettings
 from data.dedup import normalise_text
 from data.events import Message
 from data.join import to_json
-from data.stages import Dropped
+from data.stages import Dropped, Row, rows_of, table_of
 from data.template import content_text
 
 ANSWERS = ("chosen", "rejected", "completion", "response", "trajectory")
@@ -57,12 +59,15 @@ EXAMPLES = pa.schema(
         ("cluster", pa.uint64()),
         ("node", pa.uint64()),
         ("seen_in_test", pa.bool_()),
+        ("turns", pa.int32()),  # messages of prompt and answer
+        ("answer_words", pa.int32()),  # of the last message
     ]
 )
 """Examples of all kinds; `data.manifest.COLUMNS` says which columns each kind keeps."""
 UNUSED = ("context", "behaviours", "votes", "scrubbed", "session_key", "session_id", "version", "latency_s", "fields")
 """Columns that no example is made of: to make Python values of them takes time."""
-Row = dict[str, Any]
+NONE = "[]"
+"""What a column holds where nobody said anything: looked at before JSON is parsed, for most rows hold it."""
 
 
 @dataclass(frozen=True)
@@ -81,28 +86,63 @@ class Answer:
         """What is compared: the text without regard to case and spacing."""
         return normalise_text(content_text(self.message))
 
+    @cached_property
+    def words(self) -> int:
+        """In the text as it stands."""
+        return len(content_text(self.message).split())
+
+    @cached_property
+    def json(self) -> str:
+        """The message as a JSON list of one."""
+        return to_json([self.message])
+
+    @cached_property
+    def columns(self) -> Row:
+        """What all examples made of this answer alone have in common."""
+        row = self.row
+        return {
+            "split": row["split"],
+            "user_id": row["user_id"],
+            "interaction_ids": sorted(set(row["interaction_ids"])),
+            "cluster_id": f"{row['cluster']:016x}",
+            "agent": row["agent"],
+            "tools": row["tools"],
+            "weight": min(1.0, row["weight"]),
+            "origin": self.origin,
+            "at_us": row["at_us"],
+            "cluster": row["cluster"],
+            "node": row["node"],
+            "seen_in_test": row["seen_in_test"],
+            "synthetic": False,
+            "turns": len(orjson.loads(row["messages"])) + 1,
+            "answer_words": self.words,
+        }
+
 
 def make_examples(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table, Dropped]:
     """Rows of `EXAMPLES`. Needs all rows of a cluster; the tally counts refused pairs and silent rows."""
-    groups: dict[tuple[int, str], list[Row]] = defaultdict(list)
-    for row in table.drop_columns([name for name in UNUSED if name in table.column_names]).to_pylist():
-        groups[row["cluster"], row["split"]].append(row)
     dropped: Dropped = Counter()
-    examples: list[Row] = []
-    for key in sorted(groups):
-        rows = sorted(groups[key], key=lambda r: (r["at_us"], r["interaction_id"]))
-        answers = [answer for row in rows for answer in answers_of(row, settings)]
-        made = [*sft_examples(answers, settings.examples), *unpaired_examples(answers, settings.examples)]
-        made += [*reward_examples(answers), *trajectory_examples(rows)]
-        made += preference_examples(answers, settings, dropped)
-        used = {i for example in made for i in example["interaction_ids"]}
-        if len(answers) > 1:
-            made, repeated = _without_repeats(made)
-            dropped["repeated example"] += repeated
-        dropped["no example"] += sum(not used.intersection(row["interaction_ids"]) for row in rows)
-        examples += made
-    examples.sort(key=lambda example: (example["kind"], example["example_id"]))
-    return pa.Table.from_pylist(examples, EXAMPLES), +dropped
+    plain = table.drop_columns([name for name in UNUSED if name in table.column_names])
+    rows = rows_of(plain.sort_by([("cluster", "ascending"), ("split", "ascending")]))
+    groups = groupby(rows, key=itemgetter("cluster", "split"))
+    examples = (example for _, group in groups for example in _examples_of(list(group), settings, dropped))
+    made = table_of(examples, EXAMPLES)
+    return made, +dropped
+
+
+def _examples_of(rows: list[Row], settings: CurationSettings, dropped: Dropped) -> list[Row]:
+    """All examples of one cluster in one split."""
+    rows.sort(key=lambda r: (r["at_us"], r["interaction_id"]))
+    answers = [answer for row in rows for answer in answers_of(row, settings)]
+    made = [*sft_examples(answers, settings.examples), *unpaired_examples(answers, settings.examples)]
+    made += [*reward_examples(answers), *trajectory_examples(rows)]
+    made += preference_examples(answers, settings, dropped)
+    used = {i for example in made for i in example["interaction_ids"]}
+    dropped["no example"] += sum(used.isdisjoint(row["interaction_ids"]) for row in rows)
+    if len(answers) > 1:
+        made, repeated = _without_repeats(made)
+        dropped["repeated example"] += repeated
+    return made
 
 
 def _without_repeats(examples: list[Row]) -> tuple[list[Row], int]:
@@ -121,6 +161,8 @@ def answers_of(row: Row, settings: CurationSettings) -> list[Answer]:
     """The agent's answer, then each distinct correction of it."""
     truncated = row["finish_reason"] in settings.examples.truncated_reasons
     found = [Answer(row, orjson.loads(row["response"]), row["score"], "answer", truncated)]
+    if '"correction"' not in row["signals"] and row["labels"] == NONE:
+        return found
     corrections = [s["text"] for s in orjson.loads(row["signals"]) if s["type"] == "correction" and s.get("text")]
     corrections += [label["corrected"] for label in orjson.loads(row["labels"]) if label.get("corrected")]
     for text in sorted(set(corrections)):
@@ -132,12 +174,11 @@ def answers_of(row: Row, settings: CurationSettings) -> list[Answer]:
 def sft_examples(answers: list[Answer], settings: ExampleSettings) -> Iterator[Row]:
     """Answers good enough to imitate, and corrections."""
     for answer in answers:
-        if answer.score < settings.sft_min_score or answer.truncated or not answer.text:
+        if answer.score < settings.sft_min_score or answer.truncated or not answer.words:
             continue
         if answer.origin == "correction" and not settings.sft_corrections:
             continue
-        messages = [*orjson.loads(answer.row["messages"]), answer.message]
-        yield _example("sft", [answer], messages=to_json(messages), score=answer.score)
+        yield _example("sft", [answer], messages=_joined(answer.row["messages"], answer.json), score=answer.score)
 
 
 def unpaired_examples(answers: list[Answer], settings: ExampleSettings) -> Iterator[Row]:
@@ -148,24 +189,25 @@ def unpaired_examples(answers: list[Answer], settings: ExampleSettings) -> Itera
             label = True if settings.unpaired_corrections else None
         else:
             label = None if not explicit else explicit > 0
-        if label is None or answer.truncated or not answer.text:
+        if label is None or answer.truncated or not answer.words:
             continue
-        completion = to_json([answer.message])
-        yield _example("unpaired", [answer], prompt=answer.row["messages"], completion=completion, label=label)
+        yield _example("unpaired", [answer], prompt=answer.row["messages"], completion=answer.json, label=label)
 
 
 def reward_examples(answers: list[Answer]) -> Iterator[Row]:
     """Answers with what reviewers, graders or users gave them, the first of these that there is."""
     for answer in answers:
+        if answer.origin != "answer" or not answer.words:
+            continue
         parts = orjson.loads(answer.row["parts"])
         source = next((name for name in ("label", "grade", "explicit") if parts[name] is not None), None)
-        if answer.origin != "answer" or source is None or not answer.text:
+        if source is None:
             continue
         yield _example(
             "reward",
             [answer],
             prompt=answer.row["messages"],
-            response=to_json([answer.message]),
+            response=answer.json,
             reward=parts[source],
             score_card=to_json(score_card(answer.row, parts)),
             category=task_category(answer.row),
@@ -179,6 +221,8 @@ def score_card(row: Row, parts: dict[str, float | None]) -> dict[str, float]:
     """Every number there is about an answer, in [0, 1]: the score's components, reviewers' means (`success`,
     `helpfulness`, `tone`, `safety`), and each grader's own card."""
     card = {name: value for name, value in parts.items() if value is not None}
+    if row["labels"] == row["grades"] == NONE:
+        return card
     given: dict[str, list[float]] = defaultdict(list)
     for label in orjson.loads(row["labels"]):
         for name, value in (label.get("scores") or {}).items():
@@ -191,6 +235,8 @@ def score_card(row: Row, parts: dict[str, float | None]) -> dict[str, float]:
 
 def task_category(row: Row) -> str | None:
     """What most reviewers call the task; the first in the alphabet among equals."""
+    if row["labels"] == NONE:
+        return None
     named = Counter(c for label in orjson.loads(row["labels"]) if (c := label.get("task_category")))
     return min(named, key=lambda name: (-named[name], name)) if named else None
 
@@ -198,25 +244,27 @@ def task_category(row: Row) -> str | None:
 def trajectory_examples(rows: list[Row]) -> Iterator[Row]:
     """Whole trajectories with their reward; those of one task share the prompt, so GRPO can group them."""
     for row in rows:
-        reward = orjson.loads(row["parts"])["grade"]
-        if row["tail"] is None or reward is None:
+        if row["tail"] is None or (reward := orjson.loads(row["parts"])["grade"]) is None:
             continue
         steps = [*orjson.loads(row["messages"]), orjson.loads(row["response"]), *orjson.loads(row["tail"])]
         begin = next((i for i, step in enumerate(steps) if step["role"] == "assistant"), len(steps))
-        answer = Answer(row, orjson.loads(row["response"]), row["score"], "trajectory")
+        answer = Answer(row, steps[-1], row["score"], "trajectory")
         prompt, rest = to_json(steps[:begin]), to_json(steps[begin:])
-        yield _example("trajectory", [answer], prompt=prompt, trajectory=rest, reward=reward)
+        yield _example("trajectory", [answer], prompt=prompt, trajectory=rest, reward=reward, turns=len(steps))
 
 
 def preference_examples(answers: list[Answer], settings: CurationSettings, dropped: Dropped) -> list[Row]:
     """Corrections against what they correct, answers a reviewer preferred, then answers to one question by score."""
+    if len(answers) == 1 and answers[0].row["labels"] == NONE:
+        return []
     pairs = [
         (chosen, rejected, "correction")
         for chosen in answers
         for rejected in answers
         if chosen.origin == "correction" and rejected.origin == "answer" and chosen.row is rejected.row
     ]
-    pairs += preferred_pairs(answers, settings.score.preferred_score, dropped)
+    if any(answer.row["labels"] != NONE for answer in answers):
+        pairs += preferred_pairs(answers, settings.score.preferred_score, dropped)
     examples = [e for pair in pairs if (e := _pair(*pair, settings.examples, dropped)) is not None]
     return examples + _question_pairs(answers, settings.examples, dropped)
 
@@ -280,6 +328,11 @@ def pair_origin(chosen: Row, rejected: Row) -> str:
     return "same_query" if chosen["node"] == rejected["node"] else "similar_query"
 
 
+def _joined(first: str, second: str) -> str:
+    """Two JSON lists as one."""
+    return second if first == NONE else f"{first[:-1]},{second[1:]}"
+
+
 def _by_score(answer: Answer) -> tuple[float, str]:
     return answer.score, answer.row["interaction_id"]
 
@@ -293,8 +346,8 @@ def _pair(chosen: Answer, rejected: Answer, origin: str, settings: ExampleSettin
         "preference",
         [chosen, rejected],
         prompt=chosen.row["messages"],
-        chosen=to_json([chosen.message]),
-        rejected=to_json([rejected.message]),
+        chosen=chosen.json,
+        rejected=rejected.json,
         margin=chosen.score - rejected.score,
         score=chosen.score,
         origin=origin,
@@ -317,25 +370,15 @@ def refusal(chosen: Answer, rejected: Answer, settings: ExampleSettings) -> str 
 
 
 def _example(kind: str, answers: list[Answer], **columns: Any) -> Row:
-    row = answers[0].row
-    ids = sorted({i for answer in answers for i in answer.row["interaction_ids"]})
+    shared = answers[0].columns
+    if len(answers) > 1:
+        all_of = [answer.columns for answer in answers]
+        shared = shared | {
+            "interaction_ids": sorted({i for one in all_of for i in one["interaction_ids"]}),
+            "weight": min(one["weight"] for one in all_of),
+            "at_us": max(one["at_us"] for one in all_of),
+        }
     content = {name: value for name, value in columns.items() if isinstance(value, str)}
-    identity = to_json([kind, row["split"], ids, content])
-    return {
-        "kind": kind,
-        "split": row["split"],
-        "example_id": hashlib.sha256(identity.encode()).hexdigest()[:32],
-        "user_id": row["user_id"],
-        "interaction_ids": ids,
-        "cluster_id": f"{row['cluster']:016x}",
-        "agent": row["agent"],
-        "tools": row["tools"],
-        "weight": min(1.0, *(answer.row["weight"] for answer in answers)),
-        "origin": answers[0].origin,
-        "at_us": max(answer.row["at_us"] for answer in answers),
-        "cluster": row["cluster"],
-        "node": row["node"],
-        "seen_in_test": row["seen_in_test"],
-        "synthetic": False,
-        **columns,
-    }
+    identity = [kind, shared["split"], shared["interaction_ids"], content]
+    digest = hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    return {**shared, "kind": kind, "example_id": digest[:32], **columns}

@@ -26,7 +26,7 @@ def score(table: pa.Table, settings: ScoreSettings) -> tuple[pa.Table, Dropped]:
     scores, parts, explicit, weights = [], [], [], []
     rows = zip(*(table[name].to_pylist() for name in columns), strict=True)
     for weight, values in zip(table["weight"].to_pylist(), rows, strict=True):
-        votes, labels, grades, response, context = (orjson.loads(v) if v else {} for v in values)
+        votes, labels, grades, response, context = (_parsed(text) for text in values)
         found = components(votes, labels, grades, content_text(response), context, settings)
         scores.append(combine(found, settings))
         weights.append(max(weight, 1.0) if rests_on_judges(found) else weight)
@@ -37,6 +37,11 @@ def score(table: pa.Table, settings: ScoreSettings) -> tuple[pa.Table, Dropped]:
     table = with_column(table, "parts", parts, pa.string())
     table = with_column(table, "explicit", explicit, pa.float64())
     return keep(table, [None if s is not None else "no signal" for s in scores])
+
+
+def _parsed(text: str | None) -> Any:
+    """Most columns say nothing of most rows, which a look tells."""
+    return (orjson.loads(text) if text != "[]" else []) if text else {}
 
 
 def components(

@@ -6,9 +6,10 @@ column says which recognisers a row could need; only those look at it closely.
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from typing import Any, Literal
 
 import orjson
@@ -19,7 +20,7 @@ from cluster.settings.curation import ScrubSettings
 from data.join import to_json
 from data.prefilter import Prefilter
 from data.recognisers import RECOGNISERS, Span, entropy_bits, find, find_among
-from data.stages import Dropped, keep, with_column
+from data.stages import Dropped, Row, keep, rows_of, with_column
 
 DRAWN = ("messages", "response", "tools")
 """Columns that the log-probability of an answer is about."""
@@ -154,29 +155,46 @@ def scrub(table: pa.Table, settings: ScrubSettings) -> tuple[pa.Table, Dropped]:
     looks = Looks.of(settings)
     if looks.names != "off":
         masks = {index: masks.get(index, 0) for index in range(len(table))}
-    columns = {name: table[name].to_pylist() for name in SCRUBBED}
-    logprobs = table["answer_logprob"].to_pylist()
-    found = ["{}"] * len(table)
+    places = pa.array(list(masks), pa.int64())
+    rows = rows_of(table.select([*SCRUBBED, "answer_logprob"]).take(places))
+    found = dict.fromkeys(range(len(table)), "{}")
     reasons: list[str | None] = [None] * len(table)
-    for index, mask in masks.items():
-        placeholders = Placeholders()
-        for name in SCRUBBED:
-            if columns[name][index]:
-                before = orjson.loads(columns[name][index])
-                after = scrub_value(before, placeholders, looks=looks, mask=mask)
-                columns[name][index] = to_json(after)
-                if name in DRAWN and after != before:
-                    logprobs[index] = None
-        found[index] = to_json(placeholders.counts)
-        if not mask & SUSPICIOUS:
-            continue
-        texts = "\n".join(columns[name][index] or "" for name in SCRUBBED)
-        reason = suspicion(texts, settings)
-        reasons[index] = f"quarantine: {reason}" if reason else None
+    changed: dict[str, dict[int, str | float | None]] = defaultdict(dict)
+    for (place, mask), row in zip(masks.items(), rows, strict=True):
+        found[place], scrubbed = scrub_row(row, looks, mask)
+        for name, value in scrubbed.items():
+            changed[name][place] = value
+        if mask & SUSPICIOUS and (reason := suspicion(_texts_of(row | scrubbed), settings)):
+            reasons[place] = f"quarantine: {reason}"
+    for name, values in changed.items():
+        table = with_column(table, name, _replaced(table[name].to_pylist(), values), table.schema.field(name).type)
+    return keep(with_column(table, "scrubbed", list(found.values()), pa.string()), reasons)
+
+
+def scrub_row(row: Row, looks: Looks, mask: int) -> tuple[str, Row]:
+    """How many values of each kind a row held (JSON), and the columns that are different without them."""
+    placeholders = Placeholders()
+    changed: Row = {}
     for name in SCRUBBED:
-        table = with_column(table, name, columns[name], pa.string())
-    table = with_column(table, "answer_logprob", logprobs, pa.float64())
-    return keep(with_column(table, "scrubbed", found, pa.string()), reasons)
+        if not row[name] or row[name] == "[]":
+            continue
+        before = orjson.loads(row[name])
+        after = scrub_value(before, placeholders, looks=looks, mask=mask)
+        if after != before:
+            changed[name] = to_json(after)
+    if not changed.keys().isdisjoint(DRAWN):
+        changed["answer_logprob"] = None
+    return to_json(placeholders.counts), changed
+
+
+def _texts_of(row: Row) -> str:
+    return "\n".join(row[name] or "" for name in SCRUBBED)
+
+
+def _replaced(column: list[Any], values: dict[int, Any]) -> list[Any]:
+    for place, value in values.items():
+        column[place] = value
+    return column
 
 
 @cache
@@ -186,18 +204,22 @@ def _prefilter(entropy_characters: int) -> Prefilter:
     return Prefilter([*(recogniser.hint for recogniser in RECOGNISERS), suspicious])
 
 
-def _said(column: pa.ChunkedArray) -> list[str | None]:
+def _said(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """JSON of signals or labels without times and pseudonyms, whose digits look like much that they are not."""
-    return pc.replace_substring_regex(column, OURS, "").to_pylist()  # type: ignore[no-any-return]
+    return pc.replace_substring_regex(column, OURS, "")
+
+
+def _masks(column: pa.ChunkedArray, scan: Prefilter) -> list[int]:
+    """What each text could need; an empty list nothing. Equal texts, as votes without words are, are read once."""
+    distinct = pc.dictionary_encode(column).combine_chunks()
+    texts = [text.encode() for text in distinct.dictionary.to_pylist()]
+    found = [mask if len(text) > 2 else 0 for text, mask in zip(texts, scan.masks(texts), strict=True)]
+    return [0 if index is None else found[index] for index in distinct.indices.to_pylist()]
 
 
 def possibly_unsafe(table: pa.Table, entropy_characters: int) -> dict[int, int]:
     """The rows that must be looked at: row -> mask of the recognisers (and `SUSPICIOUS`) it could need."""
-    found: dict[int, int] = {}
     scan = _prefilter(entropy_characters)
-    for name in SCRUBBED:
-        texts = enumerate(_said(table[name]) if name in JUDGED else table[name].to_pylist())
-        present = [(index, text.encode()) for index, text in texts if text is not None and len(text) > 2]
-        for (index, _), mask in zip(present, scan.masks(text for _, text in present), strict=True):
-            found[index] = found.get(index, 0) | mask
-    return {index: mask for index, mask in sorted(found.items()) if mask}
+    columns = (_masks(_said(table[name]) if name in JUDGED else table[name], scan) for name in SCRUBBED)
+    masks = (reduce(or_, row) for row in zip(*columns, strict=True))
+    return {place: mask for place, mask in enumerate(masks) if mask}

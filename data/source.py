@@ -6,6 +6,7 @@ erasures, so a task that is run again reads the same rows.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import orjson
 import pyarrow as pa
@@ -38,7 +39,6 @@ EVENTS = pa.schema(
 """One event a row; `body` is JSON, null when erased."""
 READ = ("kind", "event_id", "interaction_id", "user_id", "session_id", "agent", "occurred_at_us", "body", "arrays")
 TOKENS = tuple(name for name, _ in ARRAYS)
-LEFT_OUT = tuple(f'"{name}"'.encode() for name in TOKENS)
 MOVED = 3  # times that a file is looked up anew: an erasure may move it while it is read
 
 
@@ -135,8 +135,8 @@ def _pages(engine: Engine, settings: Settings, block: Block) -> Iterator[pa.Reco
             return
         after = page[-1].seq
         rows = [r for r in page if r.seq <= block.last and r.workspace == settings.workspace]
-        texts = [None if r.erased else _stored_body(r.kind, r.body, r.arrays) for r in rows]
-        columns = [[getattr(r, name) for r in rows] for name in READ[:-2]]
+        texts = [None if r.body is None else _stored_body(r.kind, r.body, r.arrays) for r in rows]
+        columns = [list(map(attrgetter(name), rows)) for name in READ[:-2]]
         yield pa.RecordBatch.from_arrays(
             [pa.array(values, field.type) for values, field in zip([*columns, texts], EVENTS, strict=True)],
             schema=EVENTS,
@@ -144,17 +144,15 @@ def _pages(engine: Engine, settings: Settings, block: Block) -> Iterator[pa.Reco
 
 
 def _stored_body(kind: str, stored: bytes, arrays: bytes | None) -> str:
-    """`_body` of a body as it is kept: its text is canonical JSON, so it is parsed only where that tells more."""
+    """`_body` of a body as it is kept: its text is canonical JSON, so it is parsed only where that tells more.
+
+    Token lists that hold anything are in `arrays` and not in the text (`data.encoding.encode_body`).
+    """
     text = decompress(stored)
     if kind != "interaction" and arrays is None:
         return text.decode()
     lengths = {} if arrays is None else lengths_of(arrays)
-    if (
-        kind != "interaction"
-        or text == b"{}"
-        or lengths.get("completion_logprobs")
-        or any(name in text for name in LEFT_OUT)
-    ):
+    if kind != "interaction" or text == b"{}" or lengths.get("completion_logprobs"):
         return _body(kind, decode_body(text, arrays))
     return f'{{"answer_tokens":{lengths.get("completion_token_ids", 0)},{text[1:].decode()}'
 

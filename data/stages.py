@@ -6,8 +6,9 @@ then counted once, which a counter on the side would not do.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -17,6 +18,8 @@ import pyarrow.compute as pc
 Dropped = Counter[str]
 """Reason -> rows."""
 StageFunction = Callable[[pa.Table], tuple[pa.Table, Dropped]]
+Row = dict[str, Any]
+ROWS_AT_ONCE = 1000
 COUNTS = "counts"
 """Column that is null in rows, and in a counting row holds JSON `{stage, rows_in, rows_out, dropped}`."""
 
@@ -51,9 +54,11 @@ def split_counts(table: pa.Table) -> tuple[pa.Table, list[str]]:
     """The rows of a block without the column of counts, and its counting rows."""
     if COUNTS not in table.column_names:
         return table, []
-    counting = pc.is_valid(table[COUNTS])
-    counts = table[COUNTS].filter(counting).to_pylist()
-    return table.filter(pc.invert(counting)).drop_columns([COUNTS]), counts
+    counts = table[COUNTS].drop_null().to_pylist()
+    rows, last = table.slice(0, len(table) - len(counts)), table[COUNTS].slice(len(table) - len(counts))
+    if last.null_count:  # pieces of several blocks; else the counting rows stand at the end and nothing is copied
+        rows = table.filter(pc.is_null(table[COUNTS]))
+    return rows.drop_columns([COUNTS]), counts
 
 
 def join_counts(table: pa.Table, counts: list[str]) -> pa.Table:
@@ -79,8 +84,23 @@ def sum_counts(lines: Iterable[str], order: list[str]) -> list[StageCount]:
     ]
 
 
+def rows_of(table: pa.Table) -> Iterator[Row]:
+    """The rows as dicts, a few at a time: memory that is soon used again costs no page fault."""
+    for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
+        yield from batch.to_pylist()
+
+
+def table_of(rows: Iterable[Row], schema: pa.Schema) -> pa.Table:
+    """The reverse of `rows_of`."""
+    source = iter(rows)
+    chunks = iter(lambda: list(islice(source, ROWS_AT_ONCE)), [])
+    return pa.Table.from_batches((pa.RecordBatch.from_pylist(chunk, schema) for chunk in chunks), schema)
+
+
 def keep(table: pa.Table, reasons: list[str | None]) -> tuple[pa.Table, Dropped]:
     """The rows whose reason is `None`, and a tally of the other reasons."""
+    if not any(reasons):
+        return table, Counter()
     kept = pa.array([reason is None for reason in reasons], pa.bool_())
     return table.filter(kept), Counter(reason for reason in reasons if reason is not None)
 

@@ -21,6 +21,7 @@ from data.join import to_json
 from data.stages import Dropped, with_column
 
 USER_DAYS = pa.schema([("user", pa.string()), ("day", pa.int64()), ("votes", pa.int64())])
+NOTHING = "[]"
 Vote = dict[str, Any]
 """`user`, `day`, `weight`, `explicit` and `implicit` rewards (mean, or None)."""
 
@@ -29,6 +30,8 @@ def count_votes(table: pa.Table) -> pa.Table:
     """Votes of each user on each day, of one block: rows of `USER_DAYS`."""
     tally: Counter[tuple[str, int]] = Counter()
     for text in table["signals"].to_pylist():
+        if text == NOTHING:
+            continue
         tally.update((vote["user"], vote["day"]) for vote in votes_of(orjson.loads(text)))
     keys = sorted(tally)
     return pa.table([[u for u, _ in keys], [d for _, d in keys], [tally[key] for key in keys]], schema=USER_DAYS)
@@ -92,8 +95,8 @@ def weigh(
     all_votes, weights, kept = [], [], []
     dropped: Dropped = Counter()
     for text in table["signals"].to_pylist():
-        signals = orjson.loads(text)
-        burst = is_burst(signals, settings)
+        signals = orjson.loads(text) if text != NOTHING else []
+        burst = len(signals) >= settings.burst_users and is_burst(signals, settings)
         votes = votes_of(signals)
         for vote in votes:
             own = factors.get(vote["user"], {})
@@ -109,23 +112,24 @@ def weigh(
 
 def votes_of(signals: list[dict[str, Any]]) -> list[Vote]:
     """One vote a user: the mean of what they said, and the clamped sum of what they did."""
+    if len(signals) < 2:
+        return [_vote(signal["user"], signals) for signal in signals]
     by_user: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for signal in signals:
         by_user[signal["user"]].append(signal)
-    votes = []
-    for user in sorted(by_user):
-        explicit = [s["reward"] for s in by_user[user] if s["source"] != "implicit" and s["type"] != "follow_up"]
-        implicit = [s["reward"] for s in by_user[user] if s["source"] == "implicit"]
-        votes.append(
-            {
-                "user": user,
-                "day": min(s["at_us"] for s in by_user[user]) // DAY_US,
-                "weight": 1.0,
-                "explicit": sum(explicit) / len(explicit) if explicit else None,
-                "implicit": max(-1.0, min(1.0, sum(implicit))) if implicit else None,
-            }
-        )
-    return votes
+    return [_vote(user, by_user[user]) for user in sorted(by_user)]
+
+
+def _vote(user: str, signals: list[dict[str, Any]]) -> Vote:
+    explicit = [s["reward"] for s in signals if s["source"] != "implicit" and s["type"] != "follow_up"]
+    implicit = [s["reward"] for s in signals if s["source"] == "implicit"]
+    return {
+        "user": user,
+        "day": min(s["at_us"] for s in signals) // DAY_US,
+        "weight": 1.0,
+        "explicit": sum(explicit) / len(explicit) if explicit else None,
+        "implicit": max(-1.0, min(1.0, sum(implicit))) if implicit else None,
+    }
 
 
 def is_burst(signals: list[dict[str, Any]], settings: WeighSettings) -> bool:

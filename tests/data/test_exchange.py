@@ -40,6 +40,18 @@ def test_exchange_keeps_every_row_and_brings_a_key_together(ray_session: None, p
     assert sum(map(len, homes)) == len(set().union(*homes)) == 14
 
 
+@pytest.mark.ray
+@pytest.mark.parametrize("parts", [1, 3])
+def test_what_a_function_makes_of_blocks_is_exchanged_without_a_task_of_its_own(ray_session: None, parts: int) -> None:
+    def numbers(first: int) -> pa.Table:
+        return pa.table({"key": [n % 4 for n in range(first, first + 10)], "n": list(range(first, first + 10))})
+
+    found = ray.get(exchange([0, 10, 20], "key", parts, CPUS, before=numbers))
+    assert sorted(n for table in found for n in table["n"].to_pylist()) == list(range(30))
+    homes = [set(table["key"].to_pylist()) for table in found]
+    assert sum(map(len, homes)) == len(set().union(*homes)) == 4
+
+
 def edited(rng: random.Random, text: str) -> str:
     words = text.split()
     words[rng.randrange(len(words))] = "other"

@@ -65,3 +65,21 @@ def test_later_label_of_a_reviewer_supersedes() -> None:
     ]  # fmt: skip
     table, _ = join_events(block(interaction(1, "q", "a", user="ada"), *labels))
     assert orjson.loads(table["labels"][0].as_py()) == [{"reviewer": "rita", "scores": {"success": 1.0}}]
+
+
+def test_behaviour_of_which_only_the_session_is_known_becomes_a_row_of_its_own() -> None:
+    left = [
+        Event(
+            "behaviour", "default", "default", {"action": action}, event_id=action, occurred_at_us=at, session_id="s1"
+        )
+        for at, action in ((2, "leave"), (1, "copy"))
+    ]
+    nowhere = Event("behaviour", "default", "default", {"action": "copy"}, event_id="x")
+    table, dropped = join_events(block(*left, interaction(1, "q", "a", user="ada"), nowhere))
+    assert table["interaction_id"].to_pylist() == [None, None, "i1"]
+    assert [orjson.loads(text)[0]["body"]["action"] for text in table["behaviours"].to_pylist()[:2]] == [
+        "copy",
+        "leave",
+    ]
+    assert table["session_key"].to_pylist()[:2] == ["session:s1"] * 2
+    assert dropped == {"no interaction id": 1}
