@@ -35,9 +35,10 @@ from data.job_endings import append_job_ended
 from data.manifest import Manifest, find_dataset, load_manifest
 from train.config import TrainConfig, check_model_dir, resolve_config
 from train.examples import check_data, read_data
+from train.mailbox import Event
 from train.progress import Progress
 from train.rewards import open_scorer
-from train.worker import Event, run_here, run_on_ray
+from train.worker import run_here, run_on_ray
 
 log = logging.getLogger(__name__)
 
