@@ -122,7 +122,7 @@ class EventLog:
         gone = [row.seq for row in rows if row.body is None and not row.erased]
         if not gone:
             return rows
-        from data.partitions import sealed_bodies
+        from data.partitions.bodies import sealed_bodies
 
         sealed = {seq: encode_body(body) for seq, body in sealed_bodies(self.engine, gone).items()}
         return [

@@ -26,9 +26,10 @@ from cluster.settings import Settings
 from data.job_endings import append_job_ended
 from data.manifest import Manifest
 from train.config import TrainConfig
+from train.mailbox import Event
 from train.plan import Planned, Request, plan_runs
 from train.progress import Progress
-from train.worker import Event, run_here, run_on_ray
+from train.worker import run_here, run_on_ray
 
 log = logging.getLogger(__name__)
 

@@ -51,13 +51,37 @@ class Target:
     base_model: str
     init_adapter: str | None
     truths: tuple[Truth, ...]
-    start_answers: tuple[str, ...]
-    """Greedy answers of the model the trainings start from."""
     grader: dict[str, Any]
     max_new_tokens: int
     batch_size: int
     kl_samples: int
     seed: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """The model the trainings start from: what every process that runs trials loads and asks once."""
+
+    model: Any
+    answers: tuple[str, ...]
+    """Greedy, one a truth."""
+
+
+def load_start(target: Target, threads: int = 0) -> Start:
+    """Load it and have it answer."""
+    from train.generate import LocalModel
+
+    model = LocalModel(target.base_model, target.init_adapter, threads=threads)
+    return Start(model, answers_of(model, target))
+
+
+def answers_of(model: Any, target: Target) -> tuple[str, ...]:
+    """Greedy answers of a loaded model, one a truth."""
+    from train.generate import Sampling
+
+    greedy = Sampling(target.max_new_tokens, 0.0, target.seed, target.batch_size)
+    prompts = [truth.prompt.messages for truth in target.truths]
+    return tuple(answer.text for answer in model.generate(prompts, greedy))
 
 
 @dataclass(frozen=True)
@@ -74,16 +98,14 @@ class Measurement:
         return self.value if limit is None or self.cost <= limit else -(self.cost - limit) / limit
 
 
-def measure(target: Target, adapter_dir: str, start: Any, threads: int = 0) -> Measurement:
-    """Measure an adapter. `start` is the loaded `LocalModel` the training started from."""
-    from train.generate import LocalModel, Sampling
+def measure(target: Target, adapter_dir: str, start: Start, threads: int = 0) -> Measurement:
+    """Measure an adapter against the start."""
+    from train.generate import LocalModel
 
     model = LocalModel(target.base_model, adapter_dir, threads=threads)
+    win_rate, reward = grade(make_grader(target.grader), target.truths, answers_of(model, target), start.answers)
     prompts = [truth.prompt.messages for truth in target.truths]
-    greedy = Sampling(target.max_new_tokens, 0.0, target.seed, target.batch_size)
-    answers = [answer.text for answer in model.generate(prompts, greedy)]
-    win_rate, reward = grade(make_grader(target.grader), target, answers)
-    return Measurement(win_rate, estimate_kl(model, start, prompts, target), reward)
+    return Measurement(win_rate, estimate_kl(model, start.model, prompts, target), reward)
 
 
 def measure_scorer(method: str, adapter_dir: str, base_model: str, validation: Any, encoder: Any) -> Measurement:
@@ -110,17 +132,19 @@ def measure_scorer(method: str, adapter_dir: str, base_model: str, validation: A
     return Measurement(accuracy, sum(head.calibration_error * head.cards for head in heads) / cards)
 
 
-def grade(grader: Grader, target: Target, answers: Sequence[str]) -> tuple[float, float]:
+def grade(
+    grader: Grader, truths: Sequence[Truth], answers: Sequence[str], start_answers: Sequence[str]
+) -> tuple[float, float]:
     """Win rate against the start's answers (ties half) and mean reward; abstentions are left out.
 
     Raises:
         ValueError: the grader abstained on every prompt.
     """
     judge = ByReward(grader)
-    rows = zip(target.truths, answers, target.start_answers, strict=True)
+    rows = zip(truths, answers, start_answers, strict=True)
     outcomes = [judge.prefer(truth, mine, before) for truth, mine, before in rows]
     wins = [(outcome + 1) / 2 for outcome in outcomes if outcome is not None]
-    rewards = [judge.reward(truth, mine) for truth, mine in zip(target.truths, answers, strict=True)]
+    rewards = [judge.reward(truth, mine) for truth, mine in zip(truths, answers, strict=True)]
     graded = [reward for reward in rewards if reward is not None]
     if not wins or not graded:
         raise ValueError("the grader abstained on every validation prompt")

@@ -9,18 +9,18 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster import tracking
-from cluster.errors import DatasetError
+from cluster.errors import DatasetError, RayloopError
 from cluster.registry import Registry
 from cluster.runtime import ray_session
 from cluster.settings import Settings
 from data.grading import make_grader
 from data.manifest import find_dataset, load_manifest
-from train.evaluate.models import LocalVersion, Source
 from train.evaluate.truth import read_truths
 from tune import report
 from tune.objective import Axes, Target, axes_of
@@ -60,6 +60,7 @@ def run_sweep(settings: Settings, sweep: Sweep) -> SweepResult:
     Raises:
         DatasetError: no held-out feedback to judge the trials by.
         NotFoundError: no such dataset or version.
+        RayloopError: every trial failed for the same reason.
     """
     sweep = pin(settings, sweep)
     prepared = make_plan(settings, sweep, Path(sweep.dataset))  # refuses before anything is written
@@ -110,6 +111,7 @@ def _carry_out(
         from tune.search import run_trials
 
         trials = run_trials(settings, sweep, plan, defaults, resume=resume)
+    check_any_ran(trials)
     axes = axes_of(sweep.method, settings.sweep.kl_limit)
     chosen = report.choose(trials, axes.limit)
     found = SweepResult(
@@ -127,14 +129,28 @@ def _carry_out(
     return found
 
 
+def check_any_ran(trials: Iterable[Trial]) -> None:
+    """Refuse a sweep whose trials all failed for one reason: it is what they share, such as the data.
+
+    Raises:
+        RayloopError: with that reason.
+    """
+    reasons = {trial.reason if trial.status == "failed" else "" for trial in trials}
+    if len(reasons) == 1 and (reason := reasons.pop()):
+        raise RayloopError(f"every trial failed: {reason}")
+
+
 def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dict[str, Any]]:
     """What all trials share, and the configuration that is tried first: the method's own default.
 
+    Nothing here loads a model: each process that runs trials prepares the data and asks the start once, and by then
+    this one has long begun to start them.
+
     Raises:
-        DatasetError: no held-out feedback to judge the trials by.
+        DatasetError: nothing to learn from, or no held-out feedback to judge the trials by.
     """
-    from train.config import resolve_config
-    from train.run import prepare
+    from train.config import check_model_dir, resolve_config
+    from train.examples import check_data, read_data
     from tune.trial import Plan, rungs_of
 
     folder = sweep_folder(settings, sweep.sweep_id)
@@ -151,7 +167,8 @@ def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dic
         **sweep.overrides,
     )
     config = config.model_copy(update={"report_examples": 0})  # trials are measured here
-    prepare(config)
+    check_model_dir(base_model)
+    check_data(config.method, config.kind, read_data(dataset, config.kind), dataset)
     plan = Plan(
         train_config=config.model_dump(mode="json"),
         target=None if config.scores else _make_target(settings, dataset, base_model, init_adapter),
@@ -165,19 +182,16 @@ def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dic
 
 
 def _make_target(settings: Settings, dataset: Path, base_model: str, init_adapter: str | None) -> Target:
-    """The validation split's truths with the start model's answers to them."""
+    """The validation split's truths, and how they are answered."""
     truths = read_truths(dataset, split="validation", limit=settings.sweep.validation_prompts)
     if not truths:
         raise DatasetError(f"{dataset} holds no feedback in its validation split to judge trials by; curate more")
     make_grader(settings.evaluation.grader, field="evaluation.grader")
     chosen = settings.evaluation
-    source = Source("start", base_model, init_adapter, chosen.max_new_tokens, chosen.batch_size, chosen.seed)
-    answers = LocalVersion(source).answer([truth.prompt for truth in truths])
     return Target(
         base_model=base_model,
         init_adapter=init_adapter,
         truths=tuple(truths),
-        start_answers=tuple(answers),
         grader=chosen.grader,
         max_new_tokens=chosen.max_new_tokens,
         batch_size=chosen.batch_size,

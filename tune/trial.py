@@ -24,13 +24,16 @@ import ray.tune
 
 from cluster.errors import DatasetError, HealthGateError
 from cluster.settings.training import SweepSettings
-from tune.objective import Axes, Measurement, Target, measure, measure_scorer
+from train.quiet import import_trainers
+from tune.objective import Axes, Measurement, Start, Target, load_start, measure, measure_scorer
 from tune.space import with_point
 
 FAILED_SCORE = -1e9  # finite: the scheduler takes percentiles of scores
 SAVED = "training"  # folder of the training's checkpoint within Tune's
 OWNER = "trial"  # file beside it: whose checkpoint it is
 ADOPTED = "adopted"  # the same, of a trial that another goes on from
+_STARTS: dict[str, Start] = {}
+"""What trials are compared with, by the sweep's folder; a process loads it once."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +179,7 @@ class RunningTrial:
             self._fail(f"{type(error).__name__}: {error}")
 
     def _train(self) -> Any:
+        import_trainers()
         from train.run import train_prepared
 
         prepared = prepared_for(self.plan, self.point, self.folder)
@@ -213,8 +217,9 @@ class RunningTrial:
 def measured(plan: Plan, adapter_dir: str, point: Mapping[str, Any]) -> Measurement:
     """Measure an adapter with what this process keeps loaded."""
     if plan.target is not None:
-        start = _start_model(plan.target.base_model, plan.target.init_adapter, plan.threads)
-        return measure(plan.target, adapter_dir, start, plan.threads)
+        if plan.folder not in _STARTS:
+            _STARTS[plan.folder] = load_start(plan.target, plan.threads)
+        return measure(plan.target, adapter_dir, _STARTS[plan.folder], plan.threads)
     prepared = prepared_for(plan, point, Path(adapter_dir))
     base, table = prepared.config.base_model, prepared.data.validation
     return measure_scorer(prepared.config.method, adapter_dir, base, table, prepared.encoder)
@@ -239,10 +244,3 @@ def _shared(train_config: str) -> Any:
     from train.run import prepare
 
     return prepare(TrainConfig.model_validate_json(train_config))
-
-
-@functools.cache
-def _start_model(base_model: str, init_adapter: str | None, threads: int) -> Any:
-    from train.generate import LocalModel
-
-    return LocalModel(base_model, init_adapter, threads=threads)

@@ -71,6 +71,7 @@ def peer(root: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     from cluster.runtime import ray_session
+    from tune.objective import load_start
     from tune.space import to_ray
     from tune.spec import new_sweep
     from tune.sweep import make_plan, pin
@@ -80,16 +81,17 @@ def peer(root: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
         settings, new_sweep(settings, method="dpo", dataset="latest", base=str(root / "base"), scheduler="none")
     )
     plan, first = make_plan(settings, sweep, Path(sweep.dataset))
+    answers = load_start(plan.target, plan.threads).answers
 
     def trial(config: dict[str, Any]) -> None:
         from train.config import TrainConfig
         from train.generate import LocalModel
         from train.run import train
-        from tune.objective import measure
+        from tune.objective import Start, measure
 
         out = Path(plan.folder) / ray.tune.get_context().get_trial_id()
         result = train(TrainConfig(**{**plan.train_config, **config, "out": out, "reference_cache": None}))
-        start = LocalModel(plan.target.base_model, None, threads=plan.threads)
+        start = Start(LocalModel(plan.target.base_model, None, threads=plan.threads), answers)
         found = measure(plan.target, str(result.adapter_dir), start, plan.threads)
         ray.tune.report({"value": found.value, "cost": found.cost, "adapter": str(result.adapter_dir)})
 

@@ -29,9 +29,10 @@ from tests.toys import toy_feedback, write_dataset
 from train.cli import app
 from train.config import TrainConfig
 from train.jobs import run_training
+from train.mailbox import Event
 from train.models import load_tokenizer
 from train.plan import Request
-from train.worker import Event, run_here
+from train.worker import run_here
 
 
 @pytest.fixture

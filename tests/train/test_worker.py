@@ -15,9 +15,10 @@ from cluster.errors import HealthGateError, InputError
 from cluster.settings.training import LoraSettings
 from tests.toys import toy_feedback, write_dataset
 from train.config import TrainConfig
+from train.mailbox import Event
 from train.run import build_trainer, prepare, train
 from train.trainers import DpoTrainer
-from train.worker import Event, run_here, run_on_ray, wants_gpu
+from train.worker import run_here, run_on_ray, streamed_rows, wants_gpu
 
 pytestmark = [pytest.mark.slow]
 
@@ -72,9 +73,13 @@ def test_runs_on_ray_equal_runs_here_and_survive_a_killed_worker(
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
 def test_two_workers_learn_what_one_learns_from_the_same_global_batch(
-    config_of: Callable[..., TrainConfig], tmp_path: Path
+    config_of: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where every step is full and nothing is dropped out: workers draw masks each for itself."""
+    """Where every step is full and nothing is dropped out: workers draw masks each for itself.
+
+    The two get their rows from Ray Data, the one reads them itself.
+    """
+    monkeypatch.setattr("train.worker.BYTES_PER_BLOCK", 2048)
     folder = write_dataset(tmp_path / "feedback", toy_feedback(80))  # three full steps of 20 an epoch
     shape: dict[str, Any] = {
         "dataset": folder,
@@ -86,6 +91,7 @@ def test_two_workers_learn_what_one_learns_from_the_same_global_batch(
     alone, together = Heard(), Heard()
     run_here([config_of(m, **shape, batch_size=20, out=tmp_path / f"one-{m}") for m in methods], alone)
     halves = [config_of(m, **shape, batch_size=10, out=tmp_path / f"two-{m}") for m in methods]
+    assert set(streamed_rows(halves)) == {"sft", "preference", "unpaired"}
     run_on_ray(halves, workers=2, max_failures=0, on_event=together)
     for run, method in enumerate(methods):
         assert together.losses(run) == pytest.approx(alone.losses(run), rel=1e-4), method

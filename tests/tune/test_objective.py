@@ -14,22 +14,22 @@ TARGET = Target(
     base_model="",
     init_adapter=None,
     truths=tuple(make_truths(4)),
-    start_answers=(answer_json("benign"),) * 2 + (answer_json("malicious"),) * 2,
     grader={"type": "dataset_label"},
     max_new_tokens=16,
     batch_size=32,
     kl_samples=4,
     seed=0,
 )
+START_ANSWERS = (answer_json("benign"),) * 2 + (answer_json("malicious"),) * 2
 
 
 def test_grade_counts_wins_against_the_start() -> None:
     grader = make_grader(TARGET.grader)
-    assert grade(grader, TARGET, TARGET.start_answers) == (0.5, 0.75)
-    assert grade(grader, TARGET, [answer_json("benign")] * 4) == (0.75, 1.0)
-    blank = replace(TARGET, truths=tuple(replace(truth, reference=" ") for truth in TARGET.truths))
+    assert grade(grader, TARGET.truths, START_ANSWERS, START_ANSWERS) == (0.5, 0.75)
+    assert grade(grader, TARGET.truths, [answer_json("benign")] * 4, START_ANSWERS) == (0.75, 1.0)
+    blank = [replace(truth, reference=" ") for truth in TARGET.truths]
     with pytest.raises(ValueError, match="abstained on every"):
-        grade(grader, blank, TARGET.start_answers)
+        grade(grader, blank, START_ANSWERS, START_ANSWERS)
 
 
 def test_score_prefers_any_trial_within_the_limit() -> None:

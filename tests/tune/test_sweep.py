@@ -5,20 +5,23 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster import tracking
-from cluster.errors import InputError, NotFoundError
+from cluster.errors import InputError, NotFoundError, RayloopError
 from cluster.settings import Settings, load_settings
 from tests.datasets import write_feedback_dataset
 from tune.objective import axes_of
+from tune.report import Trial
 from tune.spec import new_sweep, read_sweep, write_sweep
-from tune.sweep import resume_sweep, run_sweep
+from tune.sweep import check_any_ran, resume_sweep, run_sweep
 from tune.trial import Plan, rungs_of
 
+ROOT = Path(__file__).parents[2]
 EMPTY = Plan({}, None, "", (0.5, 1.0), 1, axes_of("dpo", 0.1))
 
 
@@ -47,6 +50,20 @@ def test_a_sweep_is_kept_in_its_folder(settings: Settings) -> None:
     assert read_sweep(settings, sweep.sweep_id) == sweep
     with pytest.raises(NotFoundError, match=sweep.sweep_id):
         read_sweep(settings, "other")
+
+
+def test_a_sweep_fails_with_the_reason_that_all_its_trials_failed_for() -> None:
+    swapped = Trial(0, {}, None, None, status="failed", reason="pairs are swapped")
+    with pytest.raises(RayloopError, match="every trial failed: pairs are swapped"):
+        check_any_ran([swapped, replace(swapped, number=1)])
+    check_any_ran([swapped, replace(swapped, reason="NaN")])
+    check_any_ran([swapped, Trial(1, {}, 0.5, 0.01)])
+
+
+def test_the_command_of_a_sweep_loads_no_torch() -> None:
+    code = "import sys, tune.sweep, tune.search; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
 
 
 @pytest.mark.ray
@@ -88,7 +105,7 @@ def test_a_killed_sweep_goes_on_where_it_was(mlflow_settings: Settings, toy_base
     write_feedback_dataset(settings.home / "datasets", users=60)
     place = settings.home / "sweeps"
     command = [sys.executable, "-c", SCRIPT, str(settings.home), str(toy_base)]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2], start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 400
     while not list(place.glob("*/trials/*/adapter")) and process.poll() is None:
         assert time.monotonic() < deadline, "no trial ended"
