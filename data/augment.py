@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from cluster.settings.curation import AugmentSettings
 from data.join import to_json
-from data.scrub import scrub_text
+from data.scrub_text import scrub_text
 from data.stages import Dropped
 from data.template import content_text
 

@@ -214,7 +214,7 @@ def detectors(
     """Precision and recall of every detector on its held-out cases. Exit code 1 if a bar is missed."""
     from data.detectors.marked import measure_marked
     from data.detectors.measure import measure_all
-    from data.scrub import Looks
+    from data.scrub_text import Looks
 
     if marked is not None:
         settings = _settings(config)

@@ -29,7 +29,7 @@ from data.manifest import Manifest, dataset_hash, example_schema, sketch_folder
 from data.minhash import text_hashes
 from data.near import SKETCHES, near_edges
 from data.recognisers import find
-from data.scrub import suspicion
+from data.scrub_text import suspicion
 from data.template import content_text, render
 
 SHOWN = 5  # examples named in a finding

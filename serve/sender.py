@@ -405,7 +405,7 @@ def _plain(value: Any) -> Any:
 
 def scrub(payload: bytes) -> bytes:
     """The item with the personal data in its texts replaced; ids stay."""
-    from data.scrub import Placeholders, scrub_value
+    from data.scrub_text import Placeholders, scrub_value
 
     item, placeholders = json.loads(payload), Placeholders()
     clean = {name: value if name in IDS else scrub_value(value, placeholders) for name, value in item.items()}

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluster.errors import InputError
 from data.recognisers import Span
-from data.scrub import EVERYTHING_STRUCTURED, Looks, spans_of
+from data.scrub_text import EVERYTHING_STRUCTURED, Looks, spans_of
 
 KINDS = {
     "EMAIL_ADDRESS": "EMAIL",

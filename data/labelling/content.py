@@ -11,6 +11,7 @@ from cluster.settings import Settings
 from data.events import Event
 from data.labelling.queue import Item
 from data.log import EventLog
+from data.scrub_text import Looks, Placeholders, scrub_value, suspicion
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +74,6 @@ def _content(item: Item, found: Mapping[tuple[str, str], Event]) -> Json | None:
 
 def _scrubbed(content: Json, settings: Settings) -> Json | None:
     """The same without personal data and secrets; one placeholder stands for one value throughout."""
-    from data.scrub import Looks, Placeholders, scrub_value, suspicion  # brings Arrow, which routers do without
-
     scrub = settings.curation.scrub
     clean: Json = scrub_value(content, Placeholders(), looks=Looks.of(scrub))
     return clean if suspicion(orjson.dumps(clean).decode(), scrub) is None else None

@@ -24,7 +24,7 @@ from cluster.tables import dead_letters, outlets
 from cluster.webhook import DeliveryError
 from data.events import Event, RecordedEvent
 from data.log import EventLog
-from data.scrub import Placeholders, scrub_value
+from data.scrub_text import Placeholders, scrub_value
 
 log = logging.getLogger(__name__)
 

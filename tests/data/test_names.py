@@ -9,7 +9,8 @@ from cluster.errors import InputError
 from cluster.settings.curation import ScrubSettings
 from data.names import find_names
 from data.presidio import find_with_presidio
-from data.scrub import Looks, Placeholders, scrub, scrub_text
+from data.scrub import scrub
+from data.scrub_text import Looks, Placeholders, scrub_text
 from tests.data.rows import rows
 
 BUILTIN = Looks(names="builtin")

@@ -3,7 +3,8 @@ import pytest
 
 from cluster.settings.curation import ScrubSettings
 from data.recognisers import find, iban_valid, luhn
-from data.scrub import Placeholders, possibly_unsafe, scrub, scrub_text, suspicion
+from data.scrub import possibly_unsafe, scrub
+from data.scrub_text import Placeholders, scrub_text, suspicion
 from tests.data.rows import rows, signal
 
 JWT = ".".join(  # the example of jwt.io

@@ -6,7 +6,7 @@ import pytest
 
 from cluster.errors import InputError
 from data.detectors.marked import KINDS, measure_marked
-from data.scrub import Looks
+from data.scrub_text import Looks
 
 
 def test_structured_kinds_are_found_on_marked_sentences(shared_data: Path) -> None:

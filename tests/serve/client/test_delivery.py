@@ -149,7 +149,7 @@ def test_redirect_is_not_followed_with_the_key(make: Make) -> None:
 
 def test_nothing_unscrubbed_leaves_when_scrubbing_fails(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Scripted((200, b"{}", {}))
-    monkeypatch.setitem(sys.modules, "data.scrub", None)
+    monkeypatch.setitem(sys.modules, "data.scrub_text", None)
     with scripted(service) as url:
         client = make(url)
         client.feedback("i1", "thumbs_up", text="eve@example.com")
