@@ -1,6 +1,5 @@
 # Everything a person or CI runs. Set-up happens by itself; a second call does not reinstall.
 PYTHON ?= python3.11
-WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -34,8 +33,8 @@ vllm: .venv-vllm/.installed  ## install vLLM's CPU build beside it, in .venv-vll
 demo: $(STAMP)  ## watch an agent get better from its own traffic (ARGS="--seed 1")
 	$(BIN)/rayloop demo $(ARGS)
 
-test: $(STAMP)  ## run the tests (ARGS="-k router"), in two processes (WORKERS=1 for one)
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+test: $(STAMP)  ## run the tests (ARGS="-k router")
+	$(BIN)/python -m pytest $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, imports, generated docs
 	$(BIN)/ruff format --check .

@@ -30,22 +30,6 @@ def skip_or_fail(reason: str) -> None:
     pytest.skip(reason)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who runs what, and when, where several processes share the tests.
-
-    The tests of a file stay together, for its fixtures; one process runs all that need Ray, so that there is one
-    cluster. What takes longest begins, so that no process is left with it at the end.
-    """
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if _needs_ray(item) else str(item.path)))
-    items.sort(key=lambda item: (not _needs_ray(item), item.path not in slow))
-
-
-def _needs_ray(item: pytest.Item) -> bool:
-    return item.get_closest_marker("ray") is not None
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data; its location is `RAYLOOP_TEST_DATA`."""
