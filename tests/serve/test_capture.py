@@ -107,7 +107,7 @@ def test_spool_of_a_dead_router_is_taken_over(settings: Settings, spool: Path) -
     database.dispose()
 
 
-@pytest.mark.parametrize("claimant", [999999999, os.getpid()])
+@pytest.mark.parametrize("claimant", [999999999, os.getpid()], ids=["gone", "alive"])
 def test_claim_of_a_router_that_died_while_taking_over_is_taken_over(
     sqlite_database: Database, spool: Path, claimant: int
 ) -> None:
