@@ -78,7 +78,7 @@ def config_for(agent: Path, tasks: Path, out: Path, **more: Any) -> TrainConfig:
 def test_agent_learns_to_use_what_its_tool_said(agent: Path, tasks: Path, tmp_path: Path) -> None:
     metrics = train(config_for(agent, tasks, tmp_path / "out")).metrics
     assert metrics["heldout/reward"] > metrics["heldout/base_reward"] + 0.1
-    assert metrics["tools/calls"] > 0.7 and metrics["tools/failed_episodes"] < 0.2
+    assert metrics["tools/calls"] > 0.6 and metrics["tools/failed_episodes"] < 0.2
 
 
 def test_only_what_the_model_wrote_is_learned_from(agent: Path, tasks: Path) -> None:
