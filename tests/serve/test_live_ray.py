@@ -363,14 +363,16 @@ def test_kill_nine_of_a_router_under_load_loses_no_acknowledged_feedback(up: Up)
                     pass  # not acknowledged
 
     threads = [threading.Thread(target=send) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    time.sleep(1.5)
-    os.kill(router_pids(up)[0], signal.SIGKILL)
-    time.sleep(3)
-    stopping.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+        time.sleep(1.5)
+        os.kill(router_pids(up)[0], signal.SIGKILL)
+        time.sleep(3)
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
     logged = [r.event.event_id for r in EventLog(up.database).scan(kinds=["feedback"])]
     assert len(acknowledged) > 100
     assert set(acknowledged) <= set(logged)
