@@ -116,8 +116,9 @@ def test_reference_is_computed_once_for_the_same_start_and_data(
 
     monkeypatch.setattr(DpoTrainer, "compute_ref_log_probs", counted)
 
-    def columns(**more: Any) -> list[float]:
-        trainer = build_trainer(prepare(config_of("dpo", reference_cache=tmp_path / "cache", **more)), None)
+    def columns(precision: str = "bf16", **more: Any) -> list[float]:
+        config = config_of("dpo", reference_cache=tmp_path / "cache", precision=precision, **more)
+        trainer = build_trainer(prepare(config), None)
         return [*trainer.train_dataset["ref_chosen_logps"][:], *trainer.eval_dataset["ref_rejected_logps"][:]]
 
     first = columns()
