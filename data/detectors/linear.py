@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -138,7 +139,7 @@ def run_buckets(found: Sentences) -> list[tuple[NDArray[np.int64], NDArray[np.in
     return runs
 
 
-def features(texts: Sequence[str]) -> "object":
+def features(texts: Sequence[str]) -> Any:
     """Sparse matrix [texts, BUCKETS]: what `LinearDetector` sums, for training."""
     from scipy.sparse import csr_matrix
 
@@ -168,9 +169,13 @@ def train(
     """Logistic regression; the same cases always give the same weights."""
     from sklearn.linear_model import LogisticRegression
 
+    seen = features(texts)
+    used = np.flatnonzero(seen.getnnz(axis=0))  # the weight of a bucket without a case is 0 whatever is fitted
     model = LogisticRegression(C=STRENGTH, class_weight=class_weights, max_iter=2000)
-    model.fit(features(texts), list(labels))
-    return LinearDetector(np.round(model.coef_[0], 6), round(float(model.intercept_[0]), 6), first_sentences)
+    model.fit(seen[:, used], list(labels))
+    weights = np.zeros(BUCKETS)
+    weights[used] = np.round(model.coef_[0], 6)
+    return LinearDetector(weights, round(float(model.intercept_[0]), 6), first_sentences)
 
 
 BACKGROUND = {
