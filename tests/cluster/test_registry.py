@@ -134,6 +134,25 @@ def test_unreachable_mlflow_is_one_clear_error(tmp_path: Path) -> None:
         Registry(settings).models()
 
 
+def test_mlflow_that_goes_away_later_is_the_same_clear_error(
+    mlflow_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowException
+
+    registry, client = Registry(mlflow_settings), tracking.client(mlflow_settings)
+    assert registry.models() == []
+
+    def fails(*_: object, **__: object) -> None:
+        raise failure
+
+    for failure in (MlflowException("API request failed: connection refused"), ConnectionResetError("by peer")):
+        monkeypatch.setattr(client, "search_registered_models", fails)
+        with pytest.raises(UnavailableError, match=r"does not answer \((API request failed|by peer)"):
+            registry.models()
+    monkeypatch.undo()
+    assert registry.versions("nobody") == []  # what MLflow refuses is not an outage
+
+
 def test_a_tag_that_several_write_first_at_once_is_written(mlflow_settings: Settings, tmp_path: Path) -> None:
     version = Registry(mlflow_settings).register_base("triage", make_base(tmp_path / "base"))
     writers = [Registry(mlflow_settings) for _ in range(4)]
