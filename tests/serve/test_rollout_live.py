@@ -24,6 +24,7 @@ from serve.control import ControlApi, ControlLoop
 from serve.experiments.cli import app as experiment_app
 from serve.keys import create_key, list_keys
 from serve.known_keys import KnownKeys
+from serve.replicas import ReplicaReport
 from serve.rollout.cli import app as rollout_app
 from serve.rollout.live import HttpRouters, LiveServables, OwnKeys
 from serve.rollout.store import list_rollouts
@@ -33,15 +34,10 @@ from tests.serve.rollout_world import Population, World, demo_settings
 
 
 class FakeRouter(BaseHTTPRequestHandler):
-    """Answers as the router does: status from the database, chat for known versions."""
+    """Answers as the router does."""
 
-    engine: Engine
     broken = False
     asked: ClassVar[list[list[str]]] = []
-
-    def do_GET(self) -> None:
-        routes = [read_route(self.engine, RouteKey("default", "triage"))]
-        self._send(200, {"data": [{"agent": r.agent, "modality": r.modality, "revision": r.revision} for r in routes]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -67,7 +63,7 @@ def live(mlflow_settings: Settings, tmp_path: Path) -> Iterator[tuple[Settings, 
     """Two registered versions (the second has passed its gates), a route, and a router over HTTP."""
     home = mlflow_settings.home
     engine = connect(mlflow_settings)
-    FakeRouter.engine, FakeRouter.broken = engine, False
+    FakeRouter.broken = False
     FakeRouter.asked.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeRouter)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -79,7 +75,8 @@ def live(mlflow_settings: Settings, tmp_path: Path) -> Iterator[tuple[Settings, 
         "tick_s": 0.05,
         "stage_duration_s": 60,
     }
-    document = {"home": str(home), "rollout": rollout, "engine": {"live_after_s": 600}}  # nobody's heart beats here
+    beats = {"live_after_s": 600}  # nobody's heart beats here
+    document = {"home": str(home), "rollout": rollout, "engine": beats, "serve": beats}
     (tmp_path / "rayloop.yaml").write_text(yaml.safe_dump(document))
     registry = Registry(mlflow_settings)
     for number in (1, 2):
@@ -89,6 +86,7 @@ def live(mlflow_settings: Settings, tmp_path: Path) -> Iterator[tuple[Settings, 
         registry.register_base("triage", base)
     registry.tag("triage/2", GATES_TAG, "passed")
     write_route(engine, RouteKey("default", "triage"), {"stable": "triage/1"}, expected_revision=0, writer="person:ann")
+    serving(engine, RouteKey("default", "triage"), 1000)
     yield load_settings(tmp_path / "rayloop.yaml")[0], engine
     server.shutdown()
     server.server_close()
@@ -119,6 +117,12 @@ def say_ready(engine: Engine, version: str, state: str = "ready", reason: str | 
                     reason=reason, heartbeat_us=now_us(),
                 )
             )  # fmt: skip
+
+
+def serving(engine: Engine, key: RouteKey, revision: int, replica: str = "router-1") -> None:
+    """What a router replica reports."""
+    route = Route(key.tenant, key.agent, key.modality, "triage/1", revision=revision)
+    ReplicaReport(replica, 600).tell(engine, {key: route})
 
 
 def until(condition: Any, timeout_s: float = 120.0) -> None:
@@ -250,19 +254,17 @@ def test_readiness_follows_the_replicas(live: tuple[Settings, Engine]) -> None:
     assert servables.status("triage/2") == ("failed", "digest differs")
 
 
-def test_routers_are_tried_and_read_back_over_http(live: tuple[Settings, Engine]) -> None:
+def test_candidates_are_tried_over_http(live: tuple[Settings, Engine]) -> None:
     settings, engine = live
     keys = OwnKeys(engine, settings)
-    routers = HttpRouters(str(settings.rollout.router_url), settings, keys)
+    routers = HttpRouters(engine, str(settings.rollout.router_url), settings, keys)
     route = read_route(engine, RouteKey("default", "triage"))
-    assert routers.smoke(route, "triage/2") is None and routers.shows(route)
+    assert routers.smoke(route, "triage/2") is None
     assert FakeRouter.asked == [["Say OK."], ["Say OK.", "OK.", "Say it again."]]
-    later = Route(route.tenant, route.agent, route.modality, route.stable, revision=route.revision + 1)
-    assert not routers.shows(later)
     FakeRouter.broken = True
     assert "HTTP 502" in str(routers.smoke(route, "triage/2"))
-    nowhere = HttpRouters("http://127.0.0.1:9", settings, keys)
-    assert not nowhere.shows(route) and "refused" in str(nowhere.smoke(route, "triage/2"))
+    nowhere = HttpRouters(engine, "http://127.0.0.1:9", settings, keys)
+    assert "refused" in str(nowhere.smoke(route, "triage/2"))
     keys.close()
     assert all(key.revoked_at_us for key in list_keys(engine))
 
