@@ -96,8 +96,9 @@ def create_experiment(
     buckets: tuple[float, float] = (0.0, 1.0),
     layer: str | None = None,
     workspace: str = "default",
+    at_us: int | None = None,
 ) -> Experiment:
-    """Insert an experiment as part of the caller's transaction. It claims `buckets` of its layer on the route.
+    """Insert an experiment as part of the caller's transaction. It claims `buckets` of its layer.
 
     `shares` are those of all versions of the split at its start, other candidates among them.
 
@@ -107,7 +108,7 @@ def create_experiment(
     Raises:
         InputError: the shares do not sum to one, the versions are the same, or the layer has no name.
         NotFoundError: a version the registry does not know.
-        ConflictError: another experiment on this route has some of the buckets, or is in another layer.
+        ConflictError: another experiment has some of the buckets of the layer, or is on this route in another layer.
     """
     check_shares(shares)
     check_versions(dict.fromkeys([stable, candidate]), find_version)
@@ -130,7 +131,7 @@ def create_experiment(
         config=dict(config),
         state="running",
         outcome=None,
-        created_at_us=now_us(),
+        created_at_us=now_us() if at_us is None else at_us,
         ended_at_us=None,
     )
     values = {name: getattr(experiment, name) for name in Experiment.__slots__}
@@ -139,12 +140,19 @@ def create_experiment(
 
 
 def end_experiment(connection: Connection, experiment_id: str, outcome: Outcome, at_us: int) -> None:
-    """Record how it ended. Ending it again changes nothing."""
+    """Record how it ended. Ending it again changes nothing, but that a promotion may be taken back."""
+    running, promoted = experiments.c.state == "running", experiments.c.outcome == "promote"
     connection.execute(
         experiments.update()
-        .where(experiments.c.experiment_id == experiment_id, experiments.c.state == "running")
+        .where(experiments.c.experiment_id == experiment_id, running if outcome == "promote" else running | promoted)
         .values(state="ended", outcome=outcome, ended_at_us=at_us)
     )
+
+
+def note_in_config(connection: Connection, experiment: Experiment, **values: Any) -> None:
+    """Keep something beside what the experiment was started with."""
+    changed = experiments.update().where(experiments.c.experiment_id == experiment.experiment_id)
+    connection.execute(changed.values(config=experiment.config | values))
 
 
 def get_experiment(engine: Engine, experiment_id: str) -> Experiment:
@@ -187,15 +195,21 @@ def _salt_of(connection: Connection, tenant: str, layer: str) -> str | None:
 
 
 def _check_free(connection: Connection, key: RouteKey, layer: str, buckets: tuple[float, float]) -> None:
-    """One request has one answer: on one route, experiments are of one layer, and have different buckets of it."""
+    """On one route, experiments are of one layer, for one request has one answer. In one layer, whatever the route,
+    they have different buckets: with the same ones the same users would have all candidates, and nobody could tell
+    their effects apart."""
     e = experiments.c
-    on_route = (e.tenant == key.tenant) & (e.agent == key.agent) & (e.modality == key.modality)
-    query = sa.select(e.experiment_id, e.layer, e.bucket_low, e.bucket_high).where(on_route, e.state == "running")
+    on_route = (e.agent == key.agent) & (e.modality == key.modality)
+    query = sa.select(e.experiment_id, e.agent, e.modality, e.layer, e.bucket_low, e.bucket_high).where(
+        e.tenant == key.tenant, on_route | (e.layer == layer), e.state == "running"
+    )
     low, high = buckets
-    for name, other, their_low, their_high in connection.execute(query):
+    for name, agent, modality, other, their_low, their_high in connection.execute(query):
         apart = round(their_high - low, DIGITS) <= 0 or round(high - their_low, DIGITS) <= 0
         if other != layer or not apart:
+            route = RouteKey(key.tenant, agent, modality)
             raise ConflictError(
-                f"experiment {name} runs on route {key} with buckets {their_low:g} to {their_high:g} of layer {other}; "
-                f"{low:g} to {high:g} of layer {layer} cannot be had beside them: end it first"
+                f"experiment {name} runs on route {route} with buckets {their_low:g} to {their_high:g} of layer "
+                f"{other}; {low:g} to {high:g} of layer {layer} cannot be had beside them: end it first"
+                + ("" if route == key else ", or take another layer")
             )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from cluster.settings.serving import AnomalySettings
 from serve.experiments.comparisons import Moments
 
 Floats = npt.NDArray[np.float64]
@@ -72,6 +73,30 @@ def thumbs(
     up_EU = random.binomial(liked_EU, min(1.0, reacts * (1 + skew)))
     down_EU = random.binomial(REQUESTS - liked_EU, max(0.0, reacts * (1 - skew)))
     return (up_EU + down_EU).astype(float), up_EU.astype(float)
+
+
+def refusals(random: np.random.Generator, shape: tuple[int, int], rate: float) -> Floats:
+    """How many of each user's ten requests are refused; users differ as they do in taste."""
+    return random.binomial(REQUESTS, tastes(random, shape, rate)).astype(float)
+
+
+def sticks_out(
+    candidate_EU: Floats, control_EU: Floats, looks_L: npt.NDArray[np.int64], settings: AnomalySettings
+) -> npt.NDArray[np.bool_]:
+    """[E, L]: whether a router finds the candidate's latest window of refusals out of the ordinary at each look.
+
+    Users ask one after another, so that a window holds those of the latest users.
+    """
+    width = settings.window // REQUESTS
+    start_L = np.maximum(looks_L - width, 0)
+    enough_L = (looks_L - start_L) * REQUESTS >= settings.min_requests
+
+    def rate(refused_EU: Floats) -> Floats:
+        upto = np.concatenate([np.zeros((len(refused_EU), 1)), np.cumsum(refused_EU, axis=1)], axis=1)
+        found: Floats = (upto[:, looks_L] - upto[:, start_L]) / ((looks_L - start_L) * REQUESTS)
+        return found
+
+    return (rate(candidate_EU) - rate(control_EU) > settings.safety_excess) & enough_L
 
 
 def share_of(alarms_EL: npt.NDArray[np.bool_]) -> float:

@@ -186,7 +186,7 @@ def test_the_example_interaction_is_one_of_a_bandit() -> None:
 
     event = interaction("a", Assignment("stable", 0.3, 0.8, "user"), user="ann")
     recorded = RecordedEvent(1, event, 1, b"")
-    bandit = Designs({"exp": Design("acme", "triage", "triage/2", is_bandit=True)})
+    bandit = Designs({"exp": Design("acme", "triage", "text", "triage/2", 0, is_bandit=True)})
     [middle], [counted] = exposures_of(recorded, Designs({})), exposures_of(recorded, bandit)
     assert middle.sides == () and middle.period == "ramp"
     assert counted.sides == ("control",) and counted.period == "bandit"

@@ -1,3 +1,4 @@
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,21 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+from cluster.database import write
 from cluster.settings import Settings, load_settings
 from cluster.settings.experiments import METRIC_NAMES
 from cluster.tables import arm_statistics, experiment_users
 from data.events import Event, parse_body
 from data.log import EventLog
 from serve.assignment import Assignment, alone, in_control_slice
+from serve.experiments import readings
+from serve.experiments.exposures import AFTER
 from serve.experiments.metrics import METRICS
 from serve.experiments.projection import Projection
 from serve.experiments.readings import read_as_served, read_evidence, read_latency, read_moments, segments_of
+from serve.experiments.store import create_experiment
 from serve.experiments.timeline import draw, read_timeline
+from serve.routes import RouteKey
 from tests.serve.rollout_world import TENANT, Population, feedback, fixed_split, interaction
 
 Key = tuple[str, str, str, str]
@@ -32,7 +38,7 @@ def statistics(database: Engine) -> dict[Key, tuple[float, float]]:
     return {
         (metric, r["period"], r["arm"], r["user_id"]): (count, total)
         for r in rows
-        for metric, (count, total) in orjson.loads(r["sums"]).items()
+        for metric, (count, total, *_) in orjson.loads(r["sums"]).items()
     }
 
 
@@ -103,6 +109,62 @@ def test_feedback_before_its_interaction_and_long_after_counts_once_for_the_assi
     assert found["feedback_response_rate", "ramp", "candidate", "ann"] == (1, 1)
 
 
+def begun(database: Engine, at_s: int, modality: str = "text") -> Any:
+    """An experiment with triage/2 as its candidate, begun at that second."""
+    with write(database).begin() as connection:
+        return create_experiment(
+            connection, RouteKey(TENANT, "triage", modality), stable="triage/1", candidate="triage/2",
+            shares={"triage/1": 0.5, "triage/2": 0.5}, find_version=str, config={}, at_us=at_s * 1_000_000,
+        )  # fmt: skip
+
+
+STABLE = Assignment("stable", 0.9, 1.0, "user")
+
+
+def answer(name: str, at_s: int, version: str = "triage/2", **body: Any) -> Event:
+    """One of a version that is stable for everybody."""
+    own = {"at_us": at_s * 1_000_000, "assigned_version": version}
+    return interaction(name, STABLE, user="ann", experiment_id=None, **own, **body)
+
+
+def test_feedback_on_an_answer_that_was_folded_before_its_experiment_began_stops_nothing(database: Engine) -> None:
+    """The version is tried anew; what it answered in an earlier life as stable belongs to nobody."""
+    log, projection = EventLog(database), Projection(database, settings_with())
+    log.append([answer("a", 10)])
+    projection.catch_up()
+    begun(database, 5)  # by the clock of a machine that is behind
+    log.append([feedback("a", "thumbs_up", 1.0)])
+    assert projection.catch_up() == 1
+    assert statistics(database) == {} and users(database) == {}
+
+
+def test_a_version_is_watched_from_its_experiment_on_and_in_its_modality(database: Engine) -> None:
+    log, projection = EventLog(database), Projection(database, settings_with())
+    made = begun(database, 20)
+    log.append([answer("a", 10), answer("b", 30, modality="voice"), answer("c", 30, "triage/1"), answer("d", 30)])
+    log.append([feedback(name, "thumbs_up", 1.0) for name in "abcd"])
+    projection.catch_up()
+    for _ in range(2):
+        moments = read_moments(database, made.experiment_id, period=AFTER)
+        assert (moments["error_rate"]["candidate"].sum_n, moments["thumbs_up_rate"]["candidate"].sum_n) == (1, 1)
+        projection.rebuild()
+
+
+def test_catching_up_ends_under_steady_traffic(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, projection = EventLog(sqlite_database), Projection(sqlite_database, settings_with(projection_page=2))
+    log.append([interaction(f"i{n}", CANDIDATE, user="ann") for n in range(6)])
+    step, numbers = projection.step, itertools.count()
+
+    def busy() -> int:
+        """Whoever asks meanwhile asks as fast as anybody counts."""
+        log.append([interaction(f"j{next(numbers)}", CANDIDATE, user="ann") for _ in range(2)])
+        return step()
+
+    monkeypatch.setattr(projection, "step", busy)
+    assert projection.catch_up() == 6
+    assert projection.catch_up(lambda: False) == 2
+
+
 def test_above_one_half_a_period_of_its_own_begins(database: Engine) -> None:
     late = [Assignment("candidate", 0.9, 0.95, "user"), Assignment("stable", 0.97, 1 - 0.95, "user")]
     EventLog(database).append([interaction(f"i{n}", made, user=f"u{n}") for n, made in enumerate([CONTROL, *late])])
@@ -158,6 +220,26 @@ def test_first_requests_stop_counting_at_the_limit(database: Engine) -> None:
         projection.catch_up()
     evidence = read_evidence(database, "exp", settings.experiment, period="ramp")
     assert (evidence.first_requests, evidence.first_errors) == (5, 4)
+
+
+def test_what_was_bet_on_is_never_changed_by_what_comes_later(database: Engine) -> None:
+    """A user's first value stays, wherever the user stands and whatever the user says afterwards."""
+    log = EventLog(database)
+    log.append([interaction(f"{user}{n}", CANDIDATE, user=user) for user in ("ann", "bob", "cy") for n in range(2)])
+    said = [("bob0", 1.0), ("ann0", -1.0), ("bob1", -1.0), ("cy1", 0.5), ("ann1", 1.0)]
+    bets = []
+    for page in (1, 1000):
+        projection = Projection(database, settings_with(projection_page=page))
+        for name, reward in said if page == 1 else ():
+            log.append([feedback(name, "correction", reward)])
+            projection.catch_up()
+            with database.connect() as connection:
+                bets.append(readings._user_values(connection, "exp", "ramp", "satisfaction").candidate)
+        projection.rebuild()
+        with database.connect() as connection:
+            bets.append(readings._user_values(connection, "exp", "ramp", "satisfaction").candidate)
+    assert bets == [(1.0,), (1.0, -1.0), (1.0, -1.0), (1.0, -1.0, 0.5), *[(1.0, -1.0, 0.5)] * 3]
+    assert read_moments(database, "exp", period="ramp")["satisfaction"]["candidate"].sum_m == 0.5
 
 
 def test_grades_and_outcomes_become_metrics(database: Engine) -> None:
