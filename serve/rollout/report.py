@@ -32,6 +32,7 @@ def describe(rollout: Rollout) -> dict[str, Any]:
         "check": config.check(rollout.stage),
         "share": config.share(rollout.stage) if rollout.state in ON_TRIAL else 0.0,
         "reason": rollout.reason,
+        "failure": rollout.progress.get("failure"),
         "frozen_by": rollout.progress.get("frozen_by"),
         "approved_stage": rollout.approved_stage,
         "decisions": rollout.decisions,

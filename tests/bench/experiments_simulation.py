@@ -4,7 +4,8 @@
     python -m tests.bench.experiments_simulation [--experiments 2000] [--looks 40] [--users 400]
 
 A/A: two equal arms, ten correlated requests a user, looked at continually. The share of experiments in which
-the always-valid bound ever says "worse for certain", beside what plain tests looked at as often would say.
+the always-valid bound ever says "worse for certain", beside what plain tests looked at as often would say; and in
+which an anomaly that a router sees rolls back.
 A/B: a planted harm beyond the margin must be found, and a planted improvement promoted about as often
 as the planner says. Exit code 1 when false alarms exceed alpha or the power is missed.
 """
@@ -20,13 +21,14 @@ from scipy.stats import norm
 
 from cluster.settings import load_settings
 from cluster.settings.experiments import ExperimentSettings
+from cluster.settings.serving import AnomalySettings
 from serve.experiments.comparisons import Moments, user_mean, welch
 from serve.experiments.evidence import Reading, read_metric
 from serve.experiments.group_sequential import boundaries
 from serve.experiments.metrics import Metric, find_metric
 from serve.experiments.planner import users_needed
 from serve.experiments.proportions import two_proportion_z
-from tests.serve.simulation import ArmSums, tastes, thumbs, user_sums
+from tests.serve.simulation import REQUESTS, ArmSums, Floats, refusals, share_of, sticks_out, tastes, thumbs, user_sums
 
 ALPHA = 0.05
 LIKING = 0.7
@@ -89,6 +91,23 @@ def count_alarms(arms: tuple[ArmSums, ArmSums], metric: Metric, settings: Experi
     return found
 
 
+def anomalies(
+    arms: tuple[Floats, Floats], looks_L: npt.NDArray[np.int64], settings: ExperimentSettings
+) -> tuple[float, float]:
+    """In how many experiments a router's window of refusals sticks out, and in how many of all it rolls back."""
+    metric = find_metric("refusal_rate", settings)
+    odd_EL = sticks_out(*arms, looks_L, AnomalySettings())
+    sums = [user_sums(np.full_like(arm, REQUESTS), arm, looks_L) for arm in arms]
+    rolled_back = 0
+    for experiment in range(len(odd_EL)):
+        readings = (
+            read_metric(metric, *(own.at(experiment, number) for own in sums), settings, ALPHA)
+            for number in np.flatnonzero(odd_EL[experiment])
+        )
+        rolled_back += any(r.users >= BREACH_USERS and (r.harm_low or 0) > 0 for r in readings)
+    return share_of(odd_EL), rolled_back / len(odd_EL)
+
+
 def power(random: np.random.Generator, experiments: int) -> tuple[int, float, float]:
     """Users the planner asks for, and how often one look and four looks find the planned improvement.
 
@@ -136,6 +155,11 @@ def main() -> int:
         caught = count_alarms((harmed[0], harmed[1]), metric, settings).breached / len(harmed[0].users)
         print(f"A/B {name}: a harm of 20 points is rolled back in {caught:.3f}")
         failed |= caught < 0.95
+    for rate in (0.02, 0.2):
+        arms = tuple(refusals(random, (number, options.users), refused) for refused in (rate, 0.02))
+        odd, taken = anomalies((arms[0], arms[1]), looks_L, settings)
+        print(f"anomalies at {rate:.0%} refusals against 2 %: windows stick out in {odd:.3f}, rolled back {taken:.4f}")
+        failed |= taken > ALPHA if rate == 0.02 else taken < 0.95
     users, one, four = power(random, number)
     print(f"A/B: {users} users an arm by the planner; power {one:.3f} at one look, {four:.3f} over four (planned 0.8)")
     failed |= not (abs(one - 0.8) < 0.04 and four > 0.75)

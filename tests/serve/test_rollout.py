@@ -12,14 +12,15 @@ from cluster.tables import experiments, rollouts
 from serve.experiments.projection import Projection
 from serve.experiments.report import describe, to_text
 from serve.experiments.store import check_shares, get_experiment
-from serve.rollout import controller
-from serve.rollout.commands import approve, freeze, roll_back, unfreeze
+from serve.rollout import controller, steps
+from serve.rollout.commands import approve, freeze, roll_back, start, unfreeze
 from serve.rollout.replay import replay
+from serve.rollout.report import describe as describe_rollout
 from serve.rollout.state import Decision
 from serve.rollout.store import get_rollout
-from serve.routes import update_route
+from serve.routes import Route, RouteKey, update_route, write_route
 from tests.serve.rollout_story import good, scripted
-from tests.serve.rollout_world import Killed, Population, World, demo_settings
+from tests.serve.rollout_world import TENANT, Killed, Population, World, demo_settings
 
 ANN = "person:ann"
 
@@ -275,21 +276,103 @@ def test_pinning_holds_and_the_ceiling_of_the_config_is_kept(
     assert world.run(rollout_id, seconds=2, traffic=False).progress["last_code"] == "edited"
 
 
+def test_a_ceiling_below_the_stage_reached_holds_and_comes_back_at_the_limit(
+    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(sqlite_database, demo_settings(hold_limit_s=10), population())
+    scripted(monkeypatch, lambda rollout: good(world))
+    rollout_id = world.start().rollout_id
+    while world.route.live_share < 0.25:
+        world.run_on(1, traffic=False)
+    update_route(sqlite_database, world.key, {"max_share": 0.2}, writer="config")
+    rollout = world.run(rollout_id, seconds=3, traffic=False)
+    assert (rollout.state, rollout.progress["last_code"], world.route.live_share) == ("holding", "ceiling", 0.2)
+    ended = world.run(rollout_id, seconds=12, traffic=False)
+    assert (ended.state, world.route.live_share) == ("rolled_back", 0.0)
+
+
 # Crashes
 
 
+@pytest.mark.parametrize("failure", [UnavailableError("MLflow does not answer"), KeyError("a defect")])
 def test_a_registry_that_is_down_delays_a_promotion_but_loses_nothing(
-    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
+    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     world = World(sqlite_database, demo_settings(), population())
     scripted(monkeypatch, lambda rollout: good(world))
-    world.registry.is_down = True
+    world.registry.failure = failure
     rollout_id = world.start().rollout_id
     assert world.run(rollout_id, seconds=40, traffic=False).state == "promoting"
     assert world.registry.aliases["champion"] == "triage/1"
-    world.registry.is_down = False
+    told = describe_rollout(get_rollout(sqlite_database, rollout_id))["failure"]
+    assert str(failure) in str(told)
+    world.registry.failure = None
     assert world.run(rollout_id, seconds=2, traffic=False).state == "promoted"
     assert world.registry.aliases["champion"] == "triage/2"
+
+
+def test_a_rollout_that_fails_holds_up_no_other(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    scripted(monkeypatch, lambda rollout: good(world))
+    first = world.start().rollout_id
+    other = RouteKey(TENANT, "triage", "voice")
+    write_route(sqlite_database, other, {"stable": "triage/1"}, expected_revision=0, writer="person:ann")
+    second = start(world.steps, world.settings, other, "triage/2", actor=ANN).rollout_id  # type: ignore[arg-type]
+    smoke = world.routers.smoke
+
+    def defect(route: Route, version: str) -> str | None:
+        if route.modality == "text":
+            raise RuntimeError("no such thing")
+        return smoke(route, version)
+
+    monkeypatch.setattr(world.routers, "smoke", defect)
+    world.run_on(2, traffic=False)
+    known = {name: get_rollout(sqlite_database, name) for name in (first, second)}
+    assert (known[first].state, known[second].state) == ("pending", "running")
+    assert "no such thing" in describe_rollout(known[first])["failure"]
+    monkeypatch.undo()
+    scripted(monkeypatch, lambda rollout: good(world))
+    world.run_on(1, traffic=False)
+    recovered = describe_rollout(get_rollout(sqlite_database, first))
+    assert (recovered["state"], recovered["failure"]) == ("running", None)
+
+
+def test_a_candidate_whose_files_are_gone_does_not_wait_for_ever(
+    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(sqlite_database, demo_settings(start_timeout_s=5), population())
+
+    def gone(version: str) -> None:
+        raise UnavailableError("no adapter at s3://models/triage-2")
+
+    monkeypatch.setattr(world.servables, "want", gone)
+    rollout = world.run(world.start().rollout_id, seconds=8, traffic=False)
+    assert rollout.state == "failed" and "no adapter at s3://models/triage-2" in str(rollout.reason)
+
+
+def test_two_controllers_that_apply_one_decision_do_not_take_each_other_for_a_person(
+    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both read the route, and the other one writes it first."""
+    world = World(sqlite_database, demo_settings(), population())
+    scripted(monkeypatch, lambda rollout: good(world))
+    rollout_id = world.start().rollout_id
+    world.run_on(1, traffic=False)
+    world.now_us += 10_000_000
+    world.steps.kill_at = world.steps.point + 2  # decided, and nothing done yet
+    with pytest.raises(Killed):
+        world.controller().tick()
+    real, raced = steps.write_route, []
+
+    def second(*arguments: Any, **named: Any) -> Route:
+        if not raced:
+            raced.append(real(*arguments, **named))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(steps, "write_route", second)
+    assert not world.controller().tick()  # the dead one has the lease, and what it decided is applied all the same
+    rollout = get_rollout(sqlite_database, rollout_id)
+    assert raced and (rollout.state, rollout.stage, world.route.share) == ("running", 0, 0.1)
 
 
 def test_routers_that_lag_are_waited_for_and_then_warned_of(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from sqlalchemy.engine import Engine
 
-from tests.serve.rollout_story import Ending, tell
+from tests.serve.rollout_story import WITHIN_S, Ending, tell
 
 
 @pytest.fixture
@@ -30,6 +30,7 @@ def test_killed_between_effects_it_ends_where_an_undisturbed_run_ends(
         disturbed = tell(database, patch, ending, effects=points)
         assert disturbed.fingerprint == undisturbed.fingerprint, points
         assert disturbed.kills == len(points)
+        assert disturbed.seconds <= undisturbed.seconds + WITHIN_S * len(points)
 
 
 @pytest.mark.parametrize("ending", ["promoted", "rolled_back"])
@@ -41,3 +42,4 @@ def test_killed_in_the_middle_of_a_transaction_it_ends_where_an_undisturbed_run_
     for point in random.Random(9).sample(range(1, undisturbed.statements + 1), 12):
         disturbed = tell(sqlite_database, patch, ending, statements=[point])
         assert (disturbed.fingerprint, disturbed.kills) == (undisturbed.fingerprint, 1), point
+        assert disturbed.seconds <= undisturbed.seconds + WITHIN_S

@@ -43,7 +43,7 @@ def test_equal_arms_looked_at_a_hundred_times_seldom_alarm_and_a_plain_test_ofte
     valid = share_of(np.abs(effect) > np.array(width_L) * error)
     print(f"false alarms: plain z {naive:.3f}, always-valid {valid:.3f}")
     assert abs(naive - 0.373) < 0.035
-    assert valid <= ALPHA
+    assert abs(valid - 0.014) < 3 * math.sqrt(0.014 * 0.986 / EXPERIMENTS)  # .019 with this seed
 
 
 def test_correlated_requests_alarm_by_request_and_not_by_user() -> None:
