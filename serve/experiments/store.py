@@ -98,7 +98,7 @@ def create_experiment(
     workspace: str = "default",
     at_us: int | None = None,
 ) -> Experiment:
-    """Insert an experiment as part of the caller's transaction. It claims `buckets` of its layer.
+    """Insert an experiment as part of the caller's transaction. It claims `buckets` of its layer on the route.
 
     `shares` are those of all versions of the split at its start, other candidates among them.
 
@@ -108,7 +108,7 @@ def create_experiment(
     Raises:
         InputError: the shares do not sum to one, the versions are the same, or the layer has no name.
         NotFoundError: a version the registry does not know.
-        ConflictError: another experiment has some of the buckets of the layer, or is on this route in another layer.
+        ConflictError: another experiment on this route has some of the buckets, or is in another layer.
     """
     check_shares(shares)
     check_versions(dict.fromkeys([stable, candidate]), find_version)
@@ -195,21 +195,15 @@ def _salt_of(connection: Connection, tenant: str, layer: str) -> str | None:
 
 
 def _check_free(connection: Connection, key: RouteKey, layer: str, buckets: tuple[float, float]) -> None:
-    """On one route, experiments are of one layer, for one request has one answer. In one layer, whatever the route,
-    they have different buckets: with the same ones the same users would have all candidates, and nobody could tell
-    their effects apart."""
+    """One request has one answer: on one route, experiments are of one layer, and have different buckets of it."""
     e = experiments.c
-    on_route = (e.agent == key.agent) & (e.modality == key.modality)
-    query = sa.select(e.experiment_id, e.agent, e.modality, e.layer, e.bucket_low, e.bucket_high).where(
-        e.tenant == key.tenant, on_route | (e.layer == layer), e.state == "running"
-    )
+    on_route = (e.tenant == key.tenant) & (e.agent == key.agent) & (e.modality == key.modality)
+    query = sa.select(e.experiment_id, e.layer, e.bucket_low, e.bucket_high).where(on_route, e.state == "running")
     low, high = buckets
-    for name, agent, modality, other, their_low, their_high in connection.execute(query):
+    for name, other, their_low, their_high in connection.execute(query):
         apart = round(their_high - low, DIGITS) <= 0 or round(high - their_low, DIGITS) <= 0
         if other != layer or not apart:
-            route = RouteKey(key.tenant, agent, modality)
             raise ConflictError(
-                f"experiment {name} runs on route {route} with buckets {their_low:g} to {their_high:g} of layer "
-                f"{other}; {low:g} to {high:g} of layer {layer} cannot be had beside them: end it first"
-                + ("" if route == key else ", or take another layer")
+                f"experiment {name} runs on route {key} with buckets {their_low:g} to {their_high:g} of layer {other}; "
+                f"{low:g} to {high:g} of layer {layer} cannot be had beside them: end it first"
             )

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -142,11 +143,14 @@ def test_mlflow_that_goes_away_later_is_the_same_clear_error(
     registry, client = Registry(mlflow_settings), tracking.client(mlflow_settings)
     assert registry.models() == []
 
-    def fails(*_: object, **__: object) -> None:
-        raise failure
+    def failing(failure: Exception) -> Callable[[], None]:
+        def fails() -> None:
+            raise failure
+
+        return fails
 
     for failure in (MlflowException("API request failed: connection refused"), ConnectionResetError("by peer")):
-        monkeypatch.setattr(client, "search_registered_models", fails)
+        monkeypatch.setattr(client, "search_registered_models", failing(failure))
         with pytest.raises(UnavailableError, match=r"does not answer \((API request failed|by peer)"):
             registry.models()
     monkeypatch.undo()
