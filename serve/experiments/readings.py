@@ -20,7 +20,7 @@ from cluster.tables import (
 )
 from data.log import EventLog
 from serve.experiments import srm
-from serve.experiments.comparisons import Moments, design_effect
+from serve.experiments.comparisons import Moments
 from serve.experiments.evidence import AnomalyReading, Evidence, Reading, SplitReading, UserValues, read_metric
 from serve.experiments.fold import LATENCY, RESPONSE_RATE
 from serve.experiments.metrics import Metric, find_metric
@@ -145,14 +145,10 @@ def segments_of(engine: Engine, experiment_id: str) -> list[str]:
 def read_latency(
     engine: Engine, experiment_id: str, settings: ExperimentSettings, *, period: str, quantile: float = 0.95
 ) -> tuple[dict[str, QuantileReading], float | None]:
-    """A quantile of each arm's latency in seconds with its always-valid interval, and the p-value of "equal".
-
-    Requests of one user resemble each other, so counts are divided by the design effect of being over the SLO.
-    """
+    """A quantile of each arm's latency in seconds with its always-valid interval, and the p-value of "equal"."""
     with engine.connect() as connection:
-        over = _moments(connection, experiment_id, period).get("latency_over_slo", {})
-        effects = {arm: design_effect(moments) for arm, moments in over.items()}
-        counts = _latencies(connection, experiment_id, period, effects)
+        arms = _moments(connection, experiment_id, period).get("latency_over_slo", {})
+        counts = _latencies(connection, experiment_id, period, arms)
     alpha, tuning = settings.alpha, settings.tuning_trials
     found = {arm: read_quantile(own, quantile, alpha, tuning) for arm, own in sorted(counts.items())}
     p_value = None
@@ -290,10 +286,12 @@ def _last_seen(rows: Sequence[ArmRow]) -> dict[str, int]:
     return seen
 
 
-def _latencies(
-    connection: Connection, experiment_id: str, period: str, effects: Mapping[str, float]
-) -> dict[str, list[float]]:
-    """Latencies of both arms by bin, each divided by the arm's design effect."""
+def _latencies(connection: Connection, experiment_id: str, period: str, arms: Arms) -> dict[str, list[float]]:
+    """Latencies of both arms by bin, all requests of a user counting as one.
+
+    Requests of one user resemble each other, and a histogram does not say how much; this is the most they can.
+    """
+    effects = {side: own.sum_nn / own.sum_n for side, own in arms.items()}
     h = arm_histograms.c
     query = sa.select(h.arm, h.bin, h.count).where(
         h.experiment_id == experiment_id, h.metric == LATENCY, h.period == period, h.arm.in_(("candidate", "control"))
@@ -339,14 +337,12 @@ def _is_slower(
     settings: ExperimentSettings,
     alpha: float,
 ) -> bool:
-    """Whether the candidate's p95 is above control's for certain. All requests of a user count as one here, the worst
-    that correlation can do: histograms do not say how much users differ."""
+    """Whether the candidate's p95 is above control's for certain."""
     moments = arms.get("error_rate", {})
     two = [own for own in _two(moments) if own is not None and own.users >= settings.breach_min_users_per_arm]
     if len(two) < 2:
         return False
-    effects = {side: own.sum_nn / own.sum_n for side, own in moments.items()}
-    counts = _latencies(connection, experiment_id, period, effects)
+    counts = _latencies(connection, experiment_id, period, moments)
     if len(counts) < 2:
         return False
     p95 = {arm: read_quantile(own, 0.95, alpha, settings.tuning_users) for arm, own in counts.items()}

@@ -18,10 +18,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.clock import SECOND_US
+from cluster.database import write
 from cluster.errors import RayloopError
 from cluster.lease import acquire_lease, release_lease
 from cluster.registry import NEEDS_RETRAINING_TAG, RETRAIN
 from cluster.settings import Settings
+from data.log import EventLog, save_cursor
 from serve.experiments.evidence import Evidence
 from serve.experiments.exposures import AFTER
 from serve.experiments.projection import Projection
@@ -39,6 +41,8 @@ from serve.routes import Route, read_route
 log = logging.getLogger(__name__)
 
 LEASE = "rollout-controller"
+LOOKED = "rollouts"
+"""Cursor that holds when every rollout was last looked at, by the clock."""
 UNREADABLE = (sa.exc.SQLAlchemyError, ValueError, ArithmeticError, LookupError)
 """What statistics that cannot be had or make no sense end in: a hold."""
 
@@ -62,13 +66,16 @@ class Controller:
         if not self.leads():
             self._apply_recorded()
             return False
+        looked_us = EventLog(self.steps.engine).cursor(LOOKED)
         counted = self._count()
         window_us = round(self.settings.rollout.restore_window_s * SECOND_US)
         promoted = promoted_rollouts(self.steps.engine, self.steps.clock() - window_us)
         for rollout in [*live_rollouts(self.steps.engine), *promoted]:
             if not self.leads():
                 return False
-            self._try(rollout, lambda own: tick_rollout(self.steps, own, counted=counted))
+            self._try(rollout, lambda own: tick_rollout(self.steps, own, counted=counted, looked_us=looked_us))
+        with write(self.steps.engine).begin() as connection:
+            save_cursor(connection, LOOKED, self.steps.clock())
         if counted:
             tick_bandits(self.steps, self.settings)
         self.steps.servables.sync(self.steps.clock())
@@ -120,8 +127,8 @@ class Controller:
         return True
 
 
-def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True) -> Rollout:
-    """One step of one rollout; returns it as it is afterwards."""
+def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True, looked_us: int = 0) -> Rollout:
+    """One step of one rollout; returns it as it is afterwards. `looked_us`: when all of them were last looked at."""
     if rollout.pending_decision is not None:
         return apply_until_settled(steps, rollout)
     if rollout.state == "pending":
@@ -131,7 +138,7 @@ def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True) -> Rol
         rollout = _release_previous(steps, rollout)
     elif rollout.state not in LIVE:
         return rollout
-    state = rollout.as_state(**_seen(rollout, route))
+    state = rollout.as_state(**_seen(rollout, route), unseen_since_us=_unseen_since(steps, rollout, looked_us))
     evidence = _evidence(steps.engine, rollout) if counted and state.answered_by is None else None
     now_us = steps.clock()
     decision = decide(state, evidence, rollout.settings, now_us)
@@ -148,6 +155,13 @@ def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True) -> Rol
         "route": standing(route, rollout),
     }
     return record_and_apply(steps, rollout, decision, record, WRITER)
+
+
+def _unseen_since(steps: Steps, rollout: Rollout, looked_us: int) -> int | None:
+    """Since when nobody could look at a rollout, where that is longer than it may hold: no database is no success."""
+    since_us = max(looked_us, rollout.updated_at_us)
+    is_long = looked_us and (steps.clock() - since_us) / SECOND_US > rollout.settings.rollout.hold_limit_s
+    return since_us if is_long else None
 
 
 def _needs_retraining(steps: Steps, rollout: Rollout) -> bool:

@@ -270,8 +270,8 @@ def _run(state: RolloutState, config: RolloutConfig, reason: str) -> Decision:
 
 
 def _held_s(state: RolloutState, now_us: int) -> float:
-    since_us = state.holding_since_us
-    return 0.0 if since_us is None else (now_us - since_us) / SECOND_US
+    known = [since_us for since_us in (state.holding_since_us, state.unseen_since_us) if since_us is not None]
+    return (now_us - min(known)) / SECOND_US if known else 0.0
 
 
 def _is_finite(reading: Reading) -> bool:

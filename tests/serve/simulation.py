@@ -3,6 +3,7 @@
 Letters: E experiments, L looks, U users of an arm.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from cluster.settings.serving import AnomalySettings
 from serve.experiments.comparisons import Moments
+from serve.experiments.quantiles import BINS, GROWTH, SMALLEST_S, read_quantile
 
 Floats = npt.NDArray[np.float64]
 REQUESTS = 10
@@ -97,6 +99,29 @@ def sticks_out(
         return found
 
     return (rate(candidate_EU) - rate(control_EU) > settings.safety_excess) & enough_L
+
+
+def latency_misses(random: np.random.Generator, runs: int, users: int = 300, looks: int = 8) -> float:
+    """In how many runs the interval of the p95 misses it at some look.
+
+    Users ask one to many times (a geometric number, ten in the mean) and differ as much as their requests do, all
+    lognormal. Counts are weighed as `read_latency` does.
+    """
+    spread, edges_K, missed = 0.5, SMALLEST_S * GROWTH ** np.arange(BINS - 1), 0
+    truth = math.exp(1.6448536 * math.hypot(spread, spread))
+    for _ in range(runs):
+        asked_U = random.geometric(1 / REQUESTS, users)
+        user_N = np.repeat(np.arange(users), asked_U)
+        seconds_N = np.exp(random.normal(0, spread, users)[user_N] + random.normal(0, spread, user_N.size))
+        bin_N = np.searchsorted(edges_K, seconds_N)
+        for look in np.linspace(users // looks, users, looks).astype(int):
+            counts_K = np.bincount(bin_N[user_N < look], minlength=BINS)
+            weight = np.sum(asked_U[:look] ** 2) / np.sum(asked_U[:look])
+            found = read_quantile((counts_K / weight).tolist(), 0.95, 0.05, 1000)
+            if found is None or not found.low <= truth <= found.high:
+                missed += 1
+                break
+    return missed / runs
 
 
 def share_of(alarms_EL: npt.NDArray[np.bool_]) -> float:

@@ -125,8 +125,9 @@ def gone(engine: Engine) -> Iterator[None]:
         sa.event.remove(engine, "before_cursor_execute", refuse)
 
 
-def test_without_the_database_nothing_moves_and_when_it_is_back_the_rollout_goes_on(
-    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("seconds", "ending"), [(HOLD_LIMIT_S - 2, "promoted"), (100, "rolled_back")])
+def test_without_the_database_nothing_moves_and_beyond_the_limit_the_rollout_comes_back(
+    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch, seconds: int, ending: str
 ) -> None:
     world, rollout = begun(sqlite_database)
     scripted(monkeypatch, lambda rollout: good(world))
@@ -134,13 +135,14 @@ def test_without_the_database_nothing_moves_and_when_it_is_back_the_rollout_goes
         world.run_on(1, traffic=False)
     acting = world.controller()
     with gone(sqlite_database):
-        for _ in range(100):
+        for _ in range(seconds):
             world.now_us += 1_000_000
             with contextlib.suppress(sa.exc.OperationalError):
                 acting.tick()
     assert (world.route.share, get_rollout(sqlite_database, rollout.rollout_id).stage) == (0.25, 1)
     world.run_on(30, traffic=False)
-    assert get_rollout(sqlite_database, rollout.rollout_id).state == "promoted"
+    assert get_rollout(sqlite_database, rollout.rollout_id).state == ending
+    assert verify_decisions(sqlite_database).faults == []
 
 
 def test_good_evidence_without_a_router_is_no_promotion(

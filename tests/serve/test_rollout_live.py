@@ -16,13 +16,14 @@ from sqlalchemy.engine import Engine
 from cluster.cli import run_app
 from cluster.clock import now_us
 from cluster.database import connect
+from cluster.errors import UnavailableError
 from cluster.registry import GATES_TAG, Registry
 from cluster.settings import Settings, load_settings
 from cluster.tables import servable_replicas
 from data.outlets.notices import notice
 from serve.control import ControlApi, ControlLoop
 from serve.experiments.cli import app as experiment_app
-from serve.keys import create_key, list_keys
+from serve.keys import create_key, digest_of, list_keys
 from serve.known_keys import KnownKeys
 from serve.replicas import ReplicaReport
 from serve.rollout.cli import app as rollout_app
@@ -37,6 +38,7 @@ class FakeRouter(BaseHTTPRequestHandler):
     """Answers as the router does."""
 
     broken = False
+    is_known = True
     asked: ClassVar[list[list[str]]] = []
 
     def do_POST(self) -> None:
@@ -49,7 +51,7 @@ class FakeRouter(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: dict[str, Any]) -> None:
         raw = json.dumps(body).encode()
-        self.send_response(status if self.headers.get("authorization") else 401)
+        self.send_response(status if self.headers.get("authorization") and self.is_known else 401)
         self.send_header("content-length", str(len(raw)))
         self.end_headers()
         self.wfile.write(raw)
@@ -265,8 +267,25 @@ def test_candidates_are_tried_over_http(live: tuple[Settings, Engine]) -> None:
     assert "HTTP 502" in str(routers.smoke(route, "triage/2"))
     nowhere = HttpRouters(engine, "http://127.0.0.1:9", settings, keys)
     assert "refused" in str(nowhere.smoke(route, "triage/2"))
-    keys.close()
-    assert all(key.revoked_at_us for key in list_keys(engine))
+
+
+def test_a_router_that_does_not_know_the_key_yet_costs_no_attempt(
+    live: tuple[Settings, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, engine = live
+    routers = HttpRouters(engine, str(settings.rollout.router_url), settings, OwnKeys(engine, settings))
+    monkeypatch.setattr(FakeRouter, "is_known", False)
+    with pytest.raises(UnavailableError, match="do not know the controller's key"):
+        routers.smoke(read_route(engine, RouteKey("default", "triage")), "triage/2")
+
+
+def test_a_controller_makes_its_key_at_its_start_and_revokes_no_others(live: tuple[Settings, Engine]) -> None:
+    settings, engine = live
+    dying, successor = OwnKeys(engine, settings), OwnKeys(engine, settings)
+    assert len(list_keys(engine)) == 2 and all(key.expires_at_us for key in list_keys(engine))
+    dying.close()
+    (kept,) = (key for key in list_keys(engine) if key.revoked_at_us is None)
+    assert kept.digest == digest_of(successor(read_route(engine, RouteKey("default", "triage"))))
 
 
 def ask(api: ControlApi, path: str, secret: str | None = None, method: str = "GET") -> tuple[int, Any]:
