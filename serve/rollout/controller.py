@@ -59,12 +59,13 @@ class Controller:
     def tick(self) -> bool:
         """Count the log and look at every live rollout; `False` when another controller is in charge.
 
-        What is decided already is applied without being in charge: two may do it, and a dead controller's lease need
-        not run out first. A rollout that fails is logged, says so in its status, and is left as it is (which is a
-        hold) until the next tick.
+        What is decided already is applied before anything is counted, and without being in charge: two may do it, and
+        a dead controller's lease need not run out first. A rollout that fails is logged, says so in its status, and is
+        left as it is (which is a hold) until the next tick.
         """
-        if not self.leads():
-            self._apply_recorded()
+        is_leader = self.leads()
+        self._apply_recorded()
+        if not is_leader:
             return False
         looked_us = EventLog(self.steps.engine).cursor(LOOKED)
         counted = self._count()

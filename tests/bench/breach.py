@@ -20,7 +20,9 @@ from pathlib import Path
 import httpx
 
 from cluster.clock import SECOND_US, now_us
+from serve.replicas import is_served
 from serve.router import RouterApp
+from serve.routes import read_route
 from tests.serve.test_guardrails_live import PAUSED, OpenStream, Site, Trial, open_site
 from tests.serve.upstream import Server
 
@@ -56,6 +58,26 @@ class Traffic(threading.Thread):
         self.join()
 
 
+class Readback(threading.Thread):
+    """Watches until every router says that it serves a route without the candidate."""
+
+    def __init__(self, trial: Trial) -> None:
+        super().__init__()
+        self.trial = trial
+        self.served_us = 0
+        self.start()
+
+    def run(self) -> None:
+        """Read the rows again and again."""
+        site = self.trial.site
+        while True:
+            route = read_route(site.database, self.trial.key)
+            if not route.live and is_served(site.database, route, site.settings.serve.live_after_s):
+                self.served_us = now_us()
+                return
+            time.sleep(0.02)
+
+
 def roll_back(site: Site, streams: int) -> tuple[float, float, bool]:
     """One rollback: seconds until it was served everywhere, until the last request went astray; were streams whole?"""
     trial = site.begin(PAUSED)
@@ -63,9 +85,10 @@ def roll_back(site: Site, streams: int) -> tuple[float, float, bool]:
     with draining as url:
         opened = [OpenStream(trial, own) for own in (*site.urls, url) for _ in range(streams)]
         draining.stop()
-        traffic = [Traffic(trial, own) for own in site.urls]
+        traffic, readback = [Traffic(trial, own) for own in site.urls], Readback(trial)
         try:
             trial.run()
+            readback.join()
             time.sleep(WITHIN_S)  # whatever goes astray afterwards is seen too
         finally:
             for asking in traffic:
@@ -75,7 +98,8 @@ def roll_back(site: Site, streams: int) -> tuple[float, float, bool]:
                 stream.join()
     decided_us = trial.decided().event.occurred_at_us
     astray_s = max(0.0, (max(asking.last_us for asking in traffic) - decided_us) / SECOND_US)
-    return trial.confirmed_s, astray_s, all(stream.is_whole and stream.arm == "candidate" for stream in opened)
+    served_s = (readback.served_us - decided_us) / SECOND_US
+    return served_s, astray_s, all(stream.is_whole and stream.arm == "candidate" for stream in opened)
 
 
 def main() -> int:

@@ -203,7 +203,7 @@ def main() -> int:
     }
     for name, share in missed.items():
         print(f"coverage, {name}: missed at some look in {share:.4f} of {runs} runs (alpha {ALPHA})")
-        failed |= share > ALPHA
+        failed |= share > ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / runs)
     users, one, four = power(random, number)
     print(f"A/B: {users} users an arm by the planner; power {one:.3f} at one look, {four:.3f} over four (planned 0.8)")
     failed |= not (abs(one - 0.8) < 0.04 and four > 0.75)

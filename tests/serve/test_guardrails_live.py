@@ -20,7 +20,6 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine as Database
 
-from cluster.clock import SECOND_US
 from cluster.database import connect
 from cluster.settings import Settings, load_settings
 from cluster.tables import events
@@ -234,11 +233,6 @@ class Trial:
         """The event of the last decision of this rollout."""
         found = list(EventLog(self.site.database).scan(kinds=["rollout.decision"]))
         return next(r for r in reversed(found) if r.event.body["rollout_id"] == self.rollout.rollout_id)
-
-    @property
-    def confirmed_s(self) -> float:
-        """Seconds from the decision until every router had shown its effect, which is when the rollout settled."""
-        return (self.now.updated_at_us - self.decided().event.occurred_at_us) / SECOND_US
 
     def arms(self, url: str) -> set[str]:
         body = {"model": self.key.agent, "messages": [{"role": "user", "content": "?"}]}
