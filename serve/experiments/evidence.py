@@ -298,7 +298,7 @@ def _proportion_bounds(
     Requests of one user are not independent, so trials are divided by the design effect over users.
     """
 
-    effects = {id(arm): comparisons.design_effect(arm) for arm in arms}
+    effects = {id(arm): comparisons.cautious_design_effect(arm) for arm in arms}
 
     def distance(worse: Moments, better: Moments, alpha: float) -> float:
         """The least by which the first may exceed the second."""

@@ -23,7 +23,7 @@ from cluster.settings import load_settings
 from cluster.settings.experiments import ExperimentSettings
 from cluster.settings.serving import AnomalySettings
 from serve.experiments.betting import betting_interval
-from serve.experiments.comparisons import Moments, design_effect, user_mean, welch
+from serve.experiments.comparisons import Moments, cautious_design_effect, user_mean, welch
 from serve.experiments.evidence import Reading, read_metric
 from serve.experiments.group_sequential import boundaries
 from serve.experiments.metrics import Metric, find_metric
@@ -129,7 +129,7 @@ def bernoulli_misses(random: np.random.Generator, runs: int, rate: float, users:
 
     def misses(run: int, number: int) -> bool:
         own = sums.at(run, number)
-        effect = design_effect(own)
+        effect = cautious_design_effect(own)
         trials, yes = own.sum_n / effect, own.sum_y / effect
         return not bernoulli_low(yes, trials, ALPHA, 1000) <= rate <= bernoulli_high(yes, trials, ALPHA, 1000)
 
