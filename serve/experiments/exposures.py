@@ -147,7 +147,13 @@ def exposures_of(recorded: RecordedEvent, designs: Designs) -> list[Exposure]:
     """
     body = recorded.event.body
     arm, place, chance = body.get("arm"), body.get("bucket"), body.get("propensity")
-    if arm not in ("stable", "candidate") or place is None or chance is None or body.get("flags", {}).get("shadow"):
+    if body.get("flags", {}).get("shadow"):
+        return []
+    if (
+        arm == "none" and body.get("experiment_id") is not None and place is not None
+    ):  # kept from its candidate by a pin
+        return [_exposure(recorded, body["experiment_id"], "other", alone(1.0), 0, True, False)]
+    if arm not in ("stable", "candidate") or place is None or chance is None:
         return []
     parts = split_of(body)
     slices = tuple(own for _, own in parts)

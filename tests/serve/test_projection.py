@@ -205,6 +205,18 @@ def test_pinned_shadow_and_unassigned_requests_count_for_nobody(database: Engine
     assert (statistics(database), users(database)) == ({}, {})
 
 
+def test_a_user_whom_a_pin_kept_from_the_candidate_counts_for_nobody_afterwards(database: Engine) -> None:
+    """As the router records it: the arm `none`, with the bucket and the experiment of the candidate."""
+    pinned = interaction("b", None, user="ann", arm="none", bucket=0.1)
+    pinned.body["experiment_id"] = "exp"
+    EventLog(database).append([interaction("a", CANDIDATE, user="ann"), interaction("c", CANDIDATE, user="bob")])
+    EventLog(database).append([pinned, interaction("d", CANDIDATE, user="ann"), interaction("e", CONTROL, user="cy")])
+    Projection(database, settings_with()).catch_up()
+    evidence = read_evidence(database, "exp", settings_with().experiment, period="ramp")
+    assert evidence.exposed == {"candidate": 1, "control": 1}
+    assert evidence.split.users == {"candidate": 2, "stable": 1}
+
+
 def test_sessions_stand_in_for_users(database: Engine) -> None:
     EventLog(database).append([interaction("a", CANDIDATE, user=None, session="s1")])
     Projection(database, settings_with()).catch_up()
