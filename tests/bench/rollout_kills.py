@@ -40,11 +40,23 @@ def kill_everywhere(engine: Engine, patch: pytest.MonkeyPatch, ending: Ending, s
     return len(runs), wrong, longest_s
 
 
+def kill_under_traffic(engine: Engine, patch: pytest.MonkeyPatch, ending: Ending, every: int) -> tuple[int, int, int]:
+    """The same with users who ask, and with the statistics of what they say; every so many effects."""
+    undisturbed = tell(engine, patch, ending, real_evidence=True)
+    wrong, longest_s, points = 0, 0, range(1, undisturbed.effects + 1, every)
+    for point in points:
+        disturbed = tell(engine, patch, ending, effects=[point], real_evidence=True)
+        wrong += (disturbed.end, disturbed.kills) != (undisturbed.end, 1)
+        longest_s = max(longest_s, disturbed.seconds - undisturbed.seconds)
+    return len(points), wrong, longest_s
+
+
 def main() -> int:
     """Both databases, both endings."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--statements", type=int, default=200)
     parser.add_argument("--postgres", default="postgresql://postgres@127.0.0.1:5432/postgres")
+    parser.add_argument("--traffic-every", type=int, default=4, help="effects between two kills under traffic")
     options = parser.parse_args()
     failed = False
     with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
@@ -57,6 +69,10 @@ def main() -> int:
                 for ending in get_args(Ending):
                     tried, wrong, longest_s = kill_everywhere(engine, patch, ending, options.statements)
                     print(f"{engine.dialect.name}, {ending}: {tried} kill points, {wrong} end elsewhere; "
+                          f"the latest ends {longest_s} s after an undisturbed run", flush=True)  # fmt: skip
+                    failed |= wrong > 0 or longest_s > WITHIN_S
+                    tried, wrong, longest_s = kill_under_traffic(engine, patch, ending, options.traffic_every)
+                    print(f"{engine.dialect.name}, {ending}, with traffic: {tried} kill points, {wrong} end elsewhere; "
                           f"the latest ends {longest_s} s after an undisturbed run", flush=True)  # fmt: skip
                     failed |= wrong > 0 or longest_s > WITHIN_S
                 engine.dispose()

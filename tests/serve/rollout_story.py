@@ -75,6 +75,13 @@ class Story:
     seconds: int
     """Of the world's clock until the rollout had ended."""
 
+    @property
+    def end(self) -> tuple[Any, ...]:
+        """What must be equal where later looks at more traffic see other numbers: the end, and the way to it."""
+        told = self.fingerprint
+        steps = [(share, outcome) for kind, _, outcome, share in told["events"] if outcome != "hold"]
+        return (*told["rollout"][:2], told["route"], told["experiment"], told["aliases"], told["servables"], steps)
+
 
 class DiedInStatementError(Exception):
     """The process dies in the database's hands.

@@ -33,6 +33,17 @@ def test_killed_between_effects_it_ends_where_an_undisturbed_run_ends(
         assert disturbed.seconds <= undisturbed.seconds + WITHIN_S * len(points)
 
 
+def test_killed_with_users_asking_it_ends_as_an_undisturbed_run_does(
+    sqlite_database: Engine, patch: pytest.MonkeyPatch
+) -> None:
+    """Real traffic and statistics: killed between decision and effect, and before a decision."""
+    undisturbed = tell(sqlite_database, patch, "rolled_back", real_evidence=True)
+    points = random.Random(10).sample(range(1, undisturbed.effects + 1), 3)
+    disturbed = tell(sqlite_database, patch, "rolled_back", effects=points, real_evidence=True)
+    assert (disturbed.end, disturbed.kills) == (undisturbed.end, 3)
+    assert disturbed.seconds <= undisturbed.seconds + 3 * WITHIN_S
+
+
 @pytest.mark.parametrize("ending", ["promoted", "rolled_back"])
 def test_killed_in_the_middle_of_a_transaction_it_ends_where_an_undisturbed_run_ends(
     sqlite_database: Engine, patch: pytest.MonkeyPatch, ending: Ending
