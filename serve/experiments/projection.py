@@ -33,10 +33,10 @@ from cluster.tables import (
 )
 from data.events import RecordedEvent
 from data.log import LOOKUP_CHUNK, EventLog, save_cursor
+from data.moments import EVERYBODY, TERMS, SumChanges
 from serve.experiments.exposures import BANDIT, RAMP, Design, Designs, Exposure, may_count
 from serve.experiments.fold import Baseline, Fold, Sums, UserKey, fold_groups
 from serve.experiments.metrics import is_failed
-from serve.experiments.moments import EVERYBODY, TERMS, SumChanges
 
 log = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from cluster.tables import (
     experiments,
 )
 from data.log import EventLog
+from data.moments import EVERYBODY, TERMS
 from serve.experiments import srm
 from serve.experiments.comparisons import Moments
 from serve.experiments.evidence import AnomalyReading, Evidence, Reading, SplitReading, UserValues, read_metric
 from serve.experiments.fold import LATENCY, RESPONSE_RATE
 from serve.experiments.metrics import Metric, find_metric
-from serve.experiments.moments import EVERYBODY, TERMS
 from serve.experiments.projection import CURSOR, FIRST_REQUESTS, KINDS
 from serve.experiments.quantiles import BINS, QuantileReading, equal_quantiles_p_value, read_quantile
 

@@ -30,9 +30,9 @@ from cluster.database import connect, write
 from cluster.settings import Settings, load_settings
 from cluster.tables import arm_moments, experiment_arms
 from data.log import EventLog
+from data.moments import EVERYBODY, TERMS, contributions
 from serve.experiments.comparisons import Moments
 from serve.experiments.exposures import RAMP
-from serve.experiments.moments import EVERYBODY, TERMS, contributions
 from serve.experiments.projection import Projection
 from serve.experiments.readings import read_evidence, read_moments
 from tests.bench._peer import peer_python

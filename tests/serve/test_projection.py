@@ -12,6 +12,8 @@ from cluster.database import write
 from cluster.settings import Settings, load_settings
 from cluster.settings.experiments import METRIC_NAMES
 from cluster.tables import arm_statistics, experiment_users
+from data.erasure.erase import erase
+from data.erasure.person import Person
 from data.events import Event, parse_body
 from data.log import EventLog
 from serve.assignment import Assignment, alone, in_control_slice
@@ -215,6 +217,23 @@ def test_a_user_whom_a_pin_kept_from_the_candidate_counts_for_nobody_afterwards(
     evidence = read_evidence(database, "exp", settings_with().experiment, period="ramp")
     assert evidence.exposed == {"candidate": 1, "control": 1}
     assert evidence.split.users == {"candidate": 2, "stable": 1}
+
+
+def test_an_erasure_takes_a_user_off_the_sums_as_a_rebuild_does(database: Engine, tmp_path: Path) -> None:
+    settings = load_settings(home=tmp_path, experiment={"breach_min_users_per_arm": 2})[0]
+    log, projection = EventLog(database), Projection(database, settings)
+    log.append([interaction("old", None, user="ann"), feedback("old", "thumbs_up", 1.0)])
+    log.append([interaction(name, CANDIDATE, user=name[:3], user_tier="pro") for name in ("ann1", "ann2", "bob1")])
+    log.append([feedback(name, "thumbs_up", 1.0) for name in ("ann1", "bob1")])
+    projection.catch_up()
+    assert read_moments(database, "exp", period="ramp")["satisfaction"]["candidate"].users == 2
+    erase(database, settings, Person(TENANT, "ann"))
+    for _ in range(2):
+        for segment in ("", "tier=pro"):
+            moments = read_moments(database, "exp", period="ramp", segment=segment)
+            own = {metric: (sides["candidate"].users, sides["candidate"].sum_n) for metric, sides in moments.items()}
+            assert own["satisfaction"] == own["error_rate"] == (1, 1)
+        projection.rebuild()
 
 
 def test_sessions_stand_in_for_users(database: Engine) -> None:
