@@ -55,7 +55,7 @@ class SumChanges:
         key: tuple[str, str, str, str],
         metric: str,
         segments: Sequence[str],
-        sums: tuple[float, float, float, float],
+        sums: tuple[float, ...],
         covariate: float | None,
     ) -> None:
         """One user's statistic. `key`: experiment, user, period, arm; `sums`: count and total before, and after."""

@@ -114,7 +114,7 @@ def anomalies(
     rolled_back = 0
     for experiment in range(len(odd_EL)):
         readings = (
-            read_metric(metric, *(own.at(experiment, number) for own in sums), settings, ALPHA)
+            read_metric(metric, sums[0].at(experiment, number), sums[1].at(experiment, number), settings, ALPHA)
             for number in np.flatnonzero(odd_EL[experiment])
         )
         rolled_back += any(r.users >= BREACH_USERS and (r.harm_low or 0) > 0 for r in readings)

@@ -77,7 +77,8 @@ def test_equal_arms_whose_windows_stick_out_are_seldom_rolled_back_for_it() -> N
     sums = [user_sums(np.full_like(arm, REQUESTS), arm, looks_L) for arm in arms]
 
     def is_certain(experiment: int, look: int) -> bool:
-        found = read_metric(metric, *(own.at(experiment, look) for own in sums), SETTINGS, ALPHA)
+        one, other = (own.at(experiment, look) for own in sums)
+        found = read_metric(metric, one, other, SETTINGS, ALPHA)
         return found.users >= SETTINGS.breach_min_users_per_arm and (found.harm_low or 0) > 0
 
     rolled_back = [any(is_certain(e, look) for look in np.flatnonzero(odd_EL[e])) for e in range(len(odd_EL))]

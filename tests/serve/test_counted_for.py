@@ -35,7 +35,7 @@ STABLE = Assignment("stable", 0.9, 1.0, "user")
 
 def answer(name: str, at_s: int, version: str = "triage/2", **body: Any) -> Event:
     """One of a version that is stable for everybody."""
-    own = {"at_us": at_s * 1_000_000, "assigned_version": version}
+    own: dict[str, Any] = {"at_us": at_s * 1_000_000, "assigned_version": version}
     return interaction(name, STABLE, user="ann", experiment_id=None, **own, **body)
 
 

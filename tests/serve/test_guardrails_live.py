@@ -260,8 +260,8 @@ class OpenStream(threading.Thread):
         assert self._opened.wait(60)
 
     def run(self) -> None:
-        path, limits = f"{self.url}/v1/chat/completions", {"timeout": 60}
-        with httpx.stream("POST", path, json=self.asked, headers=self.headers, **limits) as reply:  # type: ignore[arg-type]
+        path = f"{self.url}/v1/chat/completions"
+        with httpx.stream("POST", path, json=self.asked, headers=self.headers, timeout=60) as reply:
             self.arm = reply.headers["x-rayloop-arm"]
             for piece in reply.iter_bytes():
                 self.pieces += piece

@@ -85,7 +85,8 @@ def test_two_controllers_that_apply_one_decision_do_not_take_each_other_for_a_pe
     world.steps.kill_at = world.steps.point + 2  # decided, and nothing done yet
     with pytest.raises(Killed):
         world.controller().tick()
-    real, raced = steps.write_route, []
+    real = steps.write_route
+    raced: list[Route] = []
 
     def second(*arguments: Any, **named: Any) -> Route:
         if not raced:
