@@ -67,8 +67,9 @@ class ControlLoop(threading.Thread):
         keys: OwnKeys | None = None
         while not self._stopping.is_set():
             try:
-                if controller is None:
+                if keys is None:
                     keys = OwnKeys(self.engine, self.settings)
+                if controller is None:
                     controller = Controller(controller_steps(self.engine, self.settings, keys), self.settings)
                 self._go_round(controller)
                 self.failure = None
