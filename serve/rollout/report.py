@@ -50,9 +50,10 @@ def line(rollout: Rollout) -> str:
     known = describe(rollout)
     place = f"stage {known['stage']}/{known['stages']}, {known['share']:.0%}" if known["share"] else known["state"]
     state = known["state"].replace("_", " ") if known["share"] else "ended" if known["outcome"] else "not started"
+    failure = f"; it cannot be looked at: {known['failure']}" if known["failure"] else ""
     return (
         f"{known['rollout_id']}  {known['candidate']} against {known['stable']}  "
-        f"{state} ({place.replace('_', ' ')}): {known['reason']}"
+        f"{state} ({place.replace('_', ' ')}): {known['reason']}{failure}"
     )
 
 

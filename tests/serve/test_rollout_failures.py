@@ -10,6 +10,7 @@ from cluster.errors import UnavailableError
 from serve.rollout import controller, steps
 from serve.rollout.commands import freeze, start
 from serve.rollout.report import describe as describe_rollout
+from serve.rollout.report import line
 from serve.rollout.store import get_rollout
 from serve.routes import Route, RouteKey, write_route
 from tests.serve.rollout_story import good, scripted
@@ -52,7 +53,7 @@ def test_a_rollout_that_fails_holds_up_no_other(sqlite_database: Engine, monkeyp
     world.run_on(2, traffic=False)
     known = {name: get_rollout(sqlite_database, name) for name in (first, second)}
     assert (known[first].state, known[second].state) == ("pending", "running")
-    assert "no such thing" in describe_rollout(known[first])["failure"]
+    assert "no such thing" in describe_rollout(known[first])["failure"] and "no such thing" in line(known[first])
     monkeypatch.undo()
     scripted(monkeypatch, lambda rollout: good(world))
     world.run_on(1, traffic=False)
