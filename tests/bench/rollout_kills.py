@@ -8,6 +8,7 @@ the rollout leaves behind must equal what an undisturbed run leaves, and within 
 """
 
 import argparse
+import logging
 import sys
 import tempfile
 import uuid
@@ -58,6 +59,7 @@ def main() -> int:
     parser.add_argument("--postgres", default="postgresql://postgres@127.0.0.1:5432/postgres")
     parser.add_argument("--traffic-every", type=int, default=4, help="effects between two kills under traffic")
     options = parser.parse_args()
+    logging.disable(logging.CRITICAL)  # a controller that dies inside a statement says so at length
     failed = False
     with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
         name = f"rayloop_bench_{uuid.uuid4().hex[:12]}"
