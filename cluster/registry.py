@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import stamina
 
@@ -99,9 +99,9 @@ class Registry:
         """The MLflow client.
 
         Raises:
-            UnavailableError: MLflow does not answer.
+            UnavailableError: MLflow does not answer, here and in every call.
         """
-        return tracking.client(self.settings)
+        return cast("MlflowClient", tracking.Translated(self.settings))
 
     def register_base(self, model: str, base_model_path: str | Path) -> Version:
         """Register a base model without adapter; it becomes champion if the model has none.

@@ -174,6 +174,13 @@ servable_replicas = Table(
     Column("reason", Text),
     Column("heartbeat_us", BigInteger, nullable=False),
 )
+router_replicas = Table(
+    "router_replicas",
+    metadata,
+    Column("replica_id", String(64), primary_key=True),
+    Column("revisions", JSON, nullable=False),  # route -> the revision of it that the replica serves
+    Column("heartbeat_us", BigInteger, nullable=False),
+)
 
 experiments = Table(
     "experiments",
@@ -223,7 +230,7 @@ arm_statistics = Table(
     Column("user_id", String(128), primary_key=True),
     Column("period", String(16), primary_key=True),
     Column("arm", String(16), primary_key=True),
-    Column("sums", Text, nullable=False),  # JSON: metric -> [count, total]; one row a user, not one a metric
+    Column("sums", Text, nullable=False),  # JSON: metric -> [count, total, …]; one row a user, not one a metric
 )
 arm_moments = Table(
     "arm_moments",

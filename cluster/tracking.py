@@ -10,7 +10,7 @@ import logging
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 PARAM_LIMIT = 5_000  # MLflow refuses longer parameter values (6,000 characters)
 BATCH_LIMIT = 100  # and more parameters in one call
+NO_ANSWER = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+"""MLflow's codes for a server that cannot be reached or does not cope."""
 SECRET_FIELDS = ("secret", "password", "api_key", "access_key")
 
 ENVIRONMENT = {
@@ -66,11 +68,44 @@ def _client(uri: str) -> "MlflowClient":
         opened = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
         opened.search_experiments(max_results=1)
     except (mlflow.MlflowException, sa.exc.SQLAlchemyError, OSError) as error:
-        cause = str(error).strip().splitlines()[0]
-        raise UnavailableError(
-            f"MLflow at {_without_password(uri)} does not answer ({cause}); start it or set `mlflow.tracking_uri`"
-        ) from None
+        raise _no_answer(uri, error) from None
     return opened
+
+
+class Translated:
+    """A client that says of a server which went away after it was opened what `client` says of one that is not there.
+
+    What MLflow refuses (no such model, a name it cannot hold) comes through as it is.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._client, self._uri = client(settings), settings.tracking_uri
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._client, name)
+        return self._translated(value) if callable(value) else value
+
+    def _translated(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        import mlflow
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            try:
+                return method(*arguments, **named)
+            except mlflow.MlflowException as error:
+                if error.error_code not in NO_ANSWER:
+                    raise
+                raise _no_answer(self._uri, error) from error
+            except (sa.exc.SQLAlchemyError, OSError) as error:
+                raise _no_answer(self._uri, error) from error
+
+        return call
+
+
+def _no_answer(uri: str, error: Exception) -> UnavailableError:
+    cause = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UnavailableError(
+        f"MLflow at {_without_password(uri)} does not answer ({cause}); start it or set `mlflow.tracking_uri`"
+    )
 
 
 def experiment_id(settings: Settings) -> str:

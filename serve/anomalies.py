@@ -2,7 +2,8 @@
 
 A router keeps the latest requests of each version. A candidate is held against its route's stable, stable against
 its own requests before; what sticks out becomes an `anomaly.detected` event, a metric and a line of
-`/v1/agents/status`. During a rollout the controller takes a candidate's anomaly for a breached guardrail.
+`/v1/agents/status`. During a rollout a candidate's anomaly that the statistics bear out counts as a breached
+guardrail (`serve.experiments.readings`).
 """
 
 import threading

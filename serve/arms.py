@@ -11,6 +11,7 @@ from serve.assignment import assign_request
 from serve.openai import ApiError, unknown_model
 from serve.routes import Route, RouteKey
 from serve.snapshot import Snapshot, Target
+from serve.split import live_arms
 
 PlannedArm = Literal["stable", "candidate", "shadow", "none"]
 
@@ -61,8 +62,8 @@ def plan(
 
 def _routed(snapshot: Snapshot, route: Route, model: str, user: str | None, session: str | None, request: str) -> Plan:
     stable = snapshot.targets.get(route.stable)
-    if route.pinned:  # moved by hand: counts for no arm
-        return Plan(model, route.agent, route.stable, stable, "none", route=route)
+    if route.pinned:
+        return _pinned(route, model, stable, user, session, request)
     made = assign_request(route.live, route.salt, route.tenant, user=user, session=session, request=request)
     arm = None if made.candidate is None else route.live[made.candidate]
     return Plan(
@@ -77,6 +78,19 @@ def _routed(snapshot: Snapshot, route: Route, model: str, user: str | None, sess
         bucket=made.bucket,
         propensity=made.propensity,
         unit=made.unit,
+    )
+
+
+def _pinned(
+    route: Route, model: str, stable: Target | None, user: str | None, session: str | None, request: str
+) -> Plan:
+    """Stable for everybody. Whoever it keeps from a candidate is moved by hand, which its experiment must know."""
+    arms = live_arms(route.arms, route.max_share)
+    made = assign_request(arms, route.salt, route.tenant, user=user, session=session, request=request)
+    experiment_id = None if made.candidate is None else arms[made.candidate].experiment_id
+    place = None if experiment_id is None else made.bucket
+    return Plan(
+        model, route.agent, route.stable, stable, "none", route=route, experiment_id=experiment_id, bucket=place
     )
 
 

@@ -33,19 +33,24 @@ from serve.rollout.store import list_rollouts
 
 log = logging.getLogger(__name__)
 
+RENEWALS = 4  # rounds within the life of a lease
 HEALTHY_TICKS = 10  # a loop that has not come round for this many intervals is not well
 KEYS_REFRESH_S = 2.0
 
 
 class ControlLoop(threading.Thread):
-    """Ticks until it is stopped; whatever fails in one tick is tried again in the next."""
+    """Ticks until it is stopped; whatever fails in one tick is tried again in the next.
+
+    Between two ticks it keeps its lease. Without one it tries to get it, and applies what was decided already.
+    """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(name="rollout-controller", daemon=True)
         self.settings = settings
         self.is_leader = False
         self.failure: str | None = None
-        self.ticked_at = time.monotonic()
+        self.went_round_at = time.monotonic()
+        self._ticked_at = float("-inf")
         self._stopping = threading.Event()
         self._engine: Engine | None = None
 
@@ -62,10 +67,11 @@ class ControlLoop(threading.Thread):
         keys: OwnKeys | None = None
         while not self._stopping.is_set():
             try:
-                if controller is None:
+                if keys is None:
                     keys = OwnKeys(self.engine, self.settings)
+                if controller is None:
                     controller = Controller(controller_steps(self.engine, self.settings, keys), self.settings)
-                self.is_leader = controller.tick()
+                self._go_round(controller)
                 self.failure = None
             except (RayloopError, sa.exc.SQLAlchemyError, OSError) as error:
                 self.failure = str(error).splitlines()[0]
@@ -73,9 +79,23 @@ class ControlLoop(threading.Thread):
             except Exception as error:  # a defect must not end the loop that can roll back
                 self.failure = repr(error)
                 log.exception("a tick failed")
-            self.ticked_at = time.monotonic()
-            self._stopping.wait(self.settings.rollout.tick_s)
+            self.went_round_at = time.monotonic()
+            self._stopping.wait(self.pace_s)
         self._end(controller, keys)
+
+    @property
+    def pace_s(self) -> float:
+        """Time between two rounds."""
+        rollout = self.settings.rollout
+        return min(rollout.tick_s, rollout.lease_s / RENEWALS)
+
+    def _go_round(self, controller: Controller) -> None:
+        is_early = time.monotonic() - self._ticked_at < self.settings.rollout.tick_s
+        if self.is_leader and is_early:
+            self.is_leader = controller.leads()
+        else:
+            self._ticked_at = time.monotonic()
+            self.is_leader = controller.tick()
 
     def stop(self) -> None:
         """End after the tick under way, and let another controller take over at once."""
@@ -85,7 +105,7 @@ class ControlLoop(threading.Thread):
 
     def health(self) -> dict[str, Any]:
         """What `/healthz` says."""
-        age_s = time.monotonic() - self.ticked_at
+        age_s = time.monotonic() - self.went_round_at
         limit_s = HEALTHY_TICKS * self.settings.rollout.tick_s + self.settings.rollout.smoke_timeout_s
         well = self.is_alive() and age_s < limit_s and self.failure is None
         return {
@@ -99,7 +119,7 @@ class ControlLoop(threading.Thread):
         try:
             if controller is not None:
                 controller.close()
-            if keys is not None and self.is_leader:
+            if keys is not None:
                 keys.close()
         except (RayloopError, sa.exc.SQLAlchemyError) as error:
             log.warning("the lease runs out by itself: %s", error)

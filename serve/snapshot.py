@@ -9,6 +9,7 @@ import hashlib
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -29,6 +30,7 @@ from data.log import EventLog
 from serve.applications.document import is_ours
 from serve.egress import check_endpoints
 from serve.keys import KeyRing
+from serve.replicas import ReplicaReport
 from serve.routes import Route, RouteKey, RouterConfig, apply_config, parse_config, read_routes
 
 log = logging.getLogger(__name__)
@@ -125,6 +127,7 @@ class Watcher(threading.Thread):
         self._refusals: list[tuple[Any, str]] = []
         self._lock = threading.Lock()
         self._ceilings: dict[RouteKey, float] = {}
+        self._report = ReplicaReport(uuid.uuid4().hex, settings.serve.live_after_s)
         self._was_down = False
         self.endpoints: dict[str, EngineEndpoint] = dict(settings.serve.engines)
         self.current = Snapshot()
@@ -160,6 +163,7 @@ class Watcher(threading.Thread):
             except Exception:  # this thread is the only source of changes: it must outlive any surprise
                 log.exception("routes and keys could not be read; they stay as last read")
             self._stopping.wait(self._settings.serve.poll_ms / 1000)
+        self._leave()
 
     def close(self) -> None:
         """Close the database's connections; nobody may use them any more."""
@@ -175,6 +179,7 @@ class Watcher(threading.Thread):
             snapshot = read_snapshot(engine, self.endpoints)
             self.endpoints = _with_applications(self.endpoints, snapshot)
             self.current = self._with_ceilings(snapshot)
+            self._report.tell(engine, self.current.routes)
             if self._on_poll is not None:
                 self._on_poll(engine, self.current)
             self._was_down = False
@@ -184,6 +189,14 @@ class Watcher(threading.Thread):
                 log.warning("the database does not answer (%s); routes and keys stay as last read", error)
             self._was_down = True
         self._measure()
+
+    def _leave(self) -> None:
+        if self._engine is None:
+            return
+        try:
+            self._report.leave(self._engine)
+        except (sa.exc.SQLAlchemyError, OSError, RayloopError) as error:
+            log.warning("this router counts as gone in %g s: %s", self._settings.serve.live_after_s, error)
 
     def _connected(self) -> Engine:
         if self._engine is None:

@@ -45,6 +45,10 @@ class ExperimentSettings(Section):
         "thumbs_up_rate",
         "safety_incident_rate",
         "refusal_rate",
+        "ttft_over_slo",
+        "hallucination_rate",
+        "tool_error_rate",
+        "grader_score",
     )
     """Guardrails that count only once both arms have enough users with a value."""
     margins: dict[str, float] = Field({})
@@ -157,7 +161,7 @@ class RolloutSettings(Section):
     """How alpha is spent over the looks."""
     final_control_share: float = Field(0.05, gt=0, le=0.5)
     """Share that stays on stable during the last stage, until its validation is done."""
-    final_min_users_per_arm: int = Field(200, ge=2)
+    final_min_users_per_arm: int = Field(1000, ge=2)
     """The minimum of the last stage, where the control arm is small."""
     hold_limit_s: float = Field(259_200.0, gt=0)
     """A rollout that holds longer than this is rolled back."""
@@ -169,12 +173,14 @@ class RolloutSettings(Section):
     """More errors among them roll back without statistics."""
     tick_s: float = Field(30.0, gt=0)
     """Time between two looks at every rollout."""
-    lease_s: float = Field(60.0, gt=0)
-    """A controller that has not renewed its lease for this long is replaced."""
+    lease_s: float = Field(4.0, gt=0)
+    """A controller that has not renewed its lease for this long is replaced. It renews it four times as often, between
+    two looks too; one that comes too late loses nothing, for whatever two controllers do is done once."""
     start_timeout_s: float = Field(600.0, gt=0)
     """How long a candidate may take to become servable before the rollout fails."""
     confirm_timeout_s: float = Field(30.0, ge=0)
-    """How long the routers may take to show a new share before that is warned of."""
+    """How long the routers may take to show a new share before that is warned of. A promotion waits until each of
+    them shows it, however long that takes; after `hold_limit_s` it is taken back."""
     restore_window_s: float = Field(604_800.0, ge=0)
     """How long after a promotion `rayloop rollout rollback` still restores the previous champion."""
     warm_s: float = Field(86_400.0, ge=0)
@@ -183,7 +189,7 @@ class RolloutSettings(Section):
     """The engine that must hold the candidate, unless it has a base model of its own."""
     applications: ApplicationSettings = ApplicationSettings()
     router_url: str | None = Field(None, pattern=r"^https?://\S+$")
-    """Address of the routers, to try a candidate and to read back what is served. `None` means `serve.host` and
+    """Address of the routers, to try a candidate. `None` means `serve.host` and
     `serve.port`."""
     router_key_env: str = "RAYLOOP_API_KEY"
     """Environment variable with an API key for that. Without it the controller makes a key of its own, which it
@@ -193,7 +199,7 @@ class RolloutSettings(Section):
     smoke_tokens: int = Field(8, ge=1)
     """Length of those answers."""
     smoke_timeout_s: float = Field(10.0, gt=0)
-    """How long each may take, and each reading back."""
+    """How long each may take."""
     smoke_attempts: int = Field(3, ge=1)
     """A candidate fails its smoke test when it fails this many times, a tick apart."""
     control_cpus: float = Field(0.1, ge=0)

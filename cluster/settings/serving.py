@@ -215,6 +215,9 @@ class ServeSettings(Section):
     """What `Retry-After` says when we are overloaded."""
     poll_ms: float = Field(250.0, ge=10, le=2000)
     """How often routers read routes, servable versions and keys."""
+    live_after_s: float = Field(10.0, gt=2)
+    """A router replica that has not reported for this long counts as gone. No candidate is promoted before every
+    other one serves it to everybody."""
     feedback_timeout_s: float = Field(10.0, gt=0)
     """How long an event may wait for its commit before the client is asked to come again."""
     routes: list[dict[str, Any]] = []

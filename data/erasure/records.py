@@ -8,16 +8,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import orjson
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
+from cluster.bulk import merge_rows
 from cluster.database import write
 from cluster.settings import Settings
-from cluster.tables import arm_statistics, erasures, event_bodies, events, experiment_users, user_baselines
+from cluster.tables import arm_moments, arm_statistics, erasures, event_bodies, events, experiment_users, user_baselines
 from data.encoding import body_digest, decompress
 from data.erasure.person import Person, is_of, read_erasure
 from data.erasure.tombstones import OWN_KINDS, bury
 from data.log import LOOKUP_CHUNK, recorded_event, subject, take_append_lock
+from data.moments import TERMS, SumChanges
 from data.partitions.files import read_batches
 from data.partitions.partition import Partition, read_partitions
 from data.traces.genai import trace_session
@@ -121,11 +124,27 @@ def _rows(partition: Partition) -> Iterator[dict[str, Any]]:
 def _erase_projections(connection: Connection, person: Person, found: _Found) -> int:
     """Delete what experiments counted for the person, under every name they were assigned by."""
     names = [person.user_id, *(f"session:{s}" for s in found.sessions), *(f"request:{i}" for i in found.interactions)]
+    _take_off_sums(connection, names)
     deleted = 0
     for table in (experiment_users, arm_statistics, user_baselines):
         for chunk in chunks(names):
             deleted += connection.execute(table.delete().where(table.c.user_id.in_(chunk))).rowcount
     return deleted
+
+
+def _take_off_sums(connection: Connection, names: list[str]) -> None:
+    """Take what the person contributed off the sums over users, which a rebuild would not count either."""
+    s, u = arm_statistics.c, experiment_users.c
+    same = (u.experiment_id == s.experiment_id) & (u.user_id == s.user_id)
+    query = sa.select(s.experiment_id, s.user_id, s.period, s.arm, s.sums, u.segments, u.covariates)
+    counted = query.join_from(arm_statistics, experiment_users, same).where(u.excluded.is_(False))
+    changes = SumChanges()
+    for chunk in chunks(names):
+        for *key, sums, segments, covariates in connection.execute(counted.where(s.user_id.in_(chunk))):
+            for metric, (count, total, *_) in orjson.loads(sums).items():
+                own = (key[0], key[1], key[2], key[3])
+                changes.add(own, metric, segments, (count, total, 0.0, 0.0), covariates.get(metric))
+    merge_rows(connection, arm_moments, changes.rows(), add=TERMS)
 
 
 def as_ranges(seqs: Iterable[int]) -> list[list[int]]:

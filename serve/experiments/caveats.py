@@ -1,4 +1,5 @@
-"""What must be said beside a claim: when the arms' users do not react equally often, reactions mislead.
+"""What must be said beside a claim: anomalies that are not proven, and that reactions mislead when the arms' users do
+not react equally often.
 
 A candidate that annoys its critics into silence has happier feedback. No test of the reactions themselves
 can see that, so every decision to go on says it where the response rates differ.
@@ -10,6 +11,15 @@ from serve.experiments.evidence import Evidence, Reading
 
 def caveats(evidence: Evidence, settings: ExperimentSettings) -> tuple[str, ...]:
     """Sentences to go with any claim about the candidate; empty where there is nothing to say."""
+    return (*_unproven(evidence), *_unequal_responses(evidence, settings))
+
+
+def _unproven(evidence: Evidence) -> tuple[str, ...]:
+    said = [anomaly.said for anomaly in evidence.anomalies if not anomaly.is_certain]
+    return (f"routers saw it out of the ordinary at times, which may be chance: {'; '.join(said)}",) if said else ()
+
+
+def _unequal_responses(evidence: Evidence, settings: ExperimentSettings) -> tuple[str, ...]:
     response = evidence.response
     if response is None or response.harm is None or not response.control.mean:
         return ()

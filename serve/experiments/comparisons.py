@@ -6,9 +6,11 @@ one user resemble each other.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from scipy.special import stdtr, stdtrit
+
+SHARE_OF_ONE_MORE = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,20 @@ def design_effect(moments: Moments) -> float:
     value = ratio(moments)
     trials = value.mean * (1 - value.mean) / moments.sum_n if moments.sum_n > 0 else 0.0
     return max(1.0, value.variance / trials) if trials > 0 and value.variance > 0 else 1.0
+
+
+def cautious_design_effect(moments: Moments) -> float:
+    """The design effect as if one more user had come who met the rarer outcome in three requests of ten.
+
+    Of a rare event that clusters, the first few happen to belong to different users, and the sample says too often that
+    nothing clusters: 95 % intervals of 2 % events missed in 5.5 % of simulated runs, and in 2 % with this.
+    """
+    count = moments.sum_n / moments.users
+    share = SHARE_OF_ONE_MORE if moments.sum_y <= moments.sum_n / 2 else 1 - SHARE_OF_ONE_MORE
+    total = share * count
+    one_more = (count, total, count**2, count * total, total**2, share, share**2)
+    sums = (known + more for known, more in zip(astuple(moments)[1:8], one_more, strict=True))
+    return design_effect(Moments(moments.users + 1, *sums))
 
 
 def steady(one: Estimate, other: Estimate, prior_users: float) -> tuple[Estimate, Estimate]:

@@ -84,7 +84,7 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class UserValues:
-    """Each user's own mean, in the order in which the users came."""
+    """Each user's first value, in the order in which they came."""
 
     candidate: tuple[float, ...]
     control: tuple[float, ...]
@@ -100,6 +100,19 @@ class SplitReading:
     """Always valid."""
     chi_squared_p_value: float | None = None
     """For one look only."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnomalyReading:
+    """What routers found out of the ordinary with the candidate (`serve.anomalies`), and whether that is certain.
+
+    A router looks at a window of requests again and again, which sticks out by chance sooner or later.
+    """
+
+    signal: str
+    said: str
+    is_certain: bool
+    """By an always-valid test of the whole experiment, at its own share of alpha."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +138,8 @@ class Evidence:
     response: Reading | None = None
     """How often users react, for what it says about every metric made of reactions."""
     further_primaries: tuple[Reading, ...] = ()
-    anomalies: tuple[str, ...] = ()
-    """What routers found out of the ordinary with the candidate during the experiment (`serve.anomalies`)."""
+    anomalies: tuple[AnomalyReading, ...] = ()
+    """Those of the candidate during the experiment, one for each signal."""
 
     @property
     def primaries(self) -> tuple[Reading, ...]:
@@ -164,7 +177,7 @@ class Evidence:
                 "guardrails": tuple(_reading(r) for r in value["guardrails"]),
                 "optional_guardrails": tuple(_reading(r) for r in value["optional_guardrails"]),
                 "further_primaries": tuple(_reading(r) for r in value.get("further_primaries", ())),
-                "anomalies": tuple(value.get("anomalies", ())),
+                "anomalies": tuple(AnomalyReading(**a) for a in value.get("anomalies", ())),
                 "split": SplitReading(**value["split"]),
                 "response": _reading(value["response"]) if value.get("response") else None,
             }
@@ -193,7 +206,7 @@ def read_metric(
 ) -> Reading:
     """Compare two arms. `alpha` is this guardrail's share; non-inferiority uses the whole of it.
 
-    With `values`, the users' own means in the order in which they came, the bounds are those of a betting
+    With `values`, the users' first values in the order in which they came, the bounds are those of a betting
     sequence.
     """
     one, other = _estimate(metric, candidate), _estimate(metric, control)
@@ -285,7 +298,7 @@ def _proportion_bounds(
     Requests of one user are not independent, so trials are divided by the design effect over users.
     """
 
-    effects = {id(arm): comparisons.design_effect(arm) for arm in arms}
+    effects = {id(arm): comparisons.cautious_design_effect(arm) for arm in arms}
 
     def distance(worse: Moments, better: Moments, alpha: float) -> float:
         """The least by which the first may exceed the second."""

@@ -49,7 +49,9 @@ class Design:
 
     tenant: str
     agent: str
+    modality: str
     candidate: str
+    created_at_us: int
     is_bandit: bool = False
     watched_until_us: int | None = None
     """Until when its candidate is watched once it is stable; `None` where it will not be."""
@@ -60,17 +62,21 @@ class Designs:
 
     def __init__(self, known: Mapping[str, Design]) -> None:
         self.bandits = {name for name, design in known.items() if design.is_bandit}
-        self._watched: dict[tuple[str, str, str], list[tuple[str, int]]] = defaultdict(list)
+        self._watched: dict[tuple[str, str, str, str], list[tuple[str, int, int]]] = defaultdict(list)
         for name, design in known.items():
             if design.watched_until_us is not None:
-                own = (design.tenant, design.agent, design.candidate)
-                self._watched[own].append((name, design.watched_until_us))
+                own = (design.tenant, design.agent, design.modality, design.candidate)
+                self._watched[own].append((name, design.created_at_us, design.watched_until_us))
 
     def watching(self, recorded: RecordedEvent) -> list[str]:
-        """Experiments whose candidate has become stable and gave this answer as such."""
+        """Experiments whose candidate has become stable and gave this answer as such, not in a life before them."""
         event, body = recorded.event, recorded.event.body
-        known = self._watched.get((event.tenant, event.agent or "", body.get("assigned_version") or ""), ())
-        return [name for name, until_us in known if event.occurred_at_us <= until_us]
+        own = (event.tenant, event.agent or "", body.get("modality", "text"), body.get("assigned_version") or "")
+        return [
+            name
+            for name, since_us, until_us in self._watched.get(own, ())
+            if since_us <= event.occurred_at_us <= until_us
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +147,13 @@ def exposures_of(recorded: RecordedEvent, designs: Designs) -> list[Exposure]:
     """
     body = recorded.event.body
     arm, place, chance = body.get("arm"), body.get("bucket"), body.get("propensity")
-    if arm not in ("stable", "candidate") or place is None or chance is None or body.get("flags", {}).get("shadow"):
+    if body.get("flags", {}).get("shadow"):
+        return []
+    if (
+        arm == "none" and body.get("experiment_id") is not None and place is not None
+    ):  # kept from its candidate by a pin
+        return [_exposure(recorded, body["experiment_id"], "other", alone(1.0), 0, True, False)]
+    if arm not in ("stable", "candidate") or place is None or chance is None:
         return []
     parts = split_of(body)
     slices = tuple(own for _, own in parts)

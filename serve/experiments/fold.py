@@ -13,6 +13,7 @@ from cluster.settings.experiments import ExperimentSettings
 from data.events import RecordedEvent
 from serve.experiments.exposures import Designs, Exposure, exposures_of, unit_of
 from serve.experiments.metrics import (
+    METRICS,
     Observation,
     is_explicit,
     of_feedback,
@@ -25,11 +26,13 @@ from serve.experiments.quantiles import bin_of
 LATENCY = "latency_s"
 """Name of the histogram of whole answers."""
 RESPONSE_RATE = "feedback_response_rate"
+USER_MEANS = frozenset(name for name, metric in METRICS.items() if metric.kind == "user_mean")
 
 UserKey = tuple[str, str, str, str]
 """experiment, user, period, arm"""
 Sums = dict[str, list[float]]
-"""metric -> count and total"""
+"""metric -> count and total; of users' means also the `seq` and the value of the user's first observation, which no
+later one changes"""
 HistogramKey = tuple[str, str, str, str, int]
 """experiment, metric, period, arm, bin"""
 
@@ -56,8 +59,8 @@ class Fold:
     histograms: dict[HistogramKey, float] = field(default_factory=lambda: defaultdict(float))
     baselines: list[Baseline] = field(default_factory=list)
 
-    def add(self, exposure: Exposure, observations: Iterable[Observation]) -> None:
-        """Count observations for the sides of the exposure."""
+    def add(self, exposure: Exposure, observations: Iterable[Observation], seq: int) -> None:
+        """Count observations for the sides of the exposure, as of that place in the log."""
         seen = list(observations)
         for side in exposure.sides:
             own = self.statistics[exposure.experiment_id, exposure.user, exposure.period, side]
@@ -65,6 +68,8 @@ class Fold:
                 sums = own.setdefault(metric, [0.0, 0.0])
                 sums[0] += 1.0
                 sums[1] += value
+                if metric in USER_MEANS and (len(sums) == 2 or seq < sums[2]):
+                    sums[2:] = (seq, value)
 
     def respond(self, exposure: Exposure) -> None:
         """Turn the interaction's counted 0 of the response rate into a 1."""
@@ -104,13 +109,14 @@ def _fold_exposure(
 ) -> None:
     if exposure.seq > after:
         fold.exposures.append(exposure)
-        fold.add(exposure, (*of_interaction(exposure.body, settings), (RESPONSE_RATE, 0.0)))
+        fold.add(exposure, (*of_interaction(exposure.body, settings), (RESPONSE_RATE, 0.0)), exposure.seq)
         fold.time(exposure)
     responded = False
     for reaction in group:
         first = reaction.event.kind == "feedback" and is_explicit(reaction.event.body) and not responded
-        if max(reaction.seq, exposure.seq) > after:
-            fold.add(exposure, _of_reaction(reaction))
+        counted_at = max(reaction.seq, exposure.seq)
+        if counted_at > after:
+            fold.add(exposure, _of_reaction(reaction), counted_at)
             if first:
                 fold.respond(exposure)
         responded = responded or first

@@ -28,7 +28,14 @@ def read_logged(engine: Engine, experiment_id: str) -> Logged:
     experiment = get_experiment(engine, experiment_id)
     requests: dict[str, tuple[str, bool, float]] = {}
     rewards: dict[str, list[float]] = {}
-    own = Design(experiment.tenant, experiment.agent, experiment.candidate, experiment.config.get("mode") == "bandit")
+    own = Design(
+        experiment.tenant,
+        experiment.agent,
+        experiment.modality,
+        experiment.candidate,
+        experiment.created_at_us,
+        experiment.config.get("mode") == "bandit",
+    )
     designs = Designs({experiment_id: own})
     for recorded in EventLog(engine).scan(kinds=["interaction", "feedback"], tenant=experiment.tenant):
         event = recorded.event

@@ -42,7 +42,7 @@ _TABLE = (
     Metric("ttft_over_slo", "proportion", "lower", 0.01, False, "first token after `experiment.ttft_slo_s`"),
     Metric("refusal_rate", "proportion", "lower", 0.01, False, "refused or filtered"),
     Metric("safety_incident_rate", "proportion", "lower", 0.001, False, "flagged for safety"),
-    Metric("feedback_response_rate", "proportion", "higher", 0.05, False, "with any explicit feedback"),
+    Metric("feedback_response_rate", "proportion", "higher", 0.05, True, "with any explicit feedback"),
     Metric("tool_error_rate", "proportion", "lower", 0.01, False, "failed results among those of the tools called"),
     Metric("hallucination_rate", "proportion", "lower", 0.01, False, "graded answers that their context does not bear"),
     Metric("win_rate", "ratio", "higher", 0.03, False, "wins over the other arm's shadow answer, a tie one half"),

@@ -8,7 +8,7 @@ histograms, users, and what was known about users beforehand.
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -33,10 +33,10 @@ from cluster.tables import (
 )
 from data.events import RecordedEvent
 from data.log import LOOKUP_CHUNK, EventLog, save_cursor
+from data.moments import EVERYBODY, TERMS, SumChanges
 from serve.experiments.exposures import BANDIT, RAMP, Design, Designs, Exposure, may_count
 from serve.experiments.fold import Baseline, Fold, Sums, UserKey, fold_groups
 from serve.experiments.metrics import is_failed
-from serve.experiments.moments import EVERYBODY, TERMS, SumChanges
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,17 @@ class Projection:
         self.watch_us = round(settings.rollout.restore_window_s * SECOND_US)
         self.log = EventLog(engine)
 
-    def catch_up(self) -> int:
-        """Fold everything the log holds; the number of events read."""
-        total = 0
+    def catch_up(self, goes_on: Callable[[], bool] = lambda: True) -> int:
+        """Fold what the log holds at this moment; the number of events read.
+
+        What is appended meanwhile is for the next time: under steady traffic this would not end. `goes_on` is asked
+        before each page but the first.
+        """
+        newest, total = self.log.last_seq(), 0
         while read := self.step():
             total += read
+            if self.log.cursor(CURSOR) >= newest or not goes_on():
+                break
         return total
 
     def step(self) -> int:
@@ -136,11 +142,15 @@ class Projection:
         return Designs({row["experiment_id"]: self._design(row) for row in rows})
 
     def _design(self, row: Mapping[Any, Any]) -> Design:
-        is_bandit = row["config"].get("mode") == BANDIT
-        until_us = None
-        if not is_bandit and row["outcome"] in (None, "promote"):
-            until_us = FOR_EVER if row["ended_at_us"] is None else row["ended_at_us"] + self.watch_us
-        return Design(row["tenant"], row["agent"], row["candidate"], is_bandit, until_us)
+        is_bandit, until_us = row["config"].get("mode") == BANDIT, row["ended_at_us"]
+        if is_bandit:
+            until_us = None
+        elif until_us is None:
+            until_us = FOR_EVER
+        elif row["outcome"] == "promote":
+            until_us += self.watch_us
+        named = {name: row[name] for name in ("tenant", "agent", "modality", "candidate", "created_at_us")}
+        return Design(**named, is_bandit=is_bandit, watched_until_us=until_us)
 
     def _apply(self, connection: Connection, fold: Fold) -> None:
         keys = {(e.experiment_id, e.user) for e in fold.exposures} | {key[:2] for key in fold.statistics}
@@ -150,7 +160,9 @@ class Projection:
         merge_rows(connection, experiment_users, changed)
         _save_arms(connection, before, fold.exposures)
         _save_first_requests(connection, fold.exposures, self.first_requests)
-        _save_statistics(connection, fold.statistics, before, after)
+        # a reaction to an answer that was folded before its experiment was known belongs to nobody
+        known = {key: sums for key, sums in fold.statistics.items() if key[:2] in after}
+        _save_statistics(connection, known, before, after)
         histograms = [(*key, count) for key, count in fold.histograms.items()]
         merge_rows(connection, arm_histograms, histograms, add=("count",))
         _save_baselines(connection, fold.baselines)
@@ -273,27 +285,32 @@ def _save_statistics(
     changes, rows = SumChanges(), []
     for key, sums in added.items():
         old, was_out, user = stored.get(key, {}), _is_out(before.get(key[:2])), after[key[:2]]
-        new = old | {name: (a[0] + n, a[1] + y) for name, (n, y) in sums.items() for a in [old.get(name, NOTHING)]}
+        new = old | {name: _added(old.get(name, NOTHING), more) for name, more in sums.items()}
         rows.append((*key, orjson.dumps(new).decode()))
         for name in old | sums if user.excluded else sums:
-            then = NOTHING if was_out else old.get(name, NOTHING)
-            now = NOTHING if user.excluded else new[name]
+            then = NOTHING if was_out else old.get(name, NOTHING)[:2]
+            now = NOTHING if user.excluded else new[name][:2]
             changes.add(key, name, user.segments, (*then, *now), user.covariates.get(name))
     for key in (key for key in stored if key[:2] in leaving and key not in added):
         user = after[key[:2]]
         for name, sums_before in stored[key].items():
-            changes.add(key, name, user.segments, (*sums_before, *NOTHING), user.covariates.get(name))
+            changes.add(key, name, user.segments, (*sums_before[:2], *NOTHING), user.covariates.get(name))
     merge_rows(connection, arm_statistics, rows)
     merge_rows(connection, arm_moments, changes.rows(), add=TERMS)
+
+
+def _added(known: Sequence[float], more: Sequence[float]) -> tuple[float, ...]:
+    """Counts and totals together; of two first observations the one that was there."""
+    return (known[0] + more[0], known[1] + more[1], *(known[2:] or more[2:]))
 
 
 def _is_out(user: User | None) -> bool:
     return user is not None and bool(user.excluded)
 
 
-def _stored(connection: Connection, keys: Iterable[Person]) -> dict[UserKey, dict[str, tuple[float, float]]]:
+def _stored(connection: Connection, keys: Iterable[Person]) -> dict[UserKey, dict[str, tuple[float, ...]]]:
     """All per-user statistics of these users."""
-    found: dict[UserKey, dict[str, tuple[float, float]]] = {}
+    found: dict[UserKey, dict[str, tuple[float, ...]]] = {}
     for experiment_id, users in _by_first(keys).items():
         for chunk in _chunks(users):
             query = sa.select(arm_statistics).where(

@@ -1,7 +1,7 @@
 """Reads an experiment's evidence from its running sums: a few rows a metric, whatever the log holds."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import orjson
 import sqlalchemy as sa
@@ -19,12 +19,12 @@ from cluster.tables import (
     experiments,
 )
 from data.log import EventLog
+from data.moments import EVERYBODY, TERMS
 from serve.experiments import srm
-from serve.experiments.comparisons import Moments, design_effect
-from serve.experiments.evidence import Evidence, Reading, SplitReading, UserValues, read_metric
+from serve.experiments.comparisons import Moments
+from serve.experiments.evidence import AnomalyReading, Evidence, Reading, SplitReading, UserValues, read_metric
 from serve.experiments.fold import LATENCY, RESPONSE_RATE
 from serve.experiments.metrics import Metric, find_metric
-from serve.experiments.moments import EVERYBODY, TERMS
 from serve.experiments.projection import CURSOR, FIRST_REQUESTS, KINDS
 from serve.experiments.quantiles import BINS, QuantileReading, equal_quantiles_p_value, read_quantile
 
@@ -46,6 +46,8 @@ LAG = sa.select(sa.func.count()).where(
 )
 """Made once: building a statement takes longer than these take to run. The last one counts what is not folded yet."""
 ANOMALY = "anomaly.detected"
+METRIC_OF_SIGNAL = {"errors": "error_rate", "tool_errors": "tool_error_rate", "safety": "refusal_rate"}
+"""Signals of the routers and the metric that bears them out; `latency` is borne out by the p95 itself."""
 Arms = dict[str, Moments]
 """`candidate`, `control` and, where stable stood in for the candidate, `fallback` -> sums."""
 
@@ -63,7 +65,7 @@ def read_evidence(
 
     `control_period`: compare with the control of that period, for a candidate that has been promoted.
     """
-    anomalies = _anomalies(engine, experiment_id)
+    signals = _signals(engine, experiment_id)
     with engine.connect() as connection:
         arms = _moments(connection, experiment_id, period)
         if control_period is not None:
@@ -72,7 +74,7 @@ def read_evidence(
         required = [settings.primary, *settings.further_primaries, *settings.guardrails]
         optional = [name for name in settings.guardrails_when_present if name not in required]
         names = [*required, *optional]
-        alpha = settings.alpha / len(names) / periods
+        alpha = settings.alpha / _num_tests(names) / periods
         readings = {name: _read(connection, experiment_id, period, name, arms, settings, alpha) for name in names}
         exposed = arms.get("error_rate", {})
         first_requests, first_errors = _first_requests(connection, experiment_id)
@@ -93,7 +95,7 @@ def read_evidence(
             response=read_metric(
                 find_metric(RESPONSE_RATE, settings), *_two(arms.get(RESPONSE_RATE, {})), settings, settings.alpha
             ),
-            anomalies=anomalies,
+            anomalies=_anomalies(connection, experiment_id, period, signals, arms, settings, alpha),
         )
         return found.finite()
 
@@ -143,19 +145,10 @@ def segments_of(engine: Engine, experiment_id: str) -> list[str]:
 def read_latency(
     engine: Engine, experiment_id: str, settings: ExperimentSettings, *, period: str, quantile: float = 0.95
 ) -> tuple[dict[str, QuantileReading], float | None]:
-    """A quantile of each arm's latency in seconds with its always-valid interval, and the p-value of "equal".
-
-    Requests of one user resemble each other, so counts are divided by the design effect of being over the SLO.
-    """
-    h = arm_histograms.c
-    query = sa.select(h.arm, h.bin, h.count).where(
-        h.experiment_id == experiment_id, h.metric == LATENCY, h.period == period, h.arm.in_(("candidate", "control"))
-    )
-    counts: dict[str, list[float]] = {}
+    """A quantile of each arm's latency in seconds with its always-valid interval, and the p-value of "equal"."""
     with engine.connect() as connection:
-        over = _moments(connection, experiment_id, period).get("latency_over_slo", {})
-        for arm, number, count in connection.execute(query):
-            counts.setdefault(arm, [0.0] * BINS)[number] += count / (design_effect(over[arm]) if arm in over else 1.0)
+        arms = _moments(connection, experiment_id, period).get("latency_over_slo", {})
+        counts = _latencies(connection, experiment_id, period, arms)
     alpha, tuning = settings.alpha, settings.tuning_trials
     found = {arm: read_quantile(own, quantile, alpha, tuning) for arm, own in sorted(counts.items())}
     p_value = None
@@ -213,21 +206,25 @@ def _is_small(metric: Metric, candidate: Moments, control: Moments, settings: Ex
 
 
 def _user_values(connection: Connection, experiment_id: str, period: str, metric: str) -> UserValues:
-    """Each user's own mean, users in the order of their first exposure; only read for small samples."""
+    """Each user's first value, in the order in which they came; only read for small samples.
+
+    Whoever bets on a value must not have seen it: a mean that later values change, or that is put before others which
+    were known, would be another game at every look.
+    """
     s, u = arm_statistics.c, experiment_users.c
     same = (u.experiment_id == s.experiment_id) & (u.user_id == s.user_id)
     query = (
         sa.select(s.arm, s.sums)
         .join_from(arm_statistics, experiment_users, same)
         .where(s.experiment_id == experiment_id, s.period == period, u.excluded.is_(False))
-        .order_by(u.first_seen_us, u.user_id)
     )
-    values: dict[str, list[float]] = defaultdict(list)
+    firsts: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for arm, text in connection.execute(query):
-        count, total = orjson.loads(text).get(metric, (0.0, 0.0))
-        if count > 0:
-            values[arm].append(total / count)
-    return UserValues(tuple(values["candidate"]), tuple(values["control"]))
+        _, _, *first = orjson.loads(text).get(metric, (0.0, 0.0))
+        if first:
+            firsts[arm].append((first[0], first[1]))
+    candidate, control = (tuple(value for _, value in sorted(firsts[arm])) for arm in ("candidate", "control"))
+    return UserValues(candidate, control)
 
 
 def _moments(connection: Connection, experiment_id: str, period: str, segment: str = EVERYBODY) -> dict[str, Arms]:
@@ -289,20 +286,85 @@ def _last_seen(rows: Sequence[ArmRow]) -> dict[str, int]:
     return seen
 
 
-def _anomalies(engine: Engine, experiment_id: str) -> tuple[str, ...]:
-    """What routers recorded of the candidate while it was in this experiment, each signal once."""
+def _latencies(connection: Connection, experiment_id: str, period: str, arms: Arms) -> dict[str, list[float]]:
+    """Latencies of both arms by bin, all requests of a user counting as one.
+
+    Requests of one user resemble each other, and a histogram does not say how much; this is the most they can.
+    """
+    effects = {side: own.sum_nn / own.sum_n for side, own in arms.items()}
+    h = arm_histograms.c
+    query = sa.select(h.arm, h.bin, h.count).where(
+        h.experiment_id == experiment_id, h.metric == LATENCY, h.period == period, h.arm.in_(("candidate", "control"))
+    )
+    counts: dict[str, list[float]] = {}
+    for arm, number, count in connection.execute(query):
+        counts.setdefault(arm, [0.0] * BINS)[number] += count / effects.get(arm, 1.0)
+    return counts
+
+
+def _num_tests(names: Collection[str]) -> int:
+    """Over how many tests alpha is split: the metrics, what bears out the routers' signals beside them, and the p95."""
+    return len({*names, *METRIC_OF_SIGNAL.values()}) + 1
+
+
+def _anomalies(
+    connection: Connection,
+    experiment_id: str,
+    period: str,
+    signals: Mapping[str, str],
+    arms: dict[str, Arms],
+    settings: ExperimentSettings,
+    alpha: float,
+) -> tuple[AnomalyReading, ...]:
+    """Each signal with what the numbers of the whole experiment say to it."""
+    found = []
+    for signal, said in signals.items():
+        if signal == "latency":
+            certain = _is_slower(connection, experiment_id, period, arms, settings, alpha)
+        else:
+            reading = _read(connection, experiment_id, period, METRIC_OF_SIGNAL[signal], arms, settings, alpha)
+            enough = reading.users >= settings.breach_min_users_per_arm
+            certain = enough and reading.harm_low is not None and reading.harm_low > 0
+        found.append(AnomalyReading(signal, said, certain))
+    return tuple(found)
+
+
+def _is_slower(
+    connection: Connection,
+    experiment_id: str,
+    period: str,
+    arms: dict[str, Arms],
+    settings: ExperimentSettings,
+    alpha: float,
+) -> bool:
+    """Whether the candidate's p95 is above control's for certain."""
+    moments = arms.get("error_rate", {})
+    two = [own for own in _two(moments) if own is not None and own.users >= settings.breach_min_users_per_arm]
+    if len(two) < 2:
+        return False
+    counts = _latencies(connection, experiment_id, period, moments)
+    if len(counts) < 2:
+        return False
+    p95 = {arm: read_quantile(own, 0.95, alpha, settings.tuning_users) for arm, own in counts.items()}
+    candidate, control = p95["candidate"], p95["control"]
+    p_value = equal_quantiles_p_value(counts["candidate"], counts["control"], 0.95, settings.tuning_users)
+    return p_value <= alpha and bool(candidate and control and candidate.value > control.value)
+
+
+def _signals(engine: Engine, experiment_id: str) -> dict[str, str]:
+    """What routers recorded of the candidate while it was in this experiment: each signal, and its last words."""
     e, x = events.c, experiments.c
     with engine.connect() as connection:
         experiment = connection.execute(sa.select(experiments).where(x.experiment_id == experiment_id)).first()
         if experiment is None:
-            return ()
+            return {}
         since = sa.and_(e.kind == ANOMALY, e.tenant == experiment.tenant, e.recorded_at_us >= experiment.created_at_us)
         first = connection.execute(sa.select(sa.func.min(e.seq)).where(since)).scalar()
     if first is None:
-        return ()
+        return {}
     found = {}
     for recorded in EventLog(engine).scan(first - 1, kinds=[ANOMALY], tenant=experiment.tenant):
         body = recorded.event.body
         if body.get("experiment_id") == experiment_id and body.get("version") == experiment.candidate:
             found[body["signal"]] = f"{body['signal']} {body['value']:.3g}, above {body['limit']:.3g}"
-    return tuple(found[signal] for signal in sorted(found))
+    return dict(sorted(found.items()))

@@ -8,8 +8,8 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import InputError
 from cluster.settings import Settings
+from data.moments import EVERYBODY
 from serve.experiments.caveats import caveats
-from serve.experiments.moments import EVERYBODY
 from serve.experiments.readings import (
     periods_of,
     read_all,

@@ -96,6 +96,7 @@ def create_experiment(
     buckets: tuple[float, float] = (0.0, 1.0),
     layer: str | None = None,
     workspace: str = "default",
+    at_us: int | None = None,
 ) -> Experiment:
     """Insert an experiment as part of the caller's transaction. It claims `buckets` of its layer on the route.
 
@@ -130,7 +131,7 @@ def create_experiment(
         config=dict(config),
         state="running",
         outcome=None,
-        created_at_us=now_us(),
+        created_at_us=now_us() if at_us is None else at_us,
         ended_at_us=None,
     )
     values = {name: getattr(experiment, name) for name in Experiment.__slots__}
@@ -139,12 +140,19 @@ def create_experiment(
 
 
 def end_experiment(connection: Connection, experiment_id: str, outcome: Outcome, at_us: int) -> None:
-    """Record how it ended. Ending it again changes nothing."""
+    """Record how it ended. Ending it again changes nothing, but that a promotion may be taken back."""
+    running, promoted = experiments.c.state == "running", experiments.c.outcome == "promote"
     connection.execute(
         experiments.update()
-        .where(experiments.c.experiment_id == experiment_id, experiments.c.state == "running")
+        .where(experiments.c.experiment_id == experiment_id, running if outcome == "promote" else running | promoted)
         .values(state="ended", outcome=outcome, ended_at_us=at_us)
     )
+
+
+def note_in_config(connection: Connection, experiment: Experiment, **values: Any) -> None:
+    """Keep something beside what the experiment was started with."""
+    changed = experiments.update().where(experiments.c.experiment_id == experiment.experiment_id)
+    connection.execute(changed.values(config=experiment.config | values))
 
 
 def get_experiment(engine: Engine, experiment_id: str) -> Experiment:

@@ -9,10 +9,10 @@ from sqlalchemy.engine import Engine
 from cluster.errors import NotFoundError
 from cluster.settings import Settings
 from cluster.tables import arm_history
+from data.moments import TERMS
 from serve.experiments.comparisons import Moments
 from serve.experiments.evidence import read_metric
 from serve.experiments.metrics import find_metric
-from serve.experiments.moments import TERMS
 from serve.experiments.readings import periods_of, read_moments
 
 DOTS_PER_INCH = 120

@@ -48,7 +48,7 @@ def apply_pending(steps: Steps, rollout: Rollout) -> Rollout:
     if decision.outcome in ("start", "advance", "unfreeze"):
         done = _apply_share(steps, rollout, decision, pending["route"])
     elif decision.outcome == "promote":
-        done = _apply_promotion(steps, rollout, decision, number, actor, pending["route"])
+        return _apply_promotion(steps, rollout, decision, pending)
     elif not _can_restore(steps, rollout, decision):
         return rollout
     else:
@@ -70,12 +70,13 @@ def _apply_share(steps: Steps, rollout: Rollout, decision: Decision, seen: dict[
     return steps.set_route(rollout, change_of, decision.reason, None if takes_back else seen)
 
 
-def _apply_promotion(
-    steps: Steps, rollout: Rollout, decision: Decision, number: int, actor: str, seen: dict[str, Any] | None
-) -> bool:
-    candidate = rollout.experiment.candidate
-    if not steps.set_route(rollout, lambda _: route_promoted(rollout), decision.reason, seen):
-        return False
+def _apply_promotion(steps: Steps, rollout: Rollout, decision: Decision, pending: dict[str, Any]) -> Rollout:
+    """The alias moves once every router gives the candidate to everybody; until they can be read, it waits."""
+    candidate, number, actor = rollout.experiment.candidate, pending["number"], pending["actor"]
+    if not steps.set_route(rollout, lambda _: route_promoted(rollout), decision.reason, pending["route"]):
+        return _give_way(steps, rollout)
+    if not steps.is_shown(rollout):
+        return _wait_for_routers(steps, rollout, pending["at_us"])
     steps.set_champion(rollout, candidate, actor, decision.reason)
     steps.note_decision(rollout, number)
     details = {"rollout_id": rollout.rollout_id, "previous": rollout.experiment.stable}
@@ -85,7 +86,23 @@ def _apply_promotion(
         {"version": candidate, "change": "alias", "alias": "champion", "details": details},
     )
     steps.end_experiment(rollout, "promote")
-    return True
+    return steps.finish(rollout, decision)
+
+
+def _wait_for_routers(steps: Steps, rollout: Rollout, decided_us: int) -> Rollout:
+    """A promotion that nobody can see is none: past the limit of holds it is taken back."""
+    waited_s = (steps.clock() - decided_us) / SECOND_US
+    log.warning("rollout %s: the routers do not show its promotion after %.0f s", rollout.rollout_id, waited_s)
+    if waited_s <= rollout.settings.rollout.hold_limit_s:
+        return rollout
+    reason = f"the routers did not show its promotion in {waited_s:.0f} s"
+    decision = Decision(
+        "rollback", "unconfirmed", reason, "rolling_back", rollout.stage, 0.0,
+        ends_as="inconclusive", details={"restores": True},
+    )  # fmt: skip
+    route = read_route(steps.engine, rollout.key)
+    record = {"route_revision": route.revision, "route": standing(route, rollout)}
+    return record_and_apply(steps, rollout, decision, record, WRITER)
 
 
 def _can_restore(steps: Steps, rollout: Rollout, decision: Decision) -> bool:

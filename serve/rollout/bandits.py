@@ -12,14 +12,24 @@ from sqlalchemy.engine import Engine
 
 from cluster.clock import SECOND_US
 from cluster.database import write
-from cluster.errors import ConflictError, InputError
+from cluster.errors import ConflictError, InputError, RayloopError, UnavailableError
 from cluster.settings import Settings
 from serve.experiments.bandit import posterior, probability_better, thompson_share
 from serve.experiments.comparisons import Moments, design_effect
 from serve.experiments.exposures import BANDIT
 from serve.experiments.metrics import find_metric
-from serve.experiments.readings import read_moments
-from serve.experiments.store import Experiment, create_experiment, end_experiment, get_experiment, running_bandits
+from serve.experiments.readings import read_evidence, read_moments
+from serve.experiments.store import (
+    Experiment,
+    Outcome,
+    create_experiment,
+    end_experiment,
+    get_experiment,
+    note_in_config,
+    running_bandits,
+)
+from serve.rollout.decide import harm_of
+from serve.rollout.state import RolloutConfig
 from serve.rollout.steps import WRITER, Steps
 from serve.routes import Route, RouteKey, read_route, write_route
 
@@ -58,25 +68,47 @@ def start_bandit(steps: Steps, settings: Settings, key: RouteKey, candidate: str
             find_version=steps.versions.get,
             config={"mode": BANDIT, "primary": primary, "floor": floor, "started_by": actor},
             workspace=settings.workspace,
+            at_us=steps.clock(),
         )
     steps.want(version.id)
     return made
 
 
 def tick_bandits(steps: Steps, settings: Settings) -> None:
-    """One look at every bandit; a bandit that fails stays as it is."""
+    """One look at every bandit; one that fails stays as it is, and `rayloop experiment show` says why."""
     for experiment in running_bandits(steps.engine):
+        failure = None
         try:
             tick_bandit(steps, settings, experiment)
-        except ConflictError as error:
+        except RayloopError as error:
+            failure = str(error)
             log.warning("bandit %s stays as it is: %s", experiment.experiment_id, error)
+        except Exception as error:  # one bandit's failure keeps nobody from looking at the others
+            failure = repr(error)
+            log.exception("bandit %s stays as it is", experiment.experiment_id)
+        if experiment.config.get("waits_for") != failure:
+            with write(steps.engine).begin() as connection:
+                note_in_config(connection, experiment, waits_for=failure)
 
 
 def tick_bandit(steps: Steps, settings: Settings, experiment: Experiment) -> Route:
-    """Begin it when its candidate is held, or let its share follow the evidence; the route afterwards."""
+    """Begin it when its candidate is held, or let its share follow the evidence; the route afterwards.
+
+    A candidate that fails its first requests, or breaches a guardrail, leaves at once as it does in a rollout.
+
+    Raises:
+        UnavailableError: the candidate is not held yet, or fails its smoke test.
+        ConflictError: somebody has changed the route since the experiment was made.
+    """
     route = read_route(steps.engine, experiment.key)
     if route.experiment_id != experiment.experiment_id:
         return _begin(steps, experiment, route)
+    evidence = read_evidence(steps.engine, experiment.experiment_id, settings.experiment, period=BANDIT)
+    harm = harm_of(evidence, RolloutConfig.of(settings))
+    if harm is not None and settings.automation.rollback_on_regression:
+        log.warning("bandit %s ends: %s", experiment.experiment_id, harm[1])
+        _end(steps, experiment, "stable", "rejected_by_guardrail", f"bandit ended: {harm[1]}", WRITER)
+        return read_route(steps.engine, experiment.key)
     age_s = (steps.clock() - route.updated_at_us) / SECOND_US
     if route.updated_by != WRITER or age_s < settings.experiment.bandit_update_s:
         return route
@@ -128,29 +160,34 @@ def end_bandit(steps: Steps, experiment_id: str, keep: Kept, *, actor: str) -> E
         raise InputError("keep", keep, "must be `stable` or `candidate`", "name the arm that stays")
     if experiment.state != "running" or experiment.config.get("mode") != BANDIT:
         raise ConflictError(f"{experiment_id} is no running bandit; see `rayloop experiment list`")
+    outcome: Outcome = "promote" if keep == "candidate" else "keep"
+    _end(steps, experiment, keep, outcome, f"bandit ended by {actor}, {keep} stays", actor)
+    return get_experiment(steps.engine, experiment_id)
+
+
+def _end(steps: Steps, experiment: Experiment, keep: Kept, outcome: Outcome, reason: str, writer: str) -> None:
     route = read_route(steps.engine, experiment.key)
-    if route.experiment_id == experiment_id:
+    if route.experiment_id == experiment.experiment_id:
         change: dict[str, Any] = {"candidate": None, "share": 0.0, "experiment_id": None}
         change |= {"stable": experiment.candidate} if keep == "candidate" else {}
-        _write(steps, experiment, route, change, f"bandit ended by {actor}, {keep} stays", writer=actor)
+        _write(steps, experiment, route, change, reason, writer=writer)
     with write(steps.engine).begin() as connection:
-        end_experiment(connection, experiment_id, "promote" if keep == "candidate" else "keep", steps.clock())
+        end_experiment(connection, experiment.experiment_id, outcome, steps.clock())
     if keep == "stable":
         steps.unwant(experiment.candidate)
-    return get_experiment(steps.engine, experiment_id)
 
 
 def _begin(steps: Steps, experiment: Experiment, route: Route) -> Route:
     """First users, unless somebody has touched the route since the experiment was made."""
     touched = route.updated_at_us >= experiment.created_at_us
     if touched or route.arms or route.pinned or route.stable != experiment.stable:
-        return route
-    if steps.servables.status(experiment.candidate)[0] != "ready":
-        return route
+        raise ConflictError(f"the route was changed by {route.updated_by} before the start")
+    status, said = steps.servables.status(experiment.candidate)
+    if status != "ready":
+        raise UnavailableError(f"{experiment.candidate} is not servable: {said or status}")
     broken = steps.routers.smoke(route, experiment.candidate)
     if broken is not None:
-        log.warning("bandit %s waits: the smoke test of %s failed: %s", experiment.experiment_id, route.agent, broken)
-        return route
+        raise UnavailableError(f"the smoke test of {experiment.candidate} failed: {broken}")
     change = {
         "candidate": experiment.candidate,
         "share": min(FIRST_SHARE, route.max_share),

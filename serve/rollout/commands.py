@@ -106,6 +106,7 @@ def _start_all(
                 buckets=(low, round(low + config.width, DIGITS)),
                 layer=layer,
                 workspace=settings.workspace,
+                at_us=steps.clock(),
             )
             low = experiment.bucket_high
             made.append(_new(experiment, config, actor, steps.clock()))

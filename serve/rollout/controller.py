@@ -9,17 +9,21 @@ twice. People's commands go through the same steps, so they work at once and wit
 import logging
 import os
 import socket
+import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.clock import SECOND_US
+from cluster.database import write
 from cluster.errors import RayloopError
 from cluster.lease import acquire_lease, release_lease
 from cluster.registry import NEEDS_RETRAINING_TAG, RETRAIN
 from cluster.settings import Settings
+from data.log import EventLog, save_cursor
 from serve.experiments.evidence import Evidence
 from serve.experiments.exposures import AFTER
 from serve.experiments.projection import Projection
@@ -31,12 +35,16 @@ from serve.rollout.decide import decide
 from serve.rollout.placement import holds, others_share, route_at, standing, strangers
 from serve.rollout.state import LIVE, Decision
 from serve.rollout.steps import WRITER, Steps
-from serve.rollout.store import Rollout, live_rollouts, promoted_rollouts
+from serve.rollout.store import Rollout, get_rollout, live_rollouts, promoted_rollouts
 from serve.routes import Route, read_route
 
 log = logging.getLogger(__name__)
 
 LEASE = "rollout-controller"
+LOOKED = "rollouts"
+"""Cursor that holds when every rollout was last looked at, by the clock."""
+UNREADABLE = (sa.exc.SQLAlchemyError, ValueError, ArithmeticError, LookupError)
+"""What statistics that cannot be had or make no sense end in: a hold."""
 
 
 class Controller:
@@ -51,41 +59,77 @@ class Controller:
     def tick(self) -> bool:
         """Count the log and look at every live rollout; `False` when another controller is in charge.
 
-        A rollout that fails is logged and left as it is (which is a hold) until the next tick.
+        What is decided already is applied before anything is counted, and without being in charge: two may do it, and
+        a dead controller's lease need not run out first. A rollout that fails is logged, says so in its status, and is
+        left as it is (which is a hold) until the next tick.
         """
-        duration_s = self.settings.rollout.lease_s
-        if not acquire_lease(self.steps.engine, LEASE, self.holder, duration_s, self.steps.clock()):
+        is_leader = self.leads()
+        self._apply_recorded()
+        if not is_leader:
             return False
+        looked_us = EventLog(self.steps.engine).cursor(LOOKED)
         counted = self._count()
         window_us = round(self.settings.rollout.restore_window_s * SECOND_US)
         promoted = promoted_rollouts(self.steps.engine, self.steps.clock() - window_us)
         for rollout in [*live_rollouts(self.steps.engine), *promoted]:
-            try:
-                tick_rollout(self.steps, rollout, counted=counted)
-            except RayloopError as error:
-                log.warning("rollout %s stays as it is: %s", rollout.rollout_id, error)
-            except sa.exc.SQLAlchemyError:
-                log.exception("rollout %s stays as it is: its tick failed", rollout.rollout_id)
+            if not self.leads():
+                return False
+            self._try(rollout, lambda own: tick_rollout(self.steps, own, counted=counted, looked_us=looked_us))
+        with write(self.steps.engine).begin() as connection:
+            save_cursor(connection, LOOKED, self.steps.clock())
         if counted:
             tick_bandits(self.steps, self.settings)
         self.steps.servables.sync(self.steps.clock())
         return True
 
+    def leads(self) -> bool:
+        """Take or renew the lease; `False` while another controller has it."""
+        rollout = self.settings.rollout
+        return acquire_lease(self.steps.engine, LEASE, self.holder, rollout.lease_s, self.steps.clock())
+
     def close(self) -> None:
         """Let another controller take over at once."""
         release_lease(self.steps.engine, LEASE, self.holder)
 
-    def _count(self) -> bool:
+    def _apply_recorded(self) -> None:
+        for rollout in live_rollouts(self.steps.engine):
+            if rollout.pending_decision is not None:
+                self._try(rollout, lambda own: apply_until_settled(self.steps, own))
+
+    def _try(self, rollout: Rollout, act: Callable[[Rollout], Rollout]) -> None:
+        """One rollout's failure, whatever it is, keeps nobody from looking at the others."""
+        failure = None
         try:
-            self.projection.catch_up()
-        except (sa.exc.SQLAlchemyError, ValueError, ArithmeticError):
+            rollout = act(rollout)
+        except RayloopError as error:
+            failure = str(error)
+            log.warning("rollout %s stays as it is: %s", rollout.rollout_id, error)
+        except Exception as error:
+            failure = repr(error)
+            log.exception("rollout %s stays as it is: its tick failed", rollout.rollout_id)
+        try:
+            self._note(rollout, failure)
+        except (RayloopError, sa.exc.SQLAlchemyError) as error:
+            log.warning("rollout %s: its failure could not be noted: %s", rollout.rollout_id, error)
+
+    def _note(self, rollout: Rollout, failure: str | None) -> None:
+        """Keep why a rollout could not be looked at, until it can be."""
+        if rollout.progress.get("failure") != failure:
+            self.steps.remember(get_rollout(self.steps.engine, rollout.rollout_id), failure=failure)
+
+    def _count(self) -> bool:
+        """Count the log for at most the time between two ticks; the rest is counted with the next."""
+        ends = time.monotonic() + self.settings.rollout.tick_s
+        try:
+            self.projection.catch_up(lambda: time.monotonic() < ends and self.leads())
+        except UNREADABLE:
             log.exception("the log could not be counted; rollouts hold")
             return False
         return True
 
 
-def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True) -> Rollout:
-    """One step of one rollout; returns it as it is afterwards."""
+def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True, looked_us: int = 0) -> Rollout:
+    """One step of one rollout; returns it as it is afterwards. `looked_us`: when all of them were last looked at."""
     if rollout.pending_decision is not None:
         return apply_until_settled(steps, rollout)
     if rollout.state == "pending":
@@ -95,7 +139,7 @@ def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True) -> Rol
         rollout = _release_previous(steps, rollout)
     elif rollout.state not in LIVE:
         return rollout
-    state = rollout.as_state(**_seen(rollout, route))
+    state = rollout.as_state(**_seen(rollout, route), unseen_since_us=_unseen_since(steps, rollout, looked_us))
     evidence = _evidence(steps.engine, rollout) if counted and state.answered_by is None else None
     now_us = steps.clock()
     decision = decide(state, evidence, rollout.settings, now_us)
@@ -112,6 +156,13 @@ def tick_rollout(steps: Steps, rollout: Rollout, *, counted: bool = True) -> Rol
         "route": standing(route, rollout),
     }
     return record_and_apply(steps, rollout, decision, record, WRITER)
+
+
+def _unseen_since(steps: Steps, rollout: Rollout, looked_us: int) -> int | None:
+    """Since when nobody could look at a rollout, where that is longer than it may hold: no database is no success."""
+    since_us = max(looked_us, rollout.updated_at_us)
+    is_long = looked_us and (steps.clock() - since_us) / SECOND_US > rollout.settings.rollout.hold_limit_s
+    return since_us if is_long else None
 
 
 def _needs_retraining(steps: Steps, rollout: Rollout) -> bool:
@@ -141,7 +192,7 @@ def _evidence(engine: Engine, rollout: Rollout) -> Evidence | None:
             periods=config.num_periods + is_over,
             control_period=last if is_over else None,
         )
-    except (sa.exc.SQLAlchemyError, ValueError, ArithmeticError):
+    except UNREADABLE:
         log.exception("evidence of %s could not be read; it holds", rollout.rollout_id)
         return None
 
@@ -169,11 +220,9 @@ def _seen(rollout: Rollout, route: Route) -> dict[str, Any]:
 
 
 def _edited_by(rollout: Rollout, route: Route) -> str | None:
-    """Who moved the route away from where the rollout has put it, if anybody did."""
-    share = rollout.settings.share(rollout.stage)
-    live = next((arm.share for arm in route.live if arm.version == rollout.experiment.candidate), 0.0)
-    as_put = holds(route, route_at(route, rollout, share) | {"pinned": False}) and live == share
-    return None if as_put else route.updated_by
+    """Who moved the route away from where the rollout has put it, if anybody did. A lower ceiling does not move it."""
+    as_put = route_at(route, rollout, rollout.settings.share(rollout.stage)) | {"pinned": False}
+    return None if holds(route, as_put) else route.updated_by
 
 
 def _start_when_ready(steps: Steps, rollout: Rollout) -> Rollout:
@@ -191,12 +240,13 @@ def _start_when_ready(steps: Steps, rollout: Rollout) -> Rollout:
     if config.share(0) + others_share(route, rollout) > route.max_share:
         return _fail(steps, rollout, f"max_share {route.max_share:g} forbids the first stage", record)
     status, said = steps.servables.status(candidate)
-    if status == "absent":
-        steps.want(candidate)
     late = (steps.clock() - rollout.created_at_us) / SECOND_US > config.rollout.start_timeout_s
-    if status == "failed" or (status != "ready" and late):
-        return _fail(steps, rollout, f"{candidate} did not become servable: {said or status}", record)
+    failure = rollout.progress.get("failure")
+    if status == "failed" or (late and (status != "ready" or failure)):
+        return _fail(steps, rollout, f"{candidate} did not become servable: {failure or said or status}", record)
     if status != "ready":
+        if status == "absent":
+            steps.want(candidate)
         return rollout
     broken = steps.routers.smoke(route, candidate)
     if broken is not None:

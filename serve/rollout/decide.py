@@ -3,7 +3,8 @@
 Three outcomes: advance (to the next stage, to a person's approval, or to promotion), hold, roll back.
 Whatever is missing, stale, not a number or too little means hold, and holding too long rolls back, so
 silence never ships a version. A guardrail rolls back when it is worse for certain and by more than its
-margin. The same arguments give the same decision, so a recorded one can be replayed.
+margin; so does what routers found out of the ordinary where the statistics bear it out. The same arguments
+give the same decision, so a recorded one can be replayed.
 """
 
 import math
@@ -12,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.clock import SECOND_US
+from serve.assignment import DIGITS
 from serve.experiments.caveats import caveats
 from serve.experiments.evidence import Evidence, Reading
 from serve.experiments.group_sequential import boundaries, next_look
@@ -27,9 +29,9 @@ def decide(state: RolloutState, evidence: Evidence | None, config: RolloutConfig
 
     `evidence` is `None` when it could not be read.
     """
-    harm = _harm(evidence, config)
     if state.state == "promoted":
-        return _watch(state, harm, config)
+        return _watch(state, _breach(evidence, config) if evidence else None, config)
+    harm = harm_of(evidence, config) if evidence else None
     if harm is not None and config.rollback_on_regression:
         return _roll_back(state, harm, "rejected_by_guardrail")
     if state.superseded_by is not None:
@@ -41,6 +43,9 @@ def decide(state: RolloutState, evidence: Evidence | None, config: RolloutConfig
         return _hold(state, config, ("edited", reason))
     if _held_s(state, now_us) > config.rollout.hold_limit_s:
         return _roll_back(state, ("held_too_long", f"held for {_held_s(state, now_us):.0f} s"), "inconclusive")
+    if _is_above_ceiling(state, config):
+        reason = f"max_share {state.max_share:g} forbids the share of its stage, {config.share(state.stage):g}"
+        return _hold(state, config, ("ceiling", reason))
     if harm is not None:
         return _hold(state, config, (harm[0], f"{harm[1]}; automation.rollback_on_regression is off"))
     unreadable = _unreadable(state, evidence, config, now_us)
@@ -56,18 +61,27 @@ def decide(state: RolloutState, evidence: Evidence | None, config: RolloutConfig
     return _with_caveats(_go_on(state, config), evidence, config).with_look(look)
 
 
-def _harm(evidence: Evidence | None, config: RolloutConfig) -> Problem | None:
+def _is_above_ceiling(state: RolloutState, config: RolloutConfig) -> bool:
+    """Whether the deployment config has since forbidden what the stage has already."""
+    return round(config.share(state.stage) + state.others_share - state.max_share, DIGITS) > 0
+
+
+def harm_of(evidence: Evidence, config: RolloutConfig) -> Problem | None:
     """A reason to roll back at once, or `None`."""
-    if evidence is None:
-        return None
     limit = config.rollout.first_requests_max_errors
     if evidence.first_errors > limit:
         return (
             "first_requests",
             f"{evidence.first_errors} of its first {evidence.first_requests} requests failed",
         )
-    if evidence.anomalies:
-        return "anomaly", f"routers saw it out of the ordinary: {'; '.join(evidence.anomalies)}"
+    certain = [anomaly.said for anomaly in evidence.anomalies if anomaly.is_certain]
+    if certain:
+        return "anomaly", f"routers saw it out of the ordinary, for certain: {'; '.join(certain)}"
+    return _breach(evidence, config)
+
+
+def _breach(evidence: Evidence, config: RolloutConfig) -> Problem | None:
+    """A guardrail that is worse for certain and by more than its margin."""
     for reading in evidence.all_readings:
         if reading.is_breached and reading.users >= config.experiment.breach_min_users_per_arm:
             return "guardrail", f"{reading.metric} is worse: {_shown(reading)}"
@@ -216,7 +230,9 @@ def _with_caveats(decision: Decision, evidence: Evidence, config: RolloutConfig)
 
 
 def _watch(state: RolloutState, harm: Problem | None, config: RolloutConfig) -> Decision:
-    """After a promotion: harm brings the previous champion back, everything else leaves things as they are.
+    """After a promotion: a breached guardrail brings the previous champion back, everything else leaves things as they
+    are. What routers find out of the ordinary then is told to people only: they compare a stable version with its own
+    minutes before, where any passing trouble of the engine shows.
 
     While another version is stable there is nothing to bring back, and nothing to watch.
     """
@@ -254,8 +270,8 @@ def _run(state: RolloutState, config: RolloutConfig, reason: str) -> Decision:
 
 
 def _held_s(state: RolloutState, now_us: int) -> float:
-    since_us = state.holding_since_us
-    return 0.0 if since_us is None else (now_us - since_us) / SECOND_US
+    known = [since_us for since_us in (state.holding_since_us, state.unseen_since_us) if since_us is not None]
+    return (now_us - min(known)) / SECOND_US if known else 0.0
 
 
 def _is_finite(reading: Reading) -> bool:

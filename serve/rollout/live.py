@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 from sqlalchemy.engine import Engine
 
-from cluster.errors import NotFoundError
+from cluster.errors import NotFoundError, UnavailableError
 from cluster.registry import Registry, Version
 from cluster.settings import Settings
 from cluster.settings.experiments import ApplicationSettings
@@ -21,7 +22,8 @@ from serve.applications.driver import Applications, Driver, Status
 from serve.applications.http_json import Api
 from serve.applications.rayservice import RayServiceDriver, access
 from serve.applications.serve_rest import ServeRestDriver, dashboard_url
-from serve.keys import create_key, list_keys, revoke_key
+from serve.keys import create_key, digest_of, list_keys, revoke_key
+from serve.replicas import is_served
 from serve.rollout.steps import Steps
 from serve.routes import Route
 
@@ -29,6 +31,8 @@ log = logging.getLogger(__name__)
 
 SMOKE_USER = "rayloop-smoke-test"
 KEY_NAME = "rollout-controller"
+KEY_LIFETIME_S = 86_400.0
+UNAUTHORIZED = 401
 
 
 class LiveServables:
@@ -112,13 +116,17 @@ class NoRouters:
 
 
 class HttpRouters:
-    """The routers behind one address, spoken to as any client would."""
+    """The routers behind one address, spoken to as any client would, and read back one by one in the database."""
 
-    def __init__(self, url: str, settings: Settings, key_for: Callable[[Route], str]) -> None:
-        self.url, self.settings, self.key_for = url.rstrip("/"), settings, key_for
+    def __init__(self, engine: Engine, url: str, settings: Settings, key_for: Callable[[Route], str]) -> None:
+        self.engine, self.url, self.settings, self.key_for = engine, url.rstrip("/"), settings, key_for
 
     def smoke(self, route: Route, version: str) -> str | None:
-        """Hold each of the configured conversations with the candidate."""
+        """Hold each of the configured conversations with the candidate.
+
+        Raises:
+            UnavailableError: the routers refuse the key, as they do a new one until their next poll.
+        """
         for conversation in self.settings.rollout.smoke_conversations:
             messages: list[dict[str, Any]] = []
             for turn in conversation:
@@ -126,6 +134,8 @@ class HttpRouters:
                 try:
                     messages.append(self._answer(route, version, messages))
                 except (OSError, ValueError, LookupError, TypeError) as error:
+                    if isinstance(error, urllib.error.HTTPError) and error.code == UNAUTHORIZED:
+                        raise UnavailableError("the routers do not know the controller's key (yet)") from None
                     return f"{turn!r}: {_shown(error)}"
         return None
 
@@ -137,19 +147,13 @@ class HttpRouters:
         return message
 
     def shows(self, route: Route) -> bool:
-        """True when the routers answer with this revision, or a later one."""
-        try:
-            agents = self._ask(route, "/v1/agents/status")["data"]
-        except (OSError, ValueError, KeyError) as error:
-            log.info("routers cannot be read back yet: %s", _shown(error))
-            return False
-        mine = (a for a in agents if (a["agent"], a["modality"]) == (route.agent, route.modality))
-        return any(a["revision"] >= route.revision for a in mine)
+        """True when every live replica, a draining one too, serves this revision or a later one."""
+        return is_served(self.engine, route, self.settings.serve.live_after_s)
 
-    def _ask(self, route: Route, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _ask(self, route: Route, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(
             self.url + path,
-            data=json.dumps(body).encode() if body is not None else None,
+            data=json.dumps(body).encode(),
             headers={"authorization": f"Bearer {self.key_for(route)}", "content-type": "application/json"},
         )
         with urllib.request.urlopen(request, timeout=self.settings.rollout.smoke_timeout_s) as response:
@@ -158,27 +162,40 @@ class HttpRouters:
 
 
 class OwnKeys:
-    """An API key for each tenant whose routes the controller reads back; made on demand, revoked at the end."""
+    """An API key for each tenant whose candidates the controller tries; revoked at the end.
+
+    That of the configured tenant is made at once, so that routers know it when it is needed; others on demand. Those
+    of a controller that was killed run out.
+    """
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self.engine, self.settings = engine, settings
-        self._secrets: dict[str, str] = {}
+        self._secrets: dict[str, tuple[str, float]] = {}
+        if not self._given:
+            self._secret_of(settings.tenant)
+
+    @property
+    def _given(self) -> str | None:
+        return os.environ.get(self.settings.rollout.router_key_env)
 
     def __call__(self, route: Route) -> str:
         """The secret for the route's tenant."""
-        given = os.environ.get(self.settings.rollout.router_key_env)
-        if given:
-            return given
-        if route.tenant not in self._secrets:
-            workspace = self.settings.workspace
-            secret = create_key(self.engine, KEY_NAME, route.tenant, workspace, ("chat",))
-            self._secrets[route.tenant] = secret
-        return self._secrets[route.tenant]
+        return self._given or self._secret_of(route.tenant)
+
+    def _secret_of(self, tenant: str) -> str:
+        secret, renewed_at = self._secrets.get(tenant, ("", float("-inf")))
+        if time.monotonic() - renewed_at > KEY_LIFETIME_S / 2:
+            secret = create_key(
+                self.engine, KEY_NAME, tenant, self.settings.workspace, ("chat",), lifetime_s=KEY_LIFETIME_S
+            )
+            self._secrets[tenant] = secret, time.monotonic()
+        return secret
 
     def close(self) -> None:
-        """Revoke every key of a controller, those of one that was killed too."""
+        """Revoke these keys; a successor has its own."""
+        mine = {digest_of(secret) for secret, _ in self._secrets.values()}
         for key in list_keys(self.engine):
-            if key.name == KEY_NAME and key.revoked_at_us is None:
+            if key.digest in mine:
                 revoke_key(self.engine, key.key_id)
         self._secrets.clear()
 
@@ -194,7 +211,7 @@ def controller_steps(engine: Engine, settings: Settings, keys: OwnKeys) -> Steps
     registry = Registry(settings)
     url = settings.rollout.router_url or f"http://{settings.serve.host}:{settings.serve.port}"
     held = LiveServables(engine, registry, settings, applications(engine, settings))
-    return Steps(engine, registry, held, HttpRouters(url, settings, keys))
+    return Steps(engine, registry, held, HttpRouters(engine, url, settings, keys))
 
 
 def applications(engine: Engine, settings: Settings) -> Applications | None:

@@ -32,6 +32,7 @@ def describe(rollout: Rollout) -> dict[str, Any]:
         "check": config.check(rollout.stage),
         "share": config.share(rollout.stage) if rollout.state in ON_TRIAL else 0.0,
         "reason": rollout.reason,
+        "failure": rollout.progress.get("failure"),
         "frozen_by": rollout.progress.get("frozen_by"),
         "approved_stage": rollout.approved_stage,
         "decisions": rollout.decisions,
@@ -49,9 +50,10 @@ def line(rollout: Rollout) -> str:
     known = describe(rollout)
     place = f"stage {known['stage']}/{known['stages']}, {known['share']:.0%}" if known["share"] else known["state"]
     state = known["state"].replace("_", " ") if known["share"] else "ended" if known["outcome"] else "not started"
+    failure = f"; it cannot be looked at: {known['failure']}" if known["failure"] else ""
     return (
         f"{known['rollout_id']}  {known['candidate']} against {known['stable']}  "
-        f"{state} ({place.replace('_', ' ')}): {known['reason']}"
+        f"{state} ({place.replace('_', ' ')}): {known['reason']}{failure}"
     )
 
 

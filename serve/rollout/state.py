@@ -136,6 +136,8 @@ class RolloutState:
     """The route's ceiling."""
     others_share: float = 0.0
     """Share of the other candidates on the route."""
+    unseen_since_us: int | None = None
+    """Since when no controller could look at it, where that is longer than it may hold."""
     superseded_by: str | None = None
     """The version that another rollout has made stable in place of this one's."""
     answered_by: str | None = None

@@ -129,28 +129,32 @@ class Steps:
     ) -> bool:
         """Bring the route to what was decided; `False` when somebody has changed it since the decision.
 
-        `seen` is the route's `standing` at the decision, `None` where theirs need not be respected.
+        `seen` is the route's `standing` at the decision, `None` where theirs need not be respected. A write that lost
+        a race is made again after another reading, for the winner may be another controller that applies the same.
         """
-        route = read_route(self.engine, rollout.key)
-        change = change_of(route)
-        if holds(route, change):
-            return True
-        if seen is not None and standing(route, rollout) != seen:
-            return False
-        try:
-            write_route(
-                self.engine,
-                rollout.key,
-                change,
-                expected_revision=route.revision,
-                writer=WRITER,
-                reason=reason,
-                workspace=rollout.experiment.workspace,
-            )
-        except ConflictError:
-            log.warning("route %s refused %s", rollout.key, change, exc_info=True)
-            return False
-        return True
+        refused = -1
+        while True:
+            route = read_route(self.engine, rollout.key)
+            change = change_of(route)
+            if holds(route, change):
+                return True
+            if route.revision == refused or (seen is not None and standing(route, rollout) != seen):
+                return False
+            refused = route.revision
+            try:
+                write_route(
+                    self.engine,
+                    rollout.key,
+                    change,
+                    expected_revision=route.revision,
+                    writer=WRITER,
+                    reason=reason,
+                    workspace=rollout.experiment.workspace,
+                )
+            except ConflictError as error:
+                log.warning("route %s refused %s: %s", rollout.key, change, error)
+            else:
+                return True
 
     def set_champion(self, rollout: Rollout, version: str, actor: str, reason: str) -> None:
         """Move the alias `champion`, if nobody has decided otherwise meanwhile.

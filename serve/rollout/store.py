@@ -31,7 +31,8 @@ class Rollout:
     pending_decision: dict[str, Any] | None
     """Recorded and not yet fully applied."""
     progress: dict[str, Any]
-    """`looks`, `split_broken`, `frozen_by`, `last_code`; `released` once the previous champion may be unloaded."""
+    """`looks`, `split_broken`, `frozen_by`, `last_code`; `released` once the previous champion may be unloaded;
+    `failure` while it cannot be looked at."""
     config: dict[str, Any]
     reason: str | None
     revision: int

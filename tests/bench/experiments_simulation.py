@@ -4,7 +4,8 @@
     python -m tests.bench.experiments_simulation [--experiments 2000] [--looks 40] [--users 400]
 
 A/A: two equal arms, ten correlated requests a user, looked at continually. The share of experiments in which
-the always-valid bound ever says "worse for certain", beside what plain tests looked at as often would say.
+the always-valid bound ever says "worse for certain", beside what plain tests looked at as often would say; and in
+which an anomaly that a router sees rolls back.
 A/B: a planted harm beyond the margin must be found, and a planted improvement promoted about as often
 as the planner says. Exit code 1 when false alarms exceed alpha or the power is missed.
 """
@@ -20,13 +21,27 @@ from scipy.stats import norm
 
 from cluster.settings import load_settings
 from cluster.settings.experiments import ExperimentSettings
-from serve.experiments.comparisons import Moments, user_mean, welch
+from cluster.settings.serving import AnomalySettings
+from serve.experiments.betting import betting_interval
+from serve.experiments.comparisons import Moments, cautious_design_effect, user_mean, welch
 from serve.experiments.evidence import Reading, read_metric
 from serve.experiments.group_sequential import boundaries
 from serve.experiments.metrics import Metric, find_metric
 from serve.experiments.planner import users_needed
 from serve.experiments.proportions import two_proportion_z
-from tests.serve.simulation import ArmSums, tastes, thumbs, user_sums
+from serve.experiments.sequences import bernoulli_high, bernoulli_low
+from tests.serve.simulation import (
+    REQUESTS,
+    ArmSums,
+    Floats,
+    latency_misses,
+    refusals,
+    share_of,
+    sticks_out,
+    tastes,
+    thumbs,
+    user_sums,
+)
 
 ALPHA = 0.05
 LIKING = 0.7
@@ -89,6 +104,45 @@ def count_alarms(arms: tuple[ArmSums, ArmSums], metric: Metric, settings: Experi
     return found
 
 
+def anomalies(
+    arms: tuple[Floats, Floats], looks_L: npt.NDArray[np.int64], settings: ExperimentSettings
+) -> tuple[float, float]:
+    """In how many experiments a router's window of refusals sticks out, and in how many of all it rolls back."""
+    metric = find_metric("refusal_rate", settings)
+    odd_EL = sticks_out(*arms, looks_L, AnomalySettings())
+    sums = [user_sums(np.full_like(arm, REQUESTS), arm, looks_L) for arm in arms]
+    rolled_back = 0
+    for experiment in range(len(odd_EL)):
+        readings = (
+            read_metric(metric, sums[0].at(experiment, number), sums[1].at(experiment, number), settings, ALPHA)
+            for number in np.flatnonzero(odd_EL[experiment])
+        )
+        rolled_back += any(r.users >= BREACH_USERS and (r.harm_low or 0) > 0 for r in readings)
+    return share_of(odd_EL), rolled_back / len(odd_EL)
+
+
+def bernoulli_misses(random: np.random.Generator, runs: int, rate: float, users: int = 300) -> float:
+    """In how many runs the interval of a rate misses it at some of ten looks; ten correlated requests a user."""
+    looks_L = np.linspace(users // 10, users, 10).astype(np.int64)
+    happened = refusals(random, (runs, users), rate)
+    sums = user_sums(np.full_like(happened, REQUESTS), happened, looks_L)
+
+    def misses(run: int, number: int) -> bool:
+        own = sums.at(run, number)
+        effect = cautious_design_effect(own)
+        trials, yes = own.sum_n / effect, own.sum_y / effect
+        return not bernoulli_low(yes, trials, ALPHA, 1000) <= rate <= bernoulli_high(yes, trials, ALPHA, 1000)
+
+    return float(np.mean([any(misses(run, number) for number in range(len(looks_L))) for run in range(runs)]))
+
+
+def betting_misses(random: np.random.Generator, runs: int, liking: float, users: int = 60) -> float:
+    """In how many runs the interval of skewed first values misses their mean; the last look tells of all before it."""
+    first_EU = np.where(random.random((runs, users)) < tastes(random, (runs, users), liking), 1.0, -1.0)
+    intervals = [betting_interval(first_U, ALPHA, low=-1, high=1) for first_U in first_EU]
+    return float(np.mean([not low <= 2 * liking - 1 <= high for low, high in intervals]))
+
+
 def power(random: np.random.Generator, experiments: int) -> tuple[int, float, float]:
     """Users the planner asks for, and how often one look and four looks find the planned improvement.
 
@@ -136,6 +190,20 @@ def main() -> int:
         caught = count_alarms((harmed[0], harmed[1]), metric, settings).breached / len(harmed[0].users)
         print(f"A/B {name}: a harm of 20 points is rolled back in {caught:.3f}")
         failed |= caught < 0.95
+    for rate in (0.02, 0.2):
+        arms = tuple(refusals(random, (number, options.users), refused) for refused in (rate, 0.02))
+        odd, taken = anomalies((arms[0], arms[1]), looks_L, settings)
+        print(f"anomalies at {rate:.0%} refusals against 2 %: windows stick out in {odd:.3f}, rolled back {taken:.4f}")
+        failed |= taken > ALPHA if rate == 0.02 else taken < 0.95
+    runs = max(100, number // 2)
+    missed = {
+        "p95, users who differ": latency_misses(random, runs),
+        **{f"Bernoulli at {rate:.0%}, clustered": bernoulli_misses(random, runs, rate) for rate in (0.02, 0.7)},
+        **{f"betting at {liking:.0%}, skewed": betting_misses(random, runs, liking) for liking in (0.7, 0.95)},
+    }
+    for name, share in missed.items():
+        print(f"coverage, {name}: missed at some look in {share:.4f} of {runs} runs (alpha {ALPHA})")
+        failed |= share > ALPHA + 3 * math.sqrt(ALPHA * (1 - ALPHA) / runs)
     users, one, four = power(random, number)
     print(f"A/B: {users} users an arm by the planner; power {one:.3f} at one look, {four:.3f} over four (planned 0.8)")
     failed |= not (abs(one - 0.8) < 0.04 and four > 0.75)

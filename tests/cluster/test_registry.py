@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -132,6 +133,28 @@ def test_unreachable_mlflow_is_one_clear_error(tmp_path: Path) -> None:
     settings = load_settings(home=tmp_path, mlflow={"tracking_uri": f"sqlite:///{tmp_path}/file/mlflow.db"})[0]
     with pytest.raises(UnavailableError, match=r"mlflow\.tracking_uri"):
         Registry(settings).models()
+
+
+def test_mlflow_that_goes_away_later_is_the_same_clear_error(
+    mlflow_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowException
+
+    registry, client = Registry(mlflow_settings), tracking.client(mlflow_settings)
+    assert registry.models() == []
+
+    def failing(failure: Exception) -> Callable[[], None]:
+        def fails() -> None:
+            raise failure
+
+        return fails
+
+    for failure in (MlflowException("API request failed: connection refused"), ConnectionResetError("by peer")):
+        monkeypatch.setattr(client, "search_registered_models", failing(failure))
+        with pytest.raises(UnavailableError, match=r"does not answer \((API request failed|by peer)"):
+            registry.models()
+    monkeypatch.undo()
+    assert registry.versions("nobody") == []  # what MLflow refuses is not an outage
 
 
 def test_a_tag_that_several_write_first_at_once_is_written(mlflow_settings: Settings, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def main(home: Path, point: int | None) -> None:
     controller._evidence = read  # type: ignore[assignment]
     steps = MortalSteps(Steps(engine, FileRegistry(home / "aliases.json"), FakeServables(), FakeRouters(), clock=clock))
     steps.kill_at = point
-    acting = Controller(steps, demo_settings(stage_duration_s=1, lease_s=1))  # type: ignore[arg-type]
+    acting = Controller(steps, demo_settings(stage_duration_s=1))  # type: ignore[arg-type]
     while any(rollout.state not in ENDED for rollout in list_rollouts(engine, TENANT)):
         acting.tick()
         time.sleep(0.002)

@@ -4,7 +4,6 @@ Two kinds of points: before and after each effect (`KillableSteps`), and, finer,
 and before every commit the controller sends to the database, which also die in the middle of a transaction.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from tests.serve.rollout_world import Killed, Population, World, demo_settings
 from tests.serve.test_decide import evidence, reading
 
 Ending = Literal["promoted", "rolled_back"]
+WITHIN_S = 5
+"""How much later than an undisturbed run one may end whose controller was killed."""
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, read: Callable[[Rollout], Evidence | None]) -> None:
@@ -71,8 +72,15 @@ class Story:
     statements: int
     """Points around statements and commits."""
     kills: int
-    catch_up_s: float
-    """The longest a successor took to be where the undisturbed run is at that time."""
+    seconds: int
+    """Of the world's clock until the rollout had ended."""
+
+    @property
+    def end(self) -> tuple[Any, ...]:
+        """What must be equal where later looks at more traffic see other numbers: the end, and the way to it."""
+        told = self.fingerprint
+        steps = [(share, outcome) for kind, _, outcome, share in told["events"] if outcome != "hold"]
+        return (*told["rollout"][:2], told["route"], told["experiment"], told["aliases"], told["servables"], steps)
 
 
 class DiedInStatementError(Exception):
@@ -91,6 +99,7 @@ class StatementKiller:
     kill_at: int | None = None
     point: int = 0
     is_watching: bool = False
+    is_dead: bool = False
 
     def __post_init__(self) -> None:
         for name in ("before_cursor_execute", "after_cursor_execute", "commit"):
@@ -98,15 +107,18 @@ class StatementKiller:
 
     def _pass(self, *_: Any) -> None:
         self.point += self.is_watching
-        if self.is_watching and self.point == self.kill_at:
+        self.is_dead |= self.is_watching and self.point == self.kill_at
+        if self.is_watching and self.is_dead:
             raise DiedInStatementError
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Only what happens inside counts; the test's own reading does not."""
-        self.is_watching = True
+        """Only what happens inside counts; the test's own reading does not. Whoever catches the death is dead too."""
+        self.is_watching, self.is_dead = True, False
         try:
             yield
+            if self.is_dead:
+                raise DiedInStatementError
         finally:
             self.is_watching = False
 
@@ -122,29 +134,41 @@ def tell(
     *,
     effects: Sequence[int] = (),
     statements: Sequence[int] = (),
+    real_evidence: bool = False,
 ) -> Story:
-    """A rollout to its end; the controller dies at each of these points and another one takes over at once."""
+    """A rollout to its end; the controller dies at each of these points, and another one starts at once.
+
+    It has the default lease, so the successor must wait until the dead one's has run out before it decides anything;
+    what was decided already it applies at once.
+    """
     with engine.begin() as connection:
         for table in reversed(sa.inspect(engine).get_table_names()):
             if table != "alembic_version":
                 connection.execute(sa.text(f"DELETE FROM {table}"))
-    world = World(engine, demo_settings(stage_duration_s=1), Population(users=10))
     turns_bad = ending == "rolled_back"
-    scripted(monkeypatch, lambda rollout: bad(world) if turns_bad and rollout.stage == 2 else good(world))
+    if real_evidence:
+        accuracy = {"stable": 0.65, "candidate": 0.05 if turns_bad else 0.85}
+        world = World(engine, demo_settings(), Population(accuracy=accuracy, seed=5))
+    else:
+        world = World(engine, demo_settings(stage_duration_s=1), Population(users=10))
+        scripted(monkeypatch, lambda rollout: bad(world) if turns_bad and rollout.stage == 2 else good(world))
     rollout_id = world.start().rollout_id
     killer = StatementKiller(engine)
     try:
-        return _tell(world, rollout_id, killer, sorted(effects), sorted(statements))
+        return _tell(world, rollout_id, killer, sorted(effects), sorted(statements), real_evidence)
     finally:
         killer.close()
 
 
-def _tell(world: World, rollout_id: str, killer: StatementKiller, effects: list[int], statements: list[int]) -> Story:
-    world.steps.point, kills, longest_s = 0, 0, 0.0
+def _tell(
+    world: World, rollout_id: str, killer: StatementKiller, effects: list[int], statements: list[int], traffic: bool
+) -> Story:
+    world.steps.point, kills = 0, 0
     acting = world.controller()
-    for _ in range(60):
-        world.now_us += 1_000_000
-        died_at: float | None = None
+    seconds = 0
+    while get_rollout(world.engine, rollout_id).state not in ("promoted", "rolled_back"):
+        seconds += 1
+        world.second(traffic=traffic)
         while True:
             world.steps.kill_at = effects[0] if effects else None
             killer.kill_at = statements[0] if statements else None
@@ -154,20 +178,10 @@ def _tell(world: World, rollout_id: str, killer: StatementKiller, effects: list[
             except (Killed, DiedInStatementError):
                 kills += 1
                 (effects if world.steps.point == world.steps.kill_at else statements).pop(0)
-                died_at, acting = died_at or time.monotonic(), world.controller()
-                expire_lease(world.engine)
-        longest_s = max(longest_s, time.monotonic() - died_at if died_at else 0.0)
-        if get_rollout(world.engine, rollout_id).state in ("promoted", "rolled_back"):
-            break
-    return Story(fingerprint(world, rollout_id), world.steps.point, killer.point, kills, longest_s)
+                acting = world.controller()
+    return Story(fingerprint(world, rollout_id), world.steps.point, killer.point, kills, seconds)
 
 
 def _tick(acting: Controller, killer: StatementKiller) -> None:
     with killer.watching():
         acting.tick()
-
-
-def expire_lease(engine: Engine) -> None:
-    """Spare the test the wait until a dead controller's lease runs out."""
-    with engine.begin() as connection:
-        connection.execute(sa.text("DELETE FROM leases"))

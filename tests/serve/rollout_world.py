@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy.engine import Engine
 
-from cluster.errors import NotFoundError, UnavailableError
+from cluster.errors import NotFoundError
 from cluster.settings import Settings, load_settings
 from data.events import Event, parse_body
 from data.log import EventLog
@@ -166,7 +166,8 @@ class FakeRegistry:
         self.gates = gates
         self.aliases = {"champion": "triage/1"}
         self.tags: dict[tuple[str, str], str] = {}
-        self.is_down = False
+        self.failure: Exception | None = None
+        """What every write ends in."""
 
     def get(self, ref: str) -> FakeVersion:
         if ref not in self.gates:
@@ -175,8 +176,8 @@ class FakeRegistry:
         return FakeVersion(ref, {"rayloop.gates": self.gates[ref]} | own)
 
     def set_alias(self, model: str, alias: str, version: str, *, actor: str, reason: str) -> None:
-        if self.is_down:
-            raise UnavailableError("MLflow does not answer")
+        if self.failure is not None:
+            raise self.failure
         self.aliases[alias] = version
 
     def tag(self, version: str, key: str, value: str) -> None:
@@ -361,7 +362,6 @@ DEMO = {
         "hold_limit_s": 60,
         "stale_after_s": 10,
         "tick_s": 0.5,
-        "lease_s": 5,
         "start_timeout_s": 60,
         "confirm_timeout_s": 5,
     },

@@ -3,12 +3,15 @@
 Letters: E experiments, L looks, U users of an arm.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from cluster.settings.serving import AnomalySettings
 from serve.experiments.comparisons import Moments
+from serve.experiments.quantiles import BINS, GROWTH, SMALLEST_S, read_quantile
 
 Floats = npt.NDArray[np.float64]
 REQUESTS = 10
@@ -72,6 +75,53 @@ def thumbs(
     up_EU = random.binomial(liked_EU, min(1.0, reacts * (1 + skew)))
     down_EU = random.binomial(REQUESTS - liked_EU, max(0.0, reacts * (1 - skew)))
     return (up_EU + down_EU).astype(float), up_EU.astype(float)
+
+
+def refusals(random: np.random.Generator, shape: tuple[int, int], rate: float) -> Floats:
+    """How many of each user's ten requests are refused; users differ as they do in taste."""
+    return random.binomial(REQUESTS, tastes(random, shape, rate)).astype(float)
+
+
+def sticks_out(
+    candidate_EU: Floats, control_EU: Floats, looks_L: npt.NDArray[np.int64], settings: AnomalySettings
+) -> npt.NDArray[np.bool_]:
+    """[E, L]: whether a router finds the candidate's latest window of refusals out of the ordinary at each look.
+
+    Users ask one after another, so that a window holds those of the latest users.
+    """
+    width = settings.window // REQUESTS
+    start_L = np.maximum(looks_L - width, 0)
+    enough_L = (looks_L - start_L) * REQUESTS >= settings.min_requests
+
+    def rate(refused_EU: Floats) -> Floats:
+        upto = np.concatenate([np.zeros((len(refused_EU), 1)), np.cumsum(refused_EU, axis=1)], axis=1)
+        found: Floats = (upto[:, looks_L] - upto[:, start_L]) / ((looks_L - start_L) * REQUESTS)
+        return found
+
+    return (rate(candidate_EU) - rate(control_EU) > settings.safety_excess) & enough_L
+
+
+def latency_misses(random: np.random.Generator, runs: int, users: int = 300, looks: int = 8) -> float:
+    """In how many runs the interval of the p95 misses it at some look.
+
+    Users ask one to many times (a geometric number, ten in the mean) and differ as much as their requests do, all
+    lognormal. Counts are weighed as `read_latency` does.
+    """
+    spread, edges_K, missed = 0.5, SMALLEST_S * GROWTH ** np.arange(BINS - 1), 0
+    truth = math.exp(1.6448536 * math.hypot(spread, spread))
+    for _ in range(runs):
+        asked_U = random.geometric(1 / REQUESTS, users)
+        user_N = np.repeat(np.arange(users), asked_U)
+        seconds_N = np.exp(random.normal(0, spread, users)[user_N] + random.normal(0, spread, user_N.size))
+        bin_N = np.searchsorted(edges_K, seconds_N)
+        for look in np.linspace(users // looks, users, looks).astype(int):
+            counts_K = np.bincount(bin_N[user_N < look], minlength=BINS)
+            weight = np.sum(asked_U[:look] ** 2) / np.sum(asked_U[:look])
+            found = read_quantile((counts_K / weight).tolist(), 0.95, 0.05, 1000)
+            if found is None or not found.low <= truth <= found.high:
+                missed += 1
+                break
+    return missed / runs
 
 
 def share_of(alarms_EL: npt.NDArray[np.bool_]) -> float:

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from cluster.settings import load_settings
+from cluster.settings.serving import AnomalySettings
 from serve.experiments.comparisons import Moments, proportion, user_mean, welch
 from serve.experiments.evidence import Reading, UserValues, read_metric
 from serve.experiments.metrics import find_metric
+from tests.serve.simulation import REQUESTS, refusals, share_of, sticks_out, user_sums
 
 ALPHA = 0.05
 SETTINGS = load_settings(experiment={"tuning_users": 400, "tuning_trials": 1000, "alpha": ALPHA})[0].experiment
@@ -67,6 +69,22 @@ def test_equal_arms_seldom_look_worse_for_certain_however_often_one_looks(name: 
     assert falsely_safe <= ALPHA
 
 
+def test_equal_arms_whose_windows_stick_out_are_seldom_rolled_back_for_it() -> None:
+    """2 % refusals in both arms: among windows of 200 requests looked at forty times, one differs by chance."""
+    random, looks_L, metric = np.random.default_rng(11), np.arange(1, 41) * 10, find_metric("refusal_rate", SETTINGS)
+    arms = [refusals(random, (200, 400), 0.02) for _ in range(2)]
+    odd_EL = sticks_out(arms[0], arms[1], looks_L, AnomalySettings())
+    sums = [user_sums(np.full_like(arm, REQUESTS), arm, looks_L) for arm in arms]
+
+    def is_certain(experiment: int, look: int) -> bool:
+        one, other = (own.at(experiment, look) for own in sums)
+        found = read_metric(metric, one, other, SETTINGS, ALPHA)
+        return found.users >= SETTINGS.breach_min_users_per_arm and (found.harm_low or 0) > 0
+
+    rolled_back = [any(is_certain(e, look) for look in np.flatnonzero(odd_EL[e])) for e in range(len(odd_EL))]
+    assert share_of(odd_EL) > 0.9 and np.mean(rolled_back) <= ALPHA
+
+
 def test_the_naive_test_would_alarm_far_more_often() -> None:
     random = np.random.default_rng(7)
 
@@ -112,24 +130,18 @@ def test_errors_from_one_to_five_per_cent_are_found_and_equal_ones_are_not() -> 
     assert np.mean([breached(0.01) for _ in range(100)]) <= 0.01
 
 
-def test_betting_bounds_of_few_users_keep_alpha_though_their_means_still_change() -> None:
-    """Each user's mean moves as more is said; a guardrail read at every look must still seldom alarm."""
+def test_betting_bounds_of_few_users_keep_alpha() -> None:
+    """On users' first values; what has once been excluded stays so, and the last look tells of all."""
     random, metric = np.random.default_rng(10), find_metric("satisfaction", SETTINGS)
-
-    def means(arm: Arm) -> tuple[float, ...]:
-        gave = arm.counts > 0
-        return tuple(2 * arm.liked[gave] / arm.counts[gave] - 1)
 
     def alarms(candidate: float) -> bool:
         arms = [Arm(random, 60, liking) for liking in (candidate, 0.7)]
-        for look in range(1, 11):
-            for arm in arms:
-                arm.grow(6 * look)
-            values = UserValues(means(arms[0]), means(arms[1]))
-            found = read_metric(metric, arms[0].satisfaction, arms[1].satisfaction, SETTINGS, ALPHA, values)
-            if found.is_breached:
-                return True
-        return False
+        firsts = [tuple(np.where(random.random(60) < arm.taste, 1.0, -1.0)) for arm in arms]
+        for arm in arms:
+            arm.grow(60)
+        values = UserValues(firsts[0], firsts[1])
+        found = read_metric(metric, arms[0].satisfaction, arms[1].satisfaction, SETTINGS, ALPHA, values)
+        return (found.harm_low or 0) > 0
 
-    assert np.mean([alarms(0.7) for _ in range(80)]) <= ALPHA
+    assert np.mean([alarms(0.7) for _ in range(200)]) <= ALPHA
     assert np.mean([alarms(0.1) for _ in range(10)]) > 0.9

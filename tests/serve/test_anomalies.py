@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy.engine import Engine as Database
 
 from cluster.database import write
+from cluster.settings import load_settings
 from cluster.settings.experiments import ExperimentSettings
 from cluster.settings.serving import AnomalySettings
 from data.events import Event, parse_body
@@ -16,6 +17,8 @@ from data.log import EventLog
 from serve.anomalies import AnomalyWatch
 from serve.arms import Plan
 from serve.capture import Record
+from serve.experiments.evidence import AnomalyReading
+from serve.experiments.projection import Projection
 from serve.experiments.readings import read_evidence
 from serve.experiments.store import create_experiment
 from serve.keys import Key
@@ -23,6 +26,7 @@ from serve.rewrite import Answer
 from serve.routes import Route, RouteKey
 from serve.split import Arm
 from tests.serve.conftest import Live, live_router
+from tests.serve.rollout_world import fixed_split, interaction
 
 KEY = Key("d", "k", "test", "default", "default", frozenset({"chat"}), None, 0, None, None)
 ROUTE = Route("default", "triage", "text", "triage/1", (Arm(0.0, 0.5, "triage/2", "e1"),), experiment_id="e1")
@@ -124,4 +128,44 @@ def test_controller_reads_the_candidates_anomalies_of_its_experiment(database: D
         event = Event("anomaly.detected", "default", "default", body | changed, event_id=f"a{number}", agent="triage")
         EventLog(database).append([event])
     evidence = read_evidence(database, experiment.experiment_id, ExperimentSettings(), period="ramp")
-    assert evidence.anomalies == ("latency 3.25, above 1",)
+    assert evidence.anomalies == (AnomalyReading("latency", "latency 3.25, above 1", False),)
+
+
+@pytest.mark.parametrize(
+    ("signal", "stable", "candidate", "certain"),
+    [
+        ("latency", {}, {"latency_s": 2.0}, True),
+        ("latency", {}, {}, False),
+        ("errors", {}, {"flags": {"error": "engine_error"}}, True),
+        ("errors", {"flags": {"error": "x"}}, {"flags": {"error": "x"}}, False),
+        ("safety", {}, {"finish_reason": "content_filter"}, True),
+        ("tool_errors", {"messages": [GOOD_TOOL]}, {"messages": [FAILED_TOOL]}, True),
+        ("tool_errors", {"messages": [GOOD_TOOL]}, {"messages": [GOOD_TOOL]}, False),
+    ],
+)
+def test_only_what_the_statistics_bear_out_is_certain(
+    sqlite_database: Database, signal: str, stable: dict[str, Any], candidate: dict[str, Any], certain: bool
+) -> None:
+    """Every latency is far below the objective, so that no guardrail speaks of it."""
+    assign = fixed_split(0.5, "salt")
+    settings = load_settings(experiment={"tuning_users": 100, "tuning_trials": 100})[0]
+    with write(sqlite_database).begin() as connection:
+        made = create_experiment(
+            connection, RouteKey("acme", "triage"), stable="triage/1", candidate="triage/2",
+            shares={"triage/1": 0.5, "triage/2": 0.5}, find_version=str, config={}, at_us=0,
+        )  # fmt: skip
+    requests = []
+    for number in range(400):
+        user = f"user-{number}"
+        assigned, _ = assign(user)
+        told = candidate if assigned.arm == "candidate" else stable
+        requests.append(interaction(f"i{number}", assigned, user=user, experiment_id=made.experiment_id, **told))
+    body = {
+        "version": "triage/2", "signal": signal, "value": 0.5, "baseline": 0.0, "limit": 0.1, "requests": 50,
+        "experiment_id": made.experiment_id,
+    }  # fmt: skip
+    requests.append(Event("anomaly.detected", "acme", "main", body, event_id="a", agent="triage"))
+    EventLog(sqlite_database).append(requests)
+    Projection(sqlite_database, settings).catch_up()
+    evidence = read_evidence(sqlite_database, made.experiment_id, settings.experiment, period="ramp")
+    assert [(a.signal, a.is_certain) for a in evidence.anomalies] == [(signal, certain)]

@@ -21,6 +21,7 @@ from serve.experiments.logged import estimates, read_logged
 from serve.experiments.offpolicy import Logged, estimate
 from serve.experiments.projection import Projection
 from serve.experiments.readings import read_moments
+from serve.experiments.store import get_experiment
 from serve.rollout.bandits import end_bandit, start_bandit, tick_bandits
 from serve.rollout.steps import Steps
 from serve.routes import RouteKey, read_route, update_route, write_route
@@ -97,6 +98,33 @@ def test_a_bandit_moves_towards_the_better_arm_and_its_log_judges_other_splits(b
     liked = {name: a * (1 - wrong) + (1 - a) * wrong for name, a in population.accuracy.items()}
     for row in estimates(steps.engine, made.experiment_id, [0.0, 1.0]):
         assert row["low"] <= 2 * liked["candidate" if row["share"] else "stable"] - 1 <= row["high"]
+
+
+def test_a_bandit_whose_candidate_fails_ends_with_stable_for_everybody(bandit: Any) -> None:
+    steps, settings, made = bandit
+    ask(steps, Population(users=60, error_rate={"stable": 0.0, "candidate": 0.9}, seed=3), range(60))
+    Projection(steps.engine, settings).catch_up()
+    tick_bandits(steps, settings)
+    ended, route = get_experiment(steps.engine, made.experiment_id), read_route(steps.engine, KEY)
+    assert (ended.state, ended.outcome) == ("ended", "rejected_by_guardrail")
+    assert (route.stable, route.candidate, route.experiment_id) == ("triage/1", None, None)
+
+
+def test_a_bandit_says_why_it_waits(bandit: Any) -> None:
+    steps, settings, made = bandit
+    end_bandit(steps, made.experiment_id, "stable", actor="person:ann")
+    second = start_bandit(steps, settings, KEY, "triage/2", actor="person:ann")
+
+    def waits_for() -> str | None:
+        found = get_experiment(steps.engine, second.experiment_id).config.get("waits_for")
+        return found if found is None else str(found)
+
+    steps.routers.broken = "HTTP 502"
+    tick_bandits(steps, settings)
+    assert "the smoke test of triage/2 failed: HTTP 502" in str(waits_for())
+    steps.routers.broken = None
+    tick_bandits(steps, settings)
+    assert waits_for() is None and read_route(steps.engine, KEY).share == 0.5
 
 
 def test_a_persons_edit_stops_a_bandit(bandit: Any) -> None:
@@ -186,7 +214,7 @@ def test_the_example_interaction_is_one_of_a_bandit() -> None:
 
     event = interaction("a", Assignment("stable", 0.3, 0.8, "user"), user="ann")
     recorded = RecordedEvent(1, event, 1, b"")
-    bandit = Designs({"exp": Design("acme", "triage", "triage/2", is_bandit=True)})
+    bandit = Designs({"exp": Design("acme", "triage", "text", "triage/2", 0, is_bandit=True)})
     [middle], [counted] = exposures_of(recorded, Designs({})), exposures_of(recorded, bandit)
     assert middle.sides == () and middle.period == "ramp"
     assert counted.sides == ("control",) and counted.period == "bandit"

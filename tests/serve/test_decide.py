@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.settings import load_settings
-from serve.experiments.evidence import ArmReading, Evidence, Reading, SplitReading
+from serve.experiments.evidence import AnomalyReading, ArmReading, Evidence, Reading, SplitReading
 from serve.rollout.decide import decide
 from serve.rollout.replay import replay
 from serve.rollout.state import Decision, Look, RolloutConfig, RolloutState
@@ -64,12 +64,27 @@ def outcome(decision: Decision) -> tuple[str, str]:
 SIGNIFICANT = (Look(0.5, 5.0, 2.5),)
 
 
-def test_anomaly_of_the_candidate_is_a_breached_guardrail() -> None:
-    found = evidence(anomalies=("latency 3.2, above 1",))
+def test_anomaly_that_the_statistics_bear_out_is_a_breached_guardrail() -> None:
+    found = evidence(anomalies=(AnomalyReading("latency", "latency 3.2, above 1", True),))
     assert outcome(decide(state(), found, config(), NOW_US)) == ("rollback", "anomaly")
     kept = config(rollback_on_regression=False)
     assert outcome(decide(state(), found, kept, NOW_US)) == ("hold", "anomaly")
     assert Evidence.from_json(json.loads(json.dumps(found.as_json()))) == found
+
+
+def test_anomaly_that_may_be_chance_is_said_with_every_step_forward_and_stops_none() -> None:
+    found = evidence(anomalies=(AnomalyReading("safety", "safety 0.08, above 0.02", False),))
+    decided = decide(state(), found, config(), NOW_US)
+    assert decided.outcome == "advance" and "may be chance: safety 0.08" in decided.reason
+
+
+def test_after_a_promotion_a_guardrail_restores_and_an_anomaly_does_not() -> None:
+    seen = (AnomalyReading("latency", "latency 3.2, above 1", True),)
+    promoted = state(3, state="promoted")
+    kept = decide(promoted, evidence(anomalies=seen, first_errors=9), config(), NOW_US)
+    assert outcome(kept) == ("hold", "watching")
+    harmed = decide(promoted, evidence(guardrails=(reading("error_rate", 0.5),)), config(), NOW_US)
+    assert outcome(harmed) == ("rollback", "guardrail") and harmed.details == {"restores": True}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from cluster.database import write
 from cluster.errors import ConfigError, ConflictError, InputError, NotFoundError
 from cluster.settings import load_settings
 from cluster.tables import experiments
-from serve.experiments.store import Experiment, create_experiment, end_experiment
+from serve.experiments.store import Experiment, create_experiment, end_experiment, get_experiment
 from serve.routes import RouteKey
 
 KNOWN = {f"{agent}/{n}" for agent in ("triage", "search") for n in (1, 2, 3)}
@@ -82,6 +82,18 @@ def test_a_route_alone_is_a_layer_and_every_experiment_reshuffles_it(database: E
     with write(database).begin() as connection:
         end_experiment(connection, first.experiment_id, "keep", 1)
     assert create(database).salt != first.salt
+
+
+def test_only_a_promotion_may_be_taken_back(sqlite_database: Engine) -> None:
+    outcomes = []
+    for name, ends in (("triage", ["promote", "rejected_by_guardrail", "promote"]), ("search", ["keep", "promote"])):
+        made = create(sqlite_database, name)
+        for at_us, outcome in enumerate(ends, 1):
+            with write(sqlite_database).begin() as connection:
+                end_experiment(connection, made.experiment_id, outcome, at_us)  # type: ignore[arg-type]
+        ended = get_experiment(sqlite_database, made.experiment_id)
+        outcomes.append((ended.outcome, ended.ended_at_us))
+    assert outcomes == [("rejected_by_guardrail", 2), ("keep", 1)]
 
 
 @pytest.mark.parametrize(

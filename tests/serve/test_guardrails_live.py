@@ -9,7 +9,6 @@ import asyncio
 import itertools
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine as Database
 
-from cluster.clock import SECOND_US
 from cluster.database import connect
 from cluster.settings import Settings, load_settings
 from cluster.tables import events
@@ -30,6 +28,7 @@ from data.log import EventLog
 from data.outlets.notices import notice
 from serve.assignment import assign_request
 from serve.keys import create_key
+from serve.replicas import is_served
 from serve.rollout.commands import start
 from serve.rollout.controller import Controller
 from serve.rollout.live import HttpRouters
@@ -97,17 +96,11 @@ CASES = [
 ]
 
 
-class BothRouters:
-    """Every replica, read back one by one."""
-
-    def __init__(self, routers: list[HttpRouters]) -> None:
-        self.routers = routers
+class Untried(HttpRouters):
+    """Every replica read back, and no candidate tried: the planted faults would fail."""
 
     def smoke(self, route: Route, version: str) -> str | None:
-        return None  # the planted faults would fail it
-
-    def shows(self, route: Route) -> bool:
-        return all(router.shows(route) for router in self.routers)
+        return None
 
 
 @dataclass
@@ -146,7 +139,7 @@ class Site:
             } | case.rollout,
         )[0]  # fmt: skip
         registry = FakeRegistry({f"{agent}/1": "passed", f"{agent}/2": "passed"})
-        routers = BothRouters([HttpRouters(url, settings, lambda route: self.secret) for url in self.urls])
+        routers = Untried(self.database, self.urls[0], settings, lambda route: self.secret)
         steps = Steps(self.database, registry, FakeServables(), routers)
         self.engine.behaviours[f"{agent}-bad"] = Behaviour(**case.behaviour)
         trial = Trial(self, case, key, steps, registry, Controller(steps, settings), f"{agent}/2")
@@ -232,21 +225,51 @@ class Trial:
         with self.site.database.connect() as connection:
             return connection.execute(query).scalar() or 0
 
+    def resume(self) -> None:
+        """Let the candidate's streams go on."""
+        self.site.engine.behaviours[f"{self.key.agent}-bad"].paused = False
+
     def decided(self) -> Any:
         """The event of the last decision of this rollout."""
         found = list(EventLog(self.site.database).scan(kinds=["rollout.decision"]))
         return next(r for r in reversed(found) if r.event.body["rollout_id"] == self.rollout.rollout_id)
-
-    @property
-    def confirmed_s(self) -> float:
-        """Seconds from the decision until every router had shown its effect, which is when the rollout settled."""
-        return (self.now.updated_at_us - self.decided().event.occurred_at_us) / SECOND_US
 
     def arms(self, url: str) -> set[str]:
         body = {"model": self.key.agent, "messages": [{"role": "user", "content": "?"}]}
         with httpx.Client(headers=self.site.headers, timeout=60) as client:
             answers = [client.post(f"{url}/v1/chat/completions", json=body | {"user": f"user-{n}"}) for n in range(8)]
         return {answer.headers["x-rayloop-arm"] for answer in answers}
+
+
+PAUSED = Case("satisfaction", {"paused": True}, says=thumb)
+"""Streams of this candidate do not end before `Trial.resume`."""
+
+
+class OpenStream(threading.Thread):
+    """A stream of the candidate; made once its first piece is there."""
+
+    def __init__(self, trial: Trial, url: str) -> None:
+        super().__init__()
+        self.url, self.headers = url, trial.site.headers
+        user = next(f"user-{n}" for n in range(USERS) if trial.is_candidate(f"user-{n}"))
+        messages = [{"role": "user", "content": "?"}]
+        self.asked = {"model": trial.key.agent, "messages": messages, "user": user, "stream": True}
+        self.arm, self.pieces = "", b""
+        self._opened = threading.Event()
+        self.start()
+        assert self._opened.wait(60)
+
+    def run(self) -> None:
+        path = f"{self.url}/v1/chat/completions"
+        with httpx.stream("POST", path, json=self.asked, headers=self.headers, timeout=60) as reply:
+            self.arm = reply.headers["x-rayloop-arm"]
+            for piece in reply.iter_bytes():
+                self.pieces += piece
+                self._opened.set()
+
+    @property
+    def is_whole(self) -> bool:
+        return self.pieces.endswith(b"data: [DONE]\n\n")
 
 
 @pytest.fixture(scope="module")
@@ -296,31 +319,17 @@ def test_a_planted_regression_is_rolled_back_on_every_replica_and_says_why(site:
 
 def test_a_rollback_during_a_drain_reaches_the_draining_router_and_open_streams_end_whole(site: Site) -> None:
     """A third router is told to end while a stream of the candidate is open: it drains, and still follows the route."""
-    trial = site.begin(Case("satisfaction", {"paused": True}, says=thumb))
+    trial = site.begin(PAUSED)
     app = RouterApp(site.settings, default_engine_url=site.engine.url)
-    user = next(f"user-{n}" for n in range(USERS) if trial.is_candidate(f"user-{n}"))
-    asked = {"model": trial.key.agent, "messages": [{"role": "user", "content": "?"}], "user": user, "stream": True}
-    pieces: list[bytes] = []
-    arms: list[str] = []
-    opened, draining = threading.Event(), Server(app, lifespan="on", drain_s=60)
-
-    def read(url: str) -> None:
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, headers=site.headers, timeout=60) as reply:
-            arms.append(reply.headers["x-rayloop-arm"])
-            for piece in reply.iter_bytes():
-                pieces.append(piece)
-                opened.set()
-
+    draining = Server(app, lifespan="on", drain_s=60)
     with draining as url:
-        reader = threading.Thread(target=read, args=(url,))
-        reader.start()
-        assert opened.wait(60)
+        stream = OpenStream(trial, url)
         draining.stop()
         trial.run()
-        while (known := app.watcher.current.routes[trial.key]).candidate is not None:
-            time.sleep(0.01)
-        assert known.live == ()
-        site.engine.behaviours[f"{trial.key.agent}-bad"].paused = False
-        reader.join()
+        known = app.watcher.current.routes[trial.key]
+        assert (known.candidate, known.live) == (None, ())
+        assert is_served(site.database, read_route(site.database, trial.key), site.settings.serve.live_after_s)
+        trial.resume()
+        stream.join()
     assert [trial.arms(url) for url in site.urls] == [{"stable"}, {"stable"}]
-    assert arms == ["candidate"] and b"".join(pieces).endswith(b"data: [DONE]\n\n")
+    assert stream.arm == "candidate" and stream.is_whole

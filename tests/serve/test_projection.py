@@ -1,3 +1,4 @@
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cluster.tables import arm_statistics, experiment_users
 from data.events import Event, parse_body
 from data.log import EventLog
 from serve.assignment import Assignment, alone, in_control_slice
+from serve.experiments import readings
 from serve.experiments.metrics import METRICS
 from serve.experiments.projection import Projection
 from serve.experiments.readings import read_as_served, read_evidence, read_latency, read_moments, segments_of
@@ -32,7 +34,7 @@ def statistics(database: Engine) -> dict[Key, tuple[float, float]]:
     return {
         (metric, r["period"], r["arm"], r["user_id"]): (count, total)
         for r in rows
-        for metric, (count, total) in orjson.loads(r["sums"]).items()
+        for metric, (count, total, *_) in orjson.loads(r["sums"]).items()
     }
 
 
@@ -103,6 +105,21 @@ def test_feedback_before_its_interaction_and_long_after_counts_once_for_the_assi
     assert found["feedback_response_rate", "ramp", "candidate", "ann"] == (1, 1)
 
 
+def test_catching_up_ends_under_steady_traffic(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, projection = EventLog(sqlite_database), Projection(sqlite_database, settings_with(projection_page=2))
+    log.append([interaction(f"i{n}", CANDIDATE, user="ann") for n in range(6)])
+    step, numbers = projection.step, itertools.count()
+
+    def busy() -> int:
+        """Whoever asks meanwhile asks as fast as anybody counts."""
+        log.append([interaction(f"j{next(numbers)}", CANDIDATE, user="ann") for _ in range(2)])
+        return step()
+
+    monkeypatch.setattr(projection, "step", busy)
+    assert projection.catch_up() == 6
+    assert projection.catch_up(lambda: False) == 2
+
+
 def test_above_one_half_a_period_of_its_own_begins(database: Engine) -> None:
     late = [Assignment("candidate", 0.9, 0.95, "user"), Assignment("stable", 0.97, 1 - 0.95, "user")]
     EventLog(database).append([interaction(f"i{n}", made, user=f"u{n}") for n, made in enumerate([CONTROL, *late])])
@@ -143,6 +160,18 @@ def test_pinned_shadow_and_unassigned_requests_count_for_nobody(database: Engine
     assert (statistics(database), users(database)) == ({}, {})
 
 
+def test_a_user_whom_a_pin_kept_from_the_candidate_counts_for_nobody_afterwards(database: Engine) -> None:
+    """As the router records it: the arm `none`, with the bucket and the experiment of the candidate."""
+    pinned = interaction("b", None, user="ann", arm="none", bucket=0.1)
+    pinned.body["experiment_id"] = "exp"
+    EventLog(database).append([interaction("a", CANDIDATE, user="ann"), interaction("c", CANDIDATE, user="bob")])
+    EventLog(database).append([pinned, interaction("d", CANDIDATE, user="ann"), interaction("e", CONTROL, user="cy")])
+    Projection(database, settings_with()).catch_up()
+    evidence = read_evidence(database, "exp", settings_with().experiment, period="ramp")
+    assert evidence.exposed == {"candidate": 1, "control": 1}
+    assert evidence.split.users == {"candidate": 2, "stable": 1}
+
+
 def test_sessions_stand_in_for_users(database: Engine) -> None:
     EventLog(database).append([interaction("a", CANDIDATE, user=None, session="s1")])
     Projection(database, settings_with()).catch_up()
@@ -158,6 +187,26 @@ def test_first_requests_stop_counting_at_the_limit(database: Engine) -> None:
         projection.catch_up()
     evidence = read_evidence(database, "exp", settings.experiment, period="ramp")
     assert (evidence.first_requests, evidence.first_errors) == (5, 4)
+
+
+def test_what_was_bet_on_is_never_changed_by_what_comes_later(database: Engine) -> None:
+    """A user's first value stays, wherever the user stands and whatever the user says afterwards."""
+    log = EventLog(database)
+    log.append([interaction(f"{user}{n}", CANDIDATE, user=user) for user in ("ann", "bob", "cy") for n in range(2)])
+    said = [("bob0", 1.0), ("ann0", -1.0), ("bob1", -1.0), ("cy1", 0.5), ("ann1", 1.0)]
+    bets = []
+    for page in (1, 1000):
+        projection = Projection(database, settings_with(projection_page=page))
+        for name, reward in said if page == 1 else ():
+            log.append([feedback(name, "correction", reward)])
+            projection.catch_up()
+            with database.connect() as connection:
+                bets.append(readings._user_values(connection, "exp", "ramp", "satisfaction").candidate)
+        projection.rebuild()
+        with database.connect() as connection:
+            bets.append(readings._user_values(connection, "exp", "ramp", "satisfaction").candidate)
+    assert bets == [(1.0,), (1.0, -1.0), (1.0, -1.0), (1.0, -1.0, 0.5), *[(1.0, -1.0, 0.5)] * 3]
+    assert read_moments(database, "exp", period="ramp")["satisfaction"]["candidate"].sum_m == 0.5
 
 
 def test_grades_and_outcomes_become_metrics(database: Engine) -> None:

@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from cluster.errors import ConflictError, InputError, NotFoundError, UnavailableError
+from cluster.errors import ConflictError, InputError, NotFoundError
 from cluster.registry import NEEDS_RETRAINING_TAG
 from cluster.tables import experiments, rollouts
 from serve.experiments.projection import Projection
@@ -16,10 +16,9 @@ from serve.rollout import controller
 from serve.rollout.commands import approve, freeze, roll_back, unfreeze
 from serve.rollout.replay import replay
 from serve.rollout.state import Decision
-from serve.rollout.store import get_rollout
 from serve.routes import update_route
 from tests.serve.rollout_story import good, scripted
-from tests.serve.rollout_world import Killed, Population, World, demo_settings
+from tests.serve.rollout_world import Population, World, demo_settings
 
 ANN = "person:ann"
 
@@ -275,75 +274,16 @@ def test_pinning_holds_and_the_ceiling_of_the_config_is_kept(
     assert world.run(rollout_id, seconds=2, traffic=False).progress["last_code"] == "edited"
 
 
-# Crashes
-
-
-def test_a_registry_that_is_down_delays_a_promotion_but_loses_nothing(
+def test_a_ceiling_below_the_stage_reached_holds_and_comes_back_at_the_limit(
     sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = World(sqlite_database, demo_settings(), population())
-    scripted(monkeypatch, lambda rollout: good(world))
-    world.registry.is_down = True
-    rollout_id = world.start().rollout_id
-    assert world.run(rollout_id, seconds=40, traffic=False).state == "promoting"
-    assert world.registry.aliases["champion"] == "triage/1"
-    world.registry.is_down = False
-    assert world.run(rollout_id, seconds=2, traffic=False).state == "promoted"
-    assert world.registry.aliases["champion"] == "triage/2"
-
-
-def test_routers_that_lag_are_waited_for_and_then_warned_of(
-    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world = World(sqlite_database, demo_settings(confirm_timeout_s=5), population())
-    scripted(monkeypatch, lambda rollout: good(world))
-    world.routers.shown = False
-    rollout_id = world.start().rollout_id
-    rollout = world.run(rollout_id, seconds=4, traffic=False)
-    assert rollout.pending_decision is not None and world.route.share == 0.1
-    assert world.run(rollout_id, seconds=4, traffic=False).state == "running"
-
-
-def test_a_command_finishes_what_a_dead_controller_left_half_done(
-    database: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world = World(database, demo_settings(), population())
+    world = World(sqlite_database, demo_settings(hold_limit_s=10), population())
     scripted(monkeypatch, lambda rollout: good(world))
     rollout_id = world.start().rollout_id
-    world.run(rollout_id, seconds=3, traffic=False)
-    world.now_us += 10_000_000
-    world.steps.kill_at = world.steps.point + 4  # the advance is recorded and on the route, but not settled
-    with pytest.raises(Killed):
-        world.controller().tick()
-    assert get_rollout(database, rollout_id).stage == 0 and world.route.share == 0.25
-    rollout = freeze(world.steps, rollout_id, ANN)  # type: ignore[arg-type]
-    assert (rollout.state, rollout.stage, world.route.share) == ("holding", 1, 0.25)
-
-
-def test_one_controller_at_a_time(database: Engine) -> None:
-    world = World(database, demo_settings(lease_s=5), population())
-    first, second = world.controller(), world.controller()
-    assert first.tick() and not second.tick()
-    world.now_us += 4_000_000
-    assert first.tick() and not second.tick()
-    world.now_us += 6_000_000
-    assert second.tick() and not first.tick()
-    second.close()
-    assert first.tick()
-
-
-def test_an_unreadable_database_is_a_hold(sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = World(sqlite_database, demo_settings(), population())
-    rollout_id = world.start().rollout_id
-    world.run(rollout_id, seconds=3)
-
-    def fails(*arguments: Any, **named: Any) -> None:
-        raise sa.exc.OperationalError("SELECT", {}, UnavailableError("gone"))  # type: ignore[arg-type]
-
-    monkeypatch.setattr(controller, "read_evidence", fails)
-    rollout = world.run(rollout_id, seconds=20)
-    assert (rollout.state, rollout.progress["last_code"], world.route.share) == (
-        "holding",
-        "unavailable",
-        0.1,
-    )
+    while world.route.live_share < 0.25:
+        world.run_on(1, traffic=False)
+    update_route(sqlite_database, world.key, {"max_share": 0.2}, writer="config")
+    rollout = world.run(rollout_id, seconds=3, traffic=False)
+    assert (rollout.state, rollout.progress["last_code"], world.route.live_share) == ("holding", "ceiling", 0.2)
+    ended = world.run(rollout_id, seconds=12, traffic=False)
+    assert (ended.state, world.route.live_share) == ("rolled_back", 0.0)

@@ -125,8 +125,9 @@ def gone(engine: Engine) -> Iterator[None]:
         sa.event.remove(engine, "before_cursor_execute", refuse)
 
 
-def test_without_the_database_nothing_moves_and_when_it_is_back_the_rollout_goes_on(
-    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("seconds", "ending"), [(HOLD_LIMIT_S - 2, "promoted"), (100, "rolled_back")])
+def test_without_the_database_nothing_moves_and_beyond_the_limit_the_rollout_comes_back(
+    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch, seconds: int, ending: str
 ) -> None:
     world, rollout = begun(sqlite_database)
     scripted(monkeypatch, lambda rollout: good(world))
@@ -134,13 +135,35 @@ def test_without_the_database_nothing_moves_and_when_it_is_back_the_rollout_goes
         world.run_on(1, traffic=False)
     acting = world.controller()
     with gone(sqlite_database):
-        for _ in range(100):
+        for _ in range(seconds):
             world.now_us += 1_000_000
             with contextlib.suppress(sa.exc.OperationalError):
                 acting.tick()
     assert (world.route.share, get_rollout(sqlite_database, rollout.rollout_id).stage) == (0.25, 1)
     world.run_on(30, traffic=False)
-    assert get_rollout(sqlite_database, rollout.rollout_id).state == "promoted"
+    assert get_rollout(sqlite_database, rollout.rollout_id).state == ending
+    assert verify_decisions(sqlite_database).faults == []
+
+
+def test_good_evidence_without_a_router_is_no_promotion(
+    sqlite_database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last router goes away after the last decision: nobody sees it, and at the limit it is taken back."""
+    world, rollout = begun(sqlite_database, confirm_timeout_s=3)
+    scripted(monkeypatch, lambda rollout: good(world))
+    while get_rollout(sqlite_database, rollout.rollout_id).stage < 3:
+        world.run_on(1, traffic=False)
+    world.routers.shown = False
+    world.run_on(8, traffic=False)
+    waiting = get_rollout(sqlite_database, rollout.rollout_id)
+    experiment = get_experiment(sqlite_database, rollout.experiment.experiment_id)
+    assert (waiting.state, experiment.state) == ("promoting", "running")
+    world.run_on(HOLD_LIMIT_S + 5, traffic=False)
+    ended = get_rollout(sqlite_database, rollout.rollout_id)
+    assert (ended.state, world.route.stable) == ("rolled_back", "triage/1")
+    assert world.registry.aliases["champion"] == "triage/1" and not list(world.log.scan(kinds=["model.updated"]))[:-1]
+    assert get_experiment(sqlite_database, rollout.experiment.experiment_id).outcome == "inconclusive"
+    assert verify_decisions(sqlite_database).faults == []
 
 
 def test_without_routers_there_is_no_start_and_later_no_growth(sqlite_database: Engine) -> None:

@@ -16,14 +16,16 @@ from sqlalchemy.engine import Engine
 from cluster.cli import run_app
 from cluster.clock import now_us
 from cluster.database import connect
+from cluster.errors import UnavailableError
 from cluster.registry import GATES_TAG, Registry
 from cluster.settings import Settings, load_settings
 from cluster.tables import servable_replicas
 from data.outlets.notices import notice
 from serve.control import ControlApi, ControlLoop
 from serve.experiments.cli import app as experiment_app
-from serve.keys import create_key, list_keys
+from serve.keys import create_key, digest_of, list_keys
 from serve.known_keys import KnownKeys
+from serve.replicas import ReplicaReport
 from serve.rollout.cli import app as rollout_app
 from serve.rollout.live import HttpRouters, LiveServables, OwnKeys
 from serve.rollout.store import list_rollouts
@@ -33,15 +35,11 @@ from tests.serve.rollout_world import Population, World, demo_settings
 
 
 class FakeRouter(BaseHTTPRequestHandler):
-    """Answers as the router does: status from the database, chat for known versions."""
+    """Answers as the router does."""
 
-    engine: Engine
     broken = False
+    is_known = True
     asked: ClassVar[list[list[str]]] = []
-
-    def do_GET(self) -> None:
-        routes = [read_route(self.engine, RouteKey("default", "triage"))]
-        self._send(200, {"data": [{"agent": r.agent, "modality": r.modality, "revision": r.revision} for r in routes]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -53,7 +51,7 @@ class FakeRouter(BaseHTTPRequestHandler):
 
     def _send(self, status: int, body: dict[str, Any]) -> None:
         raw = json.dumps(body).encode()
-        self.send_response(status if self.headers.get("authorization") else 401)
+        self.send_response(status if self.headers.get("authorization") and self.is_known else 401)
         self.send_header("content-length", str(len(raw)))
         self.end_headers()
         self.wfile.write(raw)
@@ -67,7 +65,7 @@ def live(mlflow_settings: Settings, tmp_path: Path) -> Iterator[tuple[Settings, 
     """Two registered versions (the second has passed its gates), a route, and a router over HTTP."""
     home = mlflow_settings.home
     engine = connect(mlflow_settings)
-    FakeRouter.engine, FakeRouter.broken = engine, False
+    FakeRouter.broken = False
     FakeRouter.asked.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeRouter)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -79,7 +77,8 @@ def live(mlflow_settings: Settings, tmp_path: Path) -> Iterator[tuple[Settings, 
         "tick_s": 0.05,
         "stage_duration_s": 60,
     }
-    document = {"home": str(home), "rollout": rollout, "engine": {"live_after_s": 600}}  # nobody's heart beats here
+    beats = {"live_after_s": 600}  # nobody's heart beats here
+    document = {"home": str(home), "rollout": rollout, "engine": beats, "serve": beats}
     (tmp_path / "rayloop.yaml").write_text(yaml.safe_dump(document))
     registry = Registry(mlflow_settings)
     for number in (1, 2):
@@ -89,6 +88,7 @@ def live(mlflow_settings: Settings, tmp_path: Path) -> Iterator[tuple[Settings, 
         registry.register_base("triage", base)
     registry.tag("triage/2", GATES_TAG, "passed")
     write_route(engine, RouteKey("default", "triage"), {"stable": "triage/1"}, expected_revision=0, writer="person:ann")
+    serving(engine, RouteKey("default", "triage"), 1000)
     yield load_settings(tmp_path / "rayloop.yaml")[0], engine
     server.shutdown()
     server.server_close()
@@ -119,6 +119,12 @@ def say_ready(engine: Engine, version: str, state: str = "ready", reason: str | 
                     reason=reason, heartbeat_us=now_us(),
                 )
             )  # fmt: skip
+
+
+def serving(engine: Engine, key: RouteKey, revision: int, replica: str = "router-1") -> None:
+    """What a router replica reports."""
+    route = Route(key.tenant, key.agent, key.modality, "triage/1", revision=revision)
+    ReplicaReport(replica, 600).tell(engine, {key: route})
 
 
 def until(condition: Any, timeout_s: float = 120.0) -> None:
@@ -250,21 +256,36 @@ def test_readiness_follows_the_replicas(live: tuple[Settings, Engine]) -> None:
     assert servables.status("triage/2") == ("failed", "digest differs")
 
 
-def test_routers_are_tried_and_read_back_over_http(live: tuple[Settings, Engine]) -> None:
+def test_candidates_are_tried_over_http(live: tuple[Settings, Engine]) -> None:
     settings, engine = live
     keys = OwnKeys(engine, settings)
-    routers = HttpRouters(str(settings.rollout.router_url), settings, keys)
+    routers = HttpRouters(engine, str(settings.rollout.router_url), settings, keys)
     route = read_route(engine, RouteKey("default", "triage"))
-    assert routers.smoke(route, "triage/2") is None and routers.shows(route)
+    assert routers.smoke(route, "triage/2") is None
     assert FakeRouter.asked == [["Say OK."], ["Say OK.", "OK.", "Say it again."]]
-    later = Route(route.tenant, route.agent, route.modality, route.stable, revision=route.revision + 1)
-    assert not routers.shows(later)
     FakeRouter.broken = True
     assert "HTTP 502" in str(routers.smoke(route, "triage/2"))
-    nowhere = HttpRouters("http://127.0.0.1:9", settings, keys)
-    assert not nowhere.shows(route) and "refused" in str(nowhere.smoke(route, "triage/2"))
-    keys.close()
-    assert all(key.revoked_at_us for key in list_keys(engine))
+    nowhere = HttpRouters(engine, "http://127.0.0.1:9", settings, keys)
+    assert "refused" in str(nowhere.smoke(route, "triage/2"))
+
+
+def test_a_router_that_does_not_know_the_key_yet_costs_no_attempt(
+    live: tuple[Settings, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, engine = live
+    routers = HttpRouters(engine, str(settings.rollout.router_url), settings, OwnKeys(engine, settings))
+    monkeypatch.setattr(FakeRouter, "is_known", False)
+    with pytest.raises(UnavailableError, match="do not know the controller's key"):
+        routers.smoke(read_route(engine, RouteKey("default", "triage")), "triage/2")
+
+
+def test_a_controller_makes_its_key_at_its_start_and_revokes_no_others(live: tuple[Settings, Engine]) -> None:
+    settings, engine = live
+    dying, successor = OwnKeys(engine, settings), OwnKeys(engine, settings)
+    assert len(list_keys(engine)) == 2 and all(key.expires_at_us for key in list_keys(engine))
+    dying.close()
+    (kept,) = (key for key in list_keys(engine) if key.revoked_at_us is None)
+    assert kept.digest == digest_of(successor(read_route(engine, RouteKey("default", "triage"))))
 
 
 def ask(api: ControlApi, path: str, secret: str | None = None, method: str = "GET") -> tuple[int, Any]:

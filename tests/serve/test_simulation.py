@@ -16,7 +16,7 @@ from serve.experiments.comparisons import Moments, design_effect, ratio
 from serve.experiments.group_sequential import boundaries
 from serve.experiments.offpolicy import Logged, estimate
 from serve.experiments.planner import users_for_proportion, users_needed
-from tests.serve.simulation import REQUESTS, ArmSums, Floats, share_of, tastes, thumbs, user_sums
+from tests.serve.simulation import REQUESTS, ArmSums, Floats, latency_misses, share_of, tastes, thumbs, user_sums
 
 EXPERIMENTS, ALPHA = 2000, 0.05
 THREE_ERRORS = 3 * math.sqrt(ALPHA * (1 - ALPHA) / EXPERIMENTS)
@@ -43,7 +43,7 @@ def test_equal_arms_looked_at_a_hundred_times_seldom_alarm_and_a_plain_test_ofte
     valid = share_of(np.abs(effect) > np.array(width_L) * error)
     print(f"false alarms: plain z {naive:.3f}, always-valid {valid:.3f}")
     assert abs(naive - 0.373) < 0.035
-    assert valid <= ALPHA
+    assert abs(valid - 0.014) < 3 * math.sqrt(0.014 * 0.986 / EXPERIMENTS)  # .019 with this seed
 
 
 def test_correlated_requests_alarm_by_request_and_not_by_user() -> None:
@@ -200,6 +200,10 @@ def test_cuped_keeps_the_effect_and_loses_variance() -> None:
     assert np.mean(np.abs(effect - 0.1) <= Z * error) >= 0.95 - THREE_ERRORS
     # two thirds of .64 · .25 of the variance .25 is explained
     assert abs(np.mean([a.variance_kept for a in adjusted if a]) - (1 - 2 / 3 * 0.16 / 0.25)) < 0.02
+
+
+def test_the_interval_of_the_p95_holds_it_at_every_look_though_users_differ() -> None:
+    assert latency_misses(np.random.default_rng(12), 150) <= ALPHA
 
 
 def test_cuped_needs_enough_users_with_a_past() -> None:

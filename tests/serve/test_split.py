@@ -148,3 +148,18 @@ def test_a_plan_names_the_candidate_its_experiment_and_its_chance() -> None:
     assert seen["triage/2"] == {("exp-2", 0.1)} and seen["triage/3"] == {("exp-3", 0.2)}
     [(experiment_id, chance)] = seen["triage/1"]
     assert experiment_id == "exp-2" and chance == pytest.approx(0.7)
+
+
+def test_a_pin_gives_stable_to_everybody_and_says_whom_it_kept_from_which_candidate() -> None:
+    route = Route(
+        "acme", "triage", "text", "triage/1", arms(0.1, 0.2), salt="layer", experiment_id="exp-2", pinned=True
+    )
+    targets = {f"triage/{n}": Target(f"triage/{n}", "local", "m") for n in (1, 2, 3)}
+    kept = set()
+    for number in range(300):
+        made = plan(Snapshot({KEY: route}, targets), "acme", "triage", modality="text",
+                    user=f"u{number}", session=None, request="r")  # fmt: skip
+        assert (made.version, made.arm, made.propensity) == ("triage/1", "none", None)
+        assert (made.bucket is None) == (made.experiment_id is None)
+        kept.add(made.experiment_id)
+    assert kept == {None, "exp-2", "exp-3"}

@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy.engine import Engine
 
 from cluster.errors import ConflictError
+from serve.experiments.store import get_experiment
 from serve.rollout.commands import freeze, roll_back
 from serve.rollout.replay import verify_decisions
 from serve.rollout.store import Rollout
@@ -43,6 +44,7 @@ def test_a_guardrail_brings_the_previous_champion_back_by_itself(sqlite_database
     world.run_on(20)
     assert (world.state(rollout), world.route.stable, world.route.experiment_id) == ("rolled_back", "triage/1", None)
     assert world.registry.aliases["champion"] == "triage/1"
+    assert get_experiment(sqlite_database, rollout.experiment.experiment_id).outcome == "rejected_by_guardrail"
     last = world.decisions()[-1]
     assert "after its promotion" in last["reason"] and last["evidence"]["evidence"]["period"] == "1"
     assert "worse" in world.registry.tags["triage/2", "rayloop.rolled_back"]

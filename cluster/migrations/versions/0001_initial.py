@@ -166,6 +166,12 @@ def _create_live_side() -> None:
         sa.Column("reason", sa.Text()),
         sa.Column("heartbeat_us", sa.BigInteger(), nullable=False),
     )
+    op.create_table(
+        "router_replicas",
+        sa.Column("replica_id", sa.String(64), primary_key=True),
+        sa.Column("revisions", sa.JSON(), nullable=False),
+        sa.Column("heartbeat_us", sa.BigInteger(), nullable=False),
+    )
 
 
 def _create_experiments() -> None:
@@ -417,6 +423,7 @@ TABLES = (
     "key_usage",
     "servables",
     "servable_replicas",
+    "router_replicas",
     "experiments",
     "experiment_users",
     "experiment_arms",

@@ -7,23 +7,23 @@ rounding, however the log was cut into pages.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from serve.experiments.comparisons import Moments
+from cluster.tables import MOMENT_COLUMNS
 
 Floats = npt.NDArray[np.float64]
 EVERYBODY = ""
 """The segment that holds all users."""
 
-TERMS = tuple(term.name for term in fields(Moments))
+TERMS = MOMENT_COLUMNS
 
 
 def contributions(count_U: Floats, total_U: Floats, covariate_U: Floats) -> Floats:
-    """What each user adds to the sums, [U, 13] in the order of `Moments`; nothing where the count is 0.
+    """What each user adds to the sums, [U, 13] in the order of `TERMS`; nothing where the count is 0.
 
     `covariate_U` is the user's mean before the first exposure, NaN where there is none.
     """
@@ -55,7 +55,7 @@ class SumChanges:
         key: tuple[str, str, str, str],
         metric: str,
         segments: Sequence[str],
-        sums: tuple[float, float, float, float],
+        sums: tuple[float, ...],
         covariate: float | None,
     ) -> None:
         """One user's statistic. `key`: experiment, user, period, arm; `sums`: count and total before, and after."""
