@@ -25,6 +25,7 @@ from cluster.settings import Settings
 from cluster.settings.engines import GraderSettings
 from data.feedback import pseudonym_secret
 from data.grading.types import Grader, GradeResult
+from serve.abstentions import AbstentionAlerts
 from serve.asgi import FindKey, HttpApplication, bearer_key, require_method, send_json
 from serve.grading import Grading
 from serve.judged import JudgedAnswers
@@ -65,10 +66,11 @@ class GraderApi(HttpApplication):
         find_key: FindKey,
         judged: JudgedAnswers | None = None,
         online: OnlineGrading | None = None,
+        alerts: AbstentionAlerts | None = None,
     ) -> None:
         self._settings, self._find_key = settings, find_key
         self.grading = Grading(settings, judged)
-        self.online = online
+        self.online, self._alerts = online, alerts
         self.waiting = 0
         """Answers that are being graded."""
         self.abstained = 0
@@ -86,7 +88,11 @@ class GraderApi(HttpApplication):
         await self.grading.start()
         if self.online is not None:
             self.online.start(self.grading)
+        if self._alerts is not None:
+            self._alerts.start(self.grading.abstentions)
         yield
+        if self._alerts is not None:
+            await self._alerts.close()
         if self.online is not None:
             await self.online.close()
         await self.grading.close()
@@ -229,14 +235,14 @@ class GraderReplica:
     async def __serve_build_asgi_app__(self) -> GraderApi:
         """The application of this replica."""
         settings, grader = self._settings, self._settings.grader
-        judged = online = None
+        judged = online = alerts = None
         try:
             database = await asyncio.to_thread(connect, settings)
             judged = JudgedAnswers(database, pseudonym_secret(settings), grader.judged_days)
-            online = OnlineGrading(settings, database)
+            online, alerts = OnlineGrading(settings, database), AbstentionAlerts(settings, database)
         except UnavailableError as error:
             log.warning("judges' grades are not kept and live traffic is not sampled: %s", error)
-        return GraderApi(grader, KnownKeys(settings, grader.keys_refresh_s).find, judged, online)
+        return GraderApi(grader, KnownKeys(settings, grader.keys_refresh_s).find, judged, online, alerts)
 
 
 def build(settings: Settings) -> Any:

@@ -1,7 +1,8 @@
 """Grades one answer by one grader within a deadline: from the cache, in a worker, in a sandbox or by a model.
 
 What may take long on purpose (a pattern that backtracks, a `python` grader) runs in other processes that are
-ended at the deadline; models are asked on the event loop; `multi` asks its parts at the same time.
+ended at the deadline; models are asked on the event loop; the parts of `multi` and both orders of `pair_model` are
+asked at the same time.
 """
 
 import asyncio
@@ -21,9 +22,11 @@ from data.grading import AtHand, make_grader
 from data.grading.endpoint import JudgeEndpoint
 from data.grading.judge import ModelGrader
 from data.grading.multi import Multi
+from data.grading.pair_model import PairModel
 from data.grading.python_grader import PythonGrader
 from data.grading.reward_model import HttpScorer
 from data.grading.types import AbstainError, AskingGrader, BaseGrader, Grader, GradeResult, Item, RawSample
+from serve.abstentions import AbstentionWatch
 from serve.grading_models import ModelCalls
 from serve.grading_pool import GraderPool, WorkerError
 from serve.judged import JudgedAnswers, input_digest
@@ -42,6 +45,7 @@ class Grading:
         self.pool = GraderPool(settings)
         self.judged = judged
         """Where grades by models are kept; `None` while there is no database."""
+        self.abstentions = AbstentionWatch(settings.abstention_share, settings.abstention_window)
         self._models = ModelCalls(settings.judge_connections)
         self._sandboxes = ThreadPoolExecutor(settings.python_workers, thread_name_prefix="python-grader")
         self._at_hand = AtHand.of(
@@ -102,6 +106,7 @@ class Grading:
             result = GradeResult(None, {}, f"the grader failed ({type(error).__name__})", grader.version, "other_error")
         outcome = "graded" if result.reward is not None else result.error or "abstained"
         metrics.GRADES.labels(_kind(grader), outcome).inc()
+        self.abstentions.note(result)
         metrics.GRADE_SECONDS.labels(_kind(grader)).observe(time.perf_counter() - began)
         self._remember(key, result)
         return result
@@ -115,7 +120,7 @@ class Grading:
             self._cache.popitem(last=False)
 
     async def _judge(self, grader: Grader, item: Item, sample: RawSample, deadline: float) -> GradeResult:
-        if isinstance(grader, Multi):
+        if isinstance(grader, Multi | PairModel):
             return await self._parts(grader, item, sample, deadline)
         if isinstance(grader, AskingGrader):
             return await self._ask(grader, item, sample, deadline)
@@ -126,7 +131,7 @@ class Grading:
         task = {"grader": grader.config.model_dump(mode="json"), "item": item, "sample": sample}
         return _from_worker(await self.pool.ask(task, deadline), grader.version)
 
-    async def _parts(self, grader: Multi, item: Item, sample: RawSample, deadline: float) -> GradeResult:
+    async def _parts(self, grader: Multi | PairModel, item: Item, sample: RawSample, deadline: float) -> GradeResult:
         async with asyncio.TaskGroup() as group:
             parts = {
                 name: group.create_task(self.grade(part, item, sample, deadline))

@@ -203,7 +203,7 @@ def test_old_grades_of_judges_are_forgotten(database: Database, settings: Settin
 
 
 def test_a_sample_of_live_answers_is_graded_once(database: Database, judge: tuple[str, Judge]) -> None:
-    online = {"grader": {**SCORE, "model": "good"}, "share": 0.25}
+    online = {"grader": {**SCORE, "model": "good"}, "share": 0.25, "detectors": False}
     learning: dict[str, Any] = {"learning": {"enabled": True}, "capture": {"enabled": True}}
     settings, _ = load_settings(grader={"judge_url": judge[0], "online": online}, **learning)
     before = judge[1].asked
