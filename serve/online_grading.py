@@ -79,6 +79,9 @@ class OnlineGrading:
             except (sa.exc.SQLAlchemyError, RayloopError) as error:
                 log.warning("live answers are not graded for now (%s)", str(error).splitlines()[0])
                 more = False
+            except Exception:  # a defect must not end the loop without a word
+                log.exception("live answers are not graded for now")
+                more = False
             if not more:
                 await asyncio.sleep(self._settings.interval_s)
 

@@ -112,3 +112,28 @@ def test_detectors_look_at_the_sample(sqlite_database: Database) -> None:
         "rude": {"toxicity_rate": 1.0},
     }
     assert len({body["grader_version"] for body in found.values()}) == 1
+
+
+def test_a_defect_does_not_end_the_loop(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, _ = load_settings(grader={"online": {"interval_s": 0.01}}, **LEARNING)
+    tried = []
+
+    async def run() -> None:
+        again = asyncio.Event()
+
+        async def fail(*_: Any) -> bool:
+            tried.append(1)
+            if len(tried) > 1:
+                again.set()
+            raise TypeError("a defect")
+
+        loop = OnlineGrading(settings, sqlite_database)
+        monkeypatch.setattr(loop, "round", fail)
+        grading = Grading(settings.grader)
+        loop.start(grading)
+        await asyncio.wait_for(again.wait(), 10)
+        await loop.close()
+        await grading.close()
+
+    asyncio.run(run())
+    assert len(tried) >= 2
