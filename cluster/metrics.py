@@ -82,6 +82,12 @@ GRADES_WAITING = Gauge("rayloop_grades_waiting", "Answers that are being graded.
 ONLINE_GRADES = Counter(
     "rayloop_online_grades_total", "Sampled live answers by what became of them.", ["outcome"], registry=REGISTRY
 )
+SHADOW_PAIRS = Counter(
+    "rayloop_shadow_pairs_total",
+    "Live answers against the shadow's: `won`, `tied`, `lost`, or `abstained`.",
+    ["agent", "outcome"],
+    registry=REGISTRY,
+)
 
 TOOL_CALLS = Counter(
     "rayloop_tool_calls_total", "Calls of tools by what became of them.", ["tool", "outcome"], registry=REGISTRY

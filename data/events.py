@@ -65,7 +65,7 @@ class InteractionFlags(Body):
     disconnected: bool = False
     """The client went away before the end."""
     safety: bool = False
-    """The model refused, or a filter stopped the answer."""
+    """A filter stopped the answer. That the model refused is in its `refusal`."""
     quality: bool = False
     """The answer is empty, or was cut off at its limit of tokens."""
     timeout: bool = False
@@ -324,7 +324,7 @@ class JobEnded(Body):
 class OperatorAlert(Body):
     """Something that people who run this should look at, which is nobody's decision."""
 
-    name: Literal["drift", "spool", "queue_full", "interactions_lost"]
+    name: Literal["drift", "spool", "queue_full", "interactions_lost", "abstentions"]
     source: str
     """Where it was seen: host and process, or a version."""
     reason: str

@@ -38,12 +38,25 @@ class HttpApplication:
         if scope["type"] == "lifespan":
             await self._live(receive, send)
             return
+        begun = False
+
+        async def sending(message: dict[str, Any]) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
         try:
-            await self.respond(scope["path"].removeprefix(scope.get("root_path", "")), scope, receive, send)
+            await self.respond(path, scope, receive, sending)
         except ApiError as error:
             await send_error(send, error)
         except ClientGoneError:
             log.debug("client left before its request was whole")
+        except Exception:
+            log.exception("%s %s failed", scope["method"], path)
+            if begun:  # the server cuts the answer off, which tells the client that it is not whole
+                raise
+            await send_error(send, ApiError(500, "The server failed; its log says why.", code="internal_error"))
 
     async def respond(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; `path` is the one below where the application is mounted.

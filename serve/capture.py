@@ -88,7 +88,7 @@ class Record:
         metadata = scrubbed(bounded(request.get("metadata"), keep=max(0, PAIRS - len(own)))) | own
         flags = {
             "fallback": self.fallback is not None, "shadow": plan.arm == "shadow", "disconnected": self.disconnected,
-            "safety": answer.refused, "quality": self._poor(), "timeout": self.timeout,
+            "safety": answer.filtered, "quality": self._poor(), "timeout": self.timeout,
         }  # fmt: skip
         return {
             "messages": request.get("messages") or prompt_messages(request.get("prompt")),

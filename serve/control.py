@@ -15,17 +15,16 @@ import ray.serve
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
-from cluster import metrics
 from cluster.database import connect
 from cluster.errors import RayloopError
 from cluster.logs import configure_logging
 from cluster.settings import Settings
 from data.outlets.loop import OutletLoop
-from serve.asgi import HttpApplication, bearer_key, require_method, send_json
+from serve.asgi import HttpApplication, require_method, send_json
 from serve.finetuning.dispatcher import DispatchLoop
 from serve.known_keys import KnownKeys
 from serve.labelling_loop import LabellingLoop
-from serve.openai import ApiError, Receive, Scope, Send, send_response
+from serve.openai import ApiError, Receive, Scope, Send
 from serve.rollout.controller import Controller
 from serve.rollout.live import OwnKeys, controller_steps
 from serve.rollout.report import describe
@@ -134,7 +133,7 @@ class ControlApi(HttpApplication):
     async def respond(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if path == "/metrics" and scope["method"] == "GET":
-            await send_response(send, 200, metrics.exposition(), [metrics.CONTENT_TYPE])
+            await self._keys.send_metrics(scope, send)
             return
         status, body = await self._answer(path, scope)
         await send_json(send, body, status)
@@ -148,7 +147,7 @@ class ControlApi(HttpApplication):
             raise ApiError(
                 404, f"There is no {path} here; known are /healthz, /metrics and /rollouts.", code="not_found"
             )
-        key = await bearer_key(scope, self._keys.find)
+        key = await self._keys.admit(scope)
         try:
             found = await asyncio.to_thread(lambda: list_rollouts(self._loop.engine, key.tenant))
         except (RayloopError, sa.exc.SQLAlchemyError):

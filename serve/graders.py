@@ -7,6 +7,7 @@ not graded by the deadline, and whatever a grader cannot judge, is an abstention
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
@@ -25,12 +26,14 @@ from cluster.settings import Settings
 from cluster.settings.engines import GraderSettings
 from data.feedback import pseudonym_secret
 from data.grading.types import Grader, GradeResult
-from serve.asgi import FindKey, HttpApplication, bearer_key, require_method, send_json
-from serve.grading import Grading
+from serve.abstentions import AbstentionAlerts
+from serve.asgi import HttpApplication, require_method, send_json
+from serve.grading import Grading, Spend, asks_judges
 from serve.judged import JudgedAnswers
+from serve.keys import Key
 from serve.known_keys import KnownKeys
 from serve.online_grading import OnlineGrading
-from serve.openai import ApiError, Receive, Scope, Send, parse_object, read_body, send_response
+from serve.openai import ApiError, Receive, Scope, Send, parse_object, read_body
 
 log = logging.getLogger(__name__)
 
@@ -57,18 +60,19 @@ ERRORS: dict[str, Any] = {
 
 
 class GraderApi(HttpApplication):
-    """The ASGI callable; `find_key` looks a bearer secret up."""
+    """The ASGI callable."""
 
     def __init__(
         self,
         settings: GraderSettings,
-        find_key: FindKey,
+        keys: KnownKeys,
         judged: JudgedAnswers | None = None,
         online: OnlineGrading | None = None,
+        alerts: AbstentionAlerts | None = None,
     ) -> None:
-        self._settings, self._find_key = settings, find_key
+        self._settings, self._keys = settings, keys
         self.grading = Grading(settings, judged)
-        self.online = online
+        self.online, self._alerts = online, alerts
         self.waiting = 0
         """Answers that are being graded."""
         self.abstained = 0
@@ -76,7 +80,7 @@ class GraderApi(HttpApplication):
     async def respond(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if path == "/metrics":
-            await send_response(send, 200, metrics.exposition(), [metrics.CONTENT_TYPE])
+            await self._keys.send_metrics(scope, send)
         else:
             await send_json(send, await self._answer(path, scope, receive))
 
@@ -86,7 +90,11 @@ class GraderApi(HttpApplication):
         await self.grading.start()
         if self.online is not None:
             self.online.start(self.grading)
+        if self._alerts is not None:
+            self._alerts.start(self.grading.abstentions)
         yield
+        if self._alerts is not None:
+            await self._alerts.close()
         if self.online is not None:
             await self.online.close()
         await self.grading.close()
@@ -99,21 +107,22 @@ class GraderApi(HttpApplication):
         if action not in ("run", "validate"):
             raise ApiError(404, f"There is no {path} here; known is {PREFIXES[0]}run and validate.", code="not_found")
         require_method(scope, path, "POST")
-        await bearer_key(scope, self._find_key, SCOPE)
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
+        key = await self._keys.admit(scope, SCOPE)
         limit, timeout_s = self._settings.max_body_bytes, self._settings.body_timeout_s
         document = parse_object(await read_body(scope, receive, limit, timeout_s))
         grader = document.get("grader")
         if not isinstance(grader, dict):
             raise ApiError(400, "grader must be an object with a type.", param="grader", code="invalid_value")
-        return await (self._validate(grader) if action == "validate" else self._run(grader, document, deadline))
+        _require_plain(grader, "grader")
+        return await (self._validate(grader) if action == "validate" else self._run(grader, document, deadline, key))
 
     async def _validate(self, config: Json) -> Json:
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
         grader = await self._grader(config, deadline)
         return {"grader": config, "name": grader.name, "version": grader.version}
 
-    async def _run(self, config: Json, document: Json, deadline: float) -> Json:
+    async def _run(self, config: Json, document: Json, deadline: float, key: Key) -> Json:
         batch = "items" in document
         entries = document["items"] if batch else [document]
         if not isinstance(entries, list) or not 0 < len(entries) <= self._settings.max_batch:
@@ -123,7 +132,9 @@ class GraderApi(HttpApplication):
         if self.waiting + len(tasks) > self._settings.max_queued:
             raise self._busy("Too many answers wait to be graded.", 429)
         grader = await self._grader(config, deadline)
-        results = await self._grade_all(grader, tasks, deadline)
+        if asks_judges(grader):
+            self._keys.limits.require_budget(key)
+        results = await self._grade_all(grader, tasks, deadline, functools.partial(self._keys.limits.spend, key))
         grades = [_grade_document(config, grader.name, result, seconds) for result, seconds in results]
         return {"object": "list", "data": grades} if batch else grades[0]
 
@@ -137,7 +148,7 @@ class GraderApi(HttpApplication):
             raise self._busy("The grader could not be made in time.", 503) from None
 
     async def _grade_all(
-        self, grader: Grader, tasks: Sequence[tuple[Json, Json]], deadline: float
+        self, grader: Grader, tasks: Sequence[tuple[Json, Json]], deadline: float, spend: Spend
     ) -> list[tuple[GradeResult, float]]:
         """Each task's grade and seconds, in order; equal tasks are graded once."""
         groups: dict[bytes, list[int]] = {}
@@ -148,7 +159,8 @@ class GraderApi(HttpApplication):
         try:
             async with asyncio.TaskGroup() as group:
                 grades = [
-                    group.create_task(self._timed(grader, tasks[places[0]], deadline)) for places in groups.values()
+                    group.create_task(self._timed(grader, tasks[places[0]], deadline, spend))
+                    for places in groups.values()
                 ]
         finally:
             self.waiting -= len(tasks)
@@ -159,9 +171,11 @@ class GraderApi(HttpApplication):
         self.abstained += sum(result.reward is None for result, _ in graded.values())
         return [graded[place] for place in range(len(tasks))]
 
-    async def _timed(self, grader: Grader, task: tuple[Json, Json], deadline: float) -> tuple[GradeResult, float]:
+    async def _timed(
+        self, grader: Grader, task: tuple[Json, Json], deadline: float, spend: Spend
+    ) -> tuple[GradeResult, float]:
         began = time.perf_counter()
-        result = await self.grading.grade(grader, *task, deadline)
+        result = await self.grading.grade(grader, *task, deadline, spend)
         return result, time.perf_counter() - began
 
     def _busy(self, message: str, status: int) -> ApiError:
@@ -182,11 +196,23 @@ def _task(entry: Any, where: str) -> tuple[Json, Json]:
     if not isinstance(item, dict):
         raise ApiError(400, "item must be an object.", param=f"{where}item", code="invalid_value")
     sample: Json = {"output_text": text}
-    with contextlib.suppress(ValueError, RecursionError):
-        sample["output_json"] = json.loads(text, parse_constant=_no_constant)
+    with contextlib.suppress(ValueError, RecursionError, orjson.JSONEncodeError):
+        document = json.loads(text, parse_constant=_no_constant)
+        orjson.dumps(document)  # what cannot be passed on, a number of 30 digits for one, is a text alone
+        sample["output_json"] = document
     if isinstance(entry.get("output_tools"), list):
         sample["output_tools"] = entry["output_tools"]
+        _require_plain(sample["output_tools"], f"{where}output_tools")
+    _require_plain(item, f"{where}item")
     return item, sample
+
+
+def _require_plain(value: Any, param: str) -> None:
+    """Raise `ApiError` 400 for what was read as JSON and cannot be written again."""
+    try:
+        orjson.dumps(value)
+    except orjson.JSONEncodeError as error:
+        raise ApiError(400, f"{param} cannot be passed on ({error}).", param=param, code="invalid_value") from None
 
 
 def _no_constant(name: str) -> Any:
@@ -229,14 +255,15 @@ class GraderReplica:
     async def __serve_build_asgi_app__(self) -> GraderApi:
         """The application of this replica."""
         settings, grader = self._settings, self._settings.grader
-        judged = online = None
+        judged = online = alerts = None
         try:
             database = await asyncio.to_thread(connect, settings)
             judged = JudgedAnswers(database, pseudonym_secret(settings), grader.judged_days)
-            online = OnlineGrading(settings, database)
+            online, alerts = OnlineGrading(settings, database), AbstentionAlerts(settings, database)
         except UnavailableError as error:
             log.warning("judges' grades are not kept and live traffic is not sampled: %s", error)
-        return GraderApi(grader, KnownKeys(settings, grader.keys_refresh_s).find, judged, online)
+        keys = KnownKeys(settings, grader.keys_refresh_s, grader.replicas)
+        return GraderApi(grader, keys, judged, online, alerts)
 
 
 def build(settings: Settings) -> Any:

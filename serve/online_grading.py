@@ -1,5 +1,8 @@
 """Grades a sample of live traffic after the answers left, by reading the log like everybody else.
 
+A sampled answer is graded and looked at by the detectors (`serve.online_detectors`); a live answer whose copy went to
+a shadow is compared with the shadow's (`serve.online_pairs`).
+
 One replica does it at a time, by a lease. What is sampled is decided by a hash of the interaction's id, and a
 grade's event id by interaction and grader version, so starting again grades nothing twice.
 """
@@ -21,9 +24,12 @@ from cluster.errors import RayloopError
 from cluster.lease import acquire_lease, release_lease
 from cluster.settings import Settings
 from data.events import Event, RecordedEvent
-from data.grading.types import Grader, GradeResult
+from data.grading.types import Grader
 from data.log import EventLog, save_cursor
 from serve.grading import Grading
+from serve.online_detectors import OnlineDetectors
+from serve.online_pairs import OnlinePairs
+from serve.online_samples import grade_event, has_answer, item_of, sample_of
 
 log = logging.getLogger(__name__)
 
@@ -31,15 +37,19 @@ CURSOR = LEASE = "online-grading"
 LEASE_S = 30.0
 PURGE_EVERY = 1_000  # rounds between two looks for judges' grades that are too old
 GRADED_ARMS = ("stable", "candidate", "none")
+"""Whose answers are graded by themselves; a shadow's are compared with the live ones."""
+KINDS = ("interaction", "shadow.pair")
 
 
 class OnlineGrading:
-    """The loop of one grader replica. Off unless learning, capture and `grader.online.grader` are on."""
+    """The loop of one grader replica. Off unless learning and capture are on, and there is something to grade with."""
 
     def __init__(self, settings: Settings, database: Engine) -> None:
-        self._settings = settings.grader.online
-        self._on = settings.learning.enabled and settings.capture.enabled and self._settings.grader is not None
+        self._settings = online = settings.grader.online
+        graded = online.grader is not None or online.pair_grader is not None or online.detectors
+        self._on = settings.learning.enabled and settings.capture.enabled and graded
         self._database, self._log = database, EventLog(database)
+        self._detectors = OnlineDetectors(settings.curation.detectors) if online.detectors else None
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{id(self):x}"
         self._loop: asyncio.Task[None] | None = None
 
@@ -69,6 +79,9 @@ class OnlineGrading:
             except (sa.exc.SQLAlchemyError, RayloopError) as error:
                 log.warning("live answers are not graded for now (%s)", str(error).splitlines()[0])
                 more = False
+            except Exception:  # a defect must not end the loop without a word
+                log.exception("live answers are not graded for now")
+                more = False
             if not more:
                 await asyncio.sleep(self._settings.interval_s)
 
@@ -79,25 +92,34 @@ class OnlineGrading:
         """Grade what the log holds since last time; true when there may be more.
 
         Raises:
-            InputError: `grader.online.grader` describes no grader.
+            InputError: `grader.online.grader` or `grader.online.pair_grader` describes no grader.
         """
-        grader = await grading.grader(self._settings.grader)
+        online = self._settings
+        grader = None if online.grader is None else await grading.grader(online.grader)
+        pairs = await self._pairs(grading, grader)
         after = await asyncio.to_thread(self._log.cursor, CURSOR)
-        batch = await asyncio.to_thread(self._log.read, after, self._settings.batch, kinds=["interaction"])
+        batch = await asyncio.to_thread(self._log.read, after, online.batch, kinds=KINDS)
         if not batch:
             return False
-        chosen = [recorded for recorded in batch if sampled(recorded, self._settings.share)]
-        deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
-        grades = await asyncio.gather(*[self._grade(grading, grader, r.event, deadline) for r in chosen])
-        await asyncio.to_thread(self._record, [g for g in grades if g is not None], batch[-1].seq)
-        return len(batch) == self._settings.batch
+        chosen = [recorded.event for recorded in batch if sampled(recorded, online.share)]
+        deadline = asyncio.get_running_loop().time() + online.deadline_s
+        made = await asyncio.gather(
+            *[self._grade(grading, grader, event, deadline) for event in chosen if grader is not None],
+            *[pairs.compare(r.event, deadline) for r in batch if pairs and pair_sampled(r, online.pair_share)],
+        )
+        grades = [grade for grade in made if grade is not None]
+        if self._detectors is not None:
+            grades += await asyncio.to_thread(self._detectors.look_at, chosen)
+        await asyncio.to_thread(self._record, grades, batch[-1].seq)
+        return len(batch) == online.batch
 
-    async def _grade(self, grading: Grading, grader: Grader, event: Event, deadline: float) -> Event | None:
-        body = event.body
-        answer = body["response"]
-        item = {"messages": body["messages"], "tools": body.get("tools"), "agent": event.agent}
-        sample = {"output_text": answer.get("content") or "", "output_tools": answer.get("tool_calls") or []}
-        result = await grading.grade(grader, item, sample, deadline)
+    async def _pairs(self, grading: Grading, grader: Grader | None) -> OnlinePairs | None:
+        config = self._settings.pair_grader
+        comparing = grader if config is None else await grading.grader(config)
+        return None if comparing is None else OnlinePairs(self._log, grading, comparing)
+
+    async def _grade(self, grading: Grading, grader: Grader, event: Event, deadline: float) -> Event:
+        result = await grading.grade(grader, item_of(event), sample_of(event), deadline)
         metrics.ONLINE_GRADES.labels("graded" if result.reward is not None else "abstained").inc()
         return grade_event(event, grader, result)
 
@@ -109,30 +131,16 @@ class OnlineGrading:
 
 def sampled(recorded: RecordedEvent, share: float) -> bool:
     """Whether an interaction is in the sample: it has an answer, and its hash is low enough."""
-    body = recorded.event.body
-    if recorded.erased or body.get("arm") not in GRADED_ARMS or not isinstance(body.get("response"), dict):
+    event = recorded.event
+    if recorded.erased or event.kind != "interaction" or event.body.get("arm") not in GRADED_ARMS:
         return False
-    if not isinstance(body["response"].get("content"), str):
-        return False
-    return zlib.crc32(b"grade:" + recorded.event.event_id.encode()) < share * 2**32
+    return has_answer(event) and _drawn("grade", event, share)
 
 
-def grade_event(event: Event, grader: Grader, result: GradeResult) -> Event:
-    """The grade of an interaction as an event."""
-    body = {
-        "grader": grader.name,
-        "grader_version": result.grader_version or grader.version,
-        "score_card": result.score_card,
-        "reason": result.reason[:2_000],
-    } | ({} if result.reward is None else {"reward": result.reward})
-    return Event(
-        kind="grade",
-        tenant=event.tenant,
-        workspace=event.workspace,
-        body=body,
-        event_id=f"grade:{grader.version}:{event.event_id}"[:128],
-        user_id=event.user_id,
-        session_id=event.session_id,
-        agent=event.agent,
-        interaction_id=event.interaction_id,
-    )
+def pair_sampled(recorded: RecordedEvent, share: float) -> bool:
+    """Whether an event is of a shadow pair that is compared."""
+    return not recorded.erased and recorded.event.kind == "shadow.pair" and _drawn("pair", recorded.event, share)
+
+
+def _drawn(purpose: str, event: Event, share: float) -> bool:
+    return zlib.crc32(f"{purpose}:{event.event_id}".encode()) < share * 2**32

@@ -57,9 +57,14 @@ class Answer:
         return len(self.prompt_token_ids), len(self.token_ids) or guessed
 
     @property
+    def filtered(self) -> bool:
+        """A filter stopped it."""
+        return self.finish_reason == "content_filter"
+
+    @property
     def refused(self) -> bool:
         """The model refused, or a filter stopped it."""
-        return self.finish_reason == "content_filter" or bool(self.message.get("refusal"))
+        return self.filtered or bool(self.message.get("refusal"))
 
     def add_message(self, choice: dict[str, Any]) -> None:
         """A whole choice."""

@@ -40,8 +40,9 @@ class Servable:
     base_revision: str | None
     template_digest: str | None
     alias: str | None
-    """A second name, `ft:…`, that only `tenant` may use."""
+    """A second name, `ft:…`."""
     tenant: str | None
+    """Whose version it is: others may use it only where a route of theirs names it."""
     wanted: bool
     updated_at_us: int
 
@@ -64,11 +65,11 @@ def want(
     engine_name: str,
     *,
     adapter_location: str | None = None,
-    alias: tuple[str, str] | None = None,
+    alias: str | None = None,
 ) -> Servable:
     """Ask an engine to hold a version; asking again retries one that failed, and keeps its alias.
 
-    `alias` is a second name and the tenant that may use it.
+    It belongs to the tenant that registered it. `alias` is a second name, `ft:…`.
 
     `adapter_location` is the folder or URI that engines read the adapter from (`serve.adapter_store`), where it is not
     the one that `version` names.
@@ -93,14 +94,14 @@ def want(
         adapter_sha256=version.adapter_sha256,
         base_revision=version.tags.get("base_revision"),
         template_digest=version.tags.get("template_digest"),
-        alias=alias[0] if alias else None,
-        tenant=alias[1] if alias else None,
+        alias=alias,
+        tenant=version.tags.get("rayloop.tenant"),
         wanted=True,
         updated_at_us=now_us(),
     )
     values = {name: getattr(servable, name) for name in servable.__slots__}
     if alias is None:
-        del values["alias"], values["tenant"]
+        del values["alias"]
     with write(database).begin() as connection:
         this = (servables.c.version == version.id) & (servables.c.engine == engine_name)
         if connection.execute(sa.update(servables).where(this).values(**values)).rowcount == 0:

@@ -60,20 +60,24 @@ class Snapshot:
     read_at: float = 0.0
     """Monotonic time; 0 when nothing has been read yet."""
     owners: Mapping[str, str] = field(default_factory=dict)
-    """Fine-tuned model, as `ft:…` and as version -> the tenant it belongs to; `targets` has both too."""
+    """Version, and its second name `ft:…` where it has one -> the tenant it belongs to; `targets` has both too."""
 
     def known_models(self, tenant: str) -> list[str]:
-        """Agents with a route, then the versions of those agents that are served."""
+        """Agents with a route, then the versions that are served and visible."""
         agents = sorted({key.agent for key in self.routes if key.tenant == tenant})
         return agents + sorted(v for v in self.targets if self.visible(tenant, v))
 
     def visible(self, tenant: str, version: str) -> bool:
-        """A tenant sees the versions of agents it has a route for, those its routes name, and its own models."""
-        if self.owners.get(version) == tenant:
+        """A tenant sees its own versions and those that its routes name.
+
+        What belongs to nobody (a model of an engine's configuration) it sees where it has a route of that agent.
+        """
+        owner = self.owners.get(version)
+        if owner == tenant:
             return True
         agent = version.rpartition("/")[0]
         mine = [route for key, route in self.routes.items() if key.tenant == tenant]
-        return any(agent == r.agent or version in r.versions for r in mine)
+        return any(version in r.versions or (owner is None and agent == r.agent) for r in mine)
 
 
 def read_snapshot(engine: Engine, endpoints: Mapping[str, EngineEndpoint]) -> Snapshot:
@@ -88,10 +92,10 @@ def read_snapshot(engine: Engine, endpoints: Mapping[str, EngineEndpoint]) -> Sn
         for row in connection.execute(sa.select(servables).where(servables.c.wanted)).mappings():
             if row["engine"] in endpoints or is_ours(row["engine"]):
                 target = Target(row["version"], row["engine"], row["model_name"], row["adapter_sha256"])
-                targets[target.version] = target
-                if row["alias"] is not None:
-                    targets[row["alias"]] = target
-                    owners |= dict.fromkeys((row["alias"], target.version), row["tenant"])
+                names = [name for name in (target.version, row["alias"]) if name is not None]
+                targets |= dict.fromkeys(names, target)
+                if row["tenant"] is not None:
+                    owners |= dict.fromkeys(names, row["tenant"])
         health: dict[str, dict[str, int]] = {}
         counts = sa.select(servable_replicas.c.version, servable_replicas.c.state, sa.func.count()).group_by(
             servable_replicas.c.version, servable_replicas.c.state

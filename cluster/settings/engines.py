@@ -140,9 +140,16 @@ class OnlineGradingSettings(Section):
 
     grader: dict[str, Any] | None = None
     """The grader, as `/v1/graders/run` takes it. It has the conversation as `item.messages` and no reference.
-    `None`: nothing is sampled."""
+    `None`: only the detectors look at answers."""
     share: float = Field(0.02, gt=0, le=1)
     """Share of the interactions that are graded, chosen by a hash of their id."""
+    detectors: bool = True
+    """Look at the same sample with the detectors of `curation.detectors`: toxic, and not borne by its passages."""
+    pair_grader: dict[str, Any] | None = None
+    """A grader of type `pair_model` that compares a live answer with the shadow's, as `item.opponent`. `None`: the
+    rewards that `grader` gives both are compared."""
+    pair_share: float = Field(1.0, gt=0, le=1)
+    """Share of the shadow pairs that are compared, chosen by a hash of their id."""
     interval_s: float = Field(2.0, gt=0)
     """How often the log is read for more."""
     batch: int = Field(500, ge=1, le=10_000)
@@ -197,4 +204,10 @@ class GraderSettings(Section):
     """Grades kept in memory of each replica, so that what was graded is not graded again. 0 turns it off."""
     judged_days: float = Field(30.0, gt=0)
     """How long the database keeps what judges said, so that every replica gives the same answer the same reward."""
+    abstention_share: float = Field(0.2, gt=0, le=1)
+    """Share of a replica's latest grades that may be abstentions; above it an alert goes out."""
+    abstention_window: int = Field(200, ge=10)
+    """How many of the latest grades that share is of."""
+    abstention_check_s: float = Field(30.0, gt=0)
+    """How often a replica looks at that share."""
     online: OnlineGradingSettings = OnlineGradingSettings()

@@ -12,7 +12,7 @@ Check = Literal["no_regression", "positive_trend", "significant_improvement", "f
 
 
 REACTION_METRICS = (
-    "satisfaction", "thumbs_up_rate", "rating", "grader_score", "hallucination_rate", "win_rate",
+    "satisfaction", "thumbs_up_rate", "rating", "grader_score", "hallucination_rate", "toxicity_rate", "win_rate",
 )  # fmt: skip
 """Metrics of feedback and grades."""
 METRIC_NAMES = (

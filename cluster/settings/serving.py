@@ -209,8 +209,8 @@ class ServeSettings(Section):
     upstream_connections: int = Field(256, ge=1)
     """Idle connections kept open to one engine."""
     open_metrics: bool = False
-    """Answer `/metrics` without a key; else it wants one of `tenant` with the scope `admin`, as it names everybody's
-    agents."""
+    """Answer `/metrics` of router, grader, tools and control without a key; else it wants one of `tenant` with the
+    scope `admin`, as it names everybody's agents."""
     retry_after_s: float = Field(1.0, gt=0)
     """What `Retry-After` says when we are overloaded."""
     poll_ms: float = Field(250.0, ge=10, le=2000)

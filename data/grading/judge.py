@@ -68,6 +68,11 @@ class Input(BaseModel):
         """The template, its parts joined by line ends."""
         return "\n".join(_texts(self.content))
 
+    @property
+    def chat_role(self) -> str:
+        """The role as every chat template knows it."""
+        return "system" if self.role == "developer" else self.role
+
 
 class SamplingParams(BaseModel):
     """How the judge samples; greedy and seeded unless told otherwise, so that equal input gets equal grades."""
@@ -148,19 +153,27 @@ class ModelGrader(AskingGrader[Config]):
         return self.endpoint.ask(question)
 
 
-class _Judge(ModelGrader[Config]):
+class Judge(ModelGrader[Config]):
+    """A grader that puts a prompt before a language model."""
+
     modules: ClassVar[tuple[str, ...]] = ("judge", "screen")
 
     def _request(self, config: JudgeConfig, item: Item, sample: dict[str, Any]) -> Question:
         reason = screen(sample["output_text"]) if config.screen else None
         if reason is not None:
             raise FailedAnswerError(reason)
-        mark = hashlib.sha256(f"{self.version}\0{sample['output_text']}".encode(errors="replace")).hexdigest()[:12]
+        mark = self._mark(sample["output_text"])
+        return self._asked(config, [(m.chat_role, fill(m.text, item, sample, mark)) for m in config.input], mark)
+
+    def _mark(self, *answers: str) -> str:
+        """What the tags around the answers carry, which no answer can contain."""
+        text = "\0".join([self.version, *answers])
+        return hashlib.sha256(text.encode(errors="replace")).hexdigest()[:12]
+
+    def _asked(self, config: JudgeConfig, prompt: list[tuple[str, str]], mark: str) -> Question:
+        """The request with the preamble before `prompt`, which is of roles and texts."""
         preamble = PREAMBLE.format(mark=mark, form=self._form())
-        messages = [{"role": "system", "content": preamble}]
-        for message in config.input:
-            role = "system" if message.role == "developer" else message.role
-            messages.append({"role": role, "content": fill(message.text, item, sample, mark)})
+        messages = [{"role": role, "content": text} for role, text in [("system", preamble), *prompt]]
         schema = {"name": "grade", "strict": True, "schema": self._schema()}
         response_format = {"type": "json_schema", "json_schema": schema}
         shared = {"model": config.model, "messages": _one_system(messages), "response_format": response_format}
@@ -173,7 +186,7 @@ class _Judge(ModelGrader[Config]):
         raise NotImplementedError
 
 
-class LabelModel(_Judge[LabelModelConfig]):
+class LabelModel(Judge[LabelModelConfig]):
     """Reward is 1 for a passing label, else 0."""
 
     def _question(self, item: Item, sample: dict[str, Any]) -> Question:
@@ -183,7 +196,7 @@ class LabelModel(_Judge[LabelModelConfig]):
         return f'{{"label": one of {shown(self.config.labels)}}}'
 
     def _schema(self) -> dict[str, Any]:
-        return _object("label", {"type": "string", "enum": self.config.labels})
+        return json_object("label", {"type": "string", "enum": self.config.labels})
 
     def _read(self, question: Question, document: Any) -> Graded:
         label = verdict_object(document).get("label")
@@ -192,7 +205,7 @@ class LabelModel(_Judge[LabelModelConfig]):
         return float(label in self.config.passing_labels), {}, f"label {label}"
 
 
-class ScoreModel(_Judge[ScoreModelConfig]):
+class ScoreModel(Judge[ScoreModelConfig]):
     """Reward is (score - low) / (high - low)."""
 
     def _question(self, item: Item, sample: dict[str, Any]) -> Question:
@@ -204,7 +217,7 @@ class ScoreModel(_Judge[ScoreModelConfig]):
 
     def _schema(self) -> dict[str, Any]:
         low, high = self.config.range
-        return _object("result", {"type": "number", "minimum": low, "maximum": high})
+        return json_object("result", {"type": "number", "minimum": low, "maximum": high})
 
     def _read(self, question: Question, document: Any) -> Graded:
         said, (low, high) = verdict_object(document).get("result"), self.config.range
@@ -224,10 +237,14 @@ def fill(template: str, item: Item, sample: Mapping[str, Any], mark: str) -> str
 
     def put(expression: str) -> str:
         name = f"{'answer' if expression.startswith('sample') else 'item'}-{mark}"
-        text = cleaned(shown(resolve(expression, item, sample))).replace("&", "&amp;").replace("<", "&lt;")
-        return f"<{name}>{text}</{name}>"
+        return fenced(name, shown(resolve(expression, item, sample)))
 
     return TEMPLATE.sub(lambda match: put(match[1]), template)
+
+
+def fenced(tag: str, text: str) -> str:
+    """A text as data between tags."""
+    return f"<{tag}>{cleaned(text).replace('&', '&amp;').replace('<', '&lt;')}</{tag}>"
 
 
 def verdict_object(document: Any) -> Mapping[str, Any]:
@@ -265,7 +282,8 @@ def _one_system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return [{"role": "system", "content": joined}, *messages[count:]]
 
 
-def _object(name: str, value: dict[str, Any]) -> dict[str, Any]:
+def json_object(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of an object with one field."""
     return {"type": "object", "properties": {name: value}, "required": [name], "additionalProperties": False}
 
 

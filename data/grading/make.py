@@ -14,6 +14,7 @@ from data.grading.dataset_label import DatasetLabel, DatasetLabelConfig
 from data.grading.endpoint import judge_endpoint
 from data.grading.judge import LabelModel, LabelModelConfig, ScoreModel, ScoreModelConfig
 from data.grading.multi import Multi, MultiConfig
+from data.grading.pair_model import PairModel, PairModelConfig
 from data.grading.python_grader import PythonConfig, PythonGrader
 from data.grading.reward_model import RewardModelConfig, Scorer, reward_model
 from data.grading.rubric import Rubric, RubricConfig
@@ -29,6 +30,7 @@ KINDS: dict[str, tuple[type[GraderConfig], type[BaseGrader[Any]] | None]] = {
     "multi": (MultiConfig, None),
     "label_model": (LabelModelConfig, None),
     "score_model": (ScoreModelConfig, None),
+    "pair_model": (PairModelConfig, None),
     "python": (PythonConfig, None),
     "reward_model": (RewardModelConfig, None),
 }
@@ -43,7 +45,7 @@ class AtHand:
     scorer: Scorer | None = None
     """The reward model."""
     judge: Endpoint | None = None
-    """Where `label_model`, `score_model` and embeddings are asked."""
+    """Where `label_model`, `score_model`, `pair_model` and embeddings are asked."""
     embedding_model: str | None = None
     python_memory_mb: int = 256
     python_timeout_s: float = 10.0
@@ -119,6 +121,8 @@ def _asking(config: GraderConfig, field: str, at_hand: AtHand) -> Grader | None:
             return LabelModel(config, _judge(at_hand, field))
         case ScoreModelConfig():
             return ScoreModel(config, _judge(at_hand, field))
+        case PairModelConfig():
+            return PairModel(config, _judge(at_hand, field))
         case TextSimilarityConfig(evaluation_metric="cosine"):
             model = at_hand.embedding_model
             if model is None:

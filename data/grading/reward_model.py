@@ -16,7 +16,8 @@ from typing import Any, ClassVar, Literal, Protocol
 from pydantic import Field
 
 from cluster.errors import InputError, UnavailableError
-from data.grading.types import AbstainError, AskingGrader, Graded, GraderConfig, Item, Question
+from data.grading.screen import screen
+from data.grading.types import AbstainError, AskingGrader, FailedAnswerError, Graded, GraderConfig, Item, Question
 
 Conversation = Sequence[Mapping[str, Any]]
 SCORES = "/v1/scores"
@@ -50,12 +51,14 @@ class RewardModelConfig(GraderConfig):
     """Score that means 0.5."""
     temperature: float = Field(1.0, gt=0)
     """Score differences are divided by it; training reports the one that fits."""
+    screen: bool = True
+    """Answers that hold nothing but an opening, or speak to their judge, fail unread."""
 
 
 class RewardModel(AskingGrader[RewardModelConfig]):
     """Reward is sigmoid((score - center) / temperature); a model that cannot be reached abstains."""
 
-    modules: ClassVar[tuple[str, ...]] = ("reward_model",)
+    modules: ClassVar[tuple[str, ...]] = ("reward_model", "screen")
 
     def __init__(self, config: RewardModelConfig, scorer: Scorer) -> None:
         super().__init__(config)
@@ -65,6 +68,8 @@ class RewardModel(AskingGrader[RewardModelConfig]):
         messages = item.get("messages")
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
             raise AbstainError("the item has no 'messages'")
+        if self.config.screen and (reason := screen(sample["output_text"])) is not None:
+            raise FailedAnswerError(reason)
         conversation = [*messages, {"role": "assistant", "content": sample["output_text"]}]
         return Question(SCORES, {"conversations": [conversation]})
 

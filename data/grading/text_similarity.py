@@ -18,6 +18,7 @@ from pydantic import Field, field_validator
 
 from data.grading.endpoint import SERVER_ERROR
 from data.grading.judge import ModelGrader
+from data.grading.screen import screen
 from data.grading.text import check_template, normalise, render
 from data.grading.types import (
     AbstainError,
@@ -47,6 +48,9 @@ class TextSimilarityConfig(GraderConfig):
     evaluation_metric: Metric
     pass_threshold: float | None = Field(None, ge=0, le=1)
     """With it the reward is 1 at or above, else 0."""
+    screen: bool = True
+    """An answer that holds nothing but an opening, or speaks to its judge, has no similarity, unless the reference
+    does so too."""
 
     @field_validator("input", "reference")
     @classmethod
@@ -58,7 +62,7 @@ class TextSimilarityConfig(GraderConfig):
 class TextSimilarity(BaseGrader[TextSimilarityConfig]):
     """Reward is the similarity, or whether it reaches the threshold."""
 
-    modules: ClassVar[tuple[str, ...]] = ("text_similarity",)
+    modules: ClassVar[tuple[str, ...]] = ("text_similarity", "screen")
     libraries = tuple(version(name) for name in ("sacrebleu", "rouge-score", "nltk", "rapidfuzz"))
 
     def _grade(self, item: Item, sample: dict[str, Any]) -> Graded:
@@ -69,7 +73,7 @@ class TextSimilarity(BaseGrader[TextSimilarityConfig]):
 class Cosine(ModelGrader[TextSimilarityConfig]):
     """Reward is the cosine of the two texts' embeddings, 0 where it is negative, or the threshold's verdict."""
 
-    modules: ClassVar[tuple[str, ...]] = ("text_similarity", "judge")
+    modules: ClassVar[tuple[str, ...]] = ("text_similarity", "judge", "screen")
 
     def __init__(self, config: TextSimilarityConfig, endpoint: Endpoint, model: str) -> None:
         super().__init__(config, endpoint)
@@ -97,6 +101,8 @@ def _both(config: TextSimilarityConfig, item: Item, sample: dict[str, Any]) -> t
     text, reference = render(config.input, item, sample), render(config.reference, item, sample)
     if not reference.strip():
         raise AbstainError("the reference is empty")
+    if config.screen and (reason := screen(text)) is not None and screen(reference) is None:
+        raise FailedAnswerError(reason)
     return text, reference
 
 

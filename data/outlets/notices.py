@@ -80,6 +80,7 @@ ALERTS: dict[str, tuple[Severity, str]] = {
     "spool": ("ticket", "the event log took no interactions; they waited on disk"),
     "queue_full": ("ticket", "clients were turned away: the queue of the event log was full"),
     "interactions_lost": ("page", "interactions were lost"),
+    "abstentions": ("ticket", "graders abstain too often"),
 }
 """Name of an alert -> how urgent it is, and its words."""
 

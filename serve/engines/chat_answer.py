@@ -11,11 +11,12 @@ import orjson
 from cluster.errors import DatasetError, InputError, NotFoundError, UnavailableError
 from serve.asgi import send_json
 from serve.engines.engine_routes import STREAM_HEADERS, until_disconnect
-from serve.engines.generation import Update
+from serve.engines.generation import SamplingParams, Update
 from serve.engines.protocol import (
     ChatRequest,
     Header,
     Json,
+    check_bias,
     logprobs_document,
     sampling_params,
     usage,
@@ -35,7 +36,8 @@ class ChatAnswer:
 
     def __init__(self, engine: "LocalEngine", request: ChatRequest) -> None:
         self._engine, self.request = engine, request
-        tools = request.tools if request.tool_choice != "none" else None
+        forbidden = request.tool_choice is not None and request.tool_choice.type == "none"
+        tools = None if forbidden else request.tools
         self._tools = bool(tools)
         try:
             engine.adapter(request.model)
@@ -47,8 +49,8 @@ class ChatAnswer:
         self._params = sampling_params(
             request, len(prompt), engine.max_context_tokens, engine.settings.default_max_tokens
         )
-        if self._params.json_schema is not None:
-            _check_schema(engine, self._params.json_schema)
+        check_bias(request, len(engine.tokenizer))
+        _check_grammar(engine, self._params)
         self._header = Header.of(request, f"chatcmpl-{uuid.uuid4().hex}", prompt)
 
     async def answer(self, receive: Receive, send: Send) -> None:
@@ -191,11 +193,11 @@ class ChatAnswer:
         return [last]
 
 
-def _check_schema(engine: "LocalEngine", schema: Json) -> None:
+def _check_grammar(engine: "LocalEngine", params: SamplingParams) -> None:
     try:
-        engine.grammars.constraint(schema)
+        engine.grammars.constraint(params)
     except InputError as error:
-        raise ApiError(400, str(error), param="response_format", code="invalid_value") from None
+        raise ApiError(400, str(error), param=error.field, code="invalid_value") from None
 
 
 async def _send_events(send: Send, documents: list[Json], *, done: bool = False) -> None:

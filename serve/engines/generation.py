@@ -23,7 +23,20 @@ class SamplingParams:
     top_logprobs: int = 0
     json_schema: dict[str, Any] | None = None
     """The answer must be a JSON document that keeps to it."""
+    call_schema: dict[str, Any] | None = None
+    """The answer must be one tool call that keeps to it, written as `data.tool_calls` reads it."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that the answer has."""
+    frequency_penalty: float = 0.0
+    """The same, for each time it has them."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token id and what is added to its logit."""
     ignore_eos: bool = False
+
+    @property
+    def is_biased(self) -> bool:
+        """Logits are changed before a token is chosen."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -195,7 +195,7 @@ class LocalEngine:
             stream=stream,
             inbox=inbox,
             draws=random.Random(seed),
-            constraint=self.grammars.constraint(params.json_schema) if params.json_schema is not None else None,
+            constraint=self.grammars.constraint(params),
         )
 
     def _publish(self, updates: list[Update]) -> None:

@@ -14,9 +14,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from cluster.settings.engines import EngineSettings
 from serve.engines.detokenise import TokenTexts
 from serve.engines.generation import SamplingParams, TokenLogprob
+from serve.engines.tool_choice import ToolChoice, forced_call
 from serve.openai import ApiError
 
 Json = dict[str, Any]
+TokenId = Annotated[int, Field(ge=0)]
+MAX_BIASES = 300  # OpenAI's
 
 
 def _as_tuple(value: Any) -> Any:
@@ -63,7 +66,7 @@ class ChatRequest(BaseModel):
     model: str = Field(min_length=1, max_length=256)
     messages: list[Json] = Field(min_length=1)
     tools: list[Json] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tool_choice: ToolChoice | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1)
@@ -75,9 +78,9 @@ class ChatRequest(BaseModel):
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] = Field((), max_length=16)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    presence_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, allow_inf_nan=False)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MAX_BIASES)
     response_format: ResponseFormat | None = None
     return_token_ids: bool = False
     ignore_eos: bool = False
@@ -104,12 +107,30 @@ def parse_chat(document: Any, settings: EngineSettings) -> ChatRequest:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
     if any(not text for text in request.stop):
         raise ApiError(400, "a stop string must not be empty", param="stop", code="invalid_value")
+    _check_choice(request)
     return request
+
+
+def _check_choice(request: ChatRequest) -> None:
+    try:
+        forced = forced_call(request.tools, request.tool_choice)
+    except ValueError as error:
+        raise ApiError(400, f"tool_choice: {error}", param="tool_choice", code="invalid_value") from None
+    if forced is not None and request.response_format and request.response_format.document_schema is not None:
+        message = "tool_choice: a call that is asked for cannot also keep to response_format"
+        raise ApiError(400, message, param="tool_choice", code="invalid_value")
 
 
 def _check_limit(param: str, value: int | None, limit: int) -> None:
     if value is not None and value > limit:
         raise ApiError(400, f"{param}={value} must be at most {limit}", param=param, code="invalid_value")
+
+
+def check_bias(request: ChatRequest, vocabulary: int) -> None:
+    """Raise `ApiError` 400 for a bias on a token that the model does not have."""
+    if (unknown := next((i for i in request.logit_bias or () if i >= vocabulary), None)) is not None:
+        message = f"logit_bias: token id {unknown} must be below {vocabulary}"
+        raise ApiError(400, message, param="logit_bias", code="invalid_value")
 
 
 def sampling_params(request: ChatRequest, prompt_tokens: int, context: int, default_max_tokens: int) -> SamplingParams:
@@ -134,6 +155,10 @@ def sampling_params(request: ChatRequest, prompt_tokens: int, context: int, defa
         top_logprobs=request.top_logprobs or 0,
         ignore_eos=request.ignore_eos,
         json_schema=request.response_format.document_schema if request.response_format else None,
+        call_schema=forced_call(request.tools, request.tool_choice),
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        logit_bias=tuple((request.logit_bias or {}).items()),
     )
 
 

@@ -24,10 +24,10 @@ class Sampled:
 
 
 def sample(logits_BV: Tensor, rows: Sequence[Generation]) -> Sampled:
-    """The next token of each row and, where asked for, its log-prob before temperature, top-p and constraints."""
+    """The next token of each row and, where asked for, its log-prob before all that steers the choice."""
     logits_BV = logits_BV.float()
     normaliser_B = torch.logsumexp(logits_BV, dim=-1)
-    allowed_BV = _constrained(logits_BV, rows)
+    allowed_BV = _steered(logits_BV, rows)
     chosen_B = allowed_BV.argmax(dim=-1)
     drawing = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if drawing:
@@ -42,15 +42,29 @@ def sample(logits_BV: Tensor, rows: Sequence[Generation]) -> Sampled:
     )
 
 
-def _constrained(logits_BV: Tensor, rows: Sequence[Generation]) -> Tensor:
-    """The logits with what rows must not write set to minus infinity."""
-    if all(row.constraint is None for row in rows):
+def _steered(logits_BV: Tensor, rows: Sequence[Generation]) -> Tensor:
+    """The logits with biases and penalties, and with what rows must not write set to minus infinity."""
+    if not any(row.constraint is not None or row.params.is_biased for row in rows):
         return logits_BV
-    allowed_BV = logits_BV.clone()
+    steered_BV = logits_BV.clone()
     for number, row in enumerate(rows):
+        if row.params.is_biased:
+            steered_BV[number] += _bias(row, logits_BV.shape[1]).to(logits_BV.device)
         if row.constraint is not None:
-            allowed_BV[number].masked_fill_(row.constraint.forbidden().to(logits_BV.device), -torch.inf)
-    return allowed_BV
+            steered_BV[number].masked_fill_(row.constraint.forbidden().to(logits_BV.device), -torch.inf)
+    return steered_BV
+
+
+def _bias(row: Generation, vocabulary: int) -> Tensor:
+    """What is added to a row's logits, float [V]: `logit_bias`, less the penalties on tokens its answer has.
+
+    Source: https://developers.openai.com/api/docs/guides/completions (frequency and presence penalties)
+    """
+    params, bias_V = row.params, torch.zeros(vocabulary)
+    for token_id, value in params.logit_bias:
+        bias_V[token_id] += value
+    count_V = torch.bincount(torch.tensor(row.tokens, dtype=torch.long), minlength=vocabulary)
+    return bias_V - params.frequency_penalty * count_V - params.presence_penalty * (count_V > 0)
 
 
 def _draw(logits_BV: Tensor, rows: Sequence[Generation]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Answers that keep to a JSON schema: at every step only tokens that can still lead to a valid document.
+"""Answers that keep to a JSON schema, alone or as a tool call: at every step only tokens that can still lead to one.
 
 llguidance (Rust, https://github.com/guidance-ai/llguidance) turns a schema into a grammar and says which tokens may
 come next; documents are written without blanks between their tokens, or a small model may write them for ever.
@@ -6,7 +6,7 @@ come next; documents are written without blanks between their tokens, or a small
 
 import json
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from cluster.errors import InputError
+from serve.engines.generation import SamplingParams
 
 COMPACT = {"whitespace_flexible": False}
+Schema = Mapping[str, Any]
 
 
 class Grammars:
@@ -26,22 +28,27 @@ class Grammars:
         self._known: Any = None
         self._making = threading.Lock()
 
-    def constraint(self, schema: Mapping[str, Any]) -> "Constraint":
-        """A fresh constraint for one answer.
+    def constraint(self, params: SamplingParams) -> "Constraint | None":
+        """A fresh constraint for one answer; `None` where it may be anything.
 
         Raises:
             InputError: the schema is none, or uses what cannot be kept to.
         """
+        if params.call_schema is not None:
+            return self._made(params.call_schema, "tools", _grammar_of_call)
+        return None if params.json_schema is None else self._made(params.json_schema, "response_format", _grammar)
+
+    def _made(self, schema: Schema, field: str, grammar_of: Callable[[Schema], str]) -> "Constraint":
         from llguidance import LLMatcher
 
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=COMPACT)
+            grammar = grammar_of(schema)
             problem = LLMatcher.validate_grammar(grammar, self._tokens())
         except (ValueError, TypeError) as error:
             problem = str(error)
         if problem:
             cause = problem.strip().splitlines()[0]
-            raise InputError("response_format", schema, f"cannot be kept to ({cause})", "mend the schema")
+            raise InputError(field, schema, f"cannot be kept to ({cause})", "mend the schema")
         return Constraint(LLMatcher(self._tokens(), grammar), self._vocabulary)
 
     def _tokens(self) -> Any:
@@ -51,6 +58,21 @@ class Grammars:
             if self._known is None:
                 self._known = from_tokenizer(self._tokenizer, self._vocabulary, self._eos_ids)
             return self._known
+
+
+def _grammar(schema: Schema) -> str:
+    from llguidance import LLMatcher
+
+    return str(LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=COMPACT))
+
+
+def _grammar_of_call(schema: Schema) -> str:
+    """The document between the tags that `data.tool_calls` looks for."""
+    from llguidance import LLMatcher
+
+    call = json.dumps({**schema, "x-guidance": COMPACT})
+    lark = f'start: "<tool_call>\\n" call "\\n</tool_call>"\ncall: %json {call}'
+    return str(LLMatcher.grammar_from_lark(lark))
 
 
 class Constraint:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import NotFoundError
 from serve.engines.chat_answer import ChatAnswer
 from serve.engines.generation import Update
-from serve.engines.protocol import ChatRequest, Header, Json, parse_chat, sampling_params
+from serve.engines.protocol import ChatRequest, Header, Json, check_bias, parse_chat, sampling_params
 from serve.openai import ApiError, shown, unknown_model
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class TextAnswer(ChatAnswer):
         except NotFoundError:
             raise unknown_model(request.model, (m.name for m in engine.models())) from None
         self._engine, self.request, self._tools = engine, request, False
+        check_bias(request, len(engine.tokenizer))
         self._offsets: dict[int, int] = {}
         try:
             self._params = sampling_params(request, len(prompt), engine.max_context_tokens, DEFAULT_MAX_TOKENS)
@@ -96,7 +97,8 @@ def _as_chat(document: Json, engine: "LocalEngine") -> ChatRequest:
     if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 0):
         raise ApiError(400, f"logprobs={shown(asked)} must be a number", param="logprobs", code="invalid_value")
     names = {"messages": STAND_IN, "logprobs": asked is not None, "top_logprobs": asked or None, "tools": None}
-    return parse_chat(document | names | {"max_completion_tokens": None, "response_format": None}, engine.settings)
+    names |= dict.fromkeys(("tool_choice", "max_completion_tokens", "response_format"))
+    return parse_chat(document | names, engine.settings)
 
 
 def _token_ids(prompt: Any, engine: "LocalEngine") -> list[int]:

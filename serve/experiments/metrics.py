@@ -12,6 +12,7 @@ import orjson
 
 from cluster.errors import InputError
 from cluster.settings.experiments import OUTCOME_PREFIX, ExperimentSettings
+from data.detectors.interface import YES
 
 Kind = Literal["user_mean", "ratio", "proportion"]
 HALF = 0.5  # an answer that is ungrounded by half counts as a hallucination
@@ -41,10 +42,11 @@ _TABLE = (
     Metric("latency_over_slo", "proportion", "lower", 0.01, False, "slower than `experiment.latency_slo_s`"),
     Metric("ttft_over_slo", "proportion", "lower", 0.01, False, "first token after `experiment.ttft_slo_s`"),
     Metric("refusal_rate", "proportion", "lower", 0.01, False, "refused or filtered"),
-    Metric("safety_incident_rate", "proportion", "lower", 0.001, False, "flagged for safety"),
+    Metric("safety_incident_rate", "proportion", "lower", 0.001, False, "stopped by a filter"),
     Metric("feedback_response_rate", "proportion", "higher", 0.05, True, "with any explicit feedback"),
     Metric("tool_error_rate", "proportion", "lower", 0.01, False, "failed results among those of the tools called"),
     Metric("hallucination_rate", "proportion", "lower", 0.01, False, "graded answers that their context does not bear"),
+    Metric("toxicity_rate", "proportion", "lower", 0.005, False, "sampled answers that the toxicity detector marks"),
     Metric("win_rate", "ratio", "higher", 0.03, False, "wins over the other arm's shadow answer, a tie one half"),
     Metric("grader_score", "ratio", "higher", 0.05, True, "mean grade in [0, 1], abstentions left out"),
 )
@@ -132,13 +134,16 @@ def of_feedback(body: dict[str, Any]) -> Iterator[Observation]:
 def of_grade(body: dict[str, Any]) -> Iterator[Observation]:
     """What a grader's verdict says; nothing where it abstained.
 
-    A score card with `ungrounded` (a share of the answer) or `win` (1, 0.5 or 0) feeds those metrics.
+    A score card with `ungrounded` (a share of the answer), `toxic` (a probability) or `win` (1, 0.5 or 0) feeds those
+    metrics.
     """
     if body.get("reward") is not None:
         yield "grader_score", float(body["reward"])
     card = body.get("score_card") or {}
     if "ungrounded" in card:
         yield "hallucination_rate", float(card["ungrounded"] >= HALF)
+    if "toxic" in card:
+        yield "toxicity_rate", float(card["toxic"] > YES)
     if "win" in card:
         yield "win_rate", float(card["win"])
 

@@ -172,7 +172,7 @@ class Dispatcher:
             version = registry.get(job.output_version)
             location = adapter_location(registry, version)
             engine = self.settings.engine.name
-            servables.want(self.database, version, engine, adapter_location=location, alias=(name, job.tenant))
+            servables.want(self.database, version, engine, adapter_location=location, alias=name)
             self._wanted[job.job_id] = time.monotonic()
         problem = self._not_ready(job.output_version, self._wanted[job.job_id])
         if problem is None:

@@ -1,5 +1,6 @@
 """The tools that come with the server."""
 
+import hashlib
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
@@ -126,7 +127,7 @@ def submit_feedback(
 ) -> Accepted:
     """Say how good a past answer was: a thumb, a rating, or the answer that would have been right."""
     given = {"interaction_id": interaction_id, "type": type, "value": value, "text": text, "user": user}
-    item = {name: v for name, v in given.items() if v is not None} | {"event_id": f"tool:{caller.idempotency_key}"}
+    item = {name: v for name, v in given.items() if v is not None} | {"event_id": _event_id(caller)}
     identity = Identity(caller.tenant, caller.workspace, caller.user_tier)
     (result,) = caller.services.intake.take_in_and_wait([item], "feedback", identity)
     if result.error is not None:
@@ -134,6 +135,12 @@ def submit_feedback(
     if result.status == "rejected":
         raise InputError("interaction_id", interaction_id, "was refused", "see the log")
     return Accepted(event_id=result.event_id, status=result.status)
+
+
+def _event_id(caller: Caller) -> str:
+    """The same for the same write; another workspace may use the same idempotency key."""
+    write = hashlib.sha256(f"{caller.workspace}\0{caller.idempotency_key}".encode())
+    return f"tool:{write.hexdigest()[:32]}"
 
 
 def _recent(caller: Caller, agent: str | None) -> list[RecordedEvent]:

@@ -79,7 +79,8 @@ def open_services(settings: Settings) -> Services:
 def tool_api(settings: Settings, services: Services) -> ToolApi:
     """The ASGI callable over these services."""
     runner = ToolRunner(load_tools(settings), services, settings.tools, settings.serve.breaker)
-    return ToolApi(runner, settings.tools, KnownKeys(settings, settings.tools.keys_refresh_s).find)
+    keys = KnownKeys(settings, settings.tools.keys_refresh_s, settings.tools.replicas)
+    return ToolApi(runner, settings.tools, keys)
 
 
 def build(settings: Settings) -> Any:

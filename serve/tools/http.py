@@ -5,10 +5,10 @@ from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import unquote
 
-from cluster import metrics
 from cluster.settings.tools import ToolSettings
-from serve.asgi import FindKey, HttpApplication, bearer_key, require_method, send_json
-from serve.openai import ApiError, Receive, Scope, Send, parse_object, read_body, send_response, text_header
+from serve.asgi import HttpApplication, require_method, send_json
+from serve.known_keys import KnownKeys
+from serve.openai import ApiError, Receive, Scope, Send, parse_object, read_body, text_header
 from serve.tools.mcp_server import McpServer
 from serve.tools.runner import ENVELOPE, Call, ToolRunner
 
@@ -19,20 +19,20 @@ MAX_ID_CHARS = 128
 
 
 class ToolApi(HttpApplication):
-    """The ASGI callable; `find_key` looks a bearer secret up."""
+    """The ASGI callable."""
 
-    def __init__(self, runner: ToolRunner, settings: ToolSettings, find_key: FindKey) -> None:
-        self.runner, self._settings, self._find_key = runner, settings, find_key
+    def __init__(self, runner: ToolRunner, settings: ToolSettings, keys: KnownKeys) -> None:
+        self.runner, self._settings, self._keys = runner, settings, keys
         self._mcp = McpServer(runner, settings.max_body_bytes)
 
     async def respond(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if path == "/metrics":
-            await send_response(send, 200, metrics.exposition(), [metrics.CONTENT_TYPE])
+            await self._keys.send_metrics(scope, send)
         elif path == "/healthz":
             await send_json(send, {"status": "ok", "tools": len(self.runner.tools)})
         elif path.rstrip("/") == MCP_PATH:
-            await self._mcp.handle(scope, receive, send, await bearer_key(scope, self._find_key, SCOPE))
+            await self._mcp.handle(scope, receive, send, await self._keys.admit(scope, SCOPE))
         else:
             await send_json(send, await self._answer(path, scope, receive))
 
@@ -48,7 +48,7 @@ class ToolApi(HttpApplication):
         if name is None and path != PATH:
             raise ApiError(404, f"There is no {path} here; known are {PATH} and {MCP_PATH}.", code="not_found")
         require_method(scope, path, "GET" if name is None else "POST")
-        key = await bearer_key(scope, self._find_key, SCOPE)
+        key = await self._keys.admit(scope, SCOPE)
         if name is None:
             return {"object": "list", "data": [found.document() for found in self.runner.tools.values()]}
         limit, timeout_s = self._settings.max_body_bytes, self._settings.body_timeout_s

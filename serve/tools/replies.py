@@ -18,6 +18,8 @@ from cluster.errors import ConflictError, InputError
 from cluster.tables import tool_replies
 
 DAY_S = 86_400
+Owner = tuple[str, str, str]
+"""Tenant, workspace and tool."""
 
 
 class Replies:
@@ -26,8 +28,8 @@ class Replies:
     def __init__(self, database: Engine, *, taken_s: float, keep_days: float) -> None:
         self._database, self._taken_s, self._keep_days = database, taken_s, keep_days
 
-    def begin(self, owner: tuple[str, str, str], key: str, arguments: dict[str, Any]) -> Any | None:
-        """Take a key for (tenant, workspace, tool), or give the reply that it stands for.
+    def begin(self, owner: Owner, key: str, arguments: Any) -> dict[str, Any] | None:
+        """Take a key, or give the reply that it stands for.
 
         Raises:
             InputError: the key was used with other arguments.
@@ -42,13 +44,13 @@ class Replies:
         except sa.exc.IntegrityError:
             return self._known(owner, key, digest)
 
-    def finish(self, owner: tuple[str, str, str], key: str, reply: Any) -> None:
+    def finish(self, owner: Owner, key: str, reply: dict[str, Any]) -> None:
         """Keep the reply of a write that was made."""
         with write(self._database).begin() as connection:
-            done = tool_replies.update().where(_mine(owner, key)).values(state="done", reply={"reply": reply})
+            done = tool_replies.update().where(_mine(owner, key)).values(state="done", reply=reply)
             connection.execute(done)
 
-    def release(self, owner: tuple[str, str, str], key: str) -> None:
+    def release(self, owner: Owner, key: str) -> None:
         """Give a key back: nothing was written under it."""
         with write(self._database).begin() as connection:
             connection.execute(tool_replies.delete().where(_mine(owner, key), tool_replies.c.state == "taken"))
@@ -59,7 +61,7 @@ class Replies:
         with write(self._database).begin() as connection:
             return int(connection.execute(tool_replies.delete().where(tool_replies.c.begun_at_us < before)).rowcount)
 
-    def _known(self, owner: tuple[str, str, str], key: str, digest: str) -> Any | None:
+    def _known(self, owner: Owner, key: str, digest: str) -> dict[str, Any] | None:
         with write(self._database).begin() as connection:
             row = connection.execute(sa.select(tool_replies).where(_mine(owner, key))).mappings().first()
             if row is None:
@@ -68,16 +70,16 @@ class Replies:
                 rule = "was used with other arguments"
                 raise InputError("idempotency_key", key, rule, "make a new key for a new call")
             if row["state"] == "done":
-                return row["reply"]["reply"]
+                return dict(row["reply"])
             if now_us() - row["begun_at_us"] < self._taken_s * SECOND_US:
                 raise ConflictError("a call with this idempotency key is under way; send it again later")
             connection.execute(tool_replies.update().where(_mine(owner, key)).values(begun_at_us=now_us()))
         return None
 
 
-def _names(owner: tuple[str, str, str], key: str) -> dict[str, str]:
+def _names(owner: Owner, key: str) -> dict[str, str]:
     return dict(zip(("tenant", "workspace", "tool"), owner, strict=True)) | {"idempotency_key": key}
 
 
-def _mine(owner: tuple[str, str, str], key: str) -> sa.ColumnElement[bool]:
+def _mine(owner: Owner, key: str) -> sa.ColumnElement[bool]:
     return sa.and_(*[tool_replies.c[name] == value for name, value in _names(owner, key).items()])

@@ -5,24 +5,25 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import orjson
+import sqlalchemy as sa
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from cluster import metrics
-from cluster.errors import ConflictError, InputError, NotFoundError, RayloopError
+from cluster.errors import ConflictError, InputError, NotFoundError, RayloopError, UnavailableError
 from cluster.settings.tools import ToolSettings
 from data.intake.items import Identity
 from serve.breaker import Breaker, BreakerLimits
 from serve.keys import Key
 from serve.openai import ApiError
 from serve.tools.registry import Caller, Services, Tool
-from serve.tools.replies import Replies
+from serve.tools.replies import Owner, Replies
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ class Call:
     about: Mapping[str, Any]
     """Fields of `ENVELOPE`, and `call_id`."""
     idempotency_key: str | None = None
+
+
+class ResultError(ApiError):
+    """The tool did its work, and what it gave cannot be passed on."""
 
 
 class ToolRunner:
@@ -69,14 +74,20 @@ class ToolRunner:
             ApiError: it was refused, failed, took too long or gave too much.
         """
         found = self._find(call)
-        began, result, failure = time.perf_counter(), None, None
+        began, result = time.perf_counter(), None
+        failure: ApiError | None = ApiError(499, "The caller went away.", code="cancelled")
         try:
             arguments = _parsed(found, call.arguments)
             result = await self._through_breaker(found, call, arguments, key)
+            failure = None
             return result
         except ApiError as error:
             failure = error
             raise
+        except Exception as error:
+            log.exception("a call of tool %s failed", found.name)
+            failure = ApiError(500, f"The call of {found.name} failed ({type(error).__name__}).", code="tool_failed")
+            raise failure from None
         finally:
             seconds = time.perf_counter() - began
             metrics.TOOL_CALLS.labels(found.name, "ok" if failure is None else failure.code or "failed").inc()
@@ -119,25 +130,48 @@ class ToolRunner:
             message = f"{found.name} writes: send an Idempotency-Key, so that a retry writes nothing twice."
             raise ApiError(400, message, param="idempotency_key", code="missing_idempotency_key")
         owner = (key.tenant, key.workspace, found.name)
+        known = await self._begin(found, owner, idempotency_key, call.arguments)
+        if known is not None:
+            return _replied(known)
         try:
-            known = await asyncio.to_thread(self.replies.begin, owner, idempotency_key, call.arguments)
+            result = await self._bounded(found, replace(caller, idempotency_key=idempotency_key), arguments)
+        except ResultError as error:  # it was written: a retry is told the same, and writes nothing
+            await self._keep(self.replies.finish, owner, idempotency_key, _failed(error))
+            raise
+        except ApiError as error:
+            if error.code != "tool_timeout":  # a write that went on may yet have happened: the key stays taken
+                await self._keep(self.replies.release, owner, idempotency_key)
+            raise
+        await self._keep(self.replies.finish, owner, idempotency_key, {"result": result})
+        self._writes += 1
+        if self._writes % PURGE_EVERY == 1:
+            await self._keep(self.replies.forget_old)
+        return result
+
+    async def _begin(self, found: Tool, owner: Owner, key: str, arguments: Any) -> dict[str, Any] | None:
+        """Take an idempotency key, or give the reply that it stands for.
+
+        Raises:
+            ApiError: it stands for another call, one under way, or nobody can say.
+        """
+        retry_after_s = self._settings.retry_after_s
+        try:
+            return await asyncio.to_thread(self.replies.begin, owner, key, arguments)
         except InputError as error:
             raise ApiError(422, str(error), param=error.field, code="idempotency_key_reused") from None
         except ConflictError as error:
-            raise ApiError(409, str(error), code="in_progress", retry_after_s=self._settings.retry_after_s) from None
-        if known is not None:
-            return known
+            raise ApiError(409, str(error), code="in_progress", retry_after_s=retry_after_s) from None
+        except (sa.exc.SQLAlchemyError, UnavailableError) as error:
+            log.warning("idempotency keys of %s cannot be read (%s)", found.name, error)
+            message = f"The tool {found.name} cannot write now: the database does not answer."
+            raise ApiError(503, message, code="tool_unavailable", retry_after_s=retry_after_s) from None
+
+    async def _keep(self, change: Callable[..., Any], *what: Any) -> None:
+        """Note what became of a write that is over; the answer does not depend on it."""
         try:
-            result = await self._bounded(found, replace(caller, idempotency_key=idempotency_key), arguments)
-        except ApiError as error:
-            if error.code != "tool_timeout":  # a write that went on may yet have happened: the key stays taken
-                await asyncio.to_thread(self.replies.release, owner, idempotency_key)
-            raise
-        await asyncio.to_thread(self.replies.finish, owner, idempotency_key, result)
-        self._writes += 1
-        if self._writes % PURGE_EVERY == 1:
-            await asyncio.to_thread(self.replies.forget_old)
-        return result
+            await asyncio.to_thread(change, *what)
+        except (sa.exc.SQLAlchemyError, UnavailableError) as error:
+            log.warning("what became of a write was not kept (%s); its key stays taken for a while", error)
 
     async def _bounded(self, found: Tool, caller: Caller, arguments: dict[str, Any]) -> Any:
         deadline_s = found.deadline_s or self._settings.deadline_s
@@ -151,7 +185,7 @@ class ToolRunner:
                 work.cancel()
             message = f"The tool {found.name} did not answer within {deadline_s:g} s."
             raise ApiError(504, message, code="tool_timeout")
-        return self._sized(found, self._outcome(found, work))
+        return self._as_json(found, self._outcome(found, work))
 
     async def _work(self, found: Tool, caller: Caller, arguments: dict[str, Any]) -> Any:
         if inspect.iscoroutinefunction(found.function):
@@ -165,8 +199,13 @@ class ToolRunner:
             work.exception()  # of a call that nobody waits for any more
 
     def _outcome(self, found: Tool, work: "asyncio.Future[Any]") -> Any:
+        """What the function gave.
+
+        Raises:
+            ApiError: what it raised, in words for the caller.
+        """
         try:
-            return found.result.dump_python(found.result.validate_python(work.result()), mode="json")
+            return work.result()
         except InputError as error:
             raise ApiError(400, str(error), param=error.field, code="invalid_value") from None
         except NotFoundError as error:
@@ -176,20 +215,27 @@ class ToolRunner:
         except RayloopError as error:
             retry_after_s = self._settings.retry_after_s
             raise ApiError(503, str(error), code="tool_unavailable", retry_after_s=retry_after_s) from None
-        except (ValidationError, PydanticSerializationError) as error:
-            log.error("tool %s broke its own type: %s", found.name, error)
-            raise ApiError(
-                500, f"The tool {found.name} gave what its type does not allow.", code="tool_failed"
-            ) from None
         except Exception as error:
             log.error("tool %s failed", found.name, exc_info=error)
             raise ApiError(500, f"The tool {found.name} failed ({type(error).__name__}).", code="tool_failed") from None
 
-    def _sized(self, found: Tool, result: Any) -> Any:
-        size, limit = len(orjson.dumps(result)), found.max_result_bytes or self._settings.max_result_bytes
+    def _as_json(self, found: Tool, given: Any) -> Any:
+        """A result by the tool's type, within its size.
+
+        Raises:
+            ResultError: it is of another type, no JSON, or too long.
+        """
+        try:
+            result = found.result.dump_python(found.result.validate_python(given), mode="json")
+            size = len(orjson.dumps(result))
+        except (ValidationError, PydanticSerializationError, orjson.JSONEncodeError) as error:
+            log.error("tool %s broke its own type: %s", found.name, error)
+            message = f"The tool {found.name} gave what its type does not allow."
+            raise ResultError(500, message, code="tool_failed") from None
+        limit = found.max_result_bytes or self._settings.max_result_bytes
         if size > limit:
             message = f"The result has {size} bytes, more than {limit}; ask for less."
-            raise ApiError(422, message, code="result_too_large")
+            raise ResultError(422, message, code="result_too_large")
         return result
 
     def _record(self, call: Call, key: Key, result: Any, failure: ApiError | None, seconds: float) -> None:
@@ -216,6 +262,22 @@ class ToolRunner:
             status = "lost"
             log.warning("a tool call was not recorded: %s", error)
         metrics.INTAKE.labels("tool_call", status).inc()
+
+
+def _failed(error: ApiError) -> dict[str, Any]:
+    """A failure as a reply that is kept."""
+    return {"error": {"status": error.status, "message": error.message, "code": error.code}}
+
+
+def _replied(reply: dict[str, Any]) -> Any:
+    """The result in a reply that was kept.
+
+    Raises:
+        ApiError: the first call ended with one.
+    """
+    if (error := reply.get("error")) is not None:
+        raise ApiError(error["status"], error["message"], code=error["code"], retry=False)
+    return reply["result"]
 
 
 def _parsed(found: Tool, arguments: Any) -> dict[str, Any]:

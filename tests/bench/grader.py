@@ -4,7 +4,8 @@ Both score the same answers with the same model (a random Llama, hidden 128, 4 l
 the same thread budget. The peer takes what waits in order of arrival, 32 at a time, padded to the longest, as
 inference servers without a plan do. The answers are those of a GRPO round and of live traffic: eight answers to
 each of some prompts with one system prompt, mixed with lone conversations; some come twice. Clients send one
-answer each and wait; a grade counts only by its deadline. Scores of both must agree.
+answer each and wait; a grade counts only by its deadline. It fails where our side gives up an answer, its p99 is past
+the deadline, or scores of both differ.
 
 Run: python -m tests.bench.grader [--rounds 3] [--prompts 48] [--deadline 2.0]
 """
@@ -34,6 +35,8 @@ SYSTEM_TOKENS = 120
 SHARE_REPEATED = 0.1
 VOCABULARY = 512
 CLIENTS = 64
+SCORES_APART = 1e-4
+"""Most that two orders of summing may make of one score."""
 
 
 def build_model() -> Any:
@@ -163,22 +166,32 @@ def main() -> None:
 def report(
     rows: Sequence[Row], found: dict[str, list[tuple[float, list[float], list[Any]]]], deadline_s: float
 ) -> None:
-    """Rates, tails and how far the scores are apart."""
-    rates = {}
+    """Rates, tails and how far the scores are apart.
+
+    Raises:
+        SystemExit: our side gave up an answer, was late, or scored differently.
+    """
+    rates, faults = {}, []
     for name, runs in found.items():
         count = len(runs[0][2])
         rates[name] = statistics.median(count / seconds for seconds, _, _ in runs)
         p99 = statistics.median(sorted(latencies)[int(0.99 * count)] for _, latencies, _ in runs)
         lost = sum(score is None for _, _, scores in runs for score in scores)
         state = "inside" if p99 <= deadline_s else "past"
+        if name != "arrival order" and (lost or p99 > deadline_s):
+            faults.append(f"{name}: {lost} given up, p99 {p99:.3f} s of {deadline_s:g} s")
         print(
             f"{name:<16} {rates[name]:8.0f} answers/s   p99 {p99:6.3f} s ({state} {deadline_s:g} s)   given up {lost}"
         )
     pairs = zip(found["arrival order"][0][2], found["queue"][0][2], strict=True)
     apart = max(abs(a - b) for a, b in pairs if a is not None and b is not None)
     print(f"{len(rows)} answers, {len(set(rows))} distinct; scores differ by {apart:.1e} at most")
+    if apart > SCORES_APART:
+        faults.append(f"scores differ by {apart:.1e}, more than {SCORES_APART:g}")
     ratios = [rates[name] / rates["arrival order"] for name in ("queue", "queue, no cache")]
     print(f"ratio {ratios[0]:.1f}x; without repeated answers {ratios[1]:.1f}x")
+    if faults:
+        raise SystemExit("\n".join(faults))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Every manifest against its schema: KubeRay's CRDs with unknown fields refused, and Ray Serve's own."""
 
 import copy
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,10 @@ import jsonschema
 import pytest
 import yaml
 
+from cluster import metrics
+from cluster.settings import load_settings
+from data.outlets.notices import ALERTS
+from serve.ingress import ingress_environment, write_haproxy_script
 from tests.k8s.schemas import closed
 
 K8S = Path(__file__).parents[2] / "k8s"
@@ -73,6 +79,41 @@ def test_embedded_serve_config_meets_rays_own_schema(manifest: dict[str, Any]) -
 
     config = ServeDeploySchema.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"]))
     assert [a.name for a in config.applications] == ["gateway", "engine", "grader", "tools", "control"]
+
+
+def test_pods_have_the_ingress_that_the_settings_ask_for(tmp_path: Path) -> None:
+    maps = {d["metadata"]["name"]: d["data"] for _, d in documents() if d["kind"] == "ConfigMap"}
+    file = tmp_path / "rayloop.yaml"
+    file.write_text(maps["rayloop-config"]["rayloop.yaml"])
+    environment = maps["rayloop-environment"]
+    assert ingress_environment(load_settings(file)[0]).items() <= environment.items()
+    script = environment["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    assert f"RUN python -m serve.ingress {script}" in (K8S / "image" / "Dockerfile").read_text()
+
+
+def test_haproxy_keeps_statistics_and_metrics_to_itself(tmp_path: Path) -> None:
+    script, config = tmp_path / "haproxy", tmp_path / "haproxy.cfg"
+    write_haproxy_script(script)
+    script.write_text(script.read_text().replace("exec ", "exit 0 # "))
+    config.write_text("    bind *:9101\n    bind :8404\n    bind *:8000\n")
+    subprocess.run([script, "-f", config], check=True)
+    assert config.read_text() == "    bind 127.0.0.1:9101\n    bind 127.0.0.1:8404\n    bind *:8000\n"
+
+
+def test_every_alert_has_a_rule_on_metrics_that_exist_and_a_runbook() -> None:
+    (group,) = yaml.safe_load((K8S / "components" / "alerts" / "rules.yaml").read_text())["spec"]["groups"]
+    known = {sample.name for family in metrics.REGISTRY.collect() for sample in family.samples} | {
+        f"{family.name}_total" for family in metrics.REGISTRY.collect() if family.type == "counter"
+    }
+    runbooks = set(re.findall(r"^## `(\w+)`$", (K8S.parent / "docs" / "alerts.md").read_text(), re.MULTILINE))
+    assert runbooks == set(ALERTS)
+    told = {}
+    for rule in group["rules"]:
+        assert set(re.findall(r"rayloop_\w+", rule["expr"])) <= known
+        event = rule["labels"]["event"]
+        assert rule["annotations"]["runbook"] == f"docs/alerts.md#{event}"
+        told[event] = rule["labels"]["severity"]
+    assert told == {name: severity for name, (severity, _) in ALERTS.items() if name != "drift"}  # no metric has that
 
 
 def test_every_resource_is_listed_and_every_listed_file_exists() -> None:

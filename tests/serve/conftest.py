@@ -30,9 +30,11 @@ LEARNING: dict[str, Any] = {
 }
 
 
-def serve_version(database: Database, version: str, model_name: str, engine: str = "local") -> None:
+def serve_version(
+    database: Database, version: str, model_name: str, engine: str = "local", tenant: str | None = "default"
+) -> None:
     row = {
-        "version": version, "engine": engine, "model_name": model_name, "base_model": "base",
+        "tenant": tenant, "version": version, "engine": engine, "model_name": model_name, "base_model": "base",
         "adapter_sha256": "ab" * 32, "wanted": True, "updated_at_us": now_us(),
     }  # fmt: skip
     with write(database).begin() as connection:

@@ -41,6 +41,14 @@ def record(number: int) -> Record:
     )
 
 
+def test_a_filter_is_a_safety_flag_and_a_refusal_is_none() -> None:
+    filtered, refused = record(1), record(2)
+    filtered.answer.finish_reason = "content_filter"
+    refused.answer.message = {"role": "assistant", "refusal": "I cannot help with that."}
+    flags = [made.event().body["flags"]["safety"] for made in (filtered, refused)]
+    assert flags == [True, False]
+
+
 class BrokenLog(EventLog):
     """A log that can be out of reach."""
 

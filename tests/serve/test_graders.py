@@ -1,16 +1,18 @@
 """The grader over HTTP: grades, abstentions at the deadline, keys, bad input."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 
 import httpx
 import openai
+import orjson
 import pytest
 
 from cluster.database import connect
 from cluster.settings import Settings, load_settings
-from serve.graders import GraderApi, build
+from serve.graders import GraderApi, _task, build
 from serve.keys import create_key, revoke_key
 from serve.known_keys import KnownKeys
 from tests.serve.upstream import Server
@@ -46,7 +48,7 @@ def grader(settings: Settings) -> Iterator[tuple[str, str, GraderApi]]:
     database = connect(settings)
     secret = create_key(database, "judge", "default", "default", ["grade"])
     database.dispose()
-    api = GraderApi(settings.grader, KnownKeys(settings, 0.1).find)
+    api = GraderApi(settings.grader, KnownKeys(settings, 0.1))
     with Server(api, "on") as url:
         yield url, secret, api
 
@@ -214,3 +216,37 @@ def test_the_pool_is_gone_after_close(settings: Settings) -> None:
         return [worker._process.returncode for worker in workers]
 
     assert asyncio.run(life()) == [-9, -9]
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize("text", ["1" * 30, nested(300), '"\\ud800"', '{"a": NaN}', "no JSON"])
+def test_an_answer_that_is_odd_json_is_graded_as_a_text(text: str) -> None:
+    """Whatever a model writes, its task can be handed to a worker."""
+    item, sample = _task({"model_sample": text, "item": {"a": 1}}, "")
+    assert sample == {"output_text": text}
+    assert orjson.dumps([item, sample])
+
+
+def test_an_answer_that_is_json_is_handed_on_as_such() -> None:
+    assert _task({"model_sample": '{"a": 1}'}, "")[1]["output_json"] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("param", "body"),
+    [
+        ("items.0.item", {"items": [{"model_sample": "x", "item": {"a": "DEEP"}}]}),
+        ("output_tools", {"model_sample": "x", "output_tools": ["DEEP"]}),
+        ("grader", {"model_sample": "x", "grader": LABEL | {"reference": "DEEP"}}),
+    ],
+)
+def test_what_is_nested_too_deeply_is_refused_by_its_name(
+    grader: tuple[str, str, GraderApi], param: str, body: dict[str, object]
+) -> None:
+    url, secret, _ = grader
+    text = json.dumps({"grader": LABEL} | body).replace('"DEEP"', nested(300))
+    headers = {"authorization": f"Bearer {secret}"}
+    answer = httpx.post(f"{url}/v1/graders/run", content=text, headers=headers, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)

@@ -51,7 +51,8 @@ class Judge:
             await asyncio.sleep(60)
         if model == "fickle":
             reply = json.dumps({"result": next(self.scores) / 100})
-        document = json.dumps({"choices": [{"message": {"content": reply}, "finish_reason": "stop"}]}).encode()
+        choices = [{"message": {"content": reply}, "finish_reason": "stop"}]
+        document = json.dumps({"choices": choices, "usage": {"total_tokens": 30}}).encode()
         if model == "fails":
             status, document = 500, b'{"error": {"message": "out of memory"}}'
         if model == "garbage":
@@ -65,13 +66,20 @@ class Judge:
 class World:
     """A grader service with its judge and its database."""
 
-    def __init__(self, url: str, secret: str, api: GraderApi, judge: Judge, settings: Settings) -> None:
+    def __init__(
+        self, url: str, secret: str, api: GraderApi, judge: Judge, settings: Settings, database: Database
+    ) -> None:
         self.url, self.secret, self.api, self.judge, self.settings = url, secret, api, judge, settings
+        self.poor = create_key(database, "poor", "default", "default", ["grade"], tokens_per_day=50)
+        self.slow = create_key(database, "slow", "default", "default", ["grade"], requests_per_minute=2)
+
+    def post(self, secret: str, grader: Any, text: str, **body: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {secret}"}
+        document = {"grader": grader, "model_sample": text, **body}
+        return httpx.post(f"{self.url}/v1/graders/run", json=document, headers=headers, timeout=30)
 
     def run(self, grader: Any, text: str = "A fine answer.", **body: Any) -> dict[str, Any]:
-        headers = {"authorization": f"Bearer {self.secret}"}
-        document = {"grader": grader, "model_sample": text, **body}
-        answer = httpx.post(f"{self.url}/v1/graders/run", json=document, headers=headers, timeout=30)
+        answer = self.post(self.secret, grader, text, **body)
         assert answer.status_code == 200, answer.text
         found: dict[str, Any] = answer.json()
         return found
@@ -89,11 +97,11 @@ def world(judge: tuple[str, Judge], tmp_path_factory: pytest.TempPathFactory) ->
     grader = {"judge_url": judge[0], "workers": 1, "deadline_s": 3.0}
     settings = load_settings(home=tmp_path_factory.mktemp("grader"), grader=grader)[0]
     database = connect(settings)
-    secret = create_key(database, "judge", "default", "default", ["grade"])
+    secret = create_key(database, "judge", "default", "default", ["admin"])
     kept = JudgedAnswers(database, pseudonym_secret(settings), 30)
-    api = GraderApi(settings.grader, KnownKeys(settings, 0.1).find, kept)
+    api = GraderApi(settings.grader, KnownKeys(settings, 0.1), kept)
     with Server(api, "on") as url:
-        yield World(url, secret, api, judge[1], settings)
+        yield World(url, secret, api, judge[1], settings, database)
     database.dispose()
 
 
@@ -114,7 +122,7 @@ def test_a_judge_that_fails_abstains_inside_the_deadline(world: World, model: st
     before = grades("score_model", flag)
     began = time.monotonic()
     grade = world.run({**SCORE, "model": model})
-    assert time.monotonic() - began < world.settings.grader.deadline_s + 5  # far below what the judge would take
+    assert time.monotonic() - began < world.settings.grader.deadline_s + 0.5  # far below what the judge would take
     assert grade["reward"] is None and grade["metadata"]["abstained"] is True
     assert [name for name, raised in grade["metadata"]["errors"].items() if raised is True] == [flag]
     assert grades("score_model", flag) == before + 1
@@ -184,9 +192,17 @@ def test_official_client_runs_each_type(world: World) -> None:
             assert graded.reward == pytest.approx(reward), config
 
 
+def test_what_judges_use_counts_against_the_keys_budget(world: World) -> None:
+    assert [world.post(world.poor, SCORE, f"Sentence {n}.").status_code for n in range(3)] == [200, 200, 429]
+    assert world.post(world.poor, PYTHON, "x", item={"n": 0.5}).status_code == 200  # asks no judge
+    refused = [world.post(world.slow, PYTHON, "x", item={"n": 0.5}) for _ in range(3)][-1]
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+
+
 def test_metrics_are_served(world: World) -> None:
     world.run(SCORE)
-    text = httpx.get(f"{world.url}/metrics").text
+    assert httpx.get(f"{world.url}/metrics").status_code == 401
+    text = httpx.get(f"{world.url}/metrics", headers={"authorization": f"Bearer {world.secret}"}).text
     assert 'rayloop_grades_total{outcome="graded",type="score_model"}' in text
 
 
@@ -203,7 +219,7 @@ def test_old_grades_of_judges_are_forgotten(database: Database, settings: Settin
 
 
 def test_a_sample_of_live_answers_is_graded_once(database: Database, judge: tuple[str, Judge]) -> None:
-    online = {"grader": {**SCORE, "model": "good"}, "share": 0.25}
+    online = {"grader": {**SCORE, "model": "good"}, "share": 0.25, "detectors": False}
     learning: dict[str, Any] = {"learning": {"enabled": True}, "capture": {"enabled": True}}
     settings, _ = load_settings(grader={"judge_url": judge[0], "online": online}, **learning)
     before = judge[1].asked

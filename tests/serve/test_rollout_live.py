@@ -319,6 +319,7 @@ def test_control_shows_its_health_and_the_rollouts_of_the_keys_tenant(
     api = ControlApi(loop, KnownKeys(settings, 0.0))
     mine = create_key(engine, "ann", "default", "default")
     other = create_key(engine, "eve", "other", "default")
+    admin, foreign = (create_key(engine, "root", tenant, "default", ["admin"]) for tenant in ("default", "other"))
     assert ask(api, "/healthz")[0] == 503
     loop.start()
     try:
@@ -327,7 +328,8 @@ def test_control_shows_its_health_and_the_rollouts_of_the_keys_tenant(
         assert ask(api, "/rollouts", other)[1]["data"] == []
         assert ask(api, "/rollouts")[0] == 401
         assert ask(api, "/nothing")[0] == 404
-        status, metrics = answer_of(api, "/metrics")
+        assert [ask(api, "/metrics", secret)[0] for secret in (None, mine, foreign)] == [401, 403, 403]
+        status, metrics = answer_of(api, "/metrics", admin)
         assert status == 200 and b"# TYPE rayloop_outlet_delivered_total counter" in metrics
         assert ask(api, "/rollouts", mine, "POST")[0] == 405
     finally:

@@ -11,6 +11,7 @@ from data.log import EventLog
 from serve import snapshot
 from serve.arms import plan
 from serve.keys import create_key
+from serve.openai import ApiError
 from serve.routes import RouteKey, read_route, update_route
 from serve.snapshot import Snapshot, Target, Watcher
 from tests.serve.conftest import serve_version
@@ -71,6 +72,24 @@ def test_config_that_waited_is_applied_when_the_database_returns(
     monkeypatch.undo()
     watcher.refresh()
     assert read_route(sqlite_database, KEY).share == 0.25
+    watcher.close()
+
+
+def test_tenants_with_an_agent_of_one_name_see_their_own_versions(watcher: Watcher, sqlite_database: Database) -> None:
+    serve_version(sqlite_database, "triage/2", "red")
+    serve_version(sqlite_database, "triage/3", "blue", tenant="other")
+    serve_version(sqlite_database, "triage/4", "base", tenant=None)  # a base model, which is nobody's
+    update_route(sqlite_database, RouteKey("other", "triage"), {"stable": "triage/3"}, writer="person:x")
+    watcher.refresh()
+    assert watcher.current.known_models("default") == ["triage", "triage/1", "triage/2", "triage/4"]
+    assert watcher.current.known_models("other") == ["triage", "triage/3", "triage/4"]
+    assert watcher.current.known_models("third") == []
+    with pytest.raises(ApiError, match="triage/2"):
+        plan(watcher.current, "other", "triage/2", modality="text", user="u", session=None, request="r")
+    lent = {"stable": "triage/2"}  # by whoever may write routes
+    update_route(sqlite_database, RouteKey("other", "triage"), lent, writer="person:x")
+    watcher.refresh()
+    assert "triage/2" in watcher.current.known_models("other")
     watcher.close()
 
 

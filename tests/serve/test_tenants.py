@@ -17,8 +17,8 @@ from data.log import EventLog
 from serve.finetuning.http import ROUTES as FINETUNING
 from serve.keys import SCOPES, create_key
 from serve.router import METHODS
-from serve.routes import read_routes
-from tests.serve.conftest import Live, live_router
+from serve.routes import RouteKey, read_routes, update_route
+from tests.serve.conftest import Live, live_router, serve_version
 
 SECRET_WORDS = ("triage", "Walrus-4711", "sesame-user")
 OPEN = {"/healthz", "/openapi.json"}
@@ -64,6 +64,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, str,
         )
         live.events("interaction", 1)
         yield live, foreign, {"INTERACTION": answer.id, "FILE": file.id, "ITEM": ask_for_a_label(live, answer.id)}
+
+
+@pytest.fixture(scope="module")
+def twin(world: tuple[Live, str, dict[str, str]]) -> str:
+    """The key of a tenant that has an agent of the same name, with a version of its own."""
+    live = world[0]
+    serve_version(live.database, "triage/7", "base", tenant="twin")
+    update_route(live.database, RouteKey("twin", "triage"), {"stable": "triage/7"}, writer="person:test")
+    secret = create_key(live.database, "twin", "twin", "default", list(SCOPES))
+    live.app.watcher.refresh()
+    return secret
 
 
 def ask_for_a_label(live: Live, interaction_id: str) -> str:
@@ -123,6 +134,29 @@ def test_route_wants_a_key(world: tuple[Live, str, dict[str, str]], method: str,
     headers = {"authorization": key} if key else {}
     response = httpx.request(method, live.url + filled(path, names), headers=headers, timeout=20)
     assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"model": "triage/1", "messages": [{"role": "user", "content": "?"}]}),
+        ("/v1/completions", {"model": "triage/2", "prompt": "?"}),
+        ("/v1/fine_tuning/jobs", {"model": "triage/1", "training_file": "FILE"}),
+    ],
+)
+def test_a_route_of_the_same_name_opens_nothing_of_another_tenant(
+    world: tuple[Live, str, dict[str, str]], twin: str, path: str, body: dict[str, Any]
+) -> None:
+    live, _, names = world
+    headers = {"authorization": f"Bearer {twin}"}
+    asked = live.engine.requests.copy()
+    text = json.dumps(body).replace("FILE", names["FILE"])
+    answer = httpx.post(live.url + path, content=text, headers=headers, timeout=20)
+    assert answer.status_code == 404, answer.text
+    assert live.engine.requests == asked
+    listed = httpx.get(f"{live.url}/v1/models", headers=headers).json()["data"]
+    assert [model["id"] for model in listed] == ["triage", "triage/7"]
+    assert httpx.get(f"{live.url}/v1/models/triage%2F1", headers=headers).status_code == 404
 
 
 def test_what_is_the_first_tenants_is_still_there(world: tuple[Live, str, dict[str, str]]) -> None:

@@ -19,7 +19,7 @@ from tests.services import Scripted, dripping, hanging, refused, scripted
 
 def test_grade_comes_from_the_real_grader(live: Live, make: Make, settings: Settings) -> None:
     secret = create_key(live.database, "judge", "default", "default", ["grade"])
-    with Server(GraderApi(live.settings.grader, KnownKeys(live.settings, 0.1).find), "on") as url:
+    with Server(GraderApi(live.settings.grader, KnownKeys(live.settings, 0.1)), "on") as url:
         client = make(live.url, api_key=secret, grader_url=url, call_timeout_s=20)
         label = {"type": "dataset_label", "name": "label"}
         grade = client.grade(label, "1", {"reference": "1"})

@@ -58,7 +58,7 @@ def version_of(base: Path) -> Callable[..., Version]:
             dataset_hash=None,
             dataset_id=None,
             run_id=None,
-            tags={"base_revision": revision},
+            tags={"base_revision": revision, "rayloop.tenant": "acme"},
             aliases=(),
         )
         return replace(version, **changes)  # type: ignore[arg-type]

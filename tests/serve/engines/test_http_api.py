@@ -106,6 +106,7 @@ def test_usage_chunk_comes_when_asked(client: openai.OpenAI) -> None:
     assert last.usage is not None
 
 
+TOOL = {"type": "function", "function": {"name": "restart", "parameters": {"type": "object", "properties": {}}}}
 WRONG = [
     ({"temperature": 3}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
@@ -116,8 +117,14 @@ WRONG = [
     ({"stop": [""]}, "stop"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 99}, "top_logprobs"),
-    ({"presence_penalty": 1.0}, "presence_penalty"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"presence_penalty": 2.5}, "presence_penalty"),
+    ({"frequency_penalty": "much"}, "frequency_penalty"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+    ({"logit_bias": {"99999999": 1}}, "logit_bias"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "sometimes", "tools": [TOOL]}, "tool_choice.type"),
+    ({"tool_choice": {"type": "function", "function": {"name": "none"}}, "tools": [TOOL]}, "tool_choice"),
+    ({"tool_choice": "required", "tools": [TOOL], "response_format": {"type": "json_object"}}, "tool_choice"),
     ({"response_format": {"type": "grammar"}}, "response_format.type"),
     ({"messages": []}, "messages"),
     ({"messages": [{"content": "x"}]}, "messages.0.role"),

@@ -53,6 +53,7 @@ def test_wanted_version_is_loaded_checked_and_ready(
 ) -> None:
     version = version_of(3, adapters["red"])
     servable = want(database, version, "local")
+    assert servable.tenant == "acme"
     assert servable.model_name == f"triage-3-{version.adapter_sha256[:12]}"
     assert not ready(database, "triage/3")
     reconciler.tick()

@@ -76,3 +76,37 @@ def test_a_form_that_cannot_be_kept_is_refused_by_name(engine_url: str, wrong: A
     answer = ask(engine_url, response_format=wrong)
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"].startswith("response_format"), answer.text
+
+
+def tool(name: str, parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "description": "Does it.", "parameters": parameters}}
+
+
+RESTART = tool("restart", {**SCHEMA, "properties": {"host": {"enum": ["db-7", "db-8"]}}, "required": ["host"]})
+TOOLS = [RESTART, tool("judge", SCHEMA)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_is_asked_for_is_made(engine_url: str, stream: bool) -> None:
+    named = {"type": "function", "function": {"name": "restart"}}
+    for choice, names in (("required", {"restart", "judge"}), (named, {"restart"})):
+        for seed in range(3):
+            answer = ask(engine_url, tools=TOOLS, tool_choice=choice, seed=seed, temperature=1.5, stream=stream)
+            if stream:
+                lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+                chunks = [json.loads(line)["choices"][0] for line in lines]
+                calls = [call for chunk in chunks for call in chunk["delta"].get("tool_calls") or []]
+                reason = chunks[-1]["finish_reason"]
+            else:
+                found = answer.json()["choices"][0]
+                calls, reason = found["message"]["tool_calls"], found["finish_reason"]
+            (call,) = calls
+            assert call["function"]["name"] in names
+            arguments = json.loads(call["function"]["arguments"])
+            assert set(arguments) == ({"host"} if call["function"]["name"] == "restart" else {"verdict", "hosts"})
+            assert reason == "tool_calls"
+
+
+def test_a_tool_whose_schema_cannot_be_kept_is_refused_by_name(engine_url: str) -> None:
+    answer = ask(engine_url, tools=[tool("odd", {"type": "no such type"})], tool_choice="required")
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")

@@ -74,12 +74,30 @@ def write_down(caller: Caller, text: str, fails: bool = False) -> int:
     return len(WRITTEN)
 
 
+@tool(registry=MINE, writes=True, max_result_bytes=100)
+def write_and_chatter(caller: Caller, text: str, size: int) -> str:
+    """Writes a text down and tells more than it may, or what its type forbids."""
+    WRITTEN.append(text)
+    return "x" * size if size else 5  # type: ignore[return-value]
+
+
+@tool(registry=MINE, writes=True)
+def write_and_say_nothing(caller: Caller, text: str) -> None:
+    """Writes a text down."""
+    WRITTEN.append(text)
+
+
 class World:
     """The running server."""
 
     def __init__(self, url: str, secret: str, runner: ToolRunner, database: Database, settings: Settings) -> None:
         self.url, self.secret, self.runner, self.database, self.settings = url, secret, runner, database, settings
         self.log = EventLog(database)
+        self.elsewhere = create_key(database, "elsewhere", "default", "elsewhere", ["tools"])
+        """A key of another workspace of the same tenant."""
+        self.foreign = create_key(database, "foreign", "stranger", "default", ["tools"])
+        self.admin = create_key(database, "admin", "default", "default", ["admin"])
+        self.slow = create_key(database, "slow", "default", "default", ["tools"], requests_per_minute=1)
 
     def call(self, name: str, arguments: Any = None, secret: str | None = None, **more: Any) -> httpx.Response:
         headers = {"authorization": f"Bearer {secret or self.secret}"} | more.pop("headers", {})
@@ -120,7 +138,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     services = open_services(settings)
     runner = ToolRunner(load_tools(settings) | MINE.tools, services, settings.tools, settings.serve.breaker)
     secret = create_key(services.database, "agent", "default", "default", ["tools"])
-    with Server(ToolApi(runner, settings.tools, KnownKeys(settings, 0.1).find), "on") as url:
+    with Server(ToolApi(runner, settings.tools, KnownKeys(settings, 0.1)), "on") as url:
         yield World(url, secret, runner, services.database, settings)
         RELEASE.set()
     services.intake.commit.close()

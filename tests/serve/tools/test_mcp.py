@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx2
@@ -11,13 +13,18 @@ from mcp.client.streamable_http import streamable_http_client
 from tests.serve.tools.conftest import World
 
 
-async def _session(world: World) -> dict[str, Any]:
-    headers = {"authorization": f"Bearer {world.secret}"}
-    found: dict[str, Any] = {}
+@asynccontextmanager
+async def connected(world: World, secret: str) -> AsyncIterator[Client]:
     async with (
-        httpx2.AsyncClient(headers=headers) as http,
+        httpx2.AsyncClient(headers={"authorization": f"Bearer {secret}"}) as http,
         Client(streamable_http_client(f"{world.url}/mcp", http_client=http)) as client,
     ):
+        yield client
+
+
+async def _session(world: World) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    async with connected(world, world.secret) as client:
         found["tools"] = {tool.name: tool for tool in (await client.list_tools()).tools}
         found["sum"] = await client.call_tool("add", {"a": 20, "b": 22})
         found["wrong"] = await client.call_tool("add", {"a": "x"})
@@ -40,3 +47,20 @@ def test_the_official_client_lists_and_calls(world: World) -> None:
     assert found["rows"].structured_content["columns"] == ["n"]
     recorded = [r.event for r in world.log.about("default", ["i-mcp"], kinds=["tool_call"])]
     assert {e.session_id for e in recorded} <= {"s-mcp"}
+
+
+def test_the_key_of_another_tenant_sees_nothing(world: World) -> None:
+    world.interactions(("Where is Walrus-4711?", "In the safe."), first=40)
+
+    async def ask() -> tuple[Any, Any, Any]:
+        async with connected(world, world.foreign) as client:
+            return (
+                await client.call_tool("get_record", {"interaction_id": "i40"}),
+                await client.call_tool("search_interactions", {"query": "Walrus-4711"}),
+                await client.call_tool("query_sql", {"query": "SELECT * FROM event_log WHERE kind = 'interaction'"}),
+            )
+
+    record, hits, rows = asyncio.run(ask())
+    assert record.is_error and "Walrus" not in record.content[0].text
+    assert hits.structured_content == {"result": []}
+    assert rows.structured_content["rows"] == []

