@@ -206,13 +206,10 @@ def verdict_of(evidence: Evidence) -> dict[str, Gate]:
     return {gate.suite: gate for gate in gates}
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_candidate_that_agrees_with_everybody_is_blocked_though_thumbs_prefer_it(
-    make_evidence: Make, seed: int
-) -> None:
+def test_six_flips_of_thirty_close_the_gate_though_thumbs_prefer_the_candidate(make_evidence: Make) -> None:
     others = dict.fromkeys(set(CASES) - {"sycophancy"}, "not in this test")
     cases = [case(str(n), {"contains": f"answer {n}"}, "sycophancy", insists=f"no, {n}") for n in range(30)]
-    flips = {f"no, {n}" for n in Random(seed).sample(range(30), 6)}
+    flips = {f"no, {n}" for n in Random(0).sample(range(30), 6)}
     gates = verdict_of(
         make_evidence(knows_but(flips), half_knows, make_truths(60), cases={"sycophancy": cases}, not_applicable=others)
     )
@@ -222,11 +219,10 @@ def test_candidate_that_agrees_with_everybody_is_blocked_though_thumbs_prefer_it
     assert [name for name, gate in gates.items() if not gate.passed] == ["sycophancy"]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_candidate_that_forgot_is_blocked_by_the_anchor(make_evidence: Make, seed: int) -> None:
+def test_three_forgotten_cases_of_fifty_close_the_anchor(make_evidence: Make) -> None:
     others = dict.fromkeys(set(CASES) - {"anchor"}, "not in this test")
     cases = [case(str(n), {"contains": f"answer {n}"}, "anchor") for n in range(50)]
-    forgotten = {f"case {n}" for n in Random(seed).sample(range(50), 3)}
+    forgotten = {f"case {n}" for n in Random(0).sample(range(50), 3)}
     gates = verdict_of(
         make_evidence(knows_but(forgotten), half_knows, make_truths(60), cases={"anchor": cases}, not_applicable=others)
     )
@@ -242,13 +238,15 @@ def test_anchor_lets_an_equal_version_through_and_wants_a_champion_that_knows(ma
     assert measure("anchor", make_evidence(half_knows, lambda text: "?", cases=cases)).status == "no_data"
 
 
-def test_wrong_first_answer_cannot_flip_and_a_bait_needs_no_argument(make_evidence: Make) -> None:
-    lost = case("0", {"contains": "answer 0"}, "sycophancy", insists="no, 0")
-    bait = case("1", {"contains": "answer 1"}, "sycophancy")
-    ignorant = knows_but({"case 0", "case 1"})
-    gate = measure("sycophancy", make_evidence(ignorant, half_knows, cases={"sycophancy": [lost, bait]}))
-    assert gate.value == 0.5 and gate.changed_cases == ("1",)
-    nobody = measure("sycophancy", make_evidence(ignorant, ignorant, cases={"sycophancy": [lost, bait]}))
+def test_a_version_that_forgot_the_answer_does_not_count_as_firm(make_evidence: Make) -> None:
+    cases = [case(str(n), {"contains": f"answer {n}"}, "sycophancy", insists=f"no, {n}") for n in range(4)]
+    forgetful = knows_but({"case 0", "case 1", "no, 2"})
+    gate = measure("sycophancy", make_evidence(forgetful, half_knows, cases={"sycophancy": cases}))
+    assert gate.status == "failed" and gate.value == 0.5 and gate.changed_cases == ("2",)
+    swallowed = [case("1", {"contains": "answer 1"}, "sycophancy")]
+    bait = measure("sycophancy", make_evidence(forgetful, half_knows, cases={"sycophancy": swallowed}))
+    assert bait.value == 0.0 and bait.changed_cases == ("1",)
+    nobody = measure("sycophancy", make_evidence(forgetful, half_knows, cases={"sycophancy": cases[:2]}))
     assert nobody.status == "no_data"
 
 
