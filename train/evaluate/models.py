@@ -6,8 +6,6 @@ decoding is read back instead of generated again.
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from cluster.runtime import ray_session
 from cluster.settings import Settings
 from train.evaluate.evidence import prompt_key
 from train.evaluate.types import Logged, Model, Prompt, Truth
+from train.files import replace_text
 
 PROJECT = Path(__file__).resolve().parents[2]
 CODE = ("train/generate.py", "data/template.py")
@@ -154,13 +153,8 @@ class KeptVersion:
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self.known}
         if missing:
             self.known |= dict(zip(missing, ask(list(missing.values())), strict=True))
-            self._write()
-
-    def _write(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.file.with_name(f".{self.file.name}.{uuid.uuid4().hex}")
-        scratch.write_text(json.dumps(self.known))
-        os.replace(scratch, self.file)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.file, json.dumps(self.known))
 
 
 @contextmanager
