@@ -53,6 +53,15 @@ class EvaluationSettings(Section):
     """Longest answer that is generated."""
     batch_size: int = Field(64, ge=1)
     """Prompts answered at once."""
+    router_url: str | None = Field(None, pattern=r"^https?://\S+$")
+    """Address of the routers, through which versions are asked whose weights are elsewhere. `None` means `serve.host`
+    and `serve.port`."""
+    router_key_env: str = "RAYLOOP_API_KEY"
+    """Environment variable with an API key of scope `chat` for that."""
+    router_concurrency: int = Field(8, ge=1, le=1000)
+    """Prompts that are put to the routers at once."""
+    router_timeout_s: float = Field(120.0, gt=0)
+    """Longest wait for one of their answers."""
     workers: int = Field(0, ge=0)
     """Ray tasks that answer; 0 answers in this process, which is quicker for a small model."""
     worker_gpus: float = Field(0.0, ge=0)

@@ -10,6 +10,7 @@ from sqlalchemy.engine import Engine
 from cluster.clock import now_us, to_iso
 from cluster.registry import EXPORT_TAGS, NEEDS_RETRAINING_TAG, Registry, Version
 from cluster.settings import Settings
+from data.aliases import take_alias
 from data.events import Event, parse_body
 from data.log import EventLog
 from data.manifest import list_datasets
@@ -38,7 +39,7 @@ def mark_versions(engine: Engine, settings: Settings, tenant: str, dataset_ids: 
             for name, value in _tags().items():
                 registry.tag(version, name, value)
         if "challenger" in version.aliases:
-            registry.remove_alias(version.model, "challenger")
+            take_alias(engine, registry, version, "challenger", actor="erase", reason=REASON)
         _announce(engine, settings, tenant, version)
     for dataset_id in dataset_ids:
         _remove_reports(registry, dataset_id)

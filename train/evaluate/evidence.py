@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.settings.evaluation import EvaluationSettings
+from data.detectors.interface import Detector
 from data.grading import Grader
 from data.labelling.requests import Judgement, LabelRequest
 from train.evaluate.types import Case, Logged, Model, Prompt, Truth
@@ -68,6 +69,10 @@ class Evidence:
     """Rewarded answers of which is known how likely they were."""
     asked: Asked | None = None
     """What people were asked about the versions' answers."""
+    toxicity: Detector | None = None
+    """Judges answers; `None` for the shipped detector."""
+    trained: bool = True
+    """Whether the candidate was made by a training; `False` for a base model."""
     template: tuple[str, str] | None = None
     """Digests of the template: recorded in training, and in force."""
 

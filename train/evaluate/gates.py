@@ -63,6 +63,10 @@ def perplexity(evidence: Evidence) -> Gate:
     """
     if not evidence.truths:
         return Gate("perplexity", "no_data", detail="no held-out answers")
+    silent = [answers.name for _, answers in evidence.both() if not all(tokens for _, tokens in answers.losses)]
+    if silent:
+        detail = f"{', '.join(silent)}: an endpoint does not tell how likely it finds a recorded answer"
+        return Gate("perplexity", "no_data", detail=detail)
     nats_N = np.array([nats for nats, _ in evidence.candidate.losses])
     champion_N = np.array([nats for nats, _ in evidence.champion.losses])
     tokens_N = np.array([tokens for _, tokens in evidence.champion.losses], dtype=float)

@@ -16,6 +16,7 @@ from cluster.registry import Registry, Version
 from cluster.runtime import ray_session
 from cluster.settings import Settings
 from train.evaluate.evidence import prompt_key
+from train.evaluate.routed import routed
 from train.evaluate.types import Logged, Model, Prompt, Truth
 from train.files import replace_text
 
@@ -159,11 +160,18 @@ class KeptVersion:
 
 @contextmanager
 def open_version(settings: Settings, registry: Registry, version: Version) -> Iterator[Model]:
-    """A version that can be asked, on Ray where `evaluation.workers` says so."""
+    """A version that can be asked, on Ray where `evaluation.workers` says so, or through the routers.
+
+    Raises:
+        InputError: its weights are elsewhere, and there is no key for the routers.
+    """
     chosen = settings.evaluation
     adapter = str(registry.adapter_dir(version)) if version.adapter_sha256 else None
     source = Source(version.id, version.base_model, adapter, chosen.max_new_tokens, chosen.batch_size, chosen.seed)
     file = settings.home / "evaluation" / f"{_identity(version, source)}.json"
+    if version.endpoint is not None:
+        yield KeptVersion(routed(settings, version), file)
+        return
     if not chosen.workers:
         yield KeptVersion(LocalVersion(source), file)
         return

@@ -351,8 +351,9 @@ def test_versions_trained_on_the_person_are_marked_and_go_no_further(
     for alias in ("champion", "challenger"):
         with pytest.raises(ConflictError, match="training data was erased"):
             registry.set_alias("triage", alias, marked, actor="test", reason="try")
-    blocked = EventLog(sqlite_database).read(kinds=["model.updated"])
-    assert [(e.event.body["version"], e.event.body["change"]) for e in blocked] == [(tainted.id, "blocked")]
+    told = EventLog(sqlite_database).read(kinds=["model.updated"])
+    changes = [(e.event.body["version"], e.event.body["change"], e.event.body.get("alias")) for e in told]
+    assert changes == [(tainted.id, "alias_removed", "challenger"), (tainted.id, "blocked", None)]
 
 
 def test_erasure_waits_for_a_seal_and_says_so_when_it_takes_too_long(database: Engine, settings: Settings) -> None:
