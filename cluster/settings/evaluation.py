@@ -17,12 +17,20 @@ class EvaluationSettings(Section):
     """Suites whose prerequisite does not exist, each with the reason; recorded with the version."""
     grader: dict[str, Any] = Field(default_factory=lambda: {"type": "dataset_label", "name": "recorded_truth"})
     """Decides which of two answers is better; its item has `reference` (recorded truth) and `messages`."""
+    judge: dict[str, Any] | None = None
+    """Grader that sees two answers side by side and decides the win rate instead: it grades the first and finds the
+    second as `item.other`; a reward above one half means that the first is better. Asked in both orders."""
     reward_model: str | None = None
     """The reward model that `reward_model` graders ask: folder of its adapter as its training left it, or the
     address of `rayloop train reward-server`."""
     drift_agreement: float = Field(0.7, gt=0.5, le=1)
     """Grader and reward model should prefer the same of two answers at least this often; when they surely
     do not, evaluation raises the drift alert."""
+    calibration_days: float = Field(30.0, gt=0)
+    """People's judgements of so many days are held against grader and reward model."""
+    calibration_error: float = Field(0.15, gt=0, lt=1)
+    """Mean distance between how sure a grader is and how often people agree; above it, evaluation raises the drift
+    alert and refits the temperature of a reward model."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Level of every interval."""
     bootstrap_samples: int = Field(2000, ge=100)

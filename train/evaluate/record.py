@@ -8,8 +8,10 @@ passed becomes `challenger`.
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import yaml
 from sqlalchemy.engine import Engine
 
 from cluster import tracking
@@ -20,10 +22,13 @@ from cluster.settings import Settings
 from data.alerts import alert
 from data.aliases import give_alias, take_alias
 from data.events import Event, parse_body
+from data.grading.reward_model import RewardModel
 from data.log import EventLog
+from train.evaluate.calibration import refitted
 from train.evaluate.evidence import Evidence
 from train.evaluate.report import write_report
 from train.evaluate.types import Evaluation, Gate
+from train.files import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +58,8 @@ def record(
         run.log_dataset(name=found.dataset_id, digest=found.dataset_hash, uri=found.dataset_id, context="evaluation")
         run.log_dict(found.to_json(), "evaluation.json")
         write_report(run, found, evidence)
+        for grader in refitted(evidence, found.gates) if evidence is not None else []:
+            run.log_artifact(keep_grader(settings, grader), "graders")
         if version.run_id:
             tracking.resume(settings, version.run_id).log_metrics(metrics)
     status = "passed" if found.passed else "failed"
@@ -65,6 +72,15 @@ def record(
         return replace(found, alias=_move_challenger(engine, registry, version, found))
     finally:
         engine.dispose()
+
+
+def keep_grader(settings: Settings, grader: RewardModel) -> Path:
+    """Write a grader's configuration to `<home>/graders/<version>.yaml`, for `evaluation.grader` and others to name."""
+    file = settings.home / "graders" / f"{grader.version}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(file, yaml.safe_dump(grader.config.model_dump(mode="json"), sort_keys=False))
+    log.warning("the grader's temperature no longer fits what people say; %s is one that does", file)
+    return file
 
 
 def gate_metrics(gates: list[Gate]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,16 +107,20 @@ def gather(
     champion: Version,
     dataset: Path,
     known: Known | None = None,
+    suites: Collection[str] = tuple(SUITES),
 ) -> Evidence:
-    """Ask both versions once, about the held-out truths and every case."""
+    """Ask both versions once, about the held-out truths and every case of the suites."""
     chosen = settings.evaluation
     known = {} if known is None else known
     scorer = open_scorer(chosen.reward_model)
-    grader = make_grader(chosen.grader, field="evaluation.grader", at_hand=AtHand.of(settings.grader, scorer))
-    wanted = [s.name for s in SUITES.values() if s.cases and s.name not in chosen.not_applicable]
+    at_hand = AtHand.of(settings.grader, scorer)
+    grader = make_grader(chosen.grader, field="evaluation.grader", at_hand=at_hand)
+    judge = make_grader(chosen.judge, field="evaluation.judge", at_hand=at_hand) if chosen.judge else None
+    applicable = [name for name in suites if name not in chosen.not_applicable]
+    wanted = [name for name in applicable if SUITES[name].cases]
     cases = {name: read_cases(name, chosen.suites) for name in wanted}
     truths = read_truths(dataset, limit=chosen.max_prompts)
-    logged = [] if "off_policy" in chosen.not_applicable else read_logged(dataset, limit=chosen.max_logged)
+    logged = read_logged(dataset, limit=chosen.max_logged) if "off_policy" in applicable else []
     every = [case for rows in cases.values() for case in rows]
 
     def answers(role: Version) -> Answers:
@@ -132,9 +137,10 @@ def gather(
         champion=known[champion.id, dataset],
         grader=grader,
         cases=cases,
+        judge=judge,
         reward_model=as_grader(scorer),
         logged=logged,
-        toxicity=detectors(settings.curation.detectors).toxicity,
+        toxicity=detectors(named).toxicity if (named := settings.curation.detectors).toxicity_model else None,
         trained=version.adapter_sha256 is not None or version.endpoint is not None,
         template=template_digests(version),
     )

@@ -1,11 +1,13 @@
 """Each suite on hand-made evidence: what passes, what fails, and that silence is no success."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 
+from data.grading import GradeResult
 from tests.train.evaluate.fakes import FakeModel, answer_json, make_truths, prompt
 from train.evaluate.evidence import Evidence
 from train.evaluate.gates import SUITES, run_suites
@@ -291,6 +293,30 @@ def test_a_domain_with_enough_cases_is_gated_by_itself(make_evidence: Make) -> N
     ]
 
 
+@pytest.mark.parametrize("suite", ["regression", "anchor", "refusal"])
+def test_every_suite_of_cases_has_gates_by_domain(make_evidence: Make, suite: str) -> None:
+    expect: dict[str, object] = {"refuses": True} if suite == "refusal" else {"contains": "can't"}
+    rows = [
+        case(f"{domain}{i}", expect, suite, domain=domain, hard=False)
+        for domain in ("mail", "ops", "new")
+        for i in range(30)
+    ]
+
+    def champion(text: str) -> str:
+        return "Sure." if "new" in text else "I can't help."
+
+    gates = {}
+    for slips in ("nowhere", "mail1"):
+        evidence = make_evidence(
+            lambda text, slips=slips: "Sure." if slips in text else champion(text), champion, cases={suite: rows}
+        )
+        found = SUITES[suite].measure(evidence)
+        assert isinstance(found, list)
+        gates[slips] = {gate.suite: gate.status for gate in found}
+    assert set(gates["nowhere"].values()) == {"passed"} and f"{suite}[mail]" in gates["nowhere"]
+    assert gates["mail1"][f"{suite}[mail]"] == "failed" and gates["mail1"][f"{suite}[ops]"] == "passed"
+
+
 def test_not_applicable_is_configured_and_recorded(make_evidence: Make) -> None:
     reasons = dict.fromkeys(CASES, "never taught")
     gates = run_suites(make_evidence(right, half_right, make_truths(60), not_applicable=reasons))
@@ -309,6 +335,25 @@ def test_no_data_and_could_not_run_fail(make_evidence: Make, monkeypatch: pytest
     assert gates["win_rate"].status == "could_not_run" and gates["win_rate"].detail == "the judge is down"
     assert gates["refusal"].status == "no_data"
     assert not verdict(list(gates.values()))
+
+
+class Longer:
+    """A grader that prefers the longer of two answers, and the first when they are as long."""
+
+    name, version = "longer", "longer-1"
+
+    def grade(self, item: Mapping[str, Any], sample: Mapping[str, Any]) -> GradeResult:
+        mine, other = len(sample["output_text"]), len(item["other"])
+        return GradeResult(float(mine >= other), {}, "", self.version)
+
+
+def test_a_judge_that_sees_both_answers_decides_the_win_rate(make_evidence: Make) -> None:
+    made = make_evidence(lambda text: "a long answer", lambda text: "short", make_truths(40))
+    assert measure("win_rate", made).value == 0.5  # neither is what was recorded
+    gate = measure("win_rate", replace(made, judge=Longer()))
+    assert gate.value == 1.0 and gate.status == "passed" and "longer-1" in gate.detail
+    alike = make_evidence(lambda text: "equal", lambda text: "alike", make_truths(40))
+    assert measure("win_rate", replace(alike, judge=Longer())).metrics["ties"] == 40  # its bias is no win
 
 
 class LikesTheFirst:

@@ -1,12 +1,15 @@
 """From a version's id to its verdict: records, aliases, events and the command line, with fake models."""
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cluster import tracking
 from cluster.cli import run_app
@@ -19,6 +22,7 @@ from tests.datasets import WANTED, write_feedback_dataset
 from tests.train.evaluate.fakes import CASE_SUITES, Answerer, FakeModel
 from train.evaluate import compare, models, run
 from train.evaluate.cli import app
+from train.evaluate.gates import SUITES
 from train.evaluate.models import KeptVersion
 from train.evaluate.types import Model
 
@@ -207,12 +211,42 @@ def test_several_versions_ask_the_one_they_are_compared_with_once(
     assert stop.value.code == 1 and report["passed"] is False
 
 
-def test_compare_shows_gates_answers_configurations_and_datasets(registered: Settings) -> None:
+def test_compare_shows_gates_answers_configurations_and_datasets(registered: Settings, tmp_path: Path) -> None:
     found = compare.compare(registered, "triage/1", "triage/2")
     assert found["measured"][0]["suite"] == "win_rate" and found["measured"][0]["value"] > 0.5
     assert len(found["answers"]) == 5 and found["configuration"]["rank"] == [None, "8"]
     assert found["datasets"]["sft.train"][0] is None
     json.dumps(found)
+    client = tracking.client(registered)
+    logged = client.get_run(found["run_id"])
+    assert logged.data.tags["rayloop.kind"] == "comparison" and logged.data.metrics["gate.win_rate"] > 0.5
+    page = Path(client.download_artifacts(found["run_id"], "comparison.html", str(tmp_path))).read_text()
+    assert "last evaluation of each" in page
+
+
+def test_compare_shows_the_gates_of_each_and_survives_a_suite_that_breaks(
+    registered: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.evaluate(registered, "triage/2")
+    asked: list[str] = []
+
+    def noted(text: str) -> str:
+        asked.append(text)
+        return knows(text)
+
+    def broken(evidence: Any) -> Any:
+        raise RuntimeError("the judge is down")
+
+    answer_with(monkeypatch, {"triage/1": guesses, "triage/2": noted})
+    monkeypatch.setitem(SUITES, "win_rate", replace(SUITES["win_rate"], measure=broken))
+    chosen = registered.evaluation.model_copy(update={"not_applicable": {}})
+    found = compare.compare(registered.model_copy(update={"evaluation": chosen}), "triage/1", "triage/2")
+    assert all("level=" in text for text in asked)  # no case is asked that no shown suite reads
+    assert found["measured"][0]["status"] == "could_not_run"
+    console = Console(record=True, file=io.StringIO(), width=160)
+    compare.print_comparison(found, console)
+    shown = console.export_text()
+    assert "not evaluated" in shown and "passed" in shown
 
 
 def test_kept_answers_are_asked_for_once(tmp_path: Path) -> None:
