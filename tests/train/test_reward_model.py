@@ -188,7 +188,7 @@ def test_calibration_by_hand() -> None:
     assert found.loss == pytest.approx((math.log(4 / 3) + math.log(4) + math.log(2)) / 3, abs=1e-6)
     assert found.calibration_error == pytest.approx((2 * 0.25 + 0) / 3)
     assert (found.by_origin, found.by_category) == ({"a": 0.5, "b": 0.5}, {})
-    by_task = measure_scores(np.array([margin, 0.0, 1.0]), np.array([0.0, margin, 0.0]), "abc", ["t", None, "t"])
+    by_task = measure_scores(np.array([margin, 0.0, 1.0]), np.array([0.0, margin, 0.0]), list("abc"), ["t", None, "t"])
     assert by_task.as_metrics()["heldout/pair_accuracy_in_t"] == 1.0 and by_task.by_category["unnamed"] == 0.0
     assert [(round(b.confidence, 6), b.accuracy, b.pairs) for b in reliability(np.array([margin, -margin]))] == [
         (0.75, 0.5, 2)
