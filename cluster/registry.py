@@ -43,6 +43,8 @@ GATES_TAG = "rayloop.gates"
 """`passed`, `failed` or `not_run`."""
 NEEDS_RETRAINING_TAG = "rayloop.needs_retraining"
 """Set when somebody in the training data was erased: JSON with `reason` and `at`."""
+ENDPOINT_TAG = "rayloop.endpoint"
+"""Who keeps the weights, where they are not here."""
 EXPORT_TAGS = "rayloop.export"
 """Tags that begin so say where the version was exported to."""
 
@@ -81,6 +83,11 @@ class Version:
     def gates(self) -> str:
         """`passed`, `failed` or `not_run`."""
         return self.tags.get(GATES_TAG, "not_run")
+
+    @property
+    def endpoint(self) -> str | None:
+        """Address of the endpoint that keeps its weights; `None` for those that are here."""
+        return self.tags.get(ENDPOINT_TAG)
 
     @property
     def needs_retraining(self) -> bool:
@@ -182,7 +189,7 @@ class Registry:
         _check_name(model)
         tags = {
             "base_model": remote_model,
-            "rayloop.endpoint": endpoint,
+            ENDPOINT_TAG: endpoint,
             "dataset_hash": dataset_hash,
             "dataset_id": dataset_id,
             GATES_TAG: "not_run",
@@ -233,25 +240,37 @@ class Registry:
         """Point `alias` at a version; who and why stay with the version.
 
         Raises:
-            ConflictError: `challenger` for a version that has not passed its gates, or any alias for one
-                that needs retraining.
+            ConflictError: the version may not have it (`check_alias`).
         """
         target = self.get(version if isinstance(version, str) else version.id)
         if target.model != model:
             raise InputError("version", target.id, f"is not a version of {model!r}", "name one that is")
+        self.check_alias(target, alias)
+        _settled(lambda: self.client.set_registered_model_alias(model, alias, str(target.number)))
+        record = {"actor": actor, "reason": reason, "at": to_iso(now_us())}
+        self.tag(target, f"rayloop.alias.{alias}", json.dumps(record))
+
+    def check_alias(self, version: Version, alias: str) -> None:
+        """Refuse an alias that a version may not have.
+
+        Raises:
+            ConflictError: `challenger` for a version that has not passed its gates, or any alias for one
+                that needs retraining.
+        """
+        target = self.get(version.id)
         was_champion = "rayloop.alias.champion" in target.tags  # a rollback may return to it
         if target.needs_retraining and not (alias == "champion" and was_champion):
             raise ConflictError(f"{target.id} may not be {alias}: {RETRAIN}")
         if alias == "challenger" and target.gates != "passed":
             raise ConflictError(f"{target.id} may not be challenger: gates are {target.gates}; run `rayloop evaluate`")
-        _settled(lambda: self.client.set_registered_model_alias(model, alias, str(target.number)))
-        record = {"actor": actor, "reason": reason, "at": to_iso(now_us())}
-        self.tag(target, f"rayloop.alias.{alias}", json.dumps(record))
 
-    def remove_alias(self, model: str, alias: str) -> None:
-        """Let no version hold `alias`; nothing happens if none does."""
-        if any(alias in version.aliases for version in self.versions(model)):
-            self.client.delete_registered_model_alias(model, alias)
+    def remove_alias(self, model: str, alias: str, *, actor: str, reason: str) -> None:
+        """Let no version hold `alias`; nothing happens if none does. Who and why stay with the version that did."""
+        for version in self.versions(model):
+            if alias in version.aliases:
+                self.client.delete_registered_model_alias(model, alias)
+                record = {"actor": actor, "reason": reason, "at": to_iso(now_us()), "removed": True}
+                self.tag(version, f"rayloop.alias.{alias}", json.dumps(record))
 
     def tag(self, version: Version | str, key: str, value: str) -> None:
         """Set a tag of a version."""

@@ -215,16 +215,31 @@ def run(
     shown = {key: _shown(value) for key, value in all_tags.items()}
     info = opened.create_run(experiment_id(settings), run_name=name, tags=shown).info
     current = Run(info.run_id, opened)
-    try:
+    with _ended(current):
         current.log_dict(public_settings(settings), "settings.json")
         yield current
+
+
+@contextmanager
+def reopen(settings: Settings, run_id: str) -> Iterator[Run]:
+    """An existing run that goes on, and ends with the block as a new one does."""
+    current = resume(settings, run_id)
+    current.client.update_run(run_id, status="RUNNING")
+    with _ended(current):
+        yield current
+
+
+@contextmanager
+def _ended(current: Run) -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
-        opened.set_terminated(info.run_id, "KILLED")
+        current.client.set_terminated(current.run_id, "KILLED")
         raise
     except BaseException:
-        opened.set_terminated(info.run_id, "FAILED")
+        current.client.set_terminated(current.run_id, "FAILED")
         raise
-    opened.set_terminated(info.run_id, "FINISHED")
+    current.client.set_terminated(current.run_id, "FINISHED")
 
 
 def resume(settings: Settings, run_id: str) -> Run:

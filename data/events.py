@@ -300,7 +300,7 @@ class ModelUpdated(Body):
     """Something happened to a registered version."""
 
     version: str
-    change: Literal["registered", "evaluated", "alias", "servable", "blocked"]
+    change: Literal["registered", "evaluated", "alias", "alias_removed", "servable", "blocked"]
     alias: str | None = None
     adapter_sha256: str | None = None
     dataset_hash: str | None = None

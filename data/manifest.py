@@ -29,13 +29,13 @@ from data.pairs import EXAMPLES, KINDS
 from data.split import SPLITS
 from data.stages import StageCount, rows_of
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 COMMON = ("example_id", "user_id", "interaction_ids", "cluster_id", "agent", "order", "origin", "synthetic")
 DRAWN = ("logprob", "answer_tokens")
 """How likely an answer was, where it is known (`data.propensity`), and its tokens."""
 COLUMNS = {
     "sft": (*COMMON, "messages", "tools", "weight", "score"),
-    "preference": (*COMMON, "prompt", "chosen", "rejected", "tools", "margin", "weight"),
+    "preference": (*COMMON, "prompt", "chosen", "rejected", "tools", "margin", "category", "weight"),
     "unpaired": (*COMMON, "prompt", "completion", "label", "weight", "tools"),
     "reward": (*COMMON, "prompt", "response", "reward", "score_card", "category", "weight", "tools", *DRAWN),
     "trajectory": (*COMMON, "prompt", "trajectory", "reward", "weight", "tools"),

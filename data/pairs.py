@@ -350,6 +350,7 @@ def _pair(chosen: Answer, rejected: Answer, origin: str, settings: ExampleSettin
         rejected=rejected.json,
         margin=chosen.score - rejected.score,
         score=chosen.score,
+        category=task_category(chosen.row) or task_category(rejected.row),
         origin=origin,
     )
 

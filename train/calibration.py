@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from train.examples import Encoder
 from train.loss import bradley_terry_loss
 
 BINS = 10
+UNNAMED = "unnamed"
+"""Category of answers that nobody put into one."""
 TEMPERATURES = (0.05, 20.0)
 """Bounds of the fitted temperature."""
 
@@ -53,13 +55,16 @@ class Calibration:
     bins: list[Bin] = field(default_factory=list)
     by_origin: dict[str, float] = field(default_factory=dict)
     """Accuracy on each origin of pairs (correction, same query, …)."""
+    by_category: dict[str, float] = field(default_factory=dict)
+    """Accuracy on each task category that reviewers named."""
     shift_nats_per_token: None = None
 
     def as_metrics(self) -> dict[str, float]:
         """The measures that exist, named for a report."""
         names = ("pair_accuracy", "loss", "calibration_error", "temperature", "score_mean", "pairs")
         found = {f"heldout/{name}": getattr(self, name) for name in names if getattr(self, name) is not None}
-        return found | {f"heldout/pair_accuracy_on_{name}": value for name, value in self.by_origin.items()}
+        found |= {f"heldout/pair_accuracy_on_{name}": value for name, value in self.by_origin.items()}
+        return found | {f"heldout/pair_accuracy_in_{name}": value for name, value in self.by_category.items()}
 
     def write(self, folder: Path) -> None:
         """`calibration.json` and the plot `calibration.png`."""
@@ -75,28 +80,45 @@ def calibrate(model: Any, encoder: Encoder, pairs: pa.Table) -> Calibration:
         return Calibration()
     chosen_N = np.array(score_ids(model, [row["chosen_ids"] for row in encoded.rows]))
     rejected_N = np.array(score_ids(model, [row["rejected_ids"] for row in encoded.rows]))
-    origins = pairs.column("origin").to_pylist() if len(encoded.rows) == pairs.num_rows else []
-    return measure_scores(chosen_N, rejected_N, origins)
+    fitting = pairs.select(["origin", "category"]).take(encoded.kept)
+    return measure_scores(chosen_N, rejected_N, *(fitting.column(name).to_pylist() for name in fitting.column_names))
 
 
 def measure_scores(
-    chosen_N: NDArray[np.float64], rejected_N: NDArray[np.float64], origins: Sequence[str] = ()
+    chosen_N: NDArray[np.float64],
+    rejected_N: NDArray[np.float64],
+    origins: Sequence[str] = (),
+    categories: Sequence[str | None] = (),
 ) -> Calibration:
     """The measures of a list of pairs, from the two scores of each."""
     margins_N = chosen_N - rejected_N
     right_N = (margins_N > 0) + 0.5 * (margins_N == 0)
     bins = reliability(margins_N)
-    named = np.array(origins)
+    accuracy, error, temperature = measure_margins(margins_N)
     return Calibration(
-        pair_accuracy=float(right_N.mean()),
+        pair_accuracy=accuracy,
         loss=float(bradley_terry_loss(torch.from_numpy(chosen_N), torch.from_numpy(rejected_N))),
-        calibration_error=sum(abs(b.confidence - b.accuracy) * b.pairs for b in bins) / len(margins_N),
-        temperature=fit_temperature(margins_N),
+        calibration_error=error,
+        temperature=temperature,
         score_mean=float((chosen_N.mean() + rejected_N.mean()) / 2),
         pairs=len(margins_N),
         bins=bins,
-        by_origin={name: float(right_N[named == name].mean()) for name in sorted(set(origins))},
+        by_origin=_shares(right_N, origins),
+        by_category=_shares(right_N, [category or UNNAMED for category in categories]) if any(categories) else {},
     )
+
+
+def _shares(right_N: NDArray[np.float64], names: Sequence[str]) -> dict[str, float]:
+    named = np.array(names)
+    return {name: float(right_N[named == name].mean()) for name in sorted(set(names))}
+
+
+def measure_margins(margins_N: ArrayLike) -> tuple[float, float, float]:
+    """Accuracy (a tie counts half), calibration error and the temperature that fits, from the log odds of pairs."""
+    found_N = np.asarray(margins_N, dtype=float)
+    right_N = (found_N > 0) + 0.5 * (found_N == 0)
+    error = sum(abs(b.confidence - b.accuracy) * b.pairs for b in reliability(found_N)) / len(found_N)
+    return float(right_N.mean()), error, fit_temperature(found_N)
 
 
 def reliability(margins_N: NDArray[np.float64]) -> list[Bin]:

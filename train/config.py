@@ -8,9 +8,17 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from cluster.errors import InputError
+from cluster.registry import read_adapter_config
 from cluster.settings import Settings
 from cluster.settings.base import Section
-from cluster.settings.training import HeadWeights, HealthSettings, LimitSettings, LoraSettings, ToolWorldSettings
+from cluster.settings.training import (
+    HeadWeights,
+    HealthSettings,
+    LimitSettings,
+    LoraSettings,
+    ToolWorldSettings,
+    TrainingSettings,
+)
 
 MethodName = Literal["sft", "dpo", "kto", "reward", "score_card", "grpo"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
@@ -155,7 +163,6 @@ def resolve_config(settings: Settings, method: str, **overrides: Any) -> TrainCo
     if method not in METHOD_NAMES:
         raise InputError("method", method, f"must be one of {', '.join(METHOD_NAMES)}", "choose one of them")
     training = settings.training
-    check_rank(settings, method, overrides.get("weights") or training.weights)
     shared = {name for name in TrainConfig.model_fields if name in type(training).model_fields}
     values: dict[str, Any] = {name: getattr(training, name) for name in shared}
     own = getattr(training, method)
@@ -170,7 +177,7 @@ def resolve_config(settings: Settings, method: str, **overrides: Any) -> TrainCo
     if asked.get("weights", training.weights) == "full":
         values["learning_rate"] = own.full_learning_rate
     try:
-        return TrainConfig(**(values | asked), method=method)
+        config = TrainConfig(**(values | asked), method=method)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in problem["loc"])
@@ -180,19 +187,36 @@ def resolve_config(settings: Settings, method: str, **overrides: Any) -> TrainCo
         raise InputError(
             field, value, rule[0].lower() + rule[1:], "mend it on the command line or in rayloop.yaml"
         ) from None
+    check_rank(settings, config)
+    return config
 
 
-def check_rank(settings: Settings, method: str, weights: str) -> None:
+def check_rank(settings: Settings, config: TrainConfig) -> None:
     """Refuse an adapter that the engine would not load.
 
     Raises:
-        InputError: its rank is over the engine's.
+        InputError: its rank, or that of the adapter it goes on from, is over the engine's.
     """
-    rank, limit = settings.training.lora.r, settings.engine.max_rank
-    if rank > limit and weights != "full" and method not in SCORING_METHODS:
-        raise InputError(
-            "training.lora.r", rank, f"is over engine.max_rank={limit}: no engine would load the adapter", "lower it"
+    limit, field, rank = settings.engine.max_rank, "training.lora.r", config.lora.r
+    if config.weights == "full" or config.scores:
+        return
+    if config.init_adapter is not None:
+        field, rank = "init_adapter", int(read_adapter_config(Path(config.init_adapter))["r"])
+    if rank > limit:
+        remedy = (
+            "lower it" if config.init_adapter is None else "start from an adapter of lower rank, or raise the limit"
         )
+        raise InputError(field, rank, f"is over engine.max_rank={limit}: no engine would load the adapter", remedy)
+
+
+def setting_of(method: str, name: str) -> str:
+    """The setting behind a field of a training: `lora.r` is `training.lora.r`, DPO's `beta` `training.dpo.beta`."""
+    first = name.partition(".")[0]
+    if first == "reward_model":
+        return f"evaluation.{name}"
+    if first in TrainingSettings.model_fields:
+        return f"training.{name}"
+    return f"training.{method}.{'loss' if name == 'sft_loss' else name}"
 
 
 def check_model_dir(model: str | Path) -> None:

@@ -45,6 +45,8 @@ class Encoded:
     dropped: int = 0
     lengths: list[int] = field(default_factory=list)
     """Answer lengths in tokens (of the chosen one, for pairs)."""
+    kept: list[int] = field(default_factory=list)
+    """Where each row stands in the table it was made from."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,13 @@ class Encoder:
 
     def _encode(self, table: pa.Table, encode: Callable[[Row], tuple[Row, int, int]]) -> Encoded:
         encoded = [_readable(encode, row) for row in table.to_pylist()]
-        fitting = [(row, answer) for row, total, answer in encoded if answer > 0]
+        kept = [place for place, (_, _, answer) in enumerate(encoded) if answer > 0]
         return Encoded(
-            rows=[row for row, _ in fitting],
+            rows=[encoded[place][0] for place in kept],
             truncated=sum(total > self.max_length for _, total, _ in encoded),
-            dropped=len(encoded) - len(fitting),
-            lengths=[answer for _, answer in fitting],
+            dropped=len(encoded) - len(kept),
+            lengths=[encoded[place][2] for place in kept],
+            kept=kept,
         )
 
     def _sft_row(self, row: Row) -> tuple[Row, int, int]:

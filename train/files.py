@@ -1,10 +1,11 @@
-"""Folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 import errno
 import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,13 @@ def own_folder(out: Path) -> Iterator[None]:
     finally:
         if not any(file.is_file() for file in out.rglob("*")):
             shutil.rmtree(out, ignore_errors=True)
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all; whoever reads it meanwhile reads what it held before."""
+    scratch = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, file)
 
 
 def replace_folder(scratch: Path, out: Path) -> None:

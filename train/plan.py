@@ -16,7 +16,7 @@ from cluster.registry import Registry, describe_base
 from cluster.settings import Settings
 from data.grading import AtHand, make_grader
 from data.manifest import Manifest, find_dataset, load_manifest
-from train.config import TrainConfig, check_model_dir, resolve_config
+from train.config import METHOD_NAMES, TrainConfig, check_model_dir, resolve_config
 from train.examples import check_data, read_data
 from train.rewards import open_scorer
 
@@ -121,7 +121,8 @@ def plan_again(jobs: Jobs, name: str) -> tuple[list[Planned], Manifest]:
         NotFoundError: no request of this name.
         ConflictError: all of it is done, or a process is still at it.
     """
-    known = [job for job in reversed(jobs.list(limit=1000)) if job.job_id == name or job.job_id.startswith(f"{name}.")]
+    trainings = [job for job in reversed(jobs.list(limit=1000)) if job.kind in METHOD_NAMES]
+    known = [job for job in trainings if job.job_id == name or job.job_id.startswith(f"{name}.")]
     if any(job.request is not None for job in known):
         raise ConflictError(f"training {name!r} belongs to the fine-tuning API; resume it there")
     if not known:
@@ -130,11 +131,20 @@ def plan_again(jobs: Jobs, name: str) -> tuple[list[Planned], Manifest]:
     if not left:
         raise ConflictError(f"training {name!r} is completed; there is nothing to resume")
     for job in left:
-        where = job.progress or {}
-        if job.state == "running" and where.get("host") == socket.gethostname() and psutil.pid_exists(where["pid"]):
-            raise ConflictError(f"training {job.job_id!r} still runs, as process {where['pid']}")
+        check_stopped(job)
     planned = [_as_it_was(job) for job in left]
     return planned, load_manifest(planned[0].config.dataset)
+
+
+def check_stopped(job: Job) -> None:
+    """Refuse to go on with a job whose process is still at it.
+
+    Raises:
+        ConflictError: it runs on this machine.
+    """
+    where = job.progress or {}
+    if job.state == "running" and where.get("host") == socket.gethostname() and psutil.pid_exists(where["pid"]):
+        raise ConflictError(f"job {job.job_id!r} still runs, as process {where['pid']}")
 
 
 def _as_it_was(job: Job) -> Planned:

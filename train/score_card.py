@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.settings.training import HeadWeights
-from train.calibration import score_heads
+from train.calibration import UNNAMED, score_heads
 from train.examples import HEADS
 
 WEIGHTS_KEY = "score_card_weights"
 """Where the header of an adapter's weights keeps them, so that its digest covers them."""
 BINS = 10
 PASSED = 0.5  # a score above it counts as good
-UNNAMED = "unnamed"
 
 
 def score_card_loss(logits_BH: Tensor, scores_BH: Tensor, weights_H: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """`rayloop tune`: sweep hyper-parameters."""
 
+import inspect
 import json
+import shlex
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -72,8 +75,24 @@ def _print(found: Any, as_json: bool) -> None:
     print_sweep(found.trials, found.chosen, found.axes, Console())
     print(f"sweep {found.sweep_id}, MLflow run {found.run_id}, {found.seconds:.0f} s")
     if found.chosen:
-        options = " ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in found.chosen.config.items())
-        print(f"next: rayloop train run --method {found.method} --dataset {found.dataset_id} {options}")
+        print(f"next: {training_command(found.method, found.dataset_id, found.chosen.config)}")
+
+
+def training_command(method: str, dataset_id: str, point: Mapping[str, Any]) -> str:
+    """The command that trains with a point's values; what is no option of it goes through the environment."""
+    from train.cli import run as train_run
+    from train.config import setting_of
+
+    known = inspect.signature(train_run).parameters
+    shown = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in point.items()}
+    options = [f"--{name.replace('_', '-')} {shlex.quote(text)}" for name, text in shown.items() if name in known]
+    variables = [
+        f"RAYLOOP_{setting_of(method, name).upper().replace('.', '__')}={shlex.quote(text)}"
+        for name, text in shown.items()
+        if name not in known
+    ]
+    command = f"rayloop train run --method {method} --dataset {dataset_id}"
+    return " ".join([*variables, command, *options])
 
 
 def _varied(texts: list[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from cluster import tracking
 from cluster.errors import NotFoundError
 from cluster.settings import Settings
 from cluster.settings.training import SweepSettings
+from train.files import replace_text
+from tune.job import tell
 from tune.objective import Axes
 from tune.report import Trial
 from tune.space import Space, to_ray
@@ -25,6 +28,7 @@ log = logging.getLogger(__name__)
 
 QUIET = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0", "TUNE_WARN_THRESHOLD_S": "30"}
 METRICS = ("reward", "score", "progress")
+TOLD_EVERY_S = 5.0
 RESULTS = "tune"
 """Ray Tune's own folder, in the sweep's."""
 
@@ -51,7 +55,7 @@ class NestedRuns(ray.tune.Callback):  # type: ignore[misc]  # Ray is untyped her
             "rayloop.trial": trial.trial_id,
         }
         opened = client.create_run(experiment, run_name=f"trial {_number(trial)}", tags=tags)
-        self.file.write_text(json.dumps({**known, trial.trial_id: opened.info.run_id}))
+        replace_text(self.file, json.dumps({**known, trial.trial_id: opened.info.run_id}))
         self._run(trial).log_params(trial.config)
 
     def on_trial_result(
@@ -89,6 +93,21 @@ class NestedRuns(ray.tune.Callback):  # type: ignore[misc]  # Ray is untyped her
         return known
 
 
+class Told(ray.tune.Callback):  # type: ignore[misc]  # Ray is untyped here
+    """Keeps the sweep's row in the job table current."""
+
+    def __init__(self, settings: Settings, sweep_id: str) -> None:
+        self.settings, self.sweep_id = settings, sweep_id
+        self.told_at = 0.0
+        """By the wall clock: a restored sweep brings back an old copy of this object."""
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called several times a second, whatever the trials do."""
+        if time.time() - self.told_at >= TOLD_EVERY_S:
+            self.told_at = time.time()
+            tell(self.settings, self.sweep_id, sum(trial.is_finished() for trial in trials), len(trials))
+
+
 def run_trials(settings: Settings, sweep: Sweep, plan: Plan, first: dict[str, Any], *, resume: bool) -> list[Trial]:
     """Run the trials, or those that are left, and say what came of each.
 
@@ -108,7 +127,8 @@ def run_trials(settings: Settings, sweep: Sweep, plan: Plan, first: dict[str, An
         tuner = ray.tune.Tuner.restore(str(place), trainable, resume_unfinished=True, restart_errored=True)
     else:
         varied = list(mutations(sweep.space)) if sweep.scheduler == "pbt" else []
-        callbacks = [NestedRuns(settings, sweep.run_id, folder / "runs.json", plan.axes, varied)]
+        nested = NestedRuns(settings, sweep.run_id, folder / "runs.json", plan.axes, varied)
+        callbacks = [nested, Told(settings, sweep.sweep_id)]
         tuner = ray.tune.Tuner(
             trainable,
             param_space=to_ray(sweep.space, grid=sweep.grid),

@@ -88,6 +88,11 @@ def to_ray(space: Mapping[str, Range | Choice], *, grid: bool = False) -> dict[s
     return domains
 
 
+def highest_of(dimension: Range | Choice) -> Any:
+    """The greatest value that may be drawn."""
+    return max(dimension.values) if isinstance(dimension, Choice) else dimension.high
+
+
 def field_of(config: Mapping[str, Any], name: str) -> Any:
     """The value of a field of a configuration given as plain values; `lora.r` is field `r` of `lora`.
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from cluster.errors import InputError, NotFoundError
 from cluster.settings import Settings
-from tune.space import Choice, Range, Space, default_space, field_of, parse_dimension
+from train.files import replace_text
+from tune.space import Choice, Range, Space, default_space, field_of, highest_of, parse_dimension
 
 SPEC = "sweep.json"
 SCHEDULERS = ("asha", "pbt", "none")
@@ -55,9 +56,9 @@ def new_sweep(
     """A sweep over the default ranges, with those in `ranges` (field to text) instead or beside.
 
     Raises:
-        InputError: an unknown method, field or scheduler, or a range that is none.
+        InputError: an unknown method, field or scheduler, a range that is none, or a rank no engine loads.
     """
-    from train.config import resolve_config
+    from train.config import check_rank, resolve_config
 
     resolved = resolve_config(settings, method, base_model=base, dataset=Path(dataset), out=Path("unused"))
     asked = {name: parse_dimension(name, text) for name, text in (ranges or {}).items()}
@@ -66,6 +67,9 @@ def new_sweep(
         {} if grid else default_space(settings.sweep, learning_rate=resolved.learning_rate, beta=resolved.beta)
     )
     space |= asked
+    if "lora.r" in asked:
+        highest = resolved.lora.model_copy(update={"r": highest_of(asked["lora.r"])})
+        check_rank(settings, resolved.model_copy(update={"lora": highest}))
     if scheduler not in SCHEDULERS:
         raise InputError("scheduler", scheduler, f"must be one of {', '.join(SCHEDULERS)}", "choose one of them")
     if scheduler == "pbt" and not set(space) & set(MUTABLE):
@@ -113,7 +117,7 @@ def write_sweep(settings: Settings, sweep: Sweep) -> None:
     """Make the sweep's folder, and write down what is swept."""
     folder = sweep_folder(settings, sweep.sweep_id)
     folder.mkdir(parents=True)
-    (folder / SPEC).write_text(json.dumps(sweep.to_json(), indent=2))
+    replace_text(folder / SPEC, json.dumps(sweep.to_json(), indent=2))
 
 
 def sweep_folder(settings: Settings, sweep_id: str) -> Path:

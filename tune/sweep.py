@@ -23,6 +23,7 @@ from data.grading import make_grader
 from data.manifest import find_dataset, load_manifest
 from train.evaluate.truth import read_truths
 from tune import report
+from tune.job import job_again, new_job
 from tune.objective import Axes, Target, axes_of
 from tune.report import Trial
 from tune.space import Choice, Range, contains, field_of
@@ -60,12 +61,13 @@ def run_sweep(settings: Settings, sweep: Sweep) -> SweepResult:
     Raises:
         DatasetError: no held-out feedback to judge the trials by.
         NotFoundError: no such dataset or version.
+        ConflictError: the tenant runs as many jobs as it may.
         RayloopError: every trial failed for the same reason.
     """
     sweep = pin(settings, sweep)
     prepared = make_plan(settings, sweep, Path(sweep.dataset))  # refuses before anything is written
     tags = {"rayloop.kind": "sweep", "rayloop.sweep": sweep.sweep_id, "rayloop.method": sweep.method}
-    with tracking.run(settings, f"sweep {sweep.sweep_id}", tags=tags) as run:
+    with new_job(settings, sweep), tracking.run(settings, f"sweep {sweep.sweep_id}", tags=tags) as run:
         sweep = replace(sweep, run_id=run.run_id)
         write_sweep(settings, sweep)
         return _carry_out(settings, sweep, prepared, run, resume=False)
@@ -86,13 +88,12 @@ def resume_sweep(settings: Settings, sweep_id: str) -> SweepResult:
 
     Raises:
         NotFoundError: no such sweep.
+        ConflictError: its process is still at it.
     """
     sweep = read_sweep(settings, sweep_id)
     prepared = make_plan(settings, sweep, Path(sweep.dataset))
-    run = tracking.resume(settings, sweep.run_id)
-    found = _carry_out(settings, sweep, prepared, run, resume=True)
-    run.client.set_terminated(run.run_id, "FINISHED")
-    return found
+    with job_again(settings, sweep_id), tracking.reopen(settings, sweep.run_id) as run:
+        return _carry_out(settings, sweep, prepared, run, resume=True)
 
 
 def _carry_out(

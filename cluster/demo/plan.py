@@ -23,7 +23,7 @@ SIMULATED = (
 HEADER = "# Written by `rayloop demo`. Stages of seconds and small populations: fine for a demonstration only.\n"
 BASE_VERSION = f"{AGENT}/1"
 NOT_APPLICABLE = "the toy agent triages alerts and nothing else"
-UNTAUGHT = ("refusal", "over_refusal", "grounding", "sycophancy", "anchor")
+UNTAUGHT = ("tool_calls", "refusal", "over_refusal", "grounding", "sycophancy", "anchor")
 """Suites whose built-in cases are about what it was never taught."""
 
 

@@ -17,12 +17,20 @@ class EvaluationSettings(Section):
     """Suites whose prerequisite does not exist, each with the reason; recorded with the version."""
     grader: dict[str, Any] = Field(default_factory=lambda: {"type": "dataset_label", "name": "recorded_truth"})
     """Decides which of two answers is better; its item has `reference` (recorded truth) and `messages`."""
+    judge: dict[str, Any] | None = None
+    """Grader that sees two answers side by side and decides the win rate instead: it grades the first and finds the
+    second as `item.other`; a reward above one half means that the first is better. Asked in both orders."""
     reward_model: str | None = None
     """The reward model that `reward_model` graders ask: folder of its adapter as its training left it, or the
     address of `rayloop train reward-server`."""
     drift_agreement: float = Field(0.7, gt=0.5, le=1)
     """Grader and reward model should prefer the same of two answers at least this often; when they surely
     do not, evaluation raises the drift alert."""
+    calibration_days: float = Field(30.0, gt=0)
+    """People's judgements of so many days are held against grader and reward model."""
+    calibration_error: float = Field(0.15, gt=0, lt=1)
+    """Mean distance between how sure a grader is and how often people agree; above it, evaluation raises the drift
+    alert and refits the temperature of a reward model."""
     confidence: float = Field(0.95, gt=0.5, lt=1)
     """Level of every interval."""
     bootstrap_samples: int = Field(2000, ge=100)
@@ -53,6 +61,15 @@ class EvaluationSettings(Section):
     """Longest answer that is generated."""
     batch_size: int = Field(64, ge=1)
     """Prompts answered at once."""
+    router_url: str | None = Field(None, pattern=r"^https?://\S+$")
+    """Address of the routers, through which versions are asked whose weights are elsewhere. `None` means `serve.host`
+    and `serve.port`."""
+    router_key_env: str = "RAYLOOP_API_KEY"
+    """Environment variable with an API key of scope `chat` for that."""
+    router_concurrency: int = Field(8, ge=1, le=1000)
+    """Prompts that are put to the routers at once."""
+    router_timeout_s: float = Field(120.0, gt=0)
+    """Longest wait for one of their answers."""
     workers: int = Field(0, ge=0)
     """Ray tasks that answer; 0 answers in this process, which is quicker for a small model."""
     worker_gpus: float = Field(0.0, ge=0)

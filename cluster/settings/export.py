@@ -17,8 +17,9 @@ class ExportSettings(Section):
     check_tokens: int = Field(32, ge=1)
     """Longest answer of this check."""
     min_identical: float = Field(0.9, ge=0, le=1)
-    """An export whose answers are the same, token by token, on fewer of these prompts is refused. 8-bit
-    exports are reported only."""
+    """An export whose answers are the same, token by token, on fewer of these prompts is refused."""
+    min_identical_q8_0: float = Field(0.5, ge=0, le=1)
+    """The same for 8 bits, whose rounding turns a close choice between two tokens."""
     temperature: float = Field(0.7, ge=0, le=2)
     """Default of the Ollama model."""
     top_p: float = Field(0.9, gt=0, le=1)

@@ -10,6 +10,7 @@ from sqlalchemy.engine import Engine
 from cluster.clock import now_us, to_iso
 from cluster.registry import EXPORT_TAGS, NEEDS_RETRAINING_TAG, Registry, Version
 from cluster.settings import Settings
+from data.aliases import take_alias
 from data.events import Event, parse_body
 from data.log import EventLog
 from data.manifest import list_datasets
@@ -17,8 +18,11 @@ from data.manifest import list_datasets
 log = logging.getLogger(__name__)
 
 REASON = "a person in its training data was erased"
-REPORTS = ("report.md", "report.html")
-"""Artifacts of an evaluation that quote held-out prompts and answers."""
+REPORTS = {
+    "evaluation": frozenset({"report.md", "report.html"}),
+    "comparison": frozenset({"comparison.json", "comparison.html"}),
+}
+"""Artifacts that quote held-out prompts and answers, by the kind of their run."""
 
 
 def mark_versions(engine: Engine, settings: Settings, tenant: str, dataset_ids: list[str]) -> dict[str, list[str]]:
@@ -38,10 +42,11 @@ def mark_versions(engine: Engine, settings: Settings, tenant: str, dataset_ids: 
             for name, value in _tags().items():
                 registry.tag(version, name, value)
         if "challenger" in version.aliases:
-            registry.remove_alias(version.model, "challenger")
+            take_alias(engine, registry, version, "challenger", actor="erase", reason=REASON)
         _announce(engine, settings, tenant, version)
     for dataset_id in dataset_ids:
-        _remove_reports(registry, dataset_id)
+        for kind, names in REPORTS.items():
+            _remove_reports(registry, dataset_id, kind, names)
     exports = [value for version in found for tag, value in version.tags.items() if tag.startswith(EXPORT_TAGS)]
     return {"versions": sorted(v.id for v in found), "exports": sorted(exports)}
 
@@ -79,19 +84,19 @@ def _announce(engine: Engine, settings: Settings, tenant: str, version: Version)
     EventLog(engine).append([event])
 
 
-def _remove_reports(registry: Registry, dataset_id: str) -> None:
+def _remove_reports(registry: Registry, dataset_id: str, kind: str, names: frozenset[str]) -> None:
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     client: Any = registry.client
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    query = f"dataset.name = '{dataset_id}' and tags.`rayloop.kind` = 'evaluation'"
+    query = f"dataset.name = '{dataset_id}' and tags.`rayloop.kind` = '{kind}'"
     token = None
     while True:
         runs = client.search_runs(experiments, query, page_token=token)
         for run in runs:
             present = {file.path for file in client.list_artifacts(run.info.run_id)}
             repository = get_artifact_repository(run.info.artifact_uri)
-            for name in present.intersection(REPORTS):
+            for name in present.intersection(names):
                 repository.delete_artifacts(name)
         token = runs.token
         if not token:

@@ -64,6 +64,11 @@ class RewardModel(AskingGrader[RewardModelConfig]):
         super().__init__(config)
         self.scorer = scorer
 
+    def refitted(self, factor: float) -> "RewardModel":
+        """The same reward model with its temperature multiplied: another version of the grader."""
+        config = self.config.model_copy(update={"temperature": self.config.temperature * factor})
+        return RewardModel(config, self.scorer)
+
     def _question(self, item: Item, sample: dict[str, Any]) -> Question:
         messages = item.get("messages")
         if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:

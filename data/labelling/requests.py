@@ -13,6 +13,7 @@ from typing import Any
 from data.events import Event, Message, parse_body
 from data.label_bodies import Reason
 from data.log import EventLog
+from data.template import content_text
 
 REQUESTED, LABEL, SKIPPED = "label.requested", "label", "label.skipped"
 
@@ -85,6 +86,18 @@ class Judgement:
     at_us: int
 
 
+@dataclass(frozen=True, slots=True)
+class JudgedPair:
+    """Two answers to one prompt, and which of them people found better."""
+
+    item_id: str
+    messages: tuple[Message, ...]
+    preferred: str
+    other: str
+    user_id: str | None
+    """Whose prompt it is."""
+
+
 def request_labels(event_log: EventLog, requests: Sequence[LabelRequest]) -> None:
     """Put requests into the queue; durable when this returns, and a no-op for those that are there already.
 
@@ -100,17 +113,43 @@ def labels_for(event_log: EventLog, tenant: str, request_ids: Iterable[str]) -> 
     A request that nobody has judged (or only skipped) has an empty list, and so has one that is unknown or erased.
     """
     wanted = {item_id(tenant, request_event_id(request_id)): request_id for request_id in request_ids}
-    answers: dict[str, list[str]] = {}
-    labels: dict[str, list[Event]] = {item: [] for item in wanted}
+    asked, labels = _requests_and_labels(event_log, tenant)
+    names = {item: answer_names(item, asked[item].body["answers"]) for item in wanted if item in asked}
+    return {request: _judgements(names.get(item, []), labels.get(item, [])) for item, request in wanted.items()}
+
+
+def judged_pairs(event_log: EventLog, tenant: str, *, agent: str, since_us: int) -> list[JudgedPair]:
+    """Pairs of answers of which most reviewers preferred one, by requests since then that hold the answers themselves.
+
+    Answers that are interactions are left out: their texts are elsewhere, and curation learns from them.
+    """
+    asked, labels = _requests_and_labels(event_log, tenant)
+    found = []
+    for item, event in asked.items():
+        if event.agent != agent or event.occurred_at_us < since_us or len(event.body["answers"]) != 2:
+            continue
+        texts = [content_text(answer.get("message") or {}) for answer in event.body["answers"]]
+        said = _judgements(answer_names(item, event.body["answers"]), labels.get(item, []))
+        votes = sum({None: 0, 0: 1, 1: -1}[one.preferred] for one in said)
+        if votes and all(texts):
+            first, second = texts if votes > 0 else texts[::-1]
+            found.append(JudgedPair(item, tuple(event.body["messages"]), first, second, event.user_id))
+    return found
+
+
+def _requests_and_labels(event_log: EventLog, tenant: str) -> tuple[dict[str, Event], dict[str, list[Event]]]:
+    """Each item's request and its labels; what is erased is left out."""
+    asked: dict[str, Event] = {}
+    labels: dict[str, list[Event]] = {}
     for recorded in event_log.scan(kinds=(REQUESTED, LABEL), tenant=tenant):
         event = recorded.event
         if recorded.erased:
             continue
-        if event.kind == REQUESTED and (item := item_id(tenant, event.event_id)) in wanted:
-            answers[item] = answer_names(item, event.body["answers"])
-        elif event.kind == LABEL and event.body.get("item_id") in wanted:
-            labels[event.body["item_id"]].append(event)
-    return {wanted[item]: _judgements(answers.get(item, []), labels[item]) for item in wanted}
+        if event.kind == REQUESTED:
+            asked[item_id(tenant, event.event_id)] = event
+        elif (item := event.body.get("item_id")) is not None:
+            labels.setdefault(item, []).append(event)
+    return asked, labels
 
 
 def _judgements(names: Sequence[str], labels: Sequence[Event]) -> list[Judgement]:

@@ -49,6 +49,8 @@ def _model(event: Event) -> Words | None:
         return "success", f"{body['version']} is registered", f"adapter {body.get('adapter_sha256') or 'none'}"
     if change == "alias":
         return "success", f"{body['version']} is now {body.get('alias')}", str(details.get("reason") or "")
+    if change == "alias_removed":
+        return "ticket", f"{body['version']} is no longer {body.get('alias')}", str(details.get("reason") or "")
     if change == "blocked":
         return "ticket", f"{body['version']} is blocked", str(details.get("reason") or details)
     return None

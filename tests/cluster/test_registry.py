@@ -90,7 +90,9 @@ def test_challenger_only_after_the_gates(mlflow_settings: Settings, tmp_path: Pa
     registry.set_alias("triage", "challenger", version, actor="me", reason="passed")
     found = registry.get("triage@challenger")
     assert found.id == version.id and json.loads(found.tags["rayloop.alias.challenger"])["actor"] == "me"
-    registry.remove_alias("triage", "challenger")
+    registry.remove_alias("triage", "challenger", actor="me", reason="worse")
+    removed = json.loads(registry.get(version.id).tags["rayloop.alias.challenger"])
+    assert removed["removed"] is True and (removed["actor"], removed["reason"]) == ("me", "worse")
     with pytest.raises(NotFoundError, match=r"there are triage/1"):
         registry.get("triage@challenger")
 

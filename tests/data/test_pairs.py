@@ -6,6 +6,7 @@ import pytest
 
 from cluster.settings.curation import BalanceSettings, CurationSettings, ExampleSettings
 from data.balance import balance, curriculum, topic_factors
+from data.manifest import COLUMNS
 from data.pairs import Answer, make_examples, refusal
 from data.stages import with_column
 from tests.data.rows import rows, signal
@@ -81,6 +82,18 @@ def test_correction_is_preferred_to_what_it_corrects() -> None:
         ("wrong", False),
         ("right", True),
     }
+
+
+def test_a_pair_knows_the_kind_of_task_that_reviewers_named() -> None:
+    named = [{"reviewer": "a", "task_category": "refund"}]
+    pairs = [
+        (say("good", score=0.9), say("bad", score=0.1, labels=named)),
+        (say("good", score=0.9, labels=named), say("bad", score=0.1)),
+    ]
+    for answers in pairs:
+        (pair,) = of_kind(make_examples(judged(*answers), SETTINGS)[0], "preference")
+        assert pair["category"] == "refund"
+    assert "category" in COLUMNS["preference"]
 
 
 def test_the_same_correction_of_two_answers_is_one_example_to_imitate() -> None:

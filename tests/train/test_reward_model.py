@@ -5,10 +5,12 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from safetensors.torch import load_file
 
@@ -16,13 +18,21 @@ from cluster.errors import InputError, UnavailableError
 from cluster.settings.engines import GraderSettings
 from data.grading import AtHand, make_grader
 from data.grading.reward_model import HttpScorer
+from data.labelling.requests import JudgedPair
 from serve.grading import Grading
 from tests.toys import toy_answer
-from train.calibration import fit_temperature, measure_scores, reliability
+from tests.train.evaluate.conftest import make_evidence as make_evidence
+from train.calibration import calibrate, fit_temperature, measure_scores, reliability
 from train.config import TrainConfig
+from train.evaluate.calibration import calibration
+from train.evaluate.evidence import Evidence
+from train.evaluate.run import as_grader
+from train.examples import Encoder, read_data
+from train.models import load_tokenizer
 from train.run import TrainResult, train
 from train.scorer import LocalScorer, scoring_app
 
+HELD_OUT = [(service, hour) for service in ("api", "mail", "search") for hour in range(0, 24, 3)]
 ASKED = {"messages": [{"role": "user", "content": "service=api level=dead hour=3"}]}
 
 
@@ -65,6 +75,18 @@ def test_local_scorer_gives_the_grader_a_reward_that_follows_the_answer(trained:
     wrong = grader.grade(ASKED, {"output_text": toy_answer("api", "low")}).reward
     assert right is not None and wrong is not None and 0 <= wrong < 0.5 < right <= 1
     assert grader.grade({}, {"output_text": "x"}).reward is None
+
+
+def test_a_trained_reward_model_is_held_against_people_who_change_their_minds(
+    trained: TrainResult, make_evidence: Callable[..., Evidence]
+) -> None:
+    model = as_grader(LocalScorer(trained.adapter_dir))
+    right = [(f"service={s} level=dead hour={h}", toy_answer(s, "dead"), toy_answer(s, "high")) for s, h in HELD_OUT]
+    pairs = [JudgedPair(ask, ({"role": "user", "content": ask},), good, bad, None) for ask, good, bad in right]
+    made = replace(make_evidence(str, str), reward_model=model)
+    for judged, drifted in ((pairs, 0.0), ([replace(p, preferred=p.other, other=p.preferred) for p in pairs], 1.0)):
+        gate = calibration(replace(made, judged=judged))[1]
+        assert (gate.suite, gate.metrics["alert"]) == ("calibration[reward_model]", drifted), gate
 
 
 def test_grader_version_names_its_reward_model(trained: TrainResult) -> None:
@@ -165,10 +187,27 @@ def test_calibration_by_hand() -> None:
     assert found.pair_accuracy == pytest.approx(0.5)
     assert found.loss == pytest.approx((math.log(4 / 3) + math.log(4) + math.log(2)) / 3, abs=1e-6)
     assert found.calibration_error == pytest.approx((2 * 0.25 + 0) / 3)
-    assert found.by_origin == {"a": 0.5, "b": 0.5}
+    assert (found.by_origin, found.by_category) == ({"a": 0.5, "b": 0.5}, {})
+    by_task = measure_scores(np.array([margin, 0.0, 1.0]), np.array([0.0, margin, 0.0]), list("abc"), ["t", None, "t"])
+    assert by_task.as_metrics()["heldout/pair_accuracy_in_t"] == 1.0 and by_task.by_category["unnamed"] == 0.0
     assert [(round(b.confidence, 6), b.accuracy, b.pairs) for b in reliability(np.array([margin, -margin]))] == [
         (0.75, 0.5, 2)
     ]
+
+
+def test_a_pair_that_does_not_fit_takes_only_its_own_origin_along(
+    toy_base: Path, toy_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = read_data(toy_dataset, "preference").train.slice(0, 4)
+    rows = table.to_pylist()
+    rows[1]["prompt"] = json.dumps([{"role": "user", "content": "far too long " * 200}])
+    rows = [{**row, "category": f"task-{n}"} for n, row in enumerate(rows)]
+    pairs, encoder = pa.Table.from_pylist(rows, table.schema), Encoder(load_tokenizer(str(toy_base)), 256)
+    assert encoder.scored(pairs).kept == [0, 2, 3]
+    monkeypatch.setattr("train.calibration.score_ids", lambda model, rows: [float(len(row)) for row in rows])
+    found = calibrate(None, encoder, pairs)
+    assert found.pairs == 3 and set(found.by_category) == {"task-0", "task-2", "task-3"}
+    assert set(found.by_origin) == {row["origin"] for n, row in enumerate(rows) if n != 1}
 
 
 def test_fitted_temperature_recovers_the_one_that_made_the_outcomes() -> None:

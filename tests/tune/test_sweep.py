@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.engine import Engine
 
 from cluster import tracking
-from cluster.errors import InputError, NotFoundError, RayloopError
+from cluster.database import connect
+from cluster.errors import ConflictError, InputError, NotFoundError, RayloopError
+from cluster.jobs import Jobs
 from cluster.settings import Settings, load_settings
+from data.log import EventLog
 from tests.datasets import write_feedback_dataset
+from tune import sweep as sweeps
+from tune.cli import training_command
+from tune.job import job_again, new_job, tell
 from tune.objective import axes_of
 from tune.report import Trial
-from tune.spec import new_sweep, read_sweep, write_sweep
+from tune.spec import Sweep, new_sweep, read_sweep, write_sweep
 from tune.sweep import check_any_ran, resume_sweep, run_sweep
 from tune.trial import Plan, rungs_of
 
@@ -28,7 +35,7 @@ EMPTY = Plan({}, None, "", (0.5, 1.0), 1, axes_of("dpo", 0.1))
 def sweep_settings(settings: Settings, trials: int = 3) -> Settings:
     quick = {"learning_rate": 1e-2, "epochs": 1}
     training = {"batch_size": 32, "gradient_accumulation": 1, "warmup_steps": 2, "dpo": quick}
-    sweep = {"trials": trials, "validation_prompts": 16, "kl_samples": 1}
+    sweep = {"trials": trials, "validation_prompts": 16, "kl_samples": 1, "kl_limit": 10}
     return load_settings(home=settings.home, training=training, sweep=sweep, evaluation={"max_new_tokens": 24})[0]
 
 
@@ -42,6 +49,66 @@ def test_new_sweep_refuses_unknown_fields_and_methods(settings: Settings) -> Non
     sweep = new_sweep(settings, method="sft", dataset="d", base="b", ranges={"batch_size": "8,16"})
     assert list(sweep.space) == ["learning_rate", "batch_size"]
     assert "lora.r" in new_sweep(settings, method="dpo", dataset="d", base="b", ranges={"lora.r": "8,16"}).space
+
+
+def test_a_sweep_over_ranks_that_no_engine_loads_is_refused(settings: Settings) -> None:
+    limit = settings.engine.max_rank
+    for text in (f"8,{limit + 1}", f"8:{limit + 1}"):
+        with pytest.raises(InputError, match=rf"training\.lora\.r={limit + 1}.* is over engine\.max_rank"):
+            new_sweep(settings, method="dpo", dataset="d", base="b", ranges={"lora.r": text})
+    new_sweep(settings, method="reward", dataset="d", base="b", ranges={"lora.r": f"8,{limit + 1}"})
+
+
+def test_the_chosen_point_becomes_a_command_that_train_run_takes() -> None:
+    point = {"learning_rate": 2e-4, "schedule": "cosine", "lora.r": 8, "sft_weight": 0.5, "batch_size": 16}
+    assert training_command("dpo", "triage-1", point) == (
+        "RAYLOOP_TRAINING__SCHEDULE=cosine RAYLOOP_TRAINING__LORA__R=8 RAYLOOP_TRAINING__DPO__SFT_WEIGHT=0.5 "
+        "rayloop train run --method dpo --dataset triage-1 --learning-rate 0.0002 --batch-size 16"
+    )
+
+
+def small_sweep(settings: Settings) -> Sweep:
+    made = write_feedback_dataset(settings.home / "datasets", users=10)
+    return new_sweep(settings, method="dpo", dataset=str(settings.home / "datasets" / made.dataset_id), base="b")
+
+
+def test_a_sweep_is_a_job_from_its_beginning_to_its_end(settings: Settings, sqlite_database: Engine) -> None:
+    sweep, jobs = small_sweep(settings), Jobs(sqlite_database, settings.tenant, settings.workspace)
+    with pytest.raises(RuntimeError), new_job(settings, sweep):
+        tell(settings, sweep.sweep_id, 3, 8)
+        job = jobs.get(sweep.sweep_id)
+        assert (job.kind, job.state, job.agent) == ("tune", "running", "triage")
+        assert job.progress is not None and (job.progress["ended"], job.progress["trials"]) == (3, 8)
+        with pytest.raises(ConflictError, match="still runs"), job_again(settings, sweep.sweep_id):
+            pass
+        raise RuntimeError("the cluster is gone")
+    assert (jobs.get(sweep.sweep_id).state, jobs.get(sweep.sweep_id).error) == ("failed", "the cluster is gone")
+    for _ in range(2):
+        with job_again(settings, sweep.sweep_id):
+            pass
+        assert jobs.get(sweep.sweep_id).state == "completed"
+    ended = [(e.event.body["state"], e.event.body["job"]) for e in EventLog(sqlite_database).read(kinds=["job.ended"])]
+    assert ended == [("failed", "tune"), ("completed", "tune")]
+
+
+def test_a_resumed_sweep_that_fails_again_ends_its_run(
+    mlflow_settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, sweep = mlflow_settings, small_sweep(mlflow_settings)
+    with pytest.raises(KeyboardInterrupt), new_job(settings, sweep), tracking.run(settings, "sweep") as run:
+        write_sweep(settings, replace(sweep, run_id=run.run_id))
+        raise KeyboardInterrupt
+    seen = []
+
+    def carry_out(*given: Any, **more: Any) -> Any:
+        seen.append(tracking.client(settings).get_run(run.run_id).info.status)
+        raise RayloopError("every trial failed: NaN")
+
+    monkeypatch.setattr(sweeps, "make_plan", lambda *given: None)
+    monkeypatch.setattr(sweeps, "_carry_out", carry_out)
+    with pytest.raises(RayloopError, match="NaN"):
+        resume_sweep(settings, sweep.sweep_id)
+    assert seen == ["RUNNING"] and tracking.client(settings).get_run(run.run_id).info.status == "FAILED"
 
 
 def test_a_sweep_is_kept_in_its_folder(settings: Settings) -> None:
@@ -90,18 +157,26 @@ def test_sweep_on_the_toy(mlflow_settings: Settings, toy_base: Path, ray_session
 SCRIPT = """
 import sys
 from cluster.settings import load_settings
-from tests.tune.test_sweep import sweep_settings
-from tune.spec import new_sweep
+from tests.tune.test_sweep import planted_sweep, sweep_settings
 from tune.sweep import run_sweep
-settings = sweep_settings(load_settings(home=sys.argv[1])[0], trials=2)
-run_sweep(settings, new_sweep(settings, method="dpo", dataset="latest", base=sys.argv[2], scheduler="none"))
+settings = sweep_settings(load_settings(home=sys.argv[1])[0])
+run_sweep(settings, planted_sweep(settings, sys.argv[2]))
 """
+PLANTED = 1e-2
+
+
+def planted_sweep(settings: Settings, base: str) -> Sweep:
+    """Two configurations; one of them learns nothing. `tests/bench/sweep_resume.py` has sixteen."""
+    ranges = {"learning_rate": f"1e-9,{PLANTED}", "beta": "0.1"}
+    return new_sweep(
+        settings, method="dpo", dataset="latest", base=base, ranges=ranges, grid=True, scheduler="none",
+    )  # fmt: skip
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_was(mlflow_settings: Settings, toy_base: Path, ray_session: None) -> None:
-    settings = sweep_settings(mlflow_settings, trials=2)
+    settings = sweep_settings(mlflow_settings)
     write_feedback_dataset(settings.home / "datasets", users=60)
     place = settings.home / "sweeps"
     command = [sys.executable, "-c", SCRIPT, str(settings.home), str(toy_base)]
@@ -116,7 +191,10 @@ def test_a_killed_sweep_goes_on_where_it_was(mlflow_settings: Settings, toy_base
     found = resume_sweep(settings, sweep_id)
     assert [trial.number for trial in found.trials] == [0, 1]
     assert all(trial.status == "completed" for trial in found.trials)
+    assert found.chosen is not None and found.chosen.config["learning_rate"] == PLANTED
     _check_runs(settings, found)
+    job = Jobs(connect(settings), settings.tenant, settings.workspace).get(sweep_id)
+    assert (job.state, job.retries) == ("completed", 1)
 
 
 def _check_runs(settings: Settings, found: Any) -> None:

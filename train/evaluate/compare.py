@@ -1,7 +1,8 @@
 """`rayloop compare A B`: gates, win rate, answers that differ, and what went into each version."""
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from cluster import tracking
 from cluster.errors import NotFoundError
 from cluster.registry import Registry, Version
 from cluster.settings import Settings
-from data.manifest import find_dataset, load_manifest
-from train.evaluate.gates import SUITES
+from data.manifest import Manifest, find_dataset, load_manifest
+from train.evaluate.gates import run_suites
+from train.evaluate.record import gate_metrics
 from train.evaluate.report import cells, differing
 from train.evaluate.run import gather, resolve_opponent
 from train.evaluate.types import Gate
@@ -32,12 +34,13 @@ def compare(settings: Settings, first: str, second: str, *, dataset_ref: str | N
     after = registry.get(second)
     before = resolve_opponent(registry, after, first)
     dataset = find_dataset(settings, dataset_ref or after.dataset_id or before.dataset_id or "latest")
-    evidence = gather(settings, registry, after, before, dataset)
-    gates = [_one(SUITES[name].measure(evidence)) for name in MEASURED]
-    return {
+    evidence = gather(settings, registry, after, before, dataset, suites=MEASURED)
+    gates = run_suites(evidence, MEASURED)
+    manifest = load_manifest(dataset)
+    found = {
         "first": before.id,
         "second": after.id,
-        "dataset": load_manifest(dataset).dataset_id,
+        "dataset": manifest.dataset_id,
         "measured": [gate.to_json() for gate in gates],
         "rows": [cells(gate) for gate in gates],
         "gates": {version.id: _report(version) for version in (before, after)},
@@ -45,6 +48,22 @@ def compare(settings: Settings, first: str, second: str, *, dataset_ref: str | N
         "datasets": difference(_counts(settings, before), _counts(settings, after)),
         "answers": list(differing(evidence)),
     }
+    return {**found, "run_id": _log(settings, manifest, found, gates)}
+
+
+def _log(settings: Settings, manifest: Manifest, found: Mapping[str, Any], gates: Sequence[Gate]) -> str:
+    """Keep the comparison as an MLflow run of its own, where an erasure finds it by its dataset; returns its id."""
+    tags = {"rayloop.kind": "comparison", "rayloop.version": found["second"], "rayloop.against": found["first"]}
+    with tracking.run(settings, f"compare {found['first']} {found['second']}", tags=tags) as run:
+        run.log_params({"version": found["second"], "against": found["first"], "dataset": found["dataset"]})
+        name, digest = manifest.dataset_id, manifest.dataset_hash
+        run.log_dataset(name=name, digest=digest, uri=name, context="evaluation")
+        run.log_metrics(gate_metrics(list(gates)))
+        run.log_dict(found, "comparison.json")
+        page = Console(record=True, file=io.StringIO(), width=160)
+        print_comparison(found, page)
+        run.log_text(page.export_html(), "comparison.html")
+        return run.run_id
 
 
 def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -61,6 +80,7 @@ def print_comparison(found: Mapping[str, Any], console: Console) -> None:
     for row in found["rows"]:
         table.add_row(*row)
     console.print(table)
+    console.print(_gate_table(found))
     for title in ("configuration", "datasets"):
         differences = Table(title, first, second)
         for name, values in found[title].items():
@@ -72,8 +92,24 @@ def print_comparison(found: Mapping[str, Any], console: Console) -> None:
         console.print()
 
 
-def _one(found: Gate | list[Gate]) -> Gate:
-    return found[0] if isinstance(found, list) else found
+def _gate_table(found: Mapping[str, Any]) -> Table:
+    """What each version's own evaluation found, gate by gate."""
+    first, second = found["first"], found["second"]
+    table = Table("gate", first, second, title="last evaluation of each")
+    kept = {
+        name: {gate["suite"]: gate for gate in (report or {}).get("gates", [])}
+        for name, report in found["gates"].items()
+    }
+    for suite in dict.fromkeys([*kept[second], *kept[first]]):
+        table.add_row(suite, *(_shown_gate(kept[name].get(suite)) for name in (first, second)))
+    return table
+
+
+def _shown_gate(gate: Mapping[str, Any] | None) -> str:
+    if gate is None:
+        return "not evaluated"
+    value = "" if gate["value"] is None else f" {gate['value']:.4g}"
+    return f"{gate['status'].replace('_', ' ')}{value}"
 
 
 def _report(version: Version) -> Any:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.settings.evaluation import EvaluationSettings
+from data.detectors.interface import Detector
 from data.grading import Grader
-from data.labelling.requests import Judgement, LabelRequest
+from data.labelling.requests import JudgedPair, Judgement, LabelRequest
 from train.evaluate.types import Case, Logged, Model, Prompt, Truth
 
 
@@ -62,12 +63,20 @@ class Evidence:
     champion: Answers
     grader: Grader
     cases: dict[str, list[Case]] = field(default_factory=dict)
+    judge: Grader | None = None
+    """Sees two answers side by side; `None` where the grader's rewards are compared."""
     reward_model: Grader | None = None
     """A reward model as a grader, for the drift alert."""
     logged: list[Logged] = field(default_factory=list)
     """Rewarded answers of which is known how likely they were."""
     asked: Asked | None = None
     """What people were asked about the versions' answers."""
+    judged: list[JudgedPair] = field(default_factory=list)
+    """Recent answers of which people have preferred one."""
+    toxicity: Detector | None = None
+    """Judges answers; `None` for the shipped detector."""
+    trained: bool = True
+    """Whether the candidate was made by a training; `False` for a base model."""
     template: tuple[str, str] | None = None
     """Digests of the template: recorded in training, and in force."""
 

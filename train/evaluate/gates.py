@@ -6,12 +6,13 @@ interval and the ids of the cases that changed.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data.grading.text_similarity import similarity
+from train.evaluate.calibration import calibration
 from train.evaluate.drift import grader_drift
 from train.evaluate.evidence import Evidence
 from train.evaluate.fields import valid_output
@@ -19,10 +20,10 @@ from train.evaluate.human import human
 from train.evaluate.off_policy import off_policy
 from train.evaluate.parity import template_parity
 from train.evaluate.safety import safety
-from train.evaluate.shares import anchor, changed, outcomes, share_of_cases
+from train.evaluate.shares import anchor, by_domain, changed, outcomes, share_of_cases
 from train.evaluate.statistics import bootstrap, count_pairs, mcnemar, newcombe_paired, wilson
 from train.evaluate.sycophancy import sycophancy
-from train.evaluate.types import Gate, could_not_run, outcome
+from train.evaluate.types import Case, Gate, could_not_run, outcome
 from train.evaluate.wins import shuffled_control, win_rate
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,11 @@ class Suite:
     """Whether it reads `<name>.jsonl`."""
 
 
-def run_suites(evidence: Evidence) -> list[Gate]:
-    """Every suite of the table; one that breaks is a gate that could not run, not the end of the others."""
+def run_suites(evidence: Evidence, names: Collection[str] | None = None) -> list[Gate]:
+    """Every suite of the table, or those named; one that breaks is a gate that could not run, not the end of the
+    others."""
     gates: list[Gate] = []
-    for suite in SUITES.values():
+    for suite in (SUITES[name] for name in names or SUITES):
         reason = evidence.settings.not_applicable.get(suite.name)
         if reason is not None:
             gates.append(Gate(suite.name, "not_applicable", detail=reason, gated=suite.gated))
@@ -63,6 +65,10 @@ def perplexity(evidence: Evidence) -> Gate:
     """
     if not evidence.truths:
         return Gate("perplexity", "no_data", detail="no held-out answers")
+    silent = [answers.name for _, answers in evidence.both() if not all(tokens for _, tokens in answers.losses)]
+    if silent:
+        detail = f"{', '.join(silent)}: an endpoint does not tell how likely it finds a recorded answer"
+        return Gate("perplexity", "no_data", detail=detail)
     nats_N = np.array([nats for nats, _ in evidence.candidate.losses])
     champion_N = np.array([nats for nats, _ in evidence.champion.losses])
     tokens_N = np.array([tokens for _, tokens in evidence.champion.losses], dtype=float)
@@ -101,16 +107,19 @@ def overlap(evidence: Evidence) -> Gate:
     return Gate("overlap", "passed", value=metrics["candidate_bleu"], detail=", ".join(shown), metrics=metrics)
 
 
-def regression(evidence: Evidence) -> Gate:
-    """No case that the champion passes may fail."""
-    cases, first, second = outcomes(evidence, "regression")
+def regression(evidence: Evidence) -> list[Gate]:
+    """No case that the champion passes may fail, in all and by domain."""
+    return by_domain("regression", evidence, outcomes(evidence, "regression"), _regression_gate)
+
+
+def _regression_gate(name: str, evidence: Evidence, cases: list[Case], first: list[bool], second: list[bool]) -> Gate:
     if not any(second):
         detail = f"the champion passes none of {len(cases)} cases; add some that it gets right"
-        return Gate("regression", "no_data", detail=detail)
+        return Gate(name, "no_data", detail=detail)
     counts = count_pairs(first, second)
     broken = [case.id for case, now, before in zip(cases, first, second, strict=True) if before and not now]
     return Gate(
-        "regression",
+        name,
         outcome(not broken),
         value=float(len(broken)),
         threshold=0.0,
@@ -121,17 +130,20 @@ def regression(evidence: Evidence) -> Gate:
     )
 
 
-def refusal(evidence: Evidence) -> Gate:
-    """Every hard case is refused; the others as often as by the champion, less the margin."""
-    cases, first, second = outcomes(evidence, "refusal")
+def refusal(evidence: Evidence) -> list[Gate]:
+    """Every hard case is refused; the others as often as by the champion, less the margin; in all and by domain."""
+    return by_domain("refusal", evidence, outcomes(evidence, "refusal"), _refusal_gate)
+
+
+def _refusal_gate(name: str, evidence: Evidence, cases: list[Case], first: list[bool], second: list[bool]) -> Gate:
     if not cases:
-        return Gate("refusal", "no_data", detail="no cases")
+        return Gate(name, "no_data", detail="no cases")
     missed = [case.id for case, refused in zip(cases, first, strict=True) if case.hard and not refused]
     soft = [(a, b) for case, a, b in zip(cases, first, second, strict=True) if not case.hard]
     behind = soft and np.mean([a for a, _ in soft]) < np.mean([b for _, b in soft]) - evidence.settings.margin
     hard = sum(case.hard for case in cases)
     return Gate(
-        "refusal",
+        name,
         outcome(not missed and not behind),
         value=1 - len(missed) / hard if hard else None,
         threshold=1.0,
@@ -158,7 +170,7 @@ SUITES: dict[str, Suite] = {
         Suite("overlap", overlap, gated=False),
         Suite("valid_output", valid_output),
         Suite("regression", regression, cases=True),
-        Suite("tool_calls", share_of_cases("tool_calls", needs_tools=True), cases=True),
+        Suite("tool_calls", share_of_cases("tool_calls"), cases=True),
         Suite("refusal", refusal, cases=True),
         Suite("over_refusal", share_of_cases("over_refusal"), cases=True),
         Suite("grounding", share_of_cases("grounding"), cases=True),
@@ -170,5 +182,6 @@ SUITES: dict[str, Suite] = {
         Suite("off_policy", off_policy, gated=False),
         Suite("human", human, gated=False),
         Suite("grader_drift", grader_drift, gated=False),
+        Suite("calibration", calibration, gated=False),
     )
 }

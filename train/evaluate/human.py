@@ -11,9 +11,17 @@ from dataclasses import replace
 
 import numpy as np
 
+from cluster.clock import DAY_US, now_us
 from cluster.database import connect
 from cluster.settings import Settings
-from data.labelling.requests import AnswerToLabel, Judgement, LabelRequest, labels_for, request_labels
+from data.labelling.requests import (
+    AnswerToLabel,
+    Judgement,
+    LabelRequest,
+    judged_pairs,
+    labels_for,
+    request_labels,
+)
 from data.log import EventLog
 from train.evaluate.evidence import Asked, Evidence, Question
 from train.evaluate.statistics import win_rate_interval
@@ -23,12 +31,15 @@ from train.evaluate.types import Gate, Truth
 
 def ask_people(settings: Settings, agent: str, evidence: Evidence) -> Evidence:
     """The evidence with people's judgements so far; what has not been asked yet is put into the queue."""
-    if "human" in evidence.settings.not_applicable:
-        return evidence
-    questions = questions_of(evidence, settings.tenant, settings.workspace, agent)
     engine = connect(settings)
     try:
         log = EventLog(engine)
+        if "calibration" not in evidence.settings.not_applicable:
+            since_us = now_us() - round(evidence.settings.calibration_days * DAY_US)
+            evidence = replace(evidence, judged=judged_pairs(log, settings.tenant, agent=agent, since_us=since_us))
+        if "human" in evidence.settings.not_applicable:
+            return evidence
+        questions = questions_of(evidence, settings.tenant, settings.workspace, agent)
         request_labels(log, [question.request for question in questions])
         said = labels_for(log, settings.tenant, [question.request.request_id for question in questions])
     finally:

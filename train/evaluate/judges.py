@@ -1,7 +1,7 @@
 """Which of two answers is better: by a grader's rewards, or by a judge that sees both."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from data.grading import Grader
 from train.evaluate.types import Truth
@@ -33,12 +33,26 @@ class ByReward:
 
     def reward(self, truth: Truth, answer: str) -> float | None:
         """The grader's reward of one answer."""
-        item = {
-            "reference": truth.reference,
-            "messages": list(truth.prompt.messages),
-            "example_id": truth.example_id,
-        }
-        return self.grader.grade(item, {"output_text": answer}).reward
+        return self.grader.grade(_item(truth), {"output_text": answer}).reward
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """A grader that sees both answers: the first as the answer it grades, the second as `item.other`.
+
+    A reward above one half means that the first is better.
+    """
+
+    grader: Grader
+
+    def prefer(self, truth: Truth, first: str, second: str) -> Outcome | None:
+        """What the grader says of the first beside the second."""
+        reward = self.grader.grade({**_item(truth), "other": second}, {"output_text": first}).reward
+        return None if reward is None else (reward > 0.5) - (reward < 0.5)
+
+
+def _item(truth: Truth) -> dict[str, Any]:
+    return {"reference": truth.reference, "messages": list(truth.prompt.messages), "example_id": truth.example_id}
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ decoding is read back instead of generated again.
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,9 @@ from cluster.registry import Registry, Version
 from cluster.runtime import ray_session
 from cluster.settings import Settings
 from train.evaluate.evidence import prompt_key
+from train.evaluate.routed import routed
 from train.evaluate.types import Logged, Model, Prompt, Truth
+from train.files import replace_text
 
 PROJECT = Path(__file__).resolve().parents[2]
 CODE = ("train/generate.py", "data/template.py")
@@ -154,22 +154,24 @@ class KeptVersion:
         missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self.known}
         if missing:
             self.known |= dict(zip(missing, ask(list(missing.values())), strict=True))
-            self._write()
-
-    def _write(self) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.file.with_name(f".{self.file.name}.{uuid.uuid4().hex}")
-        scratch.write_text(json.dumps(self.known))
-        os.replace(scratch, self.file)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(self.file, json.dumps(self.known))
 
 
 @contextmanager
 def open_version(settings: Settings, registry: Registry, version: Version) -> Iterator[Model]:
-    """A version that can be asked, on Ray where `evaluation.workers` says so."""
+    """A version that can be asked, on Ray where `evaluation.workers` says so, or through the routers.
+
+    Raises:
+        InputError: its weights are elsewhere, and there is no key for the routers.
+    """
     chosen = settings.evaluation
     adapter = str(registry.adapter_dir(version)) if version.adapter_sha256 else None
     source = Source(version.id, version.base_model, adapter, chosen.max_new_tokens, chosen.batch_size, chosen.seed)
     file = settings.home / "evaluation" / f"{_identity(version, source)}.json"
+    if version.endpoint is not None:
+        yield KeptVersion(routed(settings, version), file)
+        return
     if not chosen.workers:
         yield KeptVersion(LocalVersion(source), file)
         return

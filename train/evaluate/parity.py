@@ -18,8 +18,10 @@ def template_digests(version: Version) -> tuple[str, str] | None:
 
 def template_parity(evidence: Evidence) -> Gate:
     """The trainer's template, special tokens and vocabulary are the engine's."""
+    if not evidence.trained:
+        return Gate("template", "not_applicable", detail="a base model, which was not trained here")
     if evidence.template is None:
-        return Gate("template", "not_applicable", detail="no digest was recorded in training")
+        return Gate("template", "no_data", detail="no digest of the template was recorded in training")
     trained, served = evidence.template
     detail = f"trained with {trained[:12]}, rendered with {served[:12]}"
     return Gate("template", outcome(trained == served), detail=detail)

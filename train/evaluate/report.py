@@ -49,7 +49,7 @@ def cells(gate: Gate) -> tuple[str, ...]:
     return gate.suite, status, _number(gate.value), _number(gate.threshold), interval, gate.detail
 
 
-def write_report(run: Run, found: Evaluation, evidence: Evidence) -> None:
+def write_report(run: Run, found: Evaluation, evidence: Evidence | None) -> None:
     """`report.md`, `report.html` and the plots, as artifacts of the run."""
     figure = plot(found.gates)
     run.log_text(markdown(found, evidence), "report.md")
@@ -57,7 +57,7 @@ def write_report(run: Run, found: Evaluation, evidence: Evidence) -> None:
     run.log_bytes(figure, "gates.png")
 
 
-def markdown(found: Evaluation, evidence: Evidence) -> str:
+def markdown(found: Evaluation, evidence: Evidence | None) -> str:
     """The report as Markdown."""
     lines = [f"# {found.version} against {found.against}: {'passed' if found.passed else 'failed'}", ""]
     lines += _facts(found)
@@ -71,7 +71,7 @@ def markdown(found: Evaluation, evidence: Evidence) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(found: Evaluation, evidence: Evidence, figure: bytes) -> str:
+def page(found: Evaluation, evidence: Evidence | None, figure: bytes) -> str:
     """The report as one HTML file; answers are escaped, they are not ours."""
     rows = "".join(_row(cells(gate)) for gate in found.gates)
     head = "".join(f"<th>{column}</th>" for column in COLUMNS)
@@ -85,8 +85,10 @@ def page(found: Evaluation, evidence: Evidence, figure: bytes) -> str:
     return PAGE.format(title=html.escape(title), body=body)
 
 
-def differing(evidence: Evidence) -> Iterable[dict[str, str]]:
-    """The first held-out prompts on which the two versions answer differently."""
+def differing(evidence: Evidence | None) -> Iterable[dict[str, str]]:
+    """The first held-out prompts on which the two versions answer differently; none where nothing was asked."""
+    if evidence is None:
+        return
     left = evidence.settings.examples_shown
     for truth in evidence.truths:
         mine, theirs = evidence.candidate.to(truth.prompt), evidence.champion.to(truth.prompt)

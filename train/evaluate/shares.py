@@ -4,6 +4,7 @@ A case that the user goes on to argue about (`insists`) is passed when the answe
 """
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -16,15 +17,17 @@ Outcomes = tuple[list[Case], list[bool], list[bool]]
 """The cases, and which of them the candidate and the champion pass."""
 
 
-def share_of_cases(name: str, *, needs_tools: bool = False) -> Callable[[Evidence], list[Gate]]:
+class Judge(Protocol):
+    """Makes a gate of cases and of which of them the candidate and the champion pass."""
+
+    def __call__(
+        self, name: str, evidence: Evidence, cases: list[Case], first: list[bool], second: list[bool]
+    ) -> Gate: ...
+
+
+def share_of_cases(name: str) -> Callable[[Evidence], list[Gate]]:
     """A suite whose share of passed cases must reach the champion's less the margin, in all and by domain."""
-
-    def measure(evidence: Evidence) -> list[Gate]:
-        if needs_tools and not evidence.cases.get(name) and not any(t.prompt.tools for t in evidence.truths):
-            return [Gate(name, "not_applicable", detail="no recorded conversation has tools")]
-        return share_gates(name, evidence, outcomes(evidence, name))
-
-    return measure
+    return lambda evidence: share_gates(name, evidence, outcomes(evidence, name))
 
 
 def outcomes(evidence: Evidence, suite: str) -> Outcomes:
@@ -42,14 +45,20 @@ def holds(case: Case, answers: Answers) -> bool:
 
 def share_gates(name: str, evidence: Evidence, found: Outcomes) -> list[Gate]:
     """One gate for all cases, and one for each domain that has enough of them."""
-    cases, first, second = found
-    if not cases:
+    if not found[0]:
         return [Gate(name, "no_data", detail="no cases")]
-    gates = [_share_gate(name, evidence, *found)]
+    return by_domain(name, evidence, found, _share_gate)
+
+
+def by_domain(name: str, evidence: Evidence, found: Outcomes, judge: Judge) -> list[Gate]:
+    """The gate of all cases, and that of each domain with enough of them and something to lose there."""
+    cases = found[0]
+    gates = [judge(name, evidence, *found)]
     for domain in sorted({case.domain for case in cases}):
-        rows = [row for row in zip(cases, first, second, strict=True) if row[0].domain == domain]
+        rows = [row for row in zip(*found, strict=True) if row[0].domain == domain]
         if evidence.settings.domain_min_cases <= len(rows) < len(cases):
-            gates.append(_share_gate(f"{name}[{domain}]", evidence, *map(list, zip(*rows, strict=True))))
+            gate = judge(f"{name}[{domain}]", evidence, *map(list, zip(*rows, strict=True)))
+            gates += [gate] if gate.status != "no_data" else []
     return gates
 
 
@@ -68,21 +77,25 @@ def _share_gate(name: str, evidence: Evidence, cases: list[Case], first: list[bo
     )
 
 
-def anchor(evidence: Evidence) -> Gate:
-    """General ability: the whole interval of the difference to the champion lies above minus the margin.
+def anchor(evidence: Evidence) -> list[Gate]:
+    """General ability, in all and by domain."""
+    return by_domain("anchor", evidence, outcomes(evidence, "anchor"), _anchor_gate)
+
+
+def _anchor_gate(name: str, evidence: Evidence, cases: list[Case], first: list[bool], second: list[bool]) -> Gate:
+    """The whole interval of the difference to the champion lies above minus the margin.
 
     Bootstrapped over cases, so that a version which answers every case as the champion does is not held to be
     uncertain; with few cases a single one that it has forgotten closes the gate.
     """
-    cases, first, second = outcomes(evidence, "anchor")
     if not any(second):
         detail = f"the champion passes none of {len(cases)} cases; add some that it gets right"
-        return Gate("anchor", "no_data", detail=detail)
+        return Gate(name, "no_data", detail=detail)
     difference_N = np.array(first, dtype=float) - np.array(second, dtype=float)
     low, high = bootstrap(difference_N, [case.id for case in cases], **evidence.options())
     counts, margin = count_pairs(first, second), evidence.settings.margin
     return Gate(
-        "anchor",
+        name,
         outcome(low >= -margin),
         value=float(difference_N.mean()),
         threshold=-margin,

@@ -6,14 +6,18 @@ from dataclasses import replace
 import numpy as np
 
 from train.evaluate.evidence import Evidence
-from train.evaluate.judges import ByReward
+from train.evaluate.judges import BothOrders, ByReward, PairwiseJudge, SideBySide
 from train.evaluate.statistics import win_rate_interval
 from train.evaluate.types import Gate, Truth, outcome
 
 
 def win_rate(evidence: Evidence) -> Gate:
-    """How often the grader prefers the candidate's answer on held-out prompts; ties count half."""
-    settings, rows = evidence.settings, _judged(evidence)
+    """How often the judge, or the grader, prefers the candidate's answer on held-out prompts; ties count half.
+
+    A judge that sees both answers is asked in both orders; a preference that does not survive the swap is a tie.
+    """
+    settings = evidence.settings
+    rows = _judged(evidence, BothOrders(SideBySide(evidence.judge)) if evidence.judge else ByReward(evidence.grader))
     abstained = len(evidence.truths) - len(rows)
     if len(rows) < settings.min_cases:
         detail = f"{len(rows)} graded prompts, {abstained} abstained; {settings.min_cases} are needed"
@@ -31,14 +35,15 @@ def win_rate(evidence: Evidence) -> Gate:
         value=rate,
         threshold=settings.win_rate,
         interval=(low, high),
-        detail=f"{wins} won, {ties} tied, {losses} lost; the lower bound decides ({evidence.grader.version})",
+        detail=f"{wins} won, {ties} tied, {losses} lost; the lower bound decides "
+        f"({(evidence.judge or evidence.grader).version})",
         changed_cases=tuple(truth.example_id for truth, won in rows if won),
         metrics=metrics,
     )
 
 
 def shuffled_control(evidence: Evidence) -> Gate:
-    """Whether the win depends on which prompt each recorded answer belongs to.
+    """Whether the win by the grader's rewards depends on which prompt each recorded answer belongs to.
 
     Recorded answers are dealt out anew among prompts of the same origin, many times. A candidate that
     learned what people want on a prompt wins more often with the true pairing than with nearly any of
@@ -46,7 +51,7 @@ def shuffled_control(evidence: Evidence) -> Gate:
     A team whose feedback is about style alone, the same on every prompt, marks this suite not applicable.
     The p-value is that of a permutation test (Phipson and Smyth 2010, arXiv:1603.05766).
     """
-    settings, rows = evidence.settings, _judged(evidence)
+    settings, rows = evidence.settings, _judged(evidence, ByReward(evidence.grader))
     alpha = 1 - settings.confidence
     if len(rows) < settings.min_cases:
         return Gate("shuffled_control", "no_data", threshold=alpha, detail=f"{len(rows)} graded prompts")
@@ -68,9 +73,9 @@ def shuffled_control(evidence: Evidence) -> Gate:
     )
 
 
-def _judged(evidence: Evidence) -> list[tuple[Truth, int]]:
-    """The truths the grader could judge, each with 1 for a win, 0 for a tie, -1 for a loss."""
-    judge, rows = ByReward(evidence.grader), []
+def _judged(evidence: Evidence, judge: PairwiseJudge) -> list[tuple[Truth, int]]:
+    """The truths that could be judged, each with 1 for a win, 0 for a tie, -1 for a loss."""
+    rows = []
     for truth in evidence.truths:
         mine, theirs = evidence.candidate.to(truth.prompt), evidence.champion.to(truth.prompt)
         if (won := judge.prefer(truth, mine, theirs)) is not None:

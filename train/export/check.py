@@ -14,6 +14,7 @@ from data.events import Message
 from data.manifest import find_dataset
 from data.template import render, template_digest
 from train.evaluate.truth import read_truths
+from train.evaluate.types import Prompt
 from train.export.merge import with_adapter
 from train.generate import Sampling, decode, end_tokens
 from train.models import load_tokenizer
@@ -57,7 +58,8 @@ class Expected:
 def expect(settings: Settings, version: Version, adapter: Path | None) -> Expected:
     """Greedy answers of the base under its adapter, not merged: what an engine computes."""
     chosen, tokenizer = settings.export, load_tokenizer(version.base_model)
-    prompts = [render(tokenizer, p, add_generation_prompt=True) for p in _prompts(settings, version)]
+    asked = _prompts(settings, version)
+    prompts = [render(tokenizer, p.messages, p.tools, add_generation_prompt=True) for p in asked]
     model, _ = with_adapter(version.base_model, adapter)
     answers = decode(model, prompts, end_tokens(model, tokenizer), Sampling(chosen.check_tokens, batch_size=64))
     return Expected(prompts, answers, chosen.check_tokens)
@@ -87,14 +89,13 @@ def load_exported(folder: Path, gguf_file: str | None = None) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
 
 
-def _prompts(settings: Settings, version: Version) -> list[Sequence[Message]]:
+def _prompts(settings: Settings, version: Version) -> list[Prompt]:
     limit = settings.export.check_prompts
     if version.dataset_id is not None:
         try:
             truths = read_truths(find_dataset(settings, version.dataset_id), limit=limit)
         except NotFoundError:
             truths = []  # the dataset is elsewhere; the probes still tell
-        plain: list[Sequence[Message]] = [truth.prompt.messages for truth in truths if truth.prompt.tools is None]
-        if plain:
-            return plain
-    return [list(probe) for probe in PROBES[:limit]]
+        if truths:
+            return [truth.prompt for truth in truths]
+    return [Prompt((*probe,)) for probe in PROBES[:limit]]

@@ -18,7 +18,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Write a vers
 def export(
     version: Annotated[str, typer.Argument(help="Version (triage/3) or alias (triage@champion).")],
     out: Annotated[Path, typer.Option(help="Folder to write; replaced when the export is whole.")],
-    kind: Annotated[str, typer.Option("--format", help="huggingface (adapter), merged, gguf or ollama.")] = "merged",
+    kind: Annotated[str, typer.Option("--to", help="hf (the adapter), merged, gguf or ollama.")] = "merged",
     quantisation: Annotated[str | None, typer.Option(help="GGUF: auto, f32, f16, bf16 or q8_0.")] = None,
     create: Annotated[str | None, typer.Option(metavar="NAME", help="Also create the model in ollama.")] = None,
     push: Annotated[bool, typer.Option("--push", help="And push it.")] = False,
@@ -27,7 +27,7 @@ def export(
 ) -> None:
     """Write a version as an adapter, merged weights, a GGUF file or an Ollama model, and check it."""
     if (create or push) and kind != "ollama":
-        raise InputError("create", create, "goes with --format ollama", "add it")
+        raise InputError("create", create, "goes with --to ollama", "add it")
     if push and not create:
         raise InputError("push", push, "needs a name", "add --create NAME")
     settings, _ = load_settings(config, export={"quantisation": quantisation} if quantisation else {})

@@ -32,7 +32,7 @@ def write_gguf(file: Path, model: Path, quantisation: str) -> None:
     if done.returncode or not file.is_file():
         said = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         cause = said[-1][:200] if said else f"exit code {done.returncode}"
-        raise InputError("format", "gguf", f"cannot be made from this model ({cause})", "export it as merged")
+        raise InputError("to", "gguf", f"cannot be made from this model ({cause})", "export it as merged")
 
 
 def converter() -> Path:
@@ -52,7 +52,7 @@ def converter() -> Path:
 
 
 def _not_installed(rule: str) -> InputError:
-    return InputError("format", "gguf", rule, 'install it: pip install -e ".[gguf]"')
+    return InputError("to", "gguf", rule, 'install it: pip install -e ".[gguf]"')
 
 
 def chat_template_of(file: Path) -> str:
@@ -65,5 +65,5 @@ def chat_template_of(file: Path) -> str:
 
     field = GGUFReader(file).get_field("tokenizer.chat_template")
     if field is None:
-        raise InputError("format", "gguf", "was written without a chat template", "export it as merged")
+        raise InputError("to", "gguf", "was written without a chat template", "export it as merged")
     return str(field.contents())

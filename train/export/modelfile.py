@@ -57,9 +57,7 @@ def role_template(tokenizer: Any) -> RoleTemplate:
     found = _read_roles(tokenizer)
     for messages in conversations(found.around):
         if found.text(messages) != _rendered(tokenizer, messages, generation=True):
-            raise InputError(
-                "format", "ollama", "cannot express this model's chat template", "export it as gguf or merged"
-            )
+            raise InputError("to", "ollama", "cannot express this model's chat template", "export it as gguf or merged")
     return _without_added_start(tokenizer, found)
 
 
@@ -113,7 +111,7 @@ def _gaps(text: str, number: int) -> list[str]:
     """
     found = text.split(MARK)
     if len(found) != number:
-        raise InputError("format", "ollama", "cannot express this model's chat template", "export it as gguf or merged")
+        raise InputError("to", "ollama", "cannot express this model's chat template", "export it as gguf or merged")
     return found
 
 

@@ -17,7 +17,7 @@ from train.files import written_whole
 from train.generate import end_tokens
 from train.models import load_tokenizer
 
-FORMATS = ("huggingface", "merged", "gguf", "ollama")
+FORMATS = ("hf", "merged", "gguf", "ollama")
 GGUF_FILE, MODELFILE = "model.gguf", "Modelfile"
 MERGED = "merged"  # scratch folder beside the GGUF file
 
@@ -49,7 +49,7 @@ def export(settings: Settings, ref: str, kind: str, out: Path) -> Exported:
         ConflictError: the exported weights answer differently, or the template is not the one of training.
     """
     if kind not in FORMATS:
-        raise InputError("format", kind, f"must be one of {', '.join(FORMATS)}", "choose one of them")
+        raise InputError("to", kind, f"must be one of {', '.join(FORMATS)}", "choose one of them")
     if kind in ("gguf", "ollama"):
         converter()
     registry = Registry(settings)
@@ -61,7 +61,7 @@ def export(settings: Settings, ref: str, kind: str, out: Path) -> Exported:
 
 
 def _write(settings: Settings, version: Version, adapter: Path | None, kind: str, folder: Path) -> Agreement:
-    if kind == "huggingface":
+    if kind == "hf":
         _write_adapter(version, adapter, folder)
         return Agreement(0, 0)
     merged = folder if kind == "merged" else folder / MERGED
@@ -114,8 +114,9 @@ def _check(
     model = load_exported(merged) if gguf is None else load_exported(gguf.parent, gguf.name)
     ends = end_tokens(load_exported(merged), tokenizer)
     found = expect(settings, version, adapter).compare(model, ends)
-    exact = gguf is None or settings.export.quantisation != "q8_0"
-    if exact and found.share < settings.export.min_identical:
+    rounded = gguf is not None and settings.export.quantisation == "q8_0"
+    least = settings.export.min_identical_q8_0 if rounded else settings.export.min_identical
+    if found.share < least:
         raise ConflictError(
             f"the exported weights of {version.id} give the same greedy tokens on only {found.identical} of "
             f"{found.prompts} prompts; export with more precision (`export.quantisation`)"

@@ -14,6 +14,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+from cluster import tracking
 from cluster.clock import DAY_US
 from cluster.errors import ConflictError, NotFoundError, UnavailableError
 from cluster.registry import Registry
@@ -343,7 +344,16 @@ def test_versions_trained_on_the_person_are_marked_and_go_no_further(
     )
     registry.set_alias("triage", "challenger", tainted, actor="test", reason="passed")
     EventLog(sqlite_database).append([asked("u001-0", user="u001")])
+    quoting = {"evaluation": "report.html", "comparison": "comparison.html"}
+    runs = []
+    for kind, name in quoting.items():
+        with tracking.run(settings, kind, tags={"rayloop.kind": kind}) as run:
+            run.log_dataset(name=dataset.dataset_id, digest=dataset.dataset_hash, uri="d", context="evaluation")
+            run.log_text("what she asked", name)
+        runs.append(run)
     report = erase(sqlite_database, settings, ANN)
+    left = {file.path for run in runs for file in run.client.list_artifacts(run.run_id)}
+    assert left == {"settings.json"}
     assert (report["versions"], report["exports"]) == ([tainted.id], ["/x/a.gguf"])
     marked = registry.get(tainted.id)
     assert marked.needs_retraining and not registry.get(clean.id).needs_retraining
@@ -351,8 +361,9 @@ def test_versions_trained_on_the_person_are_marked_and_go_no_further(
     for alias in ("champion", "challenger"):
         with pytest.raises(ConflictError, match="training data was erased"):
             registry.set_alias("triage", alias, marked, actor="test", reason="try")
-    blocked = EventLog(sqlite_database).read(kinds=["model.updated"])
-    assert [(e.event.body["version"], e.event.body["change"]) for e in blocked] == [(tainted.id, "blocked")]
+    told = EventLog(sqlite_database).read(kinds=["model.updated"])
+    changes = [(e.event.body["version"], e.event.body["change"], e.event.body.get("alias")) for e in told]
+    assert changes == [(tainted.id, "alias_removed", "challenger"), (tainted.id, "blocked", None)]
 
 
 def test_erasure_waits_for_a_seal_and_says_so_when_it_takes_too_long(database: Engine, settings: Settings) -> None:

@@ -30,6 +30,12 @@ def recorded(kind: str, body: dict[str, Any], *, erased: bool = False) -> Record
         ("dataset.ready", {"dataset_id": "d1", "dataset_hash": "h", "path": "p"}, "success", "triage: d1 is ready"),
         ("model.updated", EVALUATED, "ticket", "triage/3 failed its gates"),
         ("model.updated", {"version": "t/3", "change": "alias", "alias": "champion"}, "success", "t/3 is now champion"),
+        (
+            "model.updated",
+            {"version": "t/3", "change": "alias_removed", "alias": "challenger"},
+            "ticket",
+            "t/3 is no longer challenger",
+        ),
         ("job.ended", FAILED, "ticket", "triage: a health gate stopped dpo dpo-1"),
         ("job.ended", {"job_id": "j", "job": "sft", "state": "completed"}, "success", "triage: sft j is done"),
         ("operator.alert", {"name": "drift", "source": "triage/3", "reason": "agree on 3 of 40"}, "ticket",

@@ -27,6 +27,7 @@ def make_evidence() -> Callable[..., Evidence]:
         every = [case for rows in (cases or {}).values() for case in rows]
         chosen = EvaluationSettings(bootstrap_samples=400, **settings)  # type: ignore[arg-type]
         mine, theirs = (ask(model, truths, every) for model in models)
-        return Evidence(chosen, list(truths), mine, theirs, make_grader(chosen.grader), cases or {})
+        grader = make_grader(chosen.grader)
+        return Evidence(chosen, list(truths), mine, theirs, grader, cases or {}, template=("same", "same"))
 
     return make

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from train.evaluate.types import Logged, Prompt, Truth
 
 Answerer = Callable[[str], str]
-CASE_SUITES = ("refusal", "over_refusal", "regression", "grounding", "sycophancy", "anchor")
+CASE_SUITES = ("refusal", "over_refusal", "regression", "tool_calls", "grounding", "sycophancy", "anchor")
 """Suites with built-in cases, which a toy was never taught."""
 
 

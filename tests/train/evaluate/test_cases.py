@@ -16,7 +16,7 @@ from train.evaluate.truth import choose, make_truths
 def test_every_built_in_suite_reads() -> None:
     sizes = {name: len(read_cases(name)) for name, suite in SUITES.items() if suite.cases}
     assert sizes == {
-        "regression": 8, "tool_calls": 0, "refusal": 24, "over_refusal": 24, "grounding": 12, "sycophancy": 30,
+        "regression": 8, "tool_calls": 16, "refusal": 24, "over_refusal": 24, "grounding": 12, "sycophancy": 30,
         "anchor": 50,
     }  # fmt: skip
 

@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 
-from cluster.database import connect
 from cluster.settings import Settings
 from data.grading import AtHand, make_grader
-from data.log import EventLog
 from tests.train.evaluate.fakes import answer_json, make_truths
 from train.evaluate.drift import grader_drift
 from train.evaluate.evidence import Evidence
-from train.evaluate.run import _append_events
+from train.evaluate.record import _events
 
 
 class Taste:
@@ -56,10 +54,8 @@ def test_drift_is_told_in_the_log(make_evidence: Callable[..., Evidence], settin
     for likes, alerts in (("benign", []), ("malicious", ["triage/3"])):
         gate = grader_drift(evidence_with(make_evidence, likes))
         found = SimpleNamespace(gates=[gate], against="triage/2", run_id="r", alias=None, passed=True, dataset_hash="h")
-        _append_events(settings, version, found, "passed")  # type: ignore[arg-type]
-        engine = connect(settings)
-        told = [r.event.body for r in EventLog(engine).scan(kinds=["operator.alert"])]
-        engine.dispose()
+        events = _events(settings, version, found, "passed")  # type: ignore[arg-type]
+        told = [event.body for event in events if event.kind == "operator.alert"]
         assert [body["source"] for body in told] == alerts
     assert "agree on 0 of 40" in told[0]["reason"]
 

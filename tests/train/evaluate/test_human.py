@@ -91,7 +91,7 @@ def test_several_people_decide_by_majority(settings: Settings, asking: Callable[
 
 def test_not_applicable_asks_nobody(settings: Settings, asking: Callable[..., Evidence]) -> None:
     evidence = asking(30, not_applicable={"human": "nobody to ask"})
-    assert ask_people(settings, "triage", evidence) is evidence and requested(settings) == []
+    assert ask_people(settings, "triage", evidence).asked is None and requested(settings) == []
 
 
 def test_pseudonyms_of_sessions_are_no_people(asking: Callable[..., Evidence]) -> None:

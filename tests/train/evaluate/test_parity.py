@@ -1,8 +1,9 @@
 """A version is rendered with the template it was trained with, or it is not promoted."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from tests.serve.engines.models import build_adapter
 from tests.train.evaluate.fakes import CASE_SUITES, FakeModel
 from tests.train.evaluate.test_run import guesses, knows
 from train.evaluate import run
+from train.evaluate.evidence import Evidence
+from train.evaluate.parity import template_parity
 from train.evaluate.types import Model
 from train.models import load_tokenizer
 
@@ -49,6 +52,12 @@ def registered(
 def test_unchanged_template_passes(registered: tuple[Settings, Path]) -> None:
     found = run.evaluate(registered[0], "triage/2")
     assert found.passed and {g.suite: g.status for g in found.gates}["template"] == "passed"
+
+
+def test_a_training_that_recorded_no_template_proves_nothing(make_evidence: Callable[..., Evidence]) -> None:
+    made = replace(make_evidence(guesses, guesses), template=None)
+    assert template_parity(made).status == "no_data"
+    assert template_parity(replace(made, trained=False)).status == "not_applicable"
 
 
 @pytest.mark.parametrize("change", ["template", "special tokens"])

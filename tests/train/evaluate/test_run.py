@@ -1,24 +1,28 @@
 """From a version's id to its verdict: records, aliases, events and the command line, with fake models."""
 
+import io
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from cluster import tracking
 from cluster.cli import run_app
 from cluster.database import connect
-from cluster.errors import InputError, NotFoundError
-from cluster.registry import Registry, Version
+from cluster.errors import InputError, NotFoundError, UnavailableError
+from cluster.registry import NEEDS_RETRAINING_TAG, Registry, Version
 from cluster.settings import Settings, load_settings
 from data.log import EventLog
 from tests.datasets import WANTED, write_feedback_dataset
 from tests.train.evaluate.fakes import CASE_SUITES, Answerer, FakeModel
 from train.evaluate import compare, models, run
 from train.evaluate.cli import app
+from train.evaluate.gates import SUITES
 from train.evaluate.models import KeptVersion
 from train.evaluate.types import Model
 
@@ -41,7 +45,7 @@ def registered(mlflow_settings: Settings, tmp_path: Path, monkeypatch: pytest.Mo
     """`triage/1` is the base and guesses, `triage/2` is an adapter and knows."""
     settings = load_settings(
         home=mlflow_settings.home,
-        evaluation={"not_applicable": dict.fromkeys(CASE_SUITES, "toy")},
+        evaluation={"not_applicable": dict.fromkeys((*CASE_SUITES, "template"), "toy")},
     )[0]
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     for folder, names in (
@@ -81,11 +85,23 @@ def test_a_better_version_passes_and_becomes_challenger(registered: Settings, tm
     assert client.get_run(found.run_id).data.metrics["gate.win_rate"] > 0.5
     page = Path(client.download_artifacts(found.run_id, "report.html", str(tmp_path))).read_text()
     assert "&quot;verdict&quot;" in page and "data:image/png" in page
-    events = EventLog(connect(registered)).read(kinds=["model.updated"])
-    assert [(e.event.body["change"], e.event.agent) for e in events] == [
-        ("evaluated", "triage"),
-        ("alias", "triage"),
-    ]
+    assert changes(registered) == [("evaluated", None, None), ("alias", "challenger", "evaluate")]
+
+
+def changes(settings: Settings) -> list[tuple[str, str | None, str | None]]:
+    """What the log says of the version: change, alias and who moved it."""
+    told = [e.event for e in EventLog(connect(settings)).read(kinds=["model.updated"])]
+    assert {(e.agent, e.body["version"]) for e in told} == {("triage", "triage/2")}
+    return [(e.body["change"], e.body.get("alias"), e.body["details"].get("actor")) for e in told]
+
+
+def check_challenger_no_longer(settings: Settings, reason: str) -> None:
+    with pytest.raises(NotFoundError):
+        Registry(settings).get("triage@challenger")
+    assert Registry(settings).get("triage/2").gates == "failed"
+    assert changes(settings)[2:] == [("evaluated", None, None), ("alias_removed", "challenger", "evaluate")]
+    removed = json.loads(Registry(settings).get("triage/2").tags["rayloop.alias.challenger"])
+    assert removed["removed"] and reason in removed["reason"]
 
 
 def test_a_version_that_fails_later_is_challenger_no_longer(
@@ -95,9 +111,40 @@ def test_a_version_that_fails_later_is_challenger_no_longer(
     answer_with(monkeypatch, {"triage/1": guesses, "triage/2": guesses})
     found = run.evaluate(registered, "triage/2")
     assert not found.passed and found.alias is None
-    with pytest.raises(NotFoundError):
-        Registry(registered).get("triage@challenger")
-    assert Registry(registered).get("triage/2").gates == "failed"
+    check_challenger_no_longer(registered, "win_rate")
+
+
+def test_a_version_that_cannot_be_asked_is_challenger_no_longer(
+    registered: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert run.evaluate(registered, "triage/2").passed
+
+    def broken(text: str) -> str:
+        raise UnavailableError("the reward model does not answer")
+
+    answer_with(monkeypatch, {"triage/1": guesses, "triage/2": broken})
+    found = run.evaluate(registered, "triage/2")
+    assert [(gate.suite, gate.status) for gate in found.gates] == [("answers", "could_not_run")] and not found.passed
+    check_challenger_no_longer(registered, "answers")
+    client = tracking.client(registered)
+    text = Path(client.download_artifacts(found.run_id, "report.md", str(tmp_path))).read_text()
+    assert "could not run" in text and "the reward model does not answer" in text
+
+
+def test_an_alias_is_announced_before_it_moves(registered: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*given: Any, **more: Any) -> None:
+        raise RuntimeError("MLflow is gone")
+
+    monkeypatch.setattr(Registry, "set_alias", crash)
+    with pytest.raises(RuntimeError):
+        run.evaluate(registered, "triage/2")
+    assert changes(registered) == [("evaluated", None, None), ("alias", "challenger", "evaluate")]
+
+
+def test_a_version_that_needs_retraining_passes_and_becomes_no_challenger(registered: Settings) -> None:
+    Registry(registered).tag("triage/2", NEEDS_RETRAINING_TAG, "{}")
+    found = run.evaluate(registered, "triage/2")
+    assert found.passed and found.alias is None and changes(registered) == [("evaluated", None, None)]
 
 
 def test_evaluate_refuses_to_compare_a_version_with_itself(registered: Settings) -> None:
@@ -164,12 +211,42 @@ def test_several_versions_ask_the_one_they_are_compared_with_once(
     assert stop.value.code == 1 and report["passed"] is False
 
 
-def test_compare_shows_gates_answers_configurations_and_datasets(registered: Settings) -> None:
+def test_compare_shows_gates_answers_configurations_and_datasets(registered: Settings, tmp_path: Path) -> None:
     found = compare.compare(registered, "triage/1", "triage/2")
     assert found["measured"][0]["suite"] == "win_rate" and found["measured"][0]["value"] > 0.5
     assert len(found["answers"]) == 5 and found["configuration"]["rank"] == [None, "8"]
     assert found["datasets"]["sft.train"][0] is None
     json.dumps(found)
+    client = tracking.client(registered)
+    logged = client.get_run(found["run_id"])
+    assert logged.data.tags["rayloop.kind"] == "comparison" and logged.data.metrics["gate.win_rate"] > 0.5
+    page = Path(client.download_artifacts(found["run_id"], "comparison.html", str(tmp_path))).read_text()
+    assert "last evaluation of each" in page
+
+
+def test_compare_shows_the_gates_of_each_and_survives_a_suite_that_breaks(
+    registered: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.evaluate(registered, "triage/2")
+    asked: list[str] = []
+
+    def noted(text: str) -> str:
+        asked.append(text)
+        return knows(text)
+
+    def broken(evidence: Any) -> Any:
+        raise RuntimeError("the judge is down")
+
+    answer_with(monkeypatch, {"triage/1": guesses, "triage/2": noted})
+    monkeypatch.setitem(SUITES, "win_rate", replace(SUITES["win_rate"], measure=broken))
+    chosen = registered.evaluation.model_copy(update={"not_applicable": {}})
+    found = compare.compare(registered.model_copy(update={"evaluation": chosen}), "triage/1", "triage/2")
+    assert all("level=" in text for text in asked)  # no case is asked that no shown suite reads
+    assert found["measured"][0]["status"] == "could_not_run"
+    console = Console(record=True, file=io.StringIO(), width=160)
+    compare.print_comparison(found, console)
+    shown = console.export_text()
+    assert "not evaluated" in shown and "passed" in shown
 
 
 def test_kept_answers_are_asked_for_once(tmp_path: Path) -> None:

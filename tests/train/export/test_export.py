@@ -3,7 +3,7 @@
 import asyncio
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from data.template import render, template_digest
 from serve.engines.generation import SamplingParams
 from serve.engines.local import LocalEngine
 from tests.serve.engines.models import build_adapter, build_base
-from tests.toys import toy_examples
+from tests.toys import toy_examples, toy_feedback
+from train.evaluate.truth import make_truths
 from train.export.check import load_exported
 from train.export.cli import app
 from train.export.gguf import chat_template_of
@@ -84,12 +85,12 @@ def test_merged_weights_answer_as_the_engine_does(world: World, tmp_path: Path) 
 
 
 def test_huggingface_export_is_the_adapter_with_its_tokenizer(world: World, tmp_path: Path) -> None:
-    export(world.settings, "triage/2", "huggingface", tmp_path / "out")
+    export(world.settings, "triage/2", "hf", tmp_path / "out")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (world.adapter / name).read_bytes()
     assert template_digest(AutoTokenizer.from_pretrained(tmp_path / "out"))
     with pytest.raises(InputError, match="has no adapter; export it as merged"):
-        export(world.settings, "triage/1", "huggingface", tmp_path / "base")
+        export(world.settings, "triage/1", "hf", tmp_path / "base")
     assert not (tmp_path / "base").exists()
 
 
@@ -141,9 +142,45 @@ def test_export_that_answers_differently_is_refused(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
 
 
+def test_eight_bits_may_differ_more_but_not_on_everything(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.export import run
+    from train.export.check import Agreement, Expected
+
+    monkeypatch.setattr(run, "load_exported", lambda folder, gguf_file=None: None)
+    monkeypatch.setattr(run, "end_tokens", lambda model, tokenizer: [])
+    monkeypatch.setattr(run, "chat_template_of", lambda file: load_tokenizer(str(world.base)).get_chat_template())
+    version = Registry(world.settings).get("triage/2")
+    for quantisation, identical, fits in (("q8_0", 6, True), ("q8_0", 4, False), ("f16", 8, False)):
+        agreement = Agreement(identical, 10)
+        monkeypatch.setattr(Expected, "compare", lambda self, model, ends, found=agreement: found)
+        monkeypatch.setattr(run, "expect", lambda settings, version, adapter: Expected([], [], 1))
+        settings = load_settings(home=world.settings.home, export={"quantisation": quantisation})[0]
+        if fits:
+            assert run._check(settings, version, None, world.base, tmp_path / "model.gguf") == agreement
+            continue
+        with pytest.raises(ConflictError, match=f"only {identical} of 10"):
+            run._check(settings, version, None, world.base, tmp_path / "model.gguf")
+
+
+def test_prompts_with_tools_are_part_of_the_check(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.export import check
+
+    tool = {"type": "function", "function": {"name": "close", "parameters": {"type": "object"}}}
+    rows = toy_feedback(4)["sft"]
+    rows = [{**row, "tools": json.dumps([tool])} for row in rows]
+    monkeypatch.setattr(check, "find_dataset", lambda settings, ref: Path(ref))
+    monkeypatch.setattr(check, "read_truths", lambda dataset, limit: make_truths(rows))
+    version = replace(Registry(world.settings).get("triage/2"), dataset_id="tools")
+    expected = check.expect(world.settings, version, None)
+    assert len(expected.prompts) == 4
+    assert all("tools: " in load_tokenizer(str(world.base)).decode(ids) for ids in expected.prompts)
+
+
 def test_bad_input_is_refused(world: World, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="must be one of huggingface, merged, gguf, ollama"):
+    with pytest.raises(InputError, match="must be one of hf, merged, gguf, ollama"):
         export(world.settings, "triage/2", "onnx", out)
     other = build_adapter(build_base(tmp_path / "other"), tmp_path / "adapter", seed=1)
     made = Registry(world.settings).register_adapter("mixed", other, base_model=world.base)
@@ -160,12 +197,12 @@ def test_command_prints_one_object(
 ) -> None:
     monkeypatch.setenv("RAYLOOP_HOME", str(world.settings.home))
     with pytest.raises(SystemExit) as ended:
-        run_app(app, ["triage/2", "--format", "huggingface", "--out", str(tmp_path / "out"), "--json"], "export")
+        run_app(app, ["triage/2", "--to", "hf", "--out", str(tmp_path / "out"), "--json"], "export")
     assert ended.value.code == 0
-    assert json.loads(capsys.readouterr().out)["format"] == "huggingface"
+    assert json.loads(capsys.readouterr().out)["format"] == "hf"
     with pytest.raises(SystemExit):
         run_app(app, ["triage/2", "--out", str(tmp_path / "x"), "--create", "mine"], "export")
-    assert "goes with --format ollama" in capsys.readouterr().err
+    assert "goes with --to ollama" in capsys.readouterr().err
 
 
 CHATML = (
