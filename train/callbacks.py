@@ -61,8 +61,12 @@ class BestKeeper(TrainerCallback):  # type: ignore[misc]
 class HealthCallback(TrainerCallback):  # type: ignore[misc]
     """Hands the log and the length of sampled answers to the health gates."""
 
-    def __init__(self, trainer: Any, watch: HealthWatch, prompts: Sequence[list[int]], tokenizer: Any) -> None:
+    def __init__(
+        self, trainer: Any, watch: HealthWatch, prompts: Sequence[list[int]], tokenizer: Any, longest: int
+    ) -> None:
         self.trainer, self.watch, self.prompts, self.tokenizer = trainer, watch, prompts, tokenizer
+        self.longest = longest
+        """Tokens of an answer that is still read to its end where no answer says how long they are."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the length of answers before the first step."""
@@ -79,9 +83,10 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
     def _look_at_lengths(self, step: int) -> None:
         if not self.prompts:
             return
-        limit = round(self.watch.answer_tokens * self.watch.settings.max_length_ratio * 2) + LENGTH_HEADROOM
-        length = greedy_lengths(self.trainer.model, self.tokenizer, self.prompts, limit)
-        self.watch.observe_length(step, length, self.watch.answer_tokens)
+        expected, limit = self.watch.answer_tokens, self.longest
+        if expected is not None:
+            limit = round(expected * self.watch.settings.max_length_ratio * 2) + LENGTH_HEADROOM
+        self.watch.observe_length(step, greedy_lengths(self.trainer.model, self.tokenizer, self.prompts, limit))
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]

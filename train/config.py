@@ -72,6 +72,8 @@ class TrainConfig(Section):
     """GRPO: longest sampled answer."""
     reward_scale: Literal["group", "batch", "none"] = "group"
     """GRPO: the spread that rewards are divided by."""
+    prompts: Literal["liked", "tasks"] = "liked"
+    """GRPO: the prompts of liked examples (or, with `tools`, of trajectories), or tasks with fields for the grader."""
     tools: ToolWorldSettings = ToolWorldSettings()
     """GRPO: who answers an agent's tool calls."""
     grader: dict[str, Any] = Field(default_factory=dict)
@@ -120,12 +122,14 @@ class TrainConfig(Section):
     @property
     def kind(self) -> str:
         """The kind of examples the method learns from."""
+        if self.method == "grpo" and self.prompts == "tasks":
+            return "task"
         return "trajectory" if self.plays_episodes else KINDS[self.method]
 
     @property
     def plays_episodes(self) -> bool:
         """True for GRPO on an agent with tools."""
-        return self.method == "grpo" and self.tools.answers != "none"
+        return self.method == "grpo" and self.tools.answers != "none" and self.prompts == "liked"
 
     @property
     def scores(self) -> bool:

@@ -86,8 +86,8 @@ class HealthWatch:
 
     settings: HealthSettings
     beta: float | None = None
-    answer_tokens: float = 1.0
-    """Mean length of the chosen or liked answers."""
+    answer_tokens: float | None = 1.0
+    """Mean length of the chosen or liked answers; `None` where there are none: then of the model's first ones."""
     history: list[dict[str, float]] = field(default_factory=list)
     start_length_ratio: float | None = None
     groups: list[dict[str, float]] = field(default_factory=list)
@@ -133,7 +133,7 @@ class HealthWatch:
 
     def _check_collapse(self, step: int) -> None:
         window = self.settings.window_steps
-        if self.beta is None or len(self.history) < 2 * window:
+        if self.beta is None or not self.answer_tokens or len(self.history) < 2 * window:
             return
         recent, first = self.history[-window:], self.history[:window]
         nats = -_mean(recent, "chosen") / self.beta / self.answer_tokens
@@ -144,13 +144,15 @@ class HealthWatch:
                 "unlearning both; add the SFT term, raise beta or lower the learning rate"
             )
 
-    def observe_length(self, step: int, answer_tokens: float, reference_tokens: float) -> None:
+    def observe_length(self, step: int, answer_tokens: float) -> None:
         """Mean length of greedy answers beside that of the reference answers.
 
         Raises:
             HealthGateError: answers drifted away from the reference length since the start.
         """
-        ratio = answer_tokens / max(reference_tokens, 1e-9)
+        if self.answer_tokens is None:
+            self.answer_tokens = max(answer_tokens, 1.0)
+        ratio = answer_tokens / max(self.answer_tokens, 1e-9)
         if self.start_length_ratio is None:
             self.start_length_ratio = ratio
             return

@@ -117,7 +117,10 @@ def _dpo_more(config: TrainConfig, device: Device) -> dict[str, Any]:
 
 
 def _grpo_more(config: TrainConfig, device: Device) -> dict[str, Any]:
-    return {"reward_funcs": [reward_function(config.grader, config.reward_model)], "tools": config.tools}
+    return {
+        "reward_funcs": [reward_function(config.grader, config.reward_model)],
+        "tools": config.tools if config.plays_episodes else None,
+    }
 
 
 def balanced_weight(rows: Sequence[Row], undesirable_weight: float) -> float:

@@ -95,6 +95,7 @@ def plan(settings: Settings, request: Request) -> tuple[list[Planned], Manifest]
             init_adapter=adapter,
             dataset=dataset,
             out=settings.home / "training" / job_id,
+            prompts="tasks" if manifest.total("task") else None,
             **dict(request.overrides or {}),
         )
         check_data(method, config.kind, read_data(dataset, config.kind), dataset)

@@ -151,7 +151,8 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     check_weights(config, device)
     data = data or read_data(config.dataset, config.kind)
     check_data(config.method, config.kind, data, config.dataset)
-    check_world(config.tools)
+    if config.plays_episodes:
+        check_world(config.tools)
     quiet_libraries()
     from train.methods import METHODS
 
@@ -171,7 +172,7 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     return prepared
 
 
-READ_BY = ("method", "base_model", "dataset", "max_length", "sft_loss", "health", "tools", "weights")
+READ_BY = ("method", "base_model", "dataset", "max_length", "sft_loss", "health", "prompts", "tools", "weights")
 """Fields that decide which token ids a run learns from, and whether it may."""
 
 
@@ -240,12 +241,12 @@ def _add_callbacks(trainer: Any, prepared: Prepared, reporter: Reporter | None) 
 
     config = prepared.config
     lengths = prepared.rows.lengths
-    watch = HealthWatch(config.health, config.beta, sum(lengths) / max(len(lengths), 1))
+    watch = HealthWatch(config.health, config.beta, sum(lengths) / len(lengths) if lengths else None)
     answers = METHODS[config.method].task == "CAUSAL_LM"
     samples = config.health.length_samples if answers else 0
     prompts = validation_prompts(prepared.encoder, prepared.data.validation, samples)
     trainer.add_callback(BestKeeper(trainer, trainer.monitored))
-    trainer.add_callback(HealthCallback(trainer, watch, prompts, prepared.tokenizer))
+    trainer.add_callback(HealthCallback(trainer, watch, prompts, prepared.tokenizer, config.max_completion_tokens))
     trainer.add_callback(Schedule(config.eval_steps, config.save_steps, bool(prepared.validation.rows)))
     if reporter is not None:
         trainer.add_callback(ProgressCallback(reporter.progress))

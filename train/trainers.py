@@ -231,9 +231,9 @@ class ScoreCardTrainer(Rayloop, Trainer):  # type: ignore[misc]
 class GrpoTrainer(Rayloop, GRPOTrainer):  # type: ignore[misc]
     """GRPO on `prompt` (ids as JSON text) and `item`; answers come from `train.generate`, or from episodes."""
 
-    def __init__(self, *arguments: Any, tools: ToolWorldSettings, **named: Any) -> None:
+    def __init__(self, *arguments: Any, tools: ToolWorldSettings | None, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        if tools.answers != "none":
+        if tools is not None:
             self.player = Player(named["processing_class"], tools, self.max_completion_length)
             self.rollout_func = self._play
 

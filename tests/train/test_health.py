@@ -45,16 +45,24 @@ def test_numbers_that_are_none_stop_the_run(name: str, value: float) -> None:
 @pytest.mark.parametrize("length", [30.0, 2.0])
 def test_length_drift_stops_the_run(length: float) -> None:
     drifting = watch()
-    drifting.observe_length(0, 10.0, 10.0)
-    drifting.observe_length(10, 13.0, 10.0)
+    drifting.observe_length(0, 10.0)
+    drifting.observe_length(10, 13.0)
     with pytest.raises(HealthGateError, match="drifted"):
-        drifting.observe_length(20, length, 10.0)
+        drifting.observe_length(20, length)
+
+
+def test_without_reference_answers_length_is_held_against_the_first_answers() -> None:
+    alone = HealthWatch(SETTINGS, beta=0.1, answer_tokens=None)
+    alone.observe_length(0, 10.0)
+    alone.observe_length(10, 13.0)
+    with pytest.raises(HealthGateError, match="drifted"):
+        alone.observe_length(20, 30.0)
 
 
 def test_answers_that_were_long_from_the_start_are_no_drift() -> None:
     verbose = watch()
-    verbose.observe_length(0, 30.0, 10.0)
-    verbose.observe_length(10, 32.0, 10.0)
+    verbose.observe_length(0, 30.0)
+    verbose.observe_length(10, 32.0)
 
 
 def test_unchanged_adapter_is_an_error_and_a_faint_one_a_warning() -> None:
