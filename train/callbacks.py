@@ -7,6 +7,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
+from train.agree import on_first
 from train.health import HealthWatch
 from train.report import greedy_lengths
 from train.weights import trained_tensors
@@ -69,8 +70,9 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         """Tokens of an answer that is still read to its end where no answer says how long they are."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the length of answers before the first step."""
-        self._look_at_lengths(state.global_step)
+        """Measure the length of answers before the first step; a resumed run knows it."""
+        if self.watch.start_length_ratio is None:
+            self._look_at_lengths(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         """Raise when a gate closes."""
@@ -86,7 +88,9 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         expected, limit = self.watch.answer_tokens, self.longest
         if expected is not None:
             limit = round(expected * self.watch.settings.max_length_ratio * 2) + LENGTH_HEADROOM
-        self.watch.observe_length(step, greedy_lengths(self.trainer.model, self.tokenizer, self.prompts, limit))
+        model = self.trainer.model
+        length = on_first(lambda: greedy_lengths(model, self.tokenizer, self.prompts, limit))
+        self.watch.observe_length(step, length)
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]

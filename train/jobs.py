@@ -26,6 +26,7 @@ from cluster.settings import Settings
 from data.job_endings import append_job_ended
 from data.manifest import Manifest
 from train.config import TrainConfig
+from train.files import write_file
 from train.mailbox import Event
 from train.plan import Planned, Request, plan_runs
 from train.progress import Progress
@@ -206,7 +207,7 @@ class Record:
         if self.run.config.report_dir.is_dir():
             self.mlflow.log_artifact(self.run.config.report_dir, "report")
         origin = {**lineage(self.run, self.manifest), **made, "run_id": self.mlflow.run_id}
-        (Path(result["adapter_dir"]).parent / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
+        write_file(Path(result["adapter_dir"]).parent / ORIGIN, json.dumps(origin, indent=2) + "\n")
         self.jobs.progress(self.run.job_id, {**WHERE, **self.latest, "steps": result["steps"]})
         append_job_ended(self.jobs.engine, self.jobs.finish(self.run.job_id))
         self.stack.close()

@@ -14,6 +14,7 @@ from trl import (
     SFTConfig,
 )
 
+from train.agree import together
 from train.config import TrainConfig
 from train.device import Device
 from train.examples import Encoded, Encoder, Row, with_kl_completions
@@ -118,7 +119,7 @@ def _dpo_more(config: TrainConfig, device: Device) -> dict[str, Any]:
 
 def _grpo_more(config: TrainConfig, device: Device) -> dict[str, Any]:
     return {
-        "reward_funcs": [reward_function(config.grader, config.reward_model)],
+        "reward_funcs": [together(reward_function(config.grader, config.reward_model))],
         "tools": config.tools if config.plays_episodes else None,
     }
 

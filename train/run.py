@@ -20,12 +20,13 @@ import torch
 from cluster.errors import DatasetError, InputError
 from data.template import template_digest
 from train import checkpoint
+from train.agree import on_first, together
 from train.calibration import Calibration, calibrate
 from train.callbacks import BestKeeper, HealthCallback, ProgressCallback, Schedule
 from train.config import TrainConfig, check_model_dir
 from train.device import Device, num_workers, resolve_device
 from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
-from train.files import own_folder, written_whole
+from train.files import own_folder, recover, write_file, written_whole
 from train.health import HealthWatch, check_changed, check_swapped, check_truncation, warnings_for
 from train.models import check_weights, load_base, load_start, load_tokenizer, lora_config
 from train.quiet import quiet_libraries
@@ -93,7 +94,7 @@ def train(
         HealthGateError: a health gate closed; the message says which and why.
     """
     started = time.monotonic()
-    return train_prepared(prepare(config, data), reporter, resume_from, started)
+    return train_prepared(together(prepare)(config, data), reporter, resume_from, started)
 
 
 def train_prepared(
@@ -109,7 +110,7 @@ def _train(prepared: "Prepared", reporter: Reporter | None, resume_from: Path | 
     start = trained_tensors(trainer.model)
     if resume_from is not None:
         checkpoint.check_resumable(resume_from, prepared.digest)
-        _restore_best(trainer, resume_from)
+        _restore(trainer, resume_from)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return _finish(trainer, prepared, start, started)
 
@@ -215,10 +216,10 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
     if prepared.device.type == "cpu":
         torch.set_num_threads(prepared.device.threads)
     set_seed(config.seed)
-    model = load_start(config, prepared.device)
-    together = config.batch_size * prepared.workers
-    rows = method.arrange(prepared.rows.rows, config.seed, together)
-    held_out = method.arrange(prepared.validation.rows, config.seed, together)
+    model = together(load_start)(config, prepared.device)
+    at_once = config.batch_size * prepared.workers
+    rows = method.arrange(prepared.rows.rows, config.seed, at_once)
+    held_out = method.arrange(prepared.validation.rows, config.seed, at_once)
     common = common_arguments(config, prepared.device, prepared.steps)
     trainer = method.trainer(
         model=model,
@@ -241,7 +242,7 @@ def _add_callbacks(trainer: Any, prepared: Prepared, reporter: Reporter | None) 
 
     config = prepared.config
     lengths = prepared.rows.lengths
-    watch = HealthWatch(config.health, config.beta, sum(lengths) / len(lengths) if lengths else None)
+    watch = trainer.watch = HealthWatch(config.health, config.beta, sum(lengths) / len(lengths) if lengths else None)
     answers = METHODS[config.method].task == "CAUSAL_LM"
     samples = config.health.length_samples if answers else 0
     prompts = validation_prompts(prepared.encoder, prepared.data.validation, samples)
@@ -253,33 +254,37 @@ def _add_callbacks(trainer: Any, prepared: Prepared, reporter: Reporter | None) 
         trainer.saved = reporter.checkpoint
 
 
-def _restore_best(trainer: Any, folder: Path) -> None:
+def _restore(trainer: Any, folder: Path) -> None:
+    """What a checkpoint holds beside what the trainer reads: the best weights so far, and what health has seen."""
     from safetensors.torch import load_file
 
     from train.trainers import Best
 
     state = json.loads((folder / checkpoint.STATE).read_text())
+    trainer.watch.restore(state["health"])
     weights = folder / checkpoint.BEST / checkpoint.BEST_WEIGHTS
     if state["best_loss"] is not None and weights.is_file():
         trainer.best = Best(state["best_loss"], state["best_step"], load_file(weights))
 
 
 def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started: float) -> TrainResult:
-    """Write the best weights, measure them on held-out feedback, and tidy up."""
-    config = prepared.config
+    """The best weights, measured and written by the first worker for all."""
     if trainer.best is not None:
         put_tensors(trainer.model, trainer.best.tensors)
+    return on_first(partial(_leave_result, trainer, prepared, start, started))
+
+
+def _leave_result(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started: float) -> TrainResult:
+    """Measure on held-out feedback, write the result, and only then let the checkpoints go."""
+    config = prepared.config
     tensors = trained_tensors(trainer.model)
     unchanged = all(torch.equal(tensors[name], start[name]) for name in tensors)
-    first = trainer.is_world_process_zero()
-    report = measure(trainer.model, prepared) if first else HeldOut()
+    report = measure(trainer.model, prepared)
     warnings = prepared.warnings + check_changed(report.shift_nats_per_token, unchanged, config.health)
     folder = result_folder(config)
-    if first:
-        with written_whole(folder) as scratch:
-            write_result(scratch, trainer.model, prepared.tokenizer, config.base_model, _about(config))
-        write_report(config, report)
-    trainer.accelerator.wait_for_everyone()
+    with written_whole(folder) as scratch:
+        write_result(scratch, trainer.model, prepared.tokenizer, config.base_model, _about(config))
+    write_report(config, report)
     result = TrainResult(
         method=config.method,
         adapter_dir=folder,
@@ -293,10 +298,9 @@ def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started:
         base_model=config.base_model,
         template_digest=template_digest(prepared.tokenizer),
     )
-    if first:
-        checkpoint.discard_all(trainer.checkpoints)
-        shown = {**result.as_json(), "config": config.digest()}
-        (config.out / RESULT).write_text(json.dumps(shown, indent=2) + "\n")
+    shown = {**result.as_json(), "config": config.digest()}
+    write_file(config.out / RESULT, json.dumps(shown, indent=2) + "\n")
+    checkpoint.discard_all(trainer.checkpoints)
     return result
 
 
@@ -319,6 +323,7 @@ def write_report(config: TrainConfig, report: Report) -> None:
 
 def finished_result(config: TrainConfig) -> dict[str, Any] | None:
     """The result of a run that has ended well in this folder, if its adapter is still what it was."""
+    recover(result_folder(config))
     try:
         result: dict[str, Any] = json.loads((config.out / RESULT).read_text())
         whole = result_digest(result_folder(config)) == result["adapter_sha256"]

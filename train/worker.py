@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,15 +144,27 @@ def train_in_worker(loop: dict[str, Any]) -> None:
 def _train_one(config: TrainConfig, reporter: "Reporter", *, streamed: bool = False) -> dict[str, Any]:
     """One run; what an earlier life of this process finished or began is not done again."""
     import_trainers()
-    from train import checkpoint
-    from train.run import finished_result, train
+    from train.agree import on_first
+    from train.run import train
 
-    done = finished_result(config)
+    done, resume_from = on_first(partial(_where_it_is, config))
     if done is not None:
         return done
-    resume_from = checkpoint.last_checkpoint(config.out / "checkpoints")
     data = _streamed(config) if streamed else None
     return train(config, data, reporter=reporter, resume_from=resume_from).as_json()
+
+
+def _where_it_is(config: TrainConfig) -> tuple[dict[str, Any] | None, Path | None]:
+    """The result of a run that has ended well, or the checkpoint from which it goes on."""
+    from train import checkpoint
+    from train.run import finished_result
+
+    checkpoints = config.out / "checkpoints"
+    done = finished_result(config)
+    if done is not None:
+        checkpoint.discard_all(checkpoints)  # it may have ended between its result and this
+        return done, None
+    return None, checkpoint.last_checkpoint(checkpoints)
 
 
 def _streamed(config: TrainConfig) -> Any:

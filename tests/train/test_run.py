@@ -174,7 +174,7 @@ def test_resume_refuses_another_configuration(config_of: Callable[..., TrainConf
     folder = last_checkpoint(config.out / "checkpoints")
     assert folder is not None
     assert not list(folder.glob("*.pt*")) and not list(folder.glob("*.bin"))
-    assert "best_loss" in json.loads((folder / "state.json").read_text())
+    assert {"best_loss", "health", "scaler"} <= json.loads((folder / "state.json").read_text()).keys()
     with pytest.raises(ConflictError, match="another configuration"):
         train(config_of("sft", learning_rate=1e-4), resume_from=folder)
 
