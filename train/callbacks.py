@@ -1,5 +1,6 @@
 """What happens between the steps of a trainer: validation, checkpoints, the best adapter, health, progress."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,16 +94,39 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
         self.watch.observe_length(step, length)
 
 
+class Pace:
+    """How fast a run goes, from one step to the next; validation between two steps counts."""
+
+    def __init__(self) -> None:
+        self.first: tuple[int, float] | None = None
+        self.last: tuple[float, float] | None = None
+
+    def of(self, step: int, steps: int, tokens: float | None, at_s: float) -> dict[str, float]:
+        """`eta_s` and, since the step before, `tokens_per_s`; `tokens` are those read so far, on every worker."""
+        found: dict[str, float] = {}
+        if self.first is None:  # what came before, loading or an earlier life, says nothing about the speed
+            self.first = step, at_s
+        elif step > self.first[0]:
+            found["eta_s"] = (steps - step) * (at_s - self.first[1]) / (step - self.first[0])
+        if tokens is not None:
+            if self.last is not None and at_s > self.last[1]:
+                found["tokens_per_s"] = (tokens - self.last[0]) / (at_s - self.last[1])
+            self.last = tokens, at_s
+        return found
+
+
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     """Passes what each step measured to a reporter."""
 
     def __init__(self, progress: Callable[[int, int, Mapping[str, float]], None]) -> None:
         self.progress = progress
         self.process = psutil.Process()
+        self.pace = Pace()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         """Report one entry of the log."""
         values = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+        values |= self.pace.of(state.global_step, state.max_steps, values.get("num_tokens"), time.monotonic())
         values |= self._system()
         self.progress(state.global_step, state.max_steps, values)
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import stamina
 from sqlalchemy.engine import Engine
 
 from cluster import tracking
@@ -49,6 +50,7 @@ SHOWN = {
 }
 """Values of the trainer's log on the progress line, and their names there."""
 WHERE = {"pid": os.getpid(), "host": socket.gethostname()}
+RECORD_TRIES, RECORD_WAIT_S = 8, 10.0  # about half a minute to write down that a run began or ended
 LOGGED_POINTS = 100  # MLflow gets about so many points of a curve
 Opening = Literal["create", "adopt", "resume"]
 """Where a run's row in the job table comes from."""
@@ -93,7 +95,7 @@ def _run_once(
     settings: Settings, request: Request, configs: Sequence[TrainConfig], records: Sequence["Record"]
 ) -> None:
     def on_event(event: Event) -> None:
-        records[event.run].take(event)
+        take_patiently(records[event.run], event)
 
     if not request.ray:
         run_here(configs, on_event)
@@ -103,6 +105,26 @@ def _run_once(
     with ray_session(settings):
         workers = request.workers or settings.training.workers
         run_on_ray(configs, workers=workers, max_failures=settings.training.max_failures, on_event=on_event)
+
+
+def take_patiently(record: "Record", event: Event) -> None:
+    """Record an event although MLflow or the database is away for a moment.
+
+    A step that cannot be recorded is missing from the curve; that a run began or ended is tried again.
+
+    Raises:
+        ConflictError: somebody paused or cancelled the job.
+    """
+    passing = tracking.passing_errors()
+    if event.kind in ("progress", "checkpoint"):
+        try:
+            record.take(event)
+        except passing as error:
+            log.warning("step %d of %s is not recorded: %s", event.step, record.run.job_id, str(error).splitlines()[0])
+        return
+    for attempt in stamina.retry_context(on=passing, attempts=RECORD_TRIES, timeout=None, wait_max=RECORD_WAIT_S):
+        with attempt:
+            record.take(event)
 
 
 class Record:
@@ -163,10 +185,11 @@ class Record:
         if self.jobs.get(self.run.job_id).state == "pending":
             self.jobs.start(self.run.job_id)
             self.jobs.progress(self.run.job_id, WHERE)
-        if self.mlflow is not None:  # a worker that died has been replaced
+        if self.bar is not None:  # a worker that died has been replaced
             return
-        tags = lineage(self.run, self.manifest)
-        self.mlflow = self.stack.enter_context(tracking.run(self.settings, self.run.job_id, tags=tags))
+        if self.mlflow is None:
+            tags = lineage(self.run, self.manifest)
+            self.mlflow = self.stack.enter_context(tracking.run(self.settings, self.run.job_id, tags=tags))
         self.mlflow.log_params(self.run.config.model_dump(mode="json", exclude={"health", "limits"}))
         self.mlflow.log_dataset(
             name=self.manifest.dataset_id,
@@ -198,7 +221,6 @@ class Record:
 
     def _end(self, result: dict[str, Any]) -> None:
         assert self.mlflow is not None
-        self.result = {**result, "run_id": self.mlflow.run_id}
         self.mlflow.log_metrics(_metric_names({**result["metrics"], "seconds": result["seconds"]}), result["steps"])
         made = {"adapter_sha256": result["adapter_sha256"], "template_digest": result["template_digest"]}
         self.mlflow.set_tags({**made, "rayloop.warnings": result["warnings"]})
@@ -208,8 +230,12 @@ class Record:
             self.mlflow.log_artifact(self.run.config.report_dir, "report")
         origin = {**lineage(self.run, self.manifest), **made, "run_id": self.mlflow.run_id}
         write_file(Path(result["adapter_dir"]).parent / ORIGIN, json.dumps(origin, indent=2) + "\n")
-        self.jobs.progress(self.run.job_id, {**WHERE, **self.latest, "steps": result["steps"]})
-        append_job_ended(self.jobs.engine, self.jobs.finish(self.run.job_id))
+        job = self.jobs.get(self.run.job_id)
+        if job.state != "completed":  # not written down at an earlier try
+            self.jobs.progress(self.run.job_id, {**WHERE, **self.latest, "steps": result["steps"]})
+            job = self.jobs.finish(self.run.job_id)
+        append_job_ended(self.jobs.engine, job)
+        self.result = {**result, "run_id": self.mlflow.run_id}
         self.stack.close()
 
     def fail(self, error: BaseException) -> None:
@@ -218,7 +244,10 @@ class Record:
         if self.mlflow is not None:
             self.mlflow.set_tags({"rayloop.error": str(self.error)})
         self.stack.__exit__(type(error), error, None)
-        append_job_ended(self.jobs.engine, self.jobs.fail(self.run.job_id, str(self.error)), error)
+        job = self.jobs.get(self.run.job_id)
+        if job.state != "failed":  # not written down at an earlier try
+            job = self.jobs.fail(self.run.job_id, str(self.error))
+        append_job_ended(self.jobs.engine, job, error)
 
     @property
     def open_still(self) -> bool:

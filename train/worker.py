@@ -42,6 +42,7 @@ def run_on_ray(
     Raises:
         InputError: a GPU was asked for and the cluster has too few.
         UnavailableError: the workers died more often than `max_failures`.
+        RayloopError: what `on_event` raised; it ends the workers.
     """
     import ray
 
@@ -66,7 +67,7 @@ def run_on_ray(
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
         ),
     )
-    with emptied_regularly(mailbox, on_event):
+    with emptied_regularly(mailbox, on_event, trainer.stop):
         try:
             trainer.fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:

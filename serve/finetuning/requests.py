@@ -176,7 +176,7 @@ def _batches(examples: int, settings: Settings) -> Json:
 
 def _group_size(chosen: Json, settings: Settings) -> int:
     """Answers sampled for each prompt: what `compute_multiplier` multiplies."""
-    return max(2, round(settings.training.grpo.group_size * chosen.get("compute_multiplier", 1)))
+    return max(2, round(settings.training.grpo.group_size * float(chosen.get("compute_multiplier", 1))))
 
 
 def _examples_per_step(kind: str, chosen: Json, settings: Settings) -> int:
