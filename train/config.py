@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -135,6 +136,23 @@ class TrainConfig(Section):
     def scores(self) -> bool:
         """True for a reward model: it scores answers and gives none."""
         return self.method in SCORING_METHODS
+
+    def steps_per_epoch(self, rows: int, workers: int) -> int:
+        """Optimiser steps of one pass over so many rows; GRPO leaves out prompts that fill no step."""
+        answers = self.batch_size * self.gradient_accumulation * workers
+        return rows * self.group_size // answers if self.method == "grpo" else math.ceil(rows / answers)
+
+    def steps(self, rows: int, workers: int) -> int:
+        """Optimiser steps of the run.
+
+        Raises:
+            InputError: more than a run may take.
+        """
+        steps = self.max_steps or math.ceil(self.steps_per_epoch(rows, workers) * self.epochs)
+        if steps > self.limits.max_steps:
+            rule = f"means {steps} steps, more than training.limits.max_steps={self.limits.max_steps}"
+            raise InputError("train.epochs", self.epochs, rule, "train less or raise the limit")
+        return steps
 
     @property
     def report_dir(self) -> Path:

@@ -165,7 +165,7 @@ class Record:
     def take(self, event: Event) -> None:
         """Something happened in a worker."""
         if event.kind == "begin":
-            self._begin()
+            self._begin(event.values or {})
         elif event.kind == "progress":
             self._progress(event)
         elif event.kind == "checkpoint":
@@ -181,9 +181,15 @@ class Record:
             self.jobs.fail(self.run.job_id, str(error))
             self.jobs.retry(self.run.job_id)
 
-    def _begin(self) -> None:
+    def _begin(self, values: Mapping[str, float]) -> None:
         if self.jobs.get(self.run.job_id).state == "pending":
-            self.jobs.start(self.run.job_id)
+            most = self.settings.training.limits.max_concurrent_jobs
+            self.jobs.start(
+                self.run.job_id,
+                gpus=values.get("gpus", 0),
+                max_concurrent=None if self.opening == "adopt" else most,  # the API's wait for a place before
+                silent_s=self.settings.training.job_silent_s,
+            )
             self.jobs.progress(self.run.job_id, WHERE)
         if self.bar is not None:  # a worker that died has been replaced
             return

@@ -7,7 +7,6 @@ data and seed give the same adapter, whether the run was killed and resumed in b
 
 import json
 import logging
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -133,16 +132,9 @@ class Prepared:
     """Processes that share every step: each takes `batch_size` rows of it at a time."""
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of one pass; GRPO leaves out prompts that fill no step."""
-        config, rows = self.config, len(self.rows.rows)
-        answers = config.batch_size * config.gradient_accumulation * self.workers
-        return rows * config.group_size // answers if config.method == "grpo" else math.ceil(rows / answers)
-
-    @property
     def steps(self) -> int:
         """Optimiser steps of the run."""
-        return self.config.max_steps or math.ceil(self.steps_per_epoch * self.config.epochs)
+        return self.config.steps(len(self.rows.rows), self.workers)
 
 
 def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
@@ -190,19 +182,12 @@ def prepare_like(prepared: Prepared, config: TrainConfig) -> Prepared:
 
 
 def _check_steps(prepared: Prepared) -> None:
-    config = prepared.config
-    if not prepared.steps_per_epoch:
+    """The rows must fill a step, and not more steps than a run may take."""
+    config, rows = prepared.config, len(prepared.rows.rows)
+    if not config.steps_per_epoch(rows, prepared.workers):
         needed = config.batch_size * config.gradient_accumulation * prepared.workers // config.group_size
-        raise DatasetError(
-            f"{len(prepared.rows.rows)} prompts are too few: one step takes {needed}; lower `training.batch_size`"
-        )
-    if prepared.steps > config.limits.max_steps:
-        raise InputError(
-            "train.epochs",
-            config.epochs,
-            f"means {prepared.steps} steps, more than training.limits.max_steps={config.limits.max_steps}",
-            "train less or raise the limit",
-        )
+        raise DatasetError(f"{rows} prompts are too few: one step takes {needed}; lower `training.batch_size`")
+    config.steps(rows, prepared.workers)
 
 
 def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:

@@ -57,7 +57,12 @@ def run_on_ray(
     datasets = streamed_rows(configs)
     trainer = WorkerGroupTrainer(
         train_in_worker,
-        train_loop_config={"configs": list(configs), "mailbox": mailbox, "streamed": frozenset(datasets)},
+        train_loop_config={
+            "configs": list(configs),
+            "mailbox": mailbox,
+            "streamed": frozenset(datasets),
+            "gpus": workers if use_gpu else 0,
+        },
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         datasets=datasets,
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
@@ -133,7 +138,7 @@ def train_in_worker(loop: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     for number, config in enumerate(loop["configs"]):
         reporter = WorkerReporter(number, loop["mailbox"], rank)
-        reporter.tell("begin", values={"pid": os.getpid()})
+        reporter.tell("begin", values={"pid": os.getpid(), "gpus": loop["gpus"]})
         try:
             result = _train_one(config, reporter, streamed=config.kind in loop["streamed"])
         except RayloopError as error:
@@ -186,13 +191,19 @@ def run_here(configs: Sequence[TrainConfig], on_event: Callable[[Event], None]) 
     """The same in this process, without Ray."""
     for number, config in enumerate(configs):
         reporter = _Local(number, on_event)
-        on_event(Event(number, "begin"))
+        on_event(Event(number, "begin", values={"gpus": _gpus_here(config)}))
         try:
             result = _train_one(config, reporter)
         except RayloopError as error:
             on_event(Event(number, "fail", error=error))
             continue
         on_event(Event(number, "end", result=result))
+
+
+def _gpus_here(config: TrainConfig) -> int:
+    import torch
+
+    return int(config.device != "cpu" and torch.cuda.is_available())
 
 
 @dataclass(frozen=True)

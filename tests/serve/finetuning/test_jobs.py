@@ -171,11 +171,13 @@ def test_tenant_that_used_up_its_hours_is_refused(api: Api) -> None:
     spent = jobs.create("sft").job_id
     jobs.start(spent)
     jobs.finish(spent)
-    with api.database.begin() as connection:
-        connection.exec_driver_sql("UPDATE training_jobs SET used_s = 3600 * 200")
-    with pytest.raises(openai.RateLimitError, match=r"trained for 200\.0 hours") as caught:
-        create(api, training)
-    assert caught.value.code == "insufficient_quota"
+    for column, hours, said in (("used_s", 200, r"200\.0 hours"), ("used_gpu_s", 500, r"500\.0 GPU-hours")):
+        with api.database.begin() as connection:
+            connection.exec_driver_sql("UPDATE training_jobs SET used_s = 0, used_gpu_s = 0")
+            connection.exec_driver_sql(f"UPDATE training_jobs SET {column} = 3600 * {hours}")
+        with pytest.raises(openai.RateLimitError, match=f"trained for {said}") as caught:
+            create(api, training)
+        assert caught.value.code == "insufficient_quota"
     other = api.client_of("other")
     create(api, api.upload(chat_rows(10), other), other)
 
