@@ -50,7 +50,7 @@ class Method:
 
 
 def _sft_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]) -> SFTConfig:
-    packing = config.packing and device.type == "cuda" and device.attention.startswith("flash")
+    packing = config.packing and device.attention.startswith("flash")
     return SFTConfig(**common, max_length=config.max_length, packing=packing, padding_free=packing)
 
 
@@ -169,6 +169,11 @@ METHODS: dict[str, Method] = {
 }
 
 
+def warmup_steps(config: TrainConfig, steps: int) -> int:
+    """Steps with a rising learning rate, of a run of so many."""
+    return min(config.warmup_steps, round(steps * config.warmup_max_ratio))
+
+
 def common_arguments(config: TrainConfig, device: Device, steps: int) -> dict[str, Any]:
     """Arguments that mean the same to every trainer."""
     checkpointing = config.gradient_checkpointing
@@ -181,7 +186,7 @@ def common_arguments(config: TrainConfig, device: Device, steps: int) -> dict[st
         "gradient_accumulation_steps": config.gradient_accumulation,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        "warmup_steps": min(config.warmup_steps, round(steps * config.warmup_max_ratio)),
+        "warmup_steps": warmup_steps(config, steps),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch",

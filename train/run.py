@@ -23,7 +23,7 @@ from train.agree import on_first, together
 from train.calibration import Calibration, calibrate
 from train.callbacks import BestKeeper, HealthCallback, ProgressCallback, Schedule
 from train.config import TrainConfig, check_model_dir
-from train.device import Device, num_workers, resolve_device
+from train.device import Device, for_packing, num_workers, resolve_device
 from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
 from train.files import own_folder, recover, write_file, written_whole
 from train.health import HealthWatch, check_changed, check_swapped, check_truncation, warnings_for
@@ -139,7 +139,7 @@ class Prepared:
 
 def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     """Check what can be checked before anything is computed or written."""
-    device = resolve_device(config.device, config.precision, config.threads)
+    device = _device_of(config)
     check_model_dir(config.base_model)
     check_weights(config, device)
     data = data or read_data(config.dataset, config.kind)
@@ -165,6 +165,12 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     return prepared
 
 
+def _device_of(config: TrainConfig) -> Device:
+    device = resolve_device(config.device, config.precision, config.threads)
+    half = config.weights != "full"  # weights that are all trained are fp32, which flash attention has not
+    return for_packing(device) if config.method == "sft" and config.packing and half else device
+
+
 READ_BY = ("method", "base_model", "dataset", "max_length", "sft_loss", "health", "prompts", "tools", "weights")
 """Fields that decide which token ids a run learns from, and whether it may."""
 
@@ -173,7 +179,7 @@ def prepare_like(prepared: Prepared, config: TrainConfig) -> Prepared:
     """Another run on the same token ids; prepared anew where its configuration makes others."""
     if any(getattr(prepared.config, name) != getattr(config, name) for name in READ_BY):
         return prepare(config)
-    device = resolve_device(config.device, config.precision, config.threads)
+    device = _device_of(config)
     warnings = warnings_for(config.method, config.sft_weight, prepared.data.train)
     digest = checkpoint.digest_of(config.digest(), prepared.rows.rows, prepared.validation.rows)
     found = replace(prepared, config=config, device=device, warnings=warnings, digest=digest)
@@ -195,7 +201,7 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback, set_seed
 
-    from train.methods import METHODS, common_arguments
+    from train.methods import METHODS, common_arguments, warmup_steps
 
     config, method = prepared.config, METHODS[prepared.config.method]
     if prepared.device.type == "cpu":
@@ -215,6 +221,9 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
         peft_config=None if config.init_adapter or config.weights == "full" else lora_config(config, method.task),
         **method.more(config, prepared.device),
     )
+    if getattr(trainer.args, "packing", False):  # in fewer rows, thus fewer steps
+        packed = config.steps(len(trainer.train_dataset), prepared.workers)
+        trainer.args.warmup_steps = warmup_steps(config, packed)
     trainer.base_model, trainer.monitored = config.base_model, method.monitored
     trainer.checkpoints, trainer.config_digest = config.out / "checkpoints", prepared.digest
     trainer.remove_callback(PrinterCallback)
