@@ -22,6 +22,7 @@ from train import checkpoint
 from train.agree import on_first, together
 from train.calibration import Calibration, calibrate
 from train.callbacks import BestKeeper, HealthCallback, ProgressCallback, Schedule
+from train.canary import write_canary
 from train.config import TrainConfig, check_model_dir
 from train.device import Device, for_packing, num_workers, resolve_device
 from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
@@ -278,6 +279,8 @@ def _leave_result(trainer: Any, prepared: Prepared, start: Mapping[str, Any], st
     folder = result_folder(config)
     with written_whole(folder) as scratch:
         write_result(scratch, trainer.model, prepared.tokenizer, config.base_model, _about(config))
+        if config.weights != "full" and not config.scores:
+            write_canary(scratch, trainer.model, prepared.tokenizer)
     write_report(config, report)
     result = TrainResult(
         method=config.method,
