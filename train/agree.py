@@ -27,7 +27,7 @@ def on_first(work: Callable[[], T]) -> T:
     own: _Outcome[T] = _attempt(work) if first else _Outcome()
     box: list[Any] = [own.told()]
     dist.broadcast_object_list(box, src=0, group=_group())
-    return (own if first else box[0]).given()  # type: ignore[no-any-return]
+    return (own if first else box[0]).given()
 
 
 def together(work: Callable[P, T]) -> Callable[P, T]:
