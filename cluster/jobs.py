@@ -8,8 +8,9 @@ for long has lost its process and counts as failed.
 
 import hashlib
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -54,6 +55,10 @@ class Job:
     finished_at_us: int | None
     used_s: float
     """How long it ran in all its earlier lives."""
+    gpus: float
+    """How many it has in this life."""
+    used_gpu_s: float
+    """As `used_s`, times the GPUs of each life."""
     request: dict[str, Any] | None
     """What a client of the fine-tuning API asked for; `None` for jobs of the command line."""
     runner: dict[str, Any] | None
@@ -62,6 +67,15 @@ class Job:
     """Its process is to end."""
     fine_tuned_model: str | None
     """Name under which the result is served."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the trainings of a tenant have used."""
+
+    run_s: float
+    gpu_s: float
+    """Seconds times GPUs."""
 
 
 class Jobs:
@@ -91,12 +105,6 @@ class Jobs:
         """
         if max_concurrent is not None:
             self.fail_lost(silent_s)
-            running = sum(job.kind not in UNCOUNTED for job in self.list(state="running"))
-            if running >= max_concurrent:
-                raise ConflictError(
-                    f"{running} jobs of tenant {self.tenant!r} run already and "
-                    f"training.limits.max_concurrent_jobs is {max_concurrent}; wait for one to end"
-                )
         row = {
             "job_id": job_id or f"{kind}-{uuid.uuid4().hex[:10]}",
             "tenant": self.tenant,
@@ -114,17 +122,16 @@ class Jobs:
             with write(self.engine).begin() as connection:
                 if max_active is not None:
                     self._check_active(connection, max_active)
+                if max_concurrent is not None:
+                    self._check_running(connection, max_concurrent, silent_s)
                 connection.execute(training_jobs.insert().values(row))
         except sa.exc.IntegrityError:
             raise ConflictError(f"job {row['job_id']!r} exists already; choose another name or resume it") from None
         return self.get(str(row["job_id"]))
 
     def _check_active(self, connection: Connection, max_active: int) -> None:
-        """Counted in the transaction that adds the job, alone with this tenant: two requests never share a place."""
-        if is_postgres(self.engine):
-            tenant = int.from_bytes(hashlib.sha256(self.tenant.encode()).digest()[:4], "big", signed=True)
-            lock = {"first": TENANT_LOCK, "second": tenant}
-            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:first, :second)"), lock)
+        """Counted in the transaction that adds the job: two requests never share a place."""
+        self._alone(connection)
         asked = training_jobs.c.request.is_not(None) & training_jobs.c.state.in_(ACTIVE)
         query = sa.select(sa.func.count()).select_from(training_jobs)
         active = connection.execute(query.where(training_jobs.c.tenant == self.tenant, asked)).scalar_one()
@@ -134,6 +141,27 @@ class Jobs:
                 "cancel one or wait for it",
                 retry_after_s=60.0,
             )
+
+    def _check_running(self, connection: Connection, max_concurrent: int, silent_s: float) -> None:
+        """Counted in the transaction that adds or starts the job, over all workspaces; the lost take no place."""
+        self._alone(connection)
+        j = training_jobs.c
+        busy = (j.state == "running") | ((j.state == "pending") & j.runner.is_not(None))
+        query = sa.select(training_jobs).where(j.tenant == self.tenant, j.kind.not_in(UNCOUNTED), busy)
+        border = now_us() - round(silent_s * SECOND_US)
+        running = sum(_last_sign(Job(**row)) >= border for row in connection.execute(query).mappings())
+        if running >= max_concurrent:
+            raise ConflictError(
+                f"{running} jobs of tenant {self.tenant!r} run already and "
+                f"training.limits.max_concurrent_jobs is {max_concurrent}; wait for one to end"
+            )
+
+    def _alone(self, connection: Connection) -> None:
+        """No other transaction counts this tenant's jobs until this one has ended; SQLite has one writer anyway."""
+        if is_postgres(self.engine):
+            tenant = int.from_bytes(hashlib.sha256(self.tenant.encode()).digest()[:4], "big", signed=True)
+            lock = {"first": TENANT_LOCK, "second": tenant}
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:first, :second)"), lock)
 
     def adopt(self, job_id: str, *, agent: str | None, dataset_id: str, config: Mapping[str, Any]) -> Job:
         """Say what a pending job of the API will train."""
@@ -159,9 +187,18 @@ class Jobs:
         stopping = training_jobs.c.runner.is_not(None)
         return self._move(job_id, ACTIVE, state="cancelled", stopping=stopping, finished_at_us=now_us())
 
-    def start(self, job_id: str) -> Job:
-        """pending → running."""
-        return self._move(job_id, ("pending",), state="running", started_at_us=now_us(), progress=_alive({}))
+    def start(self, job_id: str, *, gpus: float = 0, max_concurrent: int | None = None, silent_s: float = 300.0) -> Job:
+        """pending → running, on so many GPUs.
+
+        Raises:
+            ConflictError: the tenant runs as many jobs as it may, or the job is in another state.
+        """
+        check = None if max_concurrent is None else partial(
+            self._check_running, max_concurrent=max_concurrent, silent_s=silent_s
+        )  # fmt: skip
+        return self._move(
+            job_id, ("pending",), check=check, state="running", started_at_us=now_us(), gpus=gpus, progress=_alive({})
+        )
 
     def retry(self, job_id: str) -> Job:
         """failed (or running, when its process died) → pending, counted as one more try."""
@@ -247,18 +284,27 @@ class Jobs:
         with self.engine.connect() as connection:
             return int(connection.execute(query).scalar_one())
 
-    def used_s(self, since_us: int) -> float:
-        """Seconds that this tenant's jobs created since then have run, in every workspace."""
-        mine = (training_jobs.c.tenant == self.tenant) & (training_jobs.c.created_at_us >= since_us)
-        total = sa.func.sum(training_jobs.c.used_s + _running_s(now_us()))
+    def usage(self, since_us: int) -> Usage:
+        """What this tenant's jobs created since then have used here, in every workspace."""
+        j, now = training_jobs.c, now_us()
+        mine = (j.tenant == self.tenant) & (j.created_at_us >= since_us) & j.kind.not_in(UNCOUNTED)
+        query = sa.select(sa.func.sum(j.used_s + _running_s(now)), sa.func.sum(j.used_gpu_s + _running_s(now) * j.gpus))
         with self.engine.connect() as connection:
-            return float(connection.execute(sa.select(total).where(mine)).scalar_one() or 0.0)
+            run_s, gpu_s = connection.execute(query.where(mine)).one()
+        return Usage(float(run_s or 0), float(gpu_s or 0))
 
     def _move(
-        self, job_id: str, allowed: tuple[str, ...], *, only: sa.ColumnElement[bool] | None = None, **values: Any
+        self,
+        job_id: str,
+        allowed: tuple[str, ...],
+        *,
+        only: sa.ColumnElement[bool] | None = None,
+        check: Callable[[Connection], None] | None = None,
+        **values: Any,
     ) -> Job:
         if "state" in values and values["state"] != "running":
-            values["used_s"] = training_jobs.c.used_s + _running_s(now_us())
+            j, ran_s = training_jobs.c, _running_s(now_us())
+            values |= {"used_s": j.used_s + ran_s, "used_gpu_s": j.used_gpu_s + ran_s * j.gpus}
         change = (
             training_jobs.update()
             .where(*self._mine(), training_jobs.c.job_id == job_id, training_jobs.c.state.in_(allowed))
@@ -266,6 +312,8 @@ class Jobs:
             .values(**values)
         )
         with write(self.engine).begin() as connection:
+            if check is not None:
+                check(connection)
             changed = connection.execute(change).rowcount
         job = self.get(job_id)
         if not changed and job.state in allowed:

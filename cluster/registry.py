@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CANARY_FILE = "canary.json"
+"""Beside an adapter, where its training wrote it: log-probs of a few texts (`train.canary`)."""
 BASE_FILES = ("*.safetensors", "config.json", "generation_config.json", "tokenizer*", "chat_template*")
 MODEL_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,127}")
 CHUNK_BYTES = 1 << 20
@@ -155,7 +157,8 @@ class Registry:
             with tracking.run(self.settings, f"register {model}", tags={"rayloop.kind": "register"}) as made:
                 run_id = made.run_id
         artifact_path = f"adapter/{digest[:12]}"
-        for name in ADAPTER_FILES:
+        canary = folder / CANARY_FILE
+        for name in (*ADAPTER_FILES, *((CANARY_FILE,) if canary.is_file() else ())):
             self.client.log_artifact(run_id, str(folder / name), artifact_path)
         tags = {
             "base_model": base,
@@ -166,6 +169,7 @@ class Registry:
             "rayloop.tenant": self.settings.tenant,
             "rayloop.workspace": self.settings.workspace,
             **_present({"dataset_hash": dataset_hash, "dataset_id": dataset_id}),
+            **({"canary_sha256": _file_digest(canary).hex()} if canary.is_file() else {}),
             **_present(dict(lineage or {})),
         }
         source = f"{self.client.get_run(run_id).info.artifact_uri}/{artifact_path}"

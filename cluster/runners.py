@@ -17,7 +17,7 @@ from sqlalchemy.engine import Engine
 from cluster.clock import now_us
 from cluster.database import write
 from cluster.errors import ConflictError, NotFoundError
-from cluster.jobs import Job
+from cluster.jobs import UNCOUNTED, Job
 from cluster.tables import training_jobs
 
 Runner = dict[str, Any]
@@ -53,7 +53,7 @@ class Runners:
     def usage_s(self) -> dict[str, float]:
         """Tenant -> seconds that its jobs have run, without the current life of those that run now."""
         j = training_jobs.c
-        query = sa.select(j.tenant, sa.func.sum(j.used_s)).group_by(j.tenant)
+        query = sa.select(j.tenant, sa.func.sum(j.used_s)).where(j.kind.not_in(UNCOUNTED)).group_by(j.tenant)
         with self.engine.connect() as connection:
             return {tenant: float(total) for tenant, total in connection.execute(query)}
 

@@ -367,6 +367,8 @@ training_jobs = Table(
     Column("started_at_us", BigInteger),
     Column("finished_at_us", BigInteger),
     Column("used_s", Double, nullable=False, default=0.0),
+    Column("gpus", Double, nullable=False, default=0.0),
+    Column("used_gpu_s", Double, nullable=False, default=0.0),
     Column("request", JSON(none_as_null=True)),
     Column("runner", JSON(none_as_null=True)),
     Column("stopping", Boolean, nullable=False, default=False),

@@ -108,6 +108,13 @@ def _no_answer(uri: str, error: Exception) -> UnavailableError:
     )
 
 
+def passing_errors() -> tuple[type[Exception], ...]:
+    """What MLflow, its server or a database may raise now and not at the next try."""
+    import mlflow
+
+    return mlflow.MlflowException, sa.exc.SQLAlchemyError, OSError, UnavailableError
+
+
 def experiment_id(settings: Settings) -> str:
     """Id of the configured experiment, created with our artifact location if it does not exist."""
     import mlflow

@@ -39,6 +39,7 @@ COLUMNS = {
     "unpaired": (*COMMON, "prompt", "completion", "label", "weight", "tools"),
     "reward": (*COMMON, "prompt", "response", "reward", "score_card", "category", "weight", "tools", *DRAWN),
     "trajectory": (*COMMON, "prompt", "trajectory", "reward", "weight", "tools"),
+    "task": (*COMMON, "prompt", "item", "weight", "tools"),
 }
 """Columns of each kind, in order."""
 SHARDS = pa.schema(

@@ -25,7 +25,7 @@ from data.stages import Dropped, Row, rows_of, table_of
 from data.template import content_text
 
 ANSWERS = ("chosen", "rejected", "completion", "response", "trajectory")
-KINDS = ("sft", "preference", "unpaired", "reward", "trajectory")
+KINDS = ("sft", "preference", "unpaired", "reward", "trajectory", "task")
 EXAMPLES = pa.schema(
     [
         ("kind", pa.string()),
@@ -48,6 +48,7 @@ EXAMPLES = pa.schema(
         ("logprob", pa.float64()),
         ("answer_tokens", pa.int64()),
         ("trajectory", pa.string()),
+        ("item", pa.string()),
         ("synthetic", pa.bool_()),
         ("tools", pa.string()),
         ("weight", pa.float64()),

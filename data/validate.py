@@ -121,6 +121,7 @@ def read_rows(manifest: Manifest) -> Iterator[Row]:
             answer: list[dict[str, Any]] = next(named, [])
             prompt = parts.get("prompt") or parts["messages"][:-1]
             texts = tuple(_whole_text(m) for messages in parts.values() for m in messages)
+            texts += (row["item"],) if row.get("item") else ()
             asked = [*prompt, *parts["trajectory"][:-1]] if "trajectory" in parts else prompt
             yield Row(
                 kind=kind,

@@ -5,7 +5,7 @@ from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
 from cluster.errors import UnavailableError
-from cluster.registry import ADAPTER_FILES, Registry, Version
+from cluster.registry import ADAPTER_FILES, CANARY_FILE, Registry, Version
 from cluster.settings.runtime import StorageSettings
 from serve.engines.adapter_source import AdapterError, is_uri, open_store, shown
 
@@ -52,7 +52,9 @@ def _publish(folder: Path, location: str) -> None:
     store, path = (pyarrow.fs.LocalFileSystem(), location) if not is_uri(location) else open_store(location)
     if local := store.type_name == "local":
         store.create_dir(path, recursive=True)  # an object store has none: a marker would lie about as an object
-    for name in ADAPTER_FILES:
+    for name in (*ADAPTER_FILES, CANARY_FILE):
+        if name == CANARY_FILE and not (folder / name).is_file():
+            continue
         data = (folder / name).read_bytes()
         info = store.get_file_info(f"{path}/{name}")
         if info.type == pyarrow.fs.FileType.File and info.size == len(data):

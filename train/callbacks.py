@@ -1,5 +1,6 @@
 """What happens between the steps of a trainer: validation, checkpoints, the best adapter, health, progress."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import psutil
 import torch
 from transformers import TrainerCallback
 
+from train.agree import on_first
 from train.health import HealthWatch
 from train.report import greedy_lengths
 from train.weights import trained_tensors
@@ -61,12 +63,17 @@ class BestKeeper(TrainerCallback):  # type: ignore[misc]
 class HealthCallback(TrainerCallback):  # type: ignore[misc]
     """Hands the log and the length of sampled answers to the health gates."""
 
-    def __init__(self, trainer: Any, watch: HealthWatch, prompts: Sequence[list[int]], tokenizer: Any) -> None:
+    def __init__(
+        self, trainer: Any, watch: HealthWatch, prompts: Sequence[list[int]], tokenizer: Any, longest: int
+    ) -> None:
         self.trainer, self.watch, self.prompts, self.tokenizer = trainer, watch, prompts, tokenizer
+        self.longest = longest
+        """Tokens of an answer that is still read to its end where no answer says how long they are."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure the length of answers before the first step."""
-        self._look_at_lengths(state.global_step)
+        """Measure the length of answers before the first step; a resumed run knows it."""
+        if self.watch.start_length_ratio is None:
+            self._look_at_lengths(state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         """Raise when a gate closes."""
@@ -79,9 +86,33 @@ class HealthCallback(TrainerCallback):  # type: ignore[misc]
     def _look_at_lengths(self, step: int) -> None:
         if not self.prompts:
             return
-        limit = round(self.watch.answer_tokens * self.watch.settings.max_length_ratio * 2) + LENGTH_HEADROOM
-        length = greedy_lengths(self.trainer.model, self.tokenizer, self.prompts, limit)
-        self.watch.observe_length(step, length, self.watch.answer_tokens)
+        expected, limit = self.watch.answer_tokens, self.longest
+        if expected is not None:
+            limit = round(expected * self.watch.settings.max_length_ratio * 2) + LENGTH_HEADROOM
+        model = self.trainer.model
+        length = on_first(lambda: greedy_lengths(model, self.tokenizer, self.prompts, limit))
+        self.watch.observe_length(step, length)
+
+
+class Pace:
+    """How fast a run goes, from one step to the next; validation between two steps counts."""
+
+    def __init__(self) -> None:
+        self.first: tuple[int, float] | None = None
+        self.last: tuple[float, float] | None = None
+
+    def of(self, step: int, steps: int, tokens: float | None, at_s: float) -> dict[str, float]:
+        """`eta_s` and, since the step before, `tokens_per_s`; `tokens` are those read so far, on every worker."""
+        found: dict[str, float] = {}
+        if self.first is None:  # what came before, loading or an earlier life, says nothing about the speed
+            self.first = step, at_s
+        elif step > self.first[0]:
+            found["eta_s"] = (steps - step) * (at_s - self.first[1]) / (step - self.first[0])
+        if tokens is not None:
+            if self.last is not None and at_s > self.last[1]:
+                found["tokens_per_s"] = (tokens - self.last[0]) / (at_s - self.last[1])
+            self.last = tokens, at_s
+        return found
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc]
@@ -90,10 +121,12 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(self, progress: Callable[[int, int, Mapping[str, float]], None]) -> None:
         self.progress = progress
         self.process = psutil.Process()
+        self.pace = Pace()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **kwargs: Any) -> None:
         """Report one entry of the log."""
         values = {name: float(value) for name, value in logs.items() if isinstance(value, int | float)}
+        values |= self.pace.of(state.global_step, state.max_steps, values.get("num_tokens"), time.monotonic())
         values |= self._system()
         self.progress(state.global_step, state.max_steps, values)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.errors import ConflictError, InputError
+from train.agree import on_first
 from train.files import written_whole
 from train.weights import put_tensors, weights_file, write_checkpoint
 
@@ -32,14 +33,15 @@ RANDOM_BYTES = 5056  # length of torch's CPU random state
 
 
 def save_checkpoint(trainer: Any, root: Path, config_digest: str, keep: int = 1) -> Path:
-    """Write the trainer's state to `root/step-…`; every rank calls it, rank 0 writes.
+    """Write the trainer's state to `root/step-…`; every rank calls it, rank 0 writes, and all raise what it raises.
 
     Raises:
         InputError: the folder cannot be written.
     """
     random_states = gather_random_state(trainer)
     folder = root / f"step-{trainer.state.global_step:08d}"
-    if trainer.is_world_process_zero():
+
+    def write() -> None:
         with written_whole(folder) as scratch:
             write_checkpoint(scratch, trainer.model, trainer.base_model)
             _save_optimizer(trainer, scratch, config_digest)
@@ -50,6 +52,8 @@ def save_checkpoint(trainer: Any, root: Path, config_digest: str, keep: int = 1)
                 save_file(trainer.best.tensors, scratch / BEST / BEST_WEIGHTS)
         for old in list_checkpoints(root)[:-keep]:
             shutil.rmtree(old, ignore_errors=True)
+
+    on_first(write)
     return folder
 
 
@@ -129,6 +133,13 @@ def load_optimizer(trainer: Any, folder: Path) -> None:
     trainer.lr_scheduler.load_state_dict(state["schedule"])
 
 
+def load_scaler(trainer: Any, folder: Path) -> None:
+    """The loss scale of fp16, where the run has one."""
+    state = json.loads((folder / STATE).read_text())["scaler"]
+    if state is not None and trainer.accelerator.scaler is not None:
+        trainer.accelerator.scaler.load_state_dict(state)
+
+
 def load_random_state(folder: Path, rank: int) -> None:
     """Random state of this rank, as it was when the checkpoint was written."""
     states = load_file(folder / RANDOM)
@@ -175,6 +186,8 @@ def _save_optimizer(trainer: Any, folder: Path, config_digest: str) -> None:
         "schedule": schedule,
         "best_loss": None if trainer.best is None else trainer.best.loss,
         "best_step": None if trainer.best is None else trainer.best.step,
+        "health": trainer.watch.state(),
+        "scaler": None if trainer.accelerator.scaler is None else trainer.accelerator.scaler.state_dict(),
     }
     (folder / STATE).write_text(json.dumps(state, indent=2))
 

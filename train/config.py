@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -80,6 +81,8 @@ class TrainConfig(Section):
     """GRPO: longest sampled answer."""
     reward_scale: Literal["group", "batch", "none"] = "group"
     """GRPO: the spread that rewards are divided by."""
+    prompts: Literal["liked", "tasks"] = "liked"
+    """GRPO: the prompts of liked examples (or, with `tools`, of trajectories), or tasks with fields for the grader."""
     tools: ToolWorldSettings = ToolWorldSettings()
     """GRPO: who answers an agent's tool calls."""
     grader: dict[str, Any] = Field(default_factory=dict)
@@ -128,17 +131,36 @@ class TrainConfig(Section):
     @property
     def kind(self) -> str:
         """The kind of examples the method learns from."""
+        if self.method == "grpo" and self.prompts == "tasks":
+            return "task"
         return "trajectory" if self.plays_episodes else KINDS[self.method]
 
     @property
     def plays_episodes(self) -> bool:
         """True for GRPO on an agent with tools."""
-        return self.method == "grpo" and self.tools.answers != "none"
+        return self.method == "grpo" and self.tools.answers != "none" and self.prompts == "liked"
 
     @property
     def scores(self) -> bool:
         """True for a reward model: it scores answers and gives none."""
         return self.method in SCORING_METHODS
+
+    def steps_per_epoch(self, rows: int, workers: int) -> int:
+        """Optimiser steps of one pass over so many rows; GRPO leaves out prompts that fill no step."""
+        answers = self.batch_size * self.gradient_accumulation * workers
+        return rows * self.group_size // answers if self.method == "grpo" else math.ceil(rows / answers)
+
+    def steps(self, rows: int, workers: int) -> int:
+        """Optimiser steps of the run.
+
+        Raises:
+            InputError: more than a run may take.
+        """
+        steps = self.max_steps or math.ceil(self.steps_per_epoch(rows, workers) * self.epochs)
+        if steps > self.limits.max_steps:
+            rule = f"means {steps} steps, more than training.limits.max_steps={self.limits.max_steps}"
+            raise InputError("train.epochs", self.epochs, rule, "train less or raise the limit")
+        return steps
 
     @property
     def report_dir(self) -> Path:

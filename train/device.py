@@ -1,7 +1,7 @@
 """Where a training computes and in which arithmetic, decided once at its start."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.errors import InputError
@@ -37,6 +37,19 @@ def resolve_device(device: str = "auto", precision: str = "auto", threads: int =
         raise InputError("training.precision", precision, "needs a GPU", "use bf16 or fp32")
     chosen = _best_precision(kind) if precision == "auto" else precision
     return Device(kind, chosen, threads or cpu_cores(), "eager" if kind == "cpu" else "sdpa")  # type: ignore[arg-type]
+
+
+def for_packing(device: Device) -> Device:
+    """`device` with flash attention, which keeps packed examples apart, where its arithmetic and installation allow."""
+    able = device.type == "cuda" and device.precision != "fp32" and has_flash_attention()
+    return replace(device, attention="flash_attention_2") if able else device
+
+
+def has_flash_attention() -> bool:
+    """True where the package `flash-attn` is installed and fits the GPU."""
+    from transformers.utils import is_flash_attn_2_available
+
+    return bool(is_flash_attn_2_available())
 
 
 def num_workers() -> int:

@@ -84,10 +84,13 @@ class Encoder:
     def prompts(self, table: pa.Table) -> Encoded:
         """`prompt`, its ids as JSON text, and `item`, what a grader knows of it, as JSON text.
 
-        From trajectories, `prompt` holds the tools and the recorded results of their calls as well.
+        From trajectories, `prompt` holds the tools and the recorded results of their calls as well. Tasks have no
+        answer to take a length of.
         """
+        if "item" in table.column_names:
+            return replace(self._encode(table, self._task_row), lengths=[])
         played = "trajectory" in table.column_names
-        return self._encode(table, self._task_row if played else self._prompt_row)
+        return self._encode(table, self._played_row if played else self._prompt_row)
 
     def unpaired(self, table: pa.Table) -> Encoded:
         """`prompt_ids`, `completion_ids` and `label`."""
@@ -141,6 +144,12 @@ class Encoder:
         return {"prompt": json.dumps(ids), "item": json.dumps(item)}, len(ids), len(answer) if fits else 0
 
     def _task_row(self, row: Row) -> tuple[Row, int, int]:
+        messages = _messages(row["prompt"])
+        ids = render(self.tokenizer, messages, _tools(row), add_generation_prompt=True)
+        item = {"example_id": row["example_id"], **json.loads(row["item"]), "messages": messages}
+        return {"prompt": json.dumps(ids), "item": json.dumps(item)}, len(ids), int(len(ids) < self.max_length)
+
+    def _played_row(self, row: Row) -> tuple[Row, int, int]:
         prompt, tools = _messages(row["prompt"]), _tools(row)
         said = _messages(row["trajectory"])
         results = recorded_results(said)

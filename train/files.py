@@ -1,6 +1,9 @@
-"""Files and folders that appear whole or not at all."""
+"""Folders and files that appear whole or not at all, also when the process is killed or the machine stops."""
 
+import ctypes
 import errno
+import fcntl
+import glob
 import os
 import re
 import shutil
@@ -16,20 +19,25 @@ from cluster.errors import InputError
 
 PLACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EFBIG}
 """Errors that are about the place and not about what is done there."""
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
+ASIDE = ".{}.aside"
+"""Where the old folder is between two renames."""
 
 
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
     """A scratch folder beside `out` that takes its place when the block ends well.
 
-    An existing `out` is replaced only then. When the block raises, nothing is left behind.
+    An existing `out` is replaced only then, in one step. When the block raises, nothing is left behind; what a
+    killed process left is swept by the next that writes here.
 
     Raises:
         InputError: the place cannot be written, or is full.
     """
     with _about_place(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        recover(out)
+        scratch, held = _scratch(out)
     try:
         with _about_place(out):
             scratch.chmod(0o755)
@@ -37,6 +45,65 @@ def written_whole(out: Path) -> Iterator[Path]:
             replace_folder(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        os.close(held)
+
+
+def write_file(file: Path, text: str) -> None:
+    """Write a file whole: a reader, or a machine that stops, finds the old text or this one.
+
+    Raises:
+        InputError: the place cannot be written, or is full.
+    """
+    draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        with _about_place(file):
+            with draft.open("w", encoding="utf-8") as handle:
+                handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())
+            draft.replace(file)
+            _to_disk(file.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def recover(out: Path) -> None:
+    """Tidy up after processes that were killed while they wrote `out`; one that still writes keeps its scratch."""
+    aside = out.with_name(ASIDE.format(out.name))
+    if aside.exists() and not out.exists():
+        aside.rename(out)
+    shutil.rmtree(aside, ignore_errors=True)
+    for scratch in out.parent.glob(f".{glob.escape(out.name)}.scratch-*"):
+        held = _hold(scratch)
+        if held is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            os.close(held)
+
+
+def _scratch(out: Path) -> tuple[Path, int]:
+    """A new folder and the descriptor that holds it for as long as this process lives."""
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.scratch-", dir=out.parent))
+        held = _hold(scratch)
+        if held is None:
+            held = os.open(scratch, os.O_RDONLY)  # a file system without locks: nobody sweeps there either
+        if scratch.exists():
+            return scratch, held
+        os.close(held)  # swept between the two
+
+
+def _hold(scratch: Path) -> int | None:
+    """A descriptor with the lock of a folder; `None` where another process has it, or the folder is gone."""
+    try:
+        descriptor = os.open(scratch, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 @contextmanager
@@ -56,26 +123,45 @@ def own_folder(out: Path) -> Iterator[None]:
             shutil.rmtree(out, ignore_errors=True)
 
 
-def replace_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all; whoever reads it meanwhile reads what it held before."""
-    scratch = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, file)
-
-
 def replace_folder(scratch: Path, out: Path) -> None:
-    """Move `scratch` to `out` in one rename, after its files have reached the disk."""
-    for file in scratch.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-        out.rename(old / "old")
+    """Move `scratch` to `out` in one step, after what is in it has reached the disk.
+
+    Where `out` exists the two change places. File systems that cannot do this see two renames, and `recover` takes
+    the first back if the process ends between them.
+    """
+    for path in [*scratch.rglob("*"), scratch]:
+        _to_disk(path)
+    if not out.exists():
         scratch.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
+    elif not _exchange(scratch, out):
+        aside = out.with_name(ASIDE.format(out.name))
+        out.rename(aside)
         scratch.rename(out)
+        shutil.rmtree(aside, ignore_errors=True)
+    _to_disk(out.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step; false where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    if rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(error, os.strerror(error), str(other))
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -80,18 +80,32 @@ def warnings_for(method: str, sft_weight: float, pairs: pa.Table) -> list[str]:
     return found
 
 
+SEEN = ("answer_tokens", "history", "start_length_ratio", "groups")
+"""What a watch knows of the run so far."""
+
+
 @dataclass
 class HealthWatch:
     """Follows one run's log and raises when a gate closes."""
 
     settings: HealthSettings
     beta: float | None = None
-    answer_tokens: float = 1.0
-    """Mean length of the chosen or liked answers."""
+    answer_tokens: float | None = 1.0
+    """Mean length of the chosen or liked answers; `None` where there are none: then of the model's first ones."""
     history: list[dict[str, float]] = field(default_factory=list)
+    """Rewards of the chosen answers and margins: of the first steps and of the last."""
     start_length_ratio: float | None = None
     groups: list[dict[str, float]] = field(default_factory=list)
-    """GRPO: share of groups without spread, mean reward and share of abstentions, by step."""
+    """GRPO: share of groups without spread, mean reward and share of abstentions, of the last steps."""
+
+    def state(self) -> dict[str, Any]:
+        """What it has seen, as plain values; `restore` takes it up again."""
+        return {name: getattr(self, name) for name in SEEN}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from where the watch of a killed run was."""
+        for name in SEEN:
+            setattr(self, name, state[name])
 
     def observe(self, step: int, values: Mapping[str, Any]) -> None:
         """One entry of the trainer's log.
@@ -106,6 +120,7 @@ class HealthWatch:
                 raise HealthGateError(f"{name} is {value} at step {step}; lower the learning rate or look at the data")
         if "rewards/chosen" in values and "rewards/margins" in values:
             self.history.append({"chosen": values["rewards/chosen"], "margin": values["rewards/margins"]})
+            del self.history[self.settings.window_steps : -self.settings.window_steps]
             self._check_collapse(step)
         if "frac_reward_zero_std" in values:
             self._observe_groups(step, values)
@@ -115,7 +130,8 @@ class HealthWatch:
         row = {"flat": values["frac_reward_zero_std"], "abstained": values.get("abstained", 0.0)}
         self.groups.append({**row, "reward": 0.0 if reward is None else reward})
         window = self.settings.window_steps
-        recent, long = self.groups[-window:], self.groups[-2 * window :]
+        del self.groups[: -2 * window]
+        recent, long = self.groups[-window:], self.groups
         abstained = _mean(recent, "abstained")
         if len(recent) == window and abstained > self.settings.max_abstained_share:
             raise HealthGateError(
@@ -133,7 +149,7 @@ class HealthWatch:
 
     def _check_collapse(self, step: int) -> None:
         window = self.settings.window_steps
-        if self.beta is None or len(self.history) < 2 * window:
+        if self.beta is None or not self.answer_tokens or len(self.history) < 2 * window:
             return
         recent, first = self.history[-window:], self.history[:window]
         nats = -_mean(recent, "chosen") / self.beta / self.answer_tokens
@@ -144,13 +160,15 @@ class HealthWatch:
                 "unlearning both; add the SFT term, raise beta or lower the learning rate"
             )
 
-    def observe_length(self, step: int, answer_tokens: float, reference_tokens: float) -> None:
+    def observe_length(self, step: int, answer_tokens: float) -> None:
         """Mean length of greedy answers beside that of the reference answers.
 
         Raises:
             HealthGateError: answers drifted away from the reference length since the start.
         """
-        ratio = answer_tokens / max(reference_tokens, 1e-9)
+        if self.answer_tokens is None:
+            self.answer_tokens = max(answer_tokens, 1.0)
+        ratio = answer_tokens / max(self.answer_tokens, 1e-9)
         if self.start_length_ratio is None:
             self.start_length_ratio = ratio
             return

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import stamina
 from sqlalchemy.engine import Engine
 
 from cluster import tracking
@@ -26,6 +27,7 @@ from cluster.settings import Settings
 from data.job_endings import append_job_ended
 from data.manifest import Manifest
 from train.config import TrainConfig
+from train.files import write_file
 from train.mailbox import Event
 from train.plan import Planned, Request, plan_runs
 from train.progress import Progress
@@ -48,6 +50,7 @@ SHOWN = {
 }
 """Values of the trainer's log on the progress line, and their names there."""
 WHERE = {"pid": os.getpid(), "host": socket.gethostname()}
+RECORD_TRIES, RECORD_WAIT_S = 8, 10.0  # about half a minute to write down that a run began or ended
 LOGGED_POINTS = 100  # MLflow gets about so many points of a curve
 Opening = Literal["create", "adopt", "resume"]
 """Where a run's row in the job table comes from."""
@@ -92,7 +95,7 @@ def _run_once(
     settings: Settings, request: Request, configs: Sequence[TrainConfig], records: Sequence["Record"]
 ) -> None:
     def on_event(event: Event) -> None:
-        records[event.run].take(event)
+        take_patiently(records[event.run], event)
 
     if not request.ray:
         run_here(configs, on_event)
@@ -102,6 +105,26 @@ def _run_once(
     with ray_session(settings):
         workers = request.workers or settings.training.workers
         run_on_ray(configs, workers=workers, max_failures=settings.training.max_failures, on_event=on_event)
+
+
+def take_patiently(record: "Record", event: Event) -> None:
+    """Record an event although MLflow or the database is away for a moment.
+
+    A step that cannot be recorded is missing from the curve; that a run began or ended is tried again.
+
+    Raises:
+        ConflictError: somebody paused or cancelled the job.
+    """
+    passing = tracking.passing_errors()
+    if event.kind in ("progress", "checkpoint"):
+        try:
+            record.take(event)
+        except passing as error:
+            log.warning("step %d of %s is not recorded: %s", event.step, record.run.job_id, str(error).splitlines()[0])
+        return
+    for attempt in stamina.retry_context(on=passing, attempts=RECORD_TRIES, timeout=None, wait_max=RECORD_WAIT_S):
+        with attempt:
+            record.take(event)
 
 
 class Record:
@@ -142,7 +165,7 @@ class Record:
     def take(self, event: Event) -> None:
         """Something happened in a worker."""
         if event.kind == "begin":
-            self._begin()
+            self._begin(event.values or {})
         elif event.kind == "progress":
             self._progress(event)
         elif event.kind == "checkpoint":
@@ -158,14 +181,21 @@ class Record:
             self.jobs.fail(self.run.job_id, str(error))
             self.jobs.retry(self.run.job_id)
 
-    def _begin(self) -> None:
+    def _begin(self, values: Mapping[str, float]) -> None:
         if self.jobs.get(self.run.job_id).state == "pending":
-            self.jobs.start(self.run.job_id)
+            most = self.settings.training.limits.max_concurrent_jobs
+            self.jobs.start(
+                self.run.job_id,
+                gpus=values.get("gpus", 0),
+                max_concurrent=None if self.opening == "adopt" else most,  # the API's wait for a place before
+                silent_s=self.settings.training.job_silent_s,
+            )
             self.jobs.progress(self.run.job_id, WHERE)
-        if self.mlflow is not None:  # a worker that died has been replaced
+        if self.bar is not None:  # a worker that died has been replaced
             return
-        tags = lineage(self.run, self.manifest)
-        self.mlflow = self.stack.enter_context(tracking.run(self.settings, self.run.job_id, tags=tags))
+        if self.mlflow is None:
+            tags = lineage(self.run, self.manifest)
+            self.mlflow = self.stack.enter_context(tracking.run(self.settings, self.run.job_id, tags=tags))
         self.mlflow.log_params(self.run.config.model_dump(mode="json", exclude={"health", "limits"}))
         self.mlflow.log_dataset(
             name=self.manifest.dataset_id,
@@ -197,7 +227,6 @@ class Record:
 
     def _end(self, result: dict[str, Any]) -> None:
         assert self.mlflow is not None
-        self.result = {**result, "run_id": self.mlflow.run_id}
         self.mlflow.log_metrics(_metric_names({**result["metrics"], "seconds": result["seconds"]}), result["steps"])
         made = {"adapter_sha256": result["adapter_sha256"], "template_digest": result["template_digest"]}
         self.mlflow.set_tags({**made, "rayloop.warnings": result["warnings"]})
@@ -206,9 +235,13 @@ class Record:
         if self.run.config.report_dir.is_dir():
             self.mlflow.log_artifact(self.run.config.report_dir, "report")
         origin = {**lineage(self.run, self.manifest), **made, "run_id": self.mlflow.run_id}
-        (Path(result["adapter_dir"]).parent / ORIGIN).write_text(json.dumps(origin, indent=2) + "\n")
-        self.jobs.progress(self.run.job_id, {**WHERE, **self.latest, "steps": result["steps"]})
-        append_job_ended(self.jobs.engine, self.jobs.finish(self.run.job_id))
+        write_file(Path(result["adapter_dir"]).parent / ORIGIN, json.dumps(origin, indent=2) + "\n")
+        job = self.jobs.get(self.run.job_id)
+        if job.state != "completed":  # not written down at an earlier try
+            self.jobs.progress(self.run.job_id, {**WHERE, **self.latest, "steps": result["steps"]})
+            job = self.jobs.finish(self.run.job_id)
+        append_job_ended(self.jobs.engine, job)
+        self.result = {**result, "run_id": self.mlflow.run_id}
         self.stack.close()
 
     def fail(self, error: BaseException) -> None:
@@ -217,7 +250,10 @@ class Record:
         if self.mlflow is not None:
             self.mlflow.set_tags({"rayloop.error": str(self.error)})
         self.stack.__exit__(type(error), error, None)
-        append_job_ended(self.jobs.engine, self.jobs.fail(self.run.job_id, str(self.error)), error)
+        job = self.jobs.get(self.run.job_id)
+        if job.state != "failed":  # not written down at an earlier try
+            job = self.jobs.fail(self.run.job_id, str(self.error))
+        append_job_ended(self.jobs.engine, job, error)
 
     @property
     def open_still(self) -> bool:

@@ -83,8 +83,11 @@ class WorkerReporter:
 
 
 @contextlib.contextmanager
-def emptied_regularly(mailbox: Any, on_event: Callable[[Event], None]) -> Iterator[None]:
-    """Hand over events while the block runs, and the last of them when it ends."""
+def emptied_regularly(mailbox: Any, on_event: Callable[[Event], None], stop: Callable[[], None]) -> Iterator[None]:
+    """Hand over events while the block runs, and the last of them when it ends.
+
+    What `on_event` raises is raised in place of whatever the block ends with; `stop` is to make it end.
+    """
     import ray
 
     ended = threading.Event()
@@ -100,6 +103,7 @@ def emptied_regularly(mailbox: Any, on_event: Callable[[Event], None]) -> Iterat
                 empty()
         except BaseException as error:  # shown by the block's end, not lost in a thread
             failures.append(error)
+            stop()
 
     thread = threading.Thread(target=work, name="mailbox", daemon=True)
     thread.start()
@@ -108,8 +112,10 @@ def emptied_regularly(mailbox: Any, on_event: Callable[[Event], None]) -> Iterat
     finally:
         ended.set()
         thread.join()
-        with contextlib.suppress(ray.exceptions.RayError):
-            empty()
-        ray.kill(mailbox)
-    if failures:
-        raise failures[0]
+        try:
+            if failures:
+                raise failures[0]
+            with contextlib.suppress(ray.exceptions.RayError):
+                empty()
+        finally:
+            ray.kill(mailbox)

@@ -14,6 +14,7 @@ from trl import (
     SFTConfig,
 )
 
+from train.agree import together
 from train.config import TrainConfig
 from train.device import Device
 from train.examples import Encoded, Encoder, Row, with_kl_completions
@@ -49,7 +50,7 @@ class Method:
 
 
 def _sft_arguments(config: TrainConfig, device: Device, rows: Sequence[Row], common: dict[str, Any]) -> SFTConfig:
-    packing = config.packing and device.type == "cuda" and device.attention.startswith("flash")
+    packing = config.packing and device.attention.startswith("flash")
     return SFTConfig(**common, max_length=config.max_length, packing=packing, padding_free=packing)
 
 
@@ -117,7 +118,10 @@ def _dpo_more(config: TrainConfig, device: Device) -> dict[str, Any]:
 
 
 def _grpo_more(config: TrainConfig, device: Device) -> dict[str, Any]:
-    return {"reward_funcs": [reward_function(config.grader, config.reward_model)], "tools": config.tools}
+    return {
+        "reward_funcs": [together(reward_function(config.grader, config.reward_model))],
+        "tools": config.tools if config.plays_episodes else None,
+    }
 
 
 def balanced_weight(rows: Sequence[Row], undesirable_weight: float) -> float:
@@ -165,6 +169,11 @@ METHODS: dict[str, Method] = {
 }
 
 
+def warmup_steps(config: TrainConfig, steps: int) -> int:
+    """Steps with a rising learning rate, of a run of so many."""
+    return min(config.warmup_steps, round(steps * config.warmup_max_ratio))
+
+
 def common_arguments(config: TrainConfig, device: Device, steps: int) -> dict[str, Any]:
     """Arguments that mean the same to every trainer."""
     checkpointing = config.gradient_checkpointing
@@ -177,7 +186,7 @@ def common_arguments(config: TrainConfig, device: Device, steps: int) -> dict[st
         "gradient_accumulation_steps": config.gradient_accumulation,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.schedule if config.schedule != "constant" else "constant_with_warmup",
-        "warmup_steps": min(config.warmup_steps, round(steps * config.warmup_max_ratio)),
+        "warmup_steps": warmup_steps(config, steps),
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": "adamw_torch",

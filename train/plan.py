@@ -12,6 +12,7 @@ import psutil
 
 from cluster.errors import ConflictError, DatasetError, InputError, NotFoundError
 from cluster.jobs import Job, Jobs
+from cluster.quota import check_quota
 from cluster.registry import Registry, describe_base
 from cluster.settings import Settings
 from data.grading import AtHand, make_grader
@@ -61,9 +62,17 @@ def plan_runs(settings: Settings, request: Request, jobs: Jobs) -> tuple[list[Pl
     Raises:
         InputError, NotFoundError, DatasetError, ConflictError: what was asked for cannot be trained.
     """
+    check_quota(settings, jobs)
     if request.adopt:
-        return _adopted(settings, request, jobs)
-    return plan_again(jobs, request.resume) if request.resume else plan(settings, request)
+        planned, manifest = _adopted(settings, request, jobs)
+    elif request.resume:
+        planned, manifest = plan_again(jobs, request.resume)
+    else:
+        planned, manifest = plan(settings, request)
+    workers = (request.workers or settings.training.workers) if request.ray else 1
+    for run in planned:
+        run.config.steps(manifest.counts.get(run.config.kind, {}).get("train", 0), workers)
+    return planned, manifest
 
 
 def plan(settings: Settings, request: Request) -> tuple[list[Planned], Manifest]:
@@ -95,6 +104,7 @@ def plan(settings: Settings, request: Request) -> tuple[list[Planned], Manifest]
             init_adapter=adapter,
             dataset=dataset,
             out=settings.home / "training" / job_id,
+            prompts="tasks" if manifest.total("task") else None,
             **dict(request.overrides or {}),
         )
         check_data(method, config.kind, read_data(dataset, config.kind), dataset)

@@ -7,7 +7,6 @@ data and seed give the same adapter, whether the run was killed and resumed in b
 
 import json
 import logging
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,12 +19,14 @@ import torch
 from cluster.errors import DatasetError, InputError
 from data.template import template_digest
 from train import checkpoint
+from train.agree import on_first, together
 from train.calibration import Calibration, calibrate
 from train.callbacks import BestKeeper, HealthCallback, ProgressCallback, Schedule
+from train.canary import write_canary
 from train.config import TrainConfig, check_model_dir
-from train.device import Device, num_workers, resolve_device
+from train.device import Device, for_packing, num_workers, resolve_device
 from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
-from train.files import own_folder, written_whole
+from train.files import own_folder, recover, write_file, written_whole
 from train.health import HealthWatch, check_changed, check_swapped, check_truncation, warnings_for
 from train.models import check_weights, load_base, load_start, load_tokenizer, lora_config
 from train.quiet import quiet_libraries
@@ -93,7 +94,7 @@ def train(
         HealthGateError: a health gate closed; the message says which and why.
     """
     started = time.monotonic()
-    return train_prepared(prepare(config, data), reporter, resume_from, started)
+    return train_prepared(together(prepare)(config, data), reporter, resume_from, started)
 
 
 def train_prepared(
@@ -109,7 +110,7 @@ def _train(prepared: "Prepared", reporter: Reporter | None, resume_from: Path | 
     start = trained_tensors(trainer.model)
     if resume_from is not None:
         checkpoint.check_resumable(resume_from, prepared.digest)
-        _restore_best(trainer, resume_from)
+        _restore(trainer, resume_from)
     trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     return _finish(trainer, prepared, start, started)
 
@@ -132,26 +133,20 @@ class Prepared:
     """Processes that share every step: each takes `batch_size` rows of it at a time."""
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of one pass; GRPO leaves out prompts that fill no step."""
-        config, rows = self.config, len(self.rows.rows)
-        answers = config.batch_size * config.gradient_accumulation * self.workers
-        return rows * config.group_size // answers if config.method == "grpo" else math.ceil(rows / answers)
-
-    @property
     def steps(self) -> int:
         """Optimiser steps of the run."""
-        return self.config.max_steps or math.ceil(self.steps_per_epoch * self.config.epochs)
+        return self.config.steps(len(self.rows.rows), self.workers)
 
 
 def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     """Check what can be checked before anything is computed or written."""
-    device = resolve_device(config.device, config.precision, config.threads)
+    device = _device_of(config)
     check_model_dir(config.base_model)
     check_weights(config, device)
     data = data or read_data(config.dataset, config.kind)
     check_data(config.method, config.kind, data, config.dataset)
-    check_world(config.tools)
+    if config.plays_episodes:
+        check_world(config.tools)
     quiet_libraries()
     from train.methods import METHODS
 
@@ -171,7 +166,13 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     return prepared
 
 
-READ_BY = ("method", "base_model", "dataset", "max_length", "sft_loss", "health", "tools", "weights")
+def _device_of(config: TrainConfig) -> Device:
+    device = resolve_device(config.device, config.precision, config.threads)
+    half = config.weights != "full"  # weights that are all trained are fp32, which flash attention has not
+    return for_packing(device) if config.method == "sft" and config.packing and half else device
+
+
+READ_BY = ("method", "base_model", "dataset", "max_length", "sft_loss", "health", "prompts", "tools", "weights")
 """Fields that decide which token ids a run learns from, and whether it may."""
 
 
@@ -179,7 +180,7 @@ def prepare_like(prepared: Prepared, config: TrainConfig) -> Prepared:
     """Another run on the same token ids; prepared anew where its configuration makes others."""
     if any(getattr(prepared.config, name) != getattr(config, name) for name in READ_BY):
         return prepare(config)
-    device = resolve_device(config.device, config.precision, config.threads)
+    device = _device_of(config)
     warnings = warnings_for(config.method, config.sft_weight, prepared.data.train)
     digest = checkpoint.digest_of(config.digest(), prepared.rows.rows, prepared.validation.rows)
     found = replace(prepared, config=config, device=device, warnings=warnings, digest=digest)
@@ -188,19 +189,12 @@ def prepare_like(prepared: Prepared, config: TrainConfig) -> Prepared:
 
 
 def _check_steps(prepared: Prepared) -> None:
-    config = prepared.config
-    if not prepared.steps_per_epoch:
+    """The rows must fill a step, and not more steps than a run may take."""
+    config, rows = prepared.config, len(prepared.rows.rows)
+    if not config.steps_per_epoch(rows, prepared.workers):
         needed = config.batch_size * config.gradient_accumulation * prepared.workers // config.group_size
-        raise DatasetError(
-            f"{len(prepared.rows.rows)} prompts are too few: one step takes {needed}; lower `training.batch_size`"
-        )
-    if prepared.steps > config.limits.max_steps:
-        raise InputError(
-            "train.epochs",
-            config.epochs,
-            f"means {prepared.steps} steps, more than training.limits.max_steps={config.limits.max_steps}",
-            "train less or raise the limit",
-        )
+        raise DatasetError(f"{rows} prompts are too few: one step takes {needed}; lower `training.batch_size`")
+    config.steps(rows, prepared.workers)
 
 
 def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
@@ -208,16 +202,16 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
     from datasets import Dataset
     from transformers import PrinterCallback, set_seed
 
-    from train.methods import METHODS, common_arguments
+    from train.methods import METHODS, common_arguments, warmup_steps
 
     config, method = prepared.config, METHODS[prepared.config.method]
     if prepared.device.type == "cpu":
         torch.set_num_threads(prepared.device.threads)
     set_seed(config.seed)
-    model = load_start(config, prepared.device)
-    together = config.batch_size * prepared.workers
-    rows = method.arrange(prepared.rows.rows, config.seed, together)
-    held_out = method.arrange(prepared.validation.rows, config.seed, together)
+    model = together(load_start)(config, prepared.device)
+    at_once = config.batch_size * prepared.workers
+    rows = method.arrange(prepared.rows.rows, config.seed, at_once)
+    held_out = method.arrange(prepared.validation.rows, config.seed, at_once)
     common = common_arguments(config, prepared.device, prepared.steps)
     trainer = method.trainer(
         model=model,
@@ -228,6 +222,9 @@ def build_trainer(prepared: Prepared, reporter: Reporter | None) -> Any:
         peft_config=None if config.init_adapter or config.weights == "full" else lora_config(config, method.task),
         **method.more(config, prepared.device),
     )
+    if getattr(trainer.args, "packing", False):  # in fewer rows, thus fewer steps
+        packed = config.steps(len(trainer.train_dataset), prepared.workers)
+        trainer.args.warmup_steps = warmup_steps(config, packed)
     trainer.base_model, trainer.monitored = config.base_model, method.monitored
     trainer.checkpoints, trainer.config_digest = config.out / "checkpoints", prepared.digest
     trainer.remove_callback(PrinterCallback)
@@ -240,45 +237,51 @@ def _add_callbacks(trainer: Any, prepared: Prepared, reporter: Reporter | None) 
 
     config = prepared.config
     lengths = prepared.rows.lengths
-    watch = HealthWatch(config.health, config.beta, sum(lengths) / max(len(lengths), 1))
+    watch = trainer.watch = HealthWatch(config.health, config.beta, sum(lengths) / len(lengths) if lengths else None)
     answers = METHODS[config.method].task == "CAUSAL_LM"
     samples = config.health.length_samples if answers else 0
     prompts = validation_prompts(prepared.encoder, prepared.data.validation, samples)
     trainer.add_callback(BestKeeper(trainer, trainer.monitored))
-    trainer.add_callback(HealthCallback(trainer, watch, prompts, prepared.tokenizer))
+    trainer.add_callback(HealthCallback(trainer, watch, prompts, prepared.tokenizer, config.max_completion_tokens))
     trainer.add_callback(Schedule(config.eval_steps, config.save_steps, bool(prepared.validation.rows)))
     if reporter is not None:
         trainer.add_callback(ProgressCallback(reporter.progress))
         trainer.saved = reporter.checkpoint
 
 
-def _restore_best(trainer: Any, folder: Path) -> None:
+def _restore(trainer: Any, folder: Path) -> None:
+    """What a checkpoint holds beside what the trainer reads: the best weights so far, and what health has seen."""
     from safetensors.torch import load_file
 
     from train.trainers import Best
 
     state = json.loads((folder / checkpoint.STATE).read_text())
+    trainer.watch.restore(state["health"])
     weights = folder / checkpoint.BEST / checkpoint.BEST_WEIGHTS
     if state["best_loss"] is not None and weights.is_file():
         trainer.best = Best(state["best_loss"], state["best_step"], load_file(weights))
 
 
 def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started: float) -> TrainResult:
-    """Write the best weights, measure them on held-out feedback, and tidy up."""
-    config = prepared.config
+    """The best weights, measured and written by the first worker for all."""
     if trainer.best is not None:
         put_tensors(trainer.model, trainer.best.tensors)
+    return on_first(partial(_leave_result, trainer, prepared, start, started))
+
+
+def _leave_result(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started: float) -> TrainResult:
+    """Measure on held-out feedback, write the result, and only then let the checkpoints go."""
+    config = prepared.config
     tensors = trained_tensors(trainer.model)
     unchanged = all(torch.equal(tensors[name], start[name]) for name in tensors)
-    first = trainer.is_world_process_zero()
-    report = measure(trainer.model, prepared) if first else HeldOut()
+    report = measure(trainer.model, prepared)
     warnings = prepared.warnings + check_changed(report.shift_nats_per_token, unchanged, config.health)
     folder = result_folder(config)
-    if first:
-        with written_whole(folder) as scratch:
-            write_result(scratch, trainer.model, prepared.tokenizer, config.base_model, _about(config))
-        write_report(config, report)
-    trainer.accelerator.wait_for_everyone()
+    with written_whole(folder) as scratch:
+        write_result(scratch, trainer.model, prepared.tokenizer, config.base_model, _about(config))
+        if config.weights != "full" and not config.scores:
+            write_canary(scratch, trainer.model, prepared.tokenizer)
+    write_report(config, report)
     result = TrainResult(
         method=config.method,
         adapter_dir=folder,
@@ -292,10 +295,9 @@ def _finish(trainer: Any, prepared: Prepared, start: Mapping[str, Any], started:
         base_model=config.base_model,
         template_digest=template_digest(prepared.tokenizer),
     )
-    if first:
-        checkpoint.discard_all(trainer.checkpoints)
-        shown = {**result.as_json(), "config": config.digest()}
-        (config.out / RESULT).write_text(json.dumps(shown, indent=2) + "\n")
+    shown = {**result.as_json(), "config": config.digest()}
+    write_file(config.out / RESULT, json.dumps(shown, indent=2) + "\n")
+    checkpoint.discard_all(trainer.checkpoints)
     return result
 
 
@@ -318,6 +320,7 @@ def write_report(config: TrainConfig, report: Report) -> None:
 
 def finished_result(config: TrainConfig) -> dict[str, Any] | None:
     """The result of a run that has ended well in this folder, if its adapter is still what it was."""
+    recover(result_folder(config))
     try:
         result: dict[str, Any] = json.loads((config.out / RESULT).read_text())
         whole = result_digest(result_folder(config)) == result["adapter_sha256"]

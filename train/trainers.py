@@ -7,6 +7,7 @@ and writes our checkpoints instead of pickles.
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from trl.trainer.utils import disable_dropout_in_model
 from cluster.errors import RayloopError
 from cluster.settings.training import ToolWorldSettings
 from train import checkpoint
+from train.agree import on_first
 from train.episodes import Player
 from train.generate import Sampling, decode, end_tokens
+from train.health import HealthWatch
 from train.reference import References
 from train.score_card import CardCollator, score_card_loss
 from train.shared_prompt import ByLength, SharedPrompt, add_answer_head, check_equal
@@ -52,6 +55,7 @@ class Rayloop:
     checkpoints: Path
     config_digest: str
     best: Best | None = None
+    watch: HealthWatch
     monitored: str = "eval_loss"
     saved: Callable[[Path, int], None] | None = None
     """Called on every rank after a checkpoint was written, with its folder and step."""
@@ -73,8 +77,7 @@ class Rayloop:
         else:
             key = self.references.key(dataset, self.reference_columns, batch_size)
             columns = self._kept_logps(key, len(dataset)) or self._reference_logps(dataset, batch_size)
-            if self.accelerator.is_main_process:
-                self.references.write(key, columns)
+            on_first(partial(self.references.write, key, columns))
         for column, values in columns.items():
             dataset = dataset.add_column(column, values)
         return dataset
@@ -138,7 +141,8 @@ class Rayloop:
             checkpoint.load_random_state(Path(folder), self.args.process_index)
 
     def _load_scaler(self: Any, folder: str | None) -> None:
-        """fp16's loss scale finds itself again within a few steps."""
+        if folder is not None:
+            checkpoint.load_scaler(self, Path(folder))
 
 
 class SftTrainer(Rayloop, SFTTrainer):  # type: ignore[misc]
@@ -231,9 +235,9 @@ class ScoreCardTrainer(Rayloop, Trainer):  # type: ignore[misc]
 class GrpoTrainer(Rayloop, GRPOTrainer):  # type: ignore[misc]
     """GRPO on `prompt` (ids as JSON text) and `item`; answers come from `train.generate`, or from episodes."""
 
-    def __init__(self, *arguments: Any, tools: ToolWorldSettings, **named: Any) -> None:
+    def __init__(self, *arguments: Any, tools: ToolWorldSettings | None, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        if tools.answers != "none":
+        if tools is not None:
             self.player = Player(named["processing_class"], tools, self.max_completion_length)
             self.rollout_func = self._play
 

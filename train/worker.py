@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ def run_on_ray(
     Raises:
         InputError: a GPU was asked for and the cluster has too few.
         UnavailableError: the workers died more often than `max_failures`.
+        RayloopError: what `on_event` raised; it ends the workers.
     """
     import ray
 
@@ -55,7 +57,12 @@ def run_on_ray(
     datasets = streamed_rows(configs)
     trainer = WorkerGroupTrainer(
         train_in_worker,
-        train_loop_config={"configs": list(configs), "mailbox": mailbox, "streamed": frozenset(datasets)},
+        train_loop_config={
+            "configs": list(configs),
+            "mailbox": mailbox,
+            "streamed": frozenset(datasets),
+            "gpus": workers if use_gpu else 0,
+        },
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=use_gpu),
         datasets=datasets,
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
@@ -65,7 +72,7 @@ def run_on_ray(
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
         ),
     )
-    with emptied_regularly(mailbox, on_event):
+    with emptied_regularly(mailbox, on_event, trainer.stop):
         try:
             trainer.fit()
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
@@ -131,7 +138,7 @@ def train_in_worker(loop: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     for number, config in enumerate(loop["configs"]):
         reporter = WorkerReporter(number, loop["mailbox"], rank)
-        reporter.tell("begin", values={"pid": os.getpid()})
+        reporter.tell("begin", values={"pid": os.getpid(), "gpus": loop["gpus"]})
         try:
             result = _train_one(config, reporter, streamed=config.kind in loop["streamed"])
         except RayloopError as error:
@@ -143,15 +150,27 @@ def train_in_worker(loop: dict[str, Any]) -> None:
 def _train_one(config: TrainConfig, reporter: "Reporter", *, streamed: bool = False) -> dict[str, Any]:
     """One run; what an earlier life of this process finished or began is not done again."""
     import_trainers()
-    from train import checkpoint
-    from train.run import finished_result, train
+    from train.agree import on_first
+    from train.run import train
 
-    done = finished_result(config)
+    done, resume_from = on_first(partial(_where_it_is, config))
     if done is not None:
         return done
-    resume_from = checkpoint.last_checkpoint(config.out / "checkpoints")
     data = _streamed(config) if streamed else None
     return train(config, data, reporter=reporter, resume_from=resume_from).as_json()
+
+
+def _where_it_is(config: TrainConfig) -> tuple[dict[str, Any] | None, Path | None]:
+    """The result of a run that has ended well, or the checkpoint from which it goes on."""
+    from train import checkpoint
+    from train.run import finished_result
+
+    checkpoints = config.out / "checkpoints"
+    done = finished_result(config)
+    if done is not None:
+        checkpoint.discard_all(checkpoints)  # it may have ended between its result and this
+        return done, None
+    return None, checkpoint.last_checkpoint(checkpoints)
 
 
 def _streamed(config: TrainConfig) -> Any:
@@ -172,13 +191,19 @@ def run_here(configs: Sequence[TrainConfig], on_event: Callable[[Event], None]) 
     """The same in this process, without Ray."""
     for number, config in enumerate(configs):
         reporter = _Local(number, on_event)
-        on_event(Event(number, "begin"))
+        on_event(Event(number, "begin", values={"gpus": _gpus_here(config)}))
         try:
             result = _train_one(config, reporter)
         except RayloopError as error:
             on_event(Event(number, "fail", error=error))
             continue
         on_event(Event(number, "end", result=result))
+
+
+def _gpus_here(config: TrainConfig) -> int:
+    import torch
+
+    return int(config.device != "cpu" and torch.cuda.is_available())
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Ray Train starts a process for each duty around the workers. Every one imports f
 does so while the worker wants to import too. Importing this module loads torch.
 """
 
+import contextlib
 import os
 from typing import Any
 
@@ -20,6 +21,19 @@ class WorkerGroupTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  #
     The cleaner serves drivers that outlive many trainings. Ours closes its session after each, also before it tries
     again, and with a session Ray removes what its actors had reserved.
     """
+
+    controller: Any = None
+    """The actor that runs the workers, once `fit` has started it from the main thread."""
+
+    def stop(self) -> None:
+        """End the workers, from another thread; `fit` then raises."""
+        if self.controller is not None:
+            with contextlib.suppress(ray.exceptions.RayActorError):  # it ends itself before it answers
+                ray.get(self.controller.abort.remote())
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self.controller = controller
+        super()._register_sigint_handler(controller)
 
     def _create_default_callbacks(self) -> list[Any]:
         idle = (PlacementGroupCleanerCallback,) if self.datasets else (PlacementGroupCleanerCallback, DatasetsCallback)

@@ -16,7 +16,7 @@ from cluster import tracking
 from cluster.errors import NotFoundError
 from cluster.settings import Settings
 from cluster.settings.training import SweepSettings
-from train.files import replace_text
+from train.files import write_file
 from tune.job import tell
 from tune.objective import Axes
 from tune.report import Trial
@@ -55,7 +55,7 @@ class NestedRuns(ray.tune.Callback):  # type: ignore[misc]  # Ray is untyped her
             "rayloop.trial": trial.trial_id,
         }
         opened = client.create_run(experiment, run_name=f"trial {_number(trial)}", tags=tags)
-        replace_text(self.file, json.dumps({**known, trial.trial_id: opened.info.run_id}))
+        write_file(self.file, json.dumps({**known, trial.trial_id: opened.info.run_id}))
         self._run(trial).log_params(trial.config)
 
     def on_trial_result(

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluster.errors import InputError, NotFoundError
 from cluster.settings import Settings
-from train.files import replace_text
+from train.files import write_file
 from tune.space import Choice, Range, Space, default_space, field_of, highest_of, parse_dimension
 
 SPEC = "sweep.json"
@@ -117,7 +117,7 @@ def write_sweep(settings: Settings, sweep: Sweep) -> None:
     """Make the sweep's folder, and write down what is swept."""
     folder = sweep_folder(settings, sweep.sweep_id)
     folder.mkdir(parents=True)
-    replace_text(folder / SPEC, json.dumps(sweep.to_json(), indent=2))
+    write_file(folder / SPEC, json.dumps(sweep.to_json(), indent=2))
 
 
 def sweep_folder(settings: Settings, sweep_id: str) -> Path:

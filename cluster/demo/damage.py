@@ -9,10 +9,16 @@ SCALED = "lora_B"
 
 
 def damage_adapter(source: Path, target: Path, factor: float) -> Path:
-    """Copy an adapter with its update multiplied by `factor`; a negative one unlearns."""
+    """Copy an adapter with its update multiplied by `factor`; a negative one unlearns.
+
+    Without what its training found of a few texts: an engine would see the damage when it loads it, and this act is
+    about damage that shows only in what people say.
+    """
     from safetensors.numpy import load_file, save_file
 
-    shutil.copytree(source, target)
+    from cluster.registry import CANARY_FILE
+
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(CANARY_FILE))
     tensors = load_file(target / WEIGHTS)
     if not any(SCALED in name for name in tensors):
         raise ValueError(f"{source / WEIGHTS} holds no {SCALED} factors")

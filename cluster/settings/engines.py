@@ -114,6 +114,9 @@ class EngineSettings(Section):
     """Texts whose log-probs an adapter must move against the base, or it does nothing."""
     canary_min_shift: float = Field(1e-5, ge=0)
     """Least change, in nats, of the most moved token of the canary prompts."""
+    canary_max_distance: float = Field(0.2, gt=0)
+    """How far, in nats a token, a served adapter's log-probs may be from those its training wrote beside it; a base in
+    other arithmetic (4 bits, bf16) costs some of it. Adapters without such a file are not held to it."""
     poll_interval_s: float = Field(0.5, gt=0)
     """How often a replica reads which versions it should hold."""
     heartbeat_s: float = Field(2.0, gt=0)

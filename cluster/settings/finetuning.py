@@ -45,10 +45,6 @@ class FinetuningSettings(Section):
     max_active_jobs: int = Field(20, ge=1)
     """Jobs of one tenant that may wait, run or pause; how many run at once is
     `training.limits.max_concurrent_jobs`."""
-    max_training_hours: float = Field(200.0, gt=0)
-    """Hours that the jobs of one tenant may have run within `usage_days`; beyond them no job is created."""
-    usage_days: float = Field(30.0, gt=0)
-    """The period of `max_training_hours`."""
     max_compute_multiplier: float = Field(8.0, gt=0)
     """Highest `compute_multiplier` of a reinforcement job."""
     ray_jobs_address: str | None = Field(None, pattern=r"^https?://[^\s?#]+$")

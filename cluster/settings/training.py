@@ -34,8 +34,8 @@ class SftSettings(Section):
     """Tokens the loss is taken over: the judged answer, every assistant turn, or everything. Earlier
     turns were not judged, so by default nothing is learned from them."""
     packing: bool = True
-    """Put several short examples into one row where the attention kernel keeps them apart (flash
-    attention on a GPU); elsewhere rows are padded."""
+    """Put several short examples into one row where the attention kernel keeps them apart: on a GPU with
+    the package `flash-attn`, for adapters in half precision. Elsewhere rows are padded."""
 
 
 class DpoSettings(Section):
@@ -206,14 +206,20 @@ class HealthSettings(Section):
 
 
 class LimitSettings(Section):
-    """What a single run may cost; a run that would exceed it is refused before it starts."""
+    """What trainings may cost; a run that would exceed it is refused before it starts."""
 
     max_steps: int = Field(100_000, ge=1)
     """Optimiser steps."""
     max_epochs: float = Field(100.0, gt=0)
     """Passes over the data."""
     max_concurrent_jobs: int = Field(4, ge=1)
-    """Jobs of one tenant that may run at the same time."""
+    """Jobs of one tenant that may run at the same time, in all its workspaces."""
+    max_training_hours: float = Field(200.0, gt=0)
+    """Hours that the trainings of one tenant may have run within `usage_days`; beyond them none is started."""
+    max_gpu_hours: float = Field(500.0, gt=0)
+    """The same in hours times GPUs."""
+    usage_days: float = Field(30.0, gt=0)
+    """The period of `max_training_hours` and `max_gpu_hours`."""
 
 
 class ToySettings(Section):

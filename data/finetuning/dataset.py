@@ -2,7 +2,7 @@
 
 The training file is the split `train`, the validation file the split `validation`; a question that is in both
 stays in validation only. Each assistant message that is to be learned becomes an example of its own, with the
-turns before it as its prompt.
+turns before it as its prompt; an item becomes a task, with the fields that its grader reads.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from cluster.settings import Settings
 from data import manifest
 from data.card import dataset_card
 from data.events import Event
-from data.finetuning.rows import Format, Json, learned
+from data.finetuning.rows import Json, learned
 from data.finetuning.uploads import StoredFile
 from data.join import to_json
 from data.manifest import Manifest, Shard
@@ -30,7 +30,7 @@ from data.rows import read_rows
 from data.scrub import SCRUBBED, scrub
 from data.stages import StageCount
 
-KINDS: dict[Format, str] = {"chat": "sft", "preference": "preference"}
+KINDS: dict[str, str] = {"chat": "sft", "preference": "preference", "item": "task"}
 """Format of a file -> kind of its examples."""
 TEXTS = pa.schema([(name, pa.string()) for name in SCRUBBED] + [("answer_logprob", pa.float64()), ("line", pa.int64())])
 
@@ -71,10 +71,9 @@ def package(settings: Settings, parts: Sequence[Part], *, agent: str | None) -> 
 
 
 def _kind(stored: StoredFile) -> str:
-    for known, kind in KINDS.items():
-        if stored.format == known:
-            return kind
-    raise DatasetError(f"file {stored.filename!r} has the format `{stored.format}`, of which no dataset can be made")
+    if stored.format not in KINDS:
+        raise DatasetError(f"file {stored.filename!r} is no training file; no dataset can be made of it")
+    return KINDS[stored.format]
 
 
 def ready_event(made: Manifest) -> Event:
@@ -121,16 +120,18 @@ def _examples(part: Part, kind: str, settings: Settings, agent: str | None, coun
 
 def _texts(line: int, value: Json, kind: str) -> Json:
     """One line in the columns that are scrubbed."""
-    if kind == "sft":
-        messages, answer, tools = value["messages"], None, value.get("tools")
-    else:
-        messages, tools = value["input"]["messages"], value["input"].get("tools")
-        answer = {"chosen": value["preferred_output"], "rejected": value["non_preferred_output"]}
+    asked, rest = value, None
+    if kind == "preference":
+        asked = value["input"]
+        answers = {"chosen": value["preferred_output"], "rejected": value["non_preferred_output"]}
+        rest = {name: [_plain(message) for message in said] for name, said in answers.items()}
+    elif kind == "task":
+        rest = {name: field for name, field in value.items() if name not in ("messages", "tools")}
     return {
         "line": line,
-        "messages": to_json([_plain(message) for message in messages]),
-        "response": None if answer is None else to_json({k: [_plain(m) for m in v] for k, v in answer.items()}),
-        "tools": to_json(tools) if tools else None,
+        "messages": to_json([_plain(message) for message in asked["messages"]]),
+        "response": to_json(rest) if rest else None,
+        "tools": to_json(asked["tools"]) if asked.get("tools") else None,
     }
 
 
@@ -148,6 +149,9 @@ def _contents(row: Json, kind: str) -> Iterator[Json]:
         answers = orjson.loads(row["response"])
         chosen, rejected = (to_json(_bare(answers[name])) for name in ("chosen", "rejected"))
         yield {"prompt": to_json(_bare(messages)), "chosen": chosen, "rejected": rejected, "margin": 1.0, **common}
+        return
+    if kind == "task":
+        yield {"prompt": to_json(_bare(messages)), "item": row["response"] or "{}", **common}
         return
     for end, message in enumerate(messages, 1):
         if learned(message):

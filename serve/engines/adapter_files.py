@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve.engines.adapter_source import AdapterError, read_file
+from serve.engines.adapter_source import AdapterError, read_file, read_optional
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+CANARY_FILE = "canary.json"  # cluster.registry.CANARY_FILE
 MAX_CONFIG_BYTES = 2**20
 UNSUPPORTED = (
     "use_dora", "lora_bias", "use_qalora", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
@@ -78,6 +79,25 @@ def read_adapter(location: Path | str, *, max_rank: int, max_mb: float = 8192) -
     digest = digest_of(files)
     rank = max(pair.a.shape[0] for pair in pairs.values())
     return AdapterFiles(str(location), digest, rank, config.get("base_model_name_or_path") or None, config, pairs)
+
+
+def read_canary(location: Path | str) -> list[dict[str, Any]]:
+    """What the adapter's training found of a few texts: `ids`, and `logprobs` of those after the first; or nothing.
+
+    Raises:
+        AdapterError: the file is of another shape.
+    """
+    data = read_optional(str(location), CANARY_FILE, MAX_CONFIG_BYTES)
+    if data is None:
+        return []
+    try:
+        rows = json.loads(data)
+        whole = all(len(row["ids"]) == len(row["logprobs"]) + 1 for row in rows)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise AdapterError(f"{CANARY_FILE} does not hold ids and log-probs")
+    return list(rows)
 
 
 def digest_of(files: dict[str, bytes]) -> str:

@@ -25,10 +25,18 @@ def read_file(location: str, name: str, limit: int) -> bytes:
     Raises:
         AdapterError: it is not there, cannot be read, or is longer than `limit` bytes.
     """
+    data = read_optional(location, name, limit)
+    if data is None:
+        raise AdapterError(f"{name} does not exist at {shown(location)}")
+    return data
+
+
+def read_optional(location: str, name: str, limit: int) -> bytes | None:
+    """The same; `None` where there is no such file."""
     try:
         return _read_from_store(location, name, limit) if is_uri(location) else _read_from_folder(location, name, limit)
     except FileNotFoundError:
-        raise AdapterError(f"{name} does not exist at {shown(location)}") from None
+        return None
     except OSError as error:
         cause = error.strerror or str(error).splitlines()[0]
         raise AdapterError(f"{name} cannot be read from {shown(location)} ({cause})") from None

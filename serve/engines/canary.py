@@ -1,10 +1,12 @@
-"""Does a loaded adapter do anything? Its log-probs of a few texts are compared with the base's.
+"""Does a loaded adapter do anything, and what it was trained to? Its log-probs of a few texts are compared with the
+base's, and with those that its training wrote down.
 
 An adapter that moves nothing was never trained, was saved before training, or did not reach the layers it
 names: to give it traffic would measure the base against itself. One that yields not-a-number would fail
 every answer.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ class Canary:
 
     def __init__(self, tokenizer: Any, scheduler: Scheduler, settings: EngineSettings) -> None:
         self._scheduler, self._min_shift = scheduler, settings.canary_min_shift
+        self._max_distance = settings.canary_max_distance
         texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in settings.canary_prompts]
         self._prompts: list[list[int]] = [ids for ids in texts if len(ids) > 1]
         self._base = self._logprobs(None)
@@ -45,6 +48,24 @@ class Canary:
                 f"{self._min_shift:.2g} is asked (`engine.canary_min_shift`)"
             )
         return shift
+
+    def check_as_trained(self, adapter: LoadedAdapter, rows: Sequence[Mapping[str, Any]]) -> float:
+        """The mean distance, in nats a token, from what the adapter's training found of the texts in `rows`.
+
+        Raises:
+            AdapterError: the distance is too large: another adapter, base or scale than was trained.
+        """
+        if not rows:
+            return 0.0
+        served = self._scheduler.call(lambda: [self._score(row["ids"], adapter) for row in rows])
+        trained = torch.cat([torch.tensor(row["logprobs"]) for row in rows])
+        distance = float((torch.cat(served.result(CANARY_TIMEOUT_S)).cpu() - trained).abs().mean())
+        if not distance <= self._max_distance:
+            raise AdapterError(
+                f"it is not as it was trained: log-probs of its canary texts are {distance:.2g} nats a token from what "
+                f"its training wrote down, {self._max_distance:.2g} are allowed (`engine.canary_max_distance`)"
+            )
+        return distance
 
     def _logprobs(self, adapter: LoadedAdapter | None) -> list[torch.Tensor]:
         return self._scheduler.call(lambda: [self._score(ids, adapter) for ids in self._prompts]).result(

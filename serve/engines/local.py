@@ -21,7 +21,7 @@ from cluster.errors import ConfigError, NotFoundError
 from cluster.settings.engines import EngineSettings
 from data.events import Message
 from data.template import Tools, render, template_digest
-from serve.engines.adapter_files import read_adapter
+from serve.engines.adapter_files import read_adapter, read_canary
 from serve.engines.adapter_source import AdapterError
 from serve.engines.base_model import BaseIdentity
 from serve.engines.cache import SlotCache, layer_shapes
@@ -137,6 +137,7 @@ class LocalEngine:
         self.base.check_named(files.base_model)
         adapter = self._bank.prepare(name, files)
         self._canary.check(adapter)
+        self._canary.check_as_trained(adapter, read_canary(path))
         self._loaded_at.setdefault(name, int(time.time()))
         self._bank.add(adapter)
         return adapter

@@ -15,10 +15,10 @@ from itertools import islice
 import orjson
 from sqlalchemy.engine import Engine
 
-from cluster.clock import DAY_US, now_us
 from cluster.errors import ConflictError, NotFoundError
 from cluster.job_events import JobEvent, Kind, note, read_events
 from cluster.jobs import Job, Jobs
+from cluster.quota import exceeded
 from cluster.settings import Settings
 from data.finetuning.rows import Json, check_against_grader
 from data.finetuning.uploads import StoredFile, Uploads
@@ -45,7 +45,6 @@ ACTED = {
     "resume": "The job goes on",
     "cancel": "The job was cancelled",
 }
-HOUR_S = 3600.0
 
 
 @dataclass(slots=True)
@@ -69,7 +68,7 @@ class JobRoutes:
         job_id = _job_id(key, repeat)
         asked = requests.parse_create(document, settings)
         files = self._files(database, key, document, asked["method"])
-        self._check_usage(jobs)
+        self._check_quota(jobs)
         request = asked | files | {
             "model": document["model"],
             "base": base.ref,
@@ -111,15 +110,9 @@ class JobRoutes:
                 check_against_grader(uploads.path(found), check)
         return names
 
-    def _check_usage(self, jobs: Jobs) -> None:
-        """Refuse a job of a tenant that has used up its hours."""
-        limits = self.settings.finetuning
-        used_h = jobs.used_s(now_us() - round(limits.usage_days * DAY_US)) / HOUR_S
-        if used_h >= limits.max_training_hours:
-            message = (
-                f"Tenant {jobs.tenant!r} has trained for {used_h:.1f} hours in the last {limits.usage_days:g} days; "
-                f"finetuning.max_training_hours is {limits.max_training_hours:g}."
-            )
+    def _check_quota(self, jobs: Jobs) -> None:
+        message = exceeded(self.settings, jobs)
+        if message is not None:
             raise ApiError(429, message, code="insufficient_quota", type="insufficient_quota", retry=False)
 
     async def list(self, database: Engine, key: Key, query: Query) -> Json:

@@ -31,7 +31,11 @@ HYPERPARAMETERS: dict[str, tuple[str, ...]] = {
         "reasoning_effort",
     ),
 }  # fmt: skip
-WHOLE = ("n_epochs", "batch_size", "eval_interval", "eval_samples")
+MEANINGLESS = {
+    "reasoning_effort": "has no meaning for these models",
+    "eval_samples": "has no meaning here: an evaluation answers every line of the validation file once",
+}
+WHOLE = ("n_epochs", "batch_size", "eval_interval")
 SUFFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ITEM_FIELD = re.compile(r"\{\{\s*item\.([A-Za-z0-9_]+)")
 MAX_SEED = 2**31 - 1
@@ -113,8 +117,8 @@ def parse_method(document: Json, settings: Settings) -> Json:
 def _hyperparameter(name: str, value: Any, field: str, settings: Settings) -> Any:
     if value is None or value == AUTO:
         return AUTO
-    if name == "reasoning_effort":
-        raise InputError(field, value, "has no meaning for these models", "leave it out")
+    if name in MEANINGLESS:
+        raise InputError(field, value, MEANINGLESS[name], "leave it out")
     number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value <= 0 or (name in WHOLE and value != int(value)):
         rule = "must be a whole number above 0, or auto" if name in WHOLE else "must be a number above 0, or auto"
@@ -125,6 +129,7 @@ def _hyperparameter(name: str, value: Any, field: str, settings: Settings) -> An
         "batch_size": (4096, "the highest batch size"),
         "beta": (100, "the highest beta"),
         "compute_multiplier": (settings.finetuning.max_compute_multiplier, "finetuning.max_compute_multiplier"),
+        "eval_interval": (limits.max_steps, "training.limits.max_steps"),
     }
     highest, rule = bounds.get(name, (math.inf, ""))
     if value > highest:
@@ -141,16 +146,18 @@ def overrides_of(method: Json, seed: int, settings: Settings) -> Json:
     kind = method["type"]
     chosen = {name: value for name, value in method[kind]["hyperparameters"].items() if value != AUTO}
     found: Json = {"seed": seed}
-    if kind == "reinforcement":
-        found["grader"] = method[kind]["grader"]
     if "n_epochs" in chosen:
         found["epochs"] = float(chosen["n_epochs"])
     if "beta" in chosen:
         found["beta"] = float(chosen["beta"])
-    if "batch_size" in chosen:
-        most = settings.training.batch_size
-        found["batch_size"] = max(n for n in range(1, most + 1) if chosen["batch_size"] % n == 0)
-        found["gradient_accumulation"] = chosen["batch_size"] // found["batch_size"]
+    if kind == "reinforcement":
+        group = _group_size(chosen, settings)
+        found |= {"grader": method[kind]["grader"], "group_size": group}
+        found |= _batches(_examples_per_step(kind, chosen, settings) * group, settings)
+    elif "batch_size" in chosen:
+        found |= _batches(chosen["batch_size"], settings)
+    if "eval_interval" in chosen:
+        found["eval_steps"] = chosen["eval_interval"]
     own = getattr(settings.training, METHODS[kind], None)
     if "learning_rate_multiplier" in chosen and own is not None:
         found["learning_rate"] = own.learning_rate * chosen["learning_rate_multiplier"]
@@ -161,6 +168,25 @@ def overrides_of(method: Json, seed: int, settings: Settings) -> Json:
     return found
 
 
+def _batches(examples: int, settings: Settings) -> Json:
+    """A step of so many examples, in the largest equal parts that fit one forward pass."""
+    size = max(n for n in range(1, settings.training.batch_size + 1) if examples % n == 0)
+    return {"batch_size": size, "gradient_accumulation": examples // size}
+
+
+def _group_size(chosen: Json, settings: Settings) -> int:
+    """Answers sampled for each prompt: what `compute_multiplier` multiplies."""
+    return max(2, round(settings.training.grpo.group_size * float(chosen.get("compute_multiplier", 1))))
+
+
+def _examples_per_step(kind: str, chosen: Json, settings: Settings) -> int:
+    """Lines of the training file that one optimiser step reads."""
+    if "batch_size" in chosen:
+        return int(chosen["batch_size"])
+    automatic = settings.training.batch_size * settings.training.gradient_accumulation
+    return max(1, automatic // settings.training.grpo.group_size) if kind == "reinforcement" else automatic
+
+
 def parse_create(document: Json, settings: Settings) -> Json:
     """The fields of a new job but for its model and files: `method`, `overrides`, `seed`, `suffix`, `metadata`.
 
@@ -168,6 +194,11 @@ def parse_create(document: Json, settings: Settings) -> Json:
         InputError: names the field.
     """
     _known(document, FIELDS, "")
+    if settings.training.weights == "full":
+        rule = "makes whole models, and an engine serves `ft:` models as adapters of its base"
+        raise InputError(
+            "training.weights", "full", rule, "set lora or qlora; train whole models by `rayloop train run`"
+        )
     if document.get("integrations"):
         raise InputError("integrations", document["integrations"], "are not supported", "runs are in MLflow")
     seed = document.get("seed")
@@ -211,11 +242,12 @@ def check_files(method: Json, training: StoredFile, validation: StoredFile | Non
     if validation is not None and validation.sha256 == training.sha256:
         rule = "has the same content as training_file"
         raise InputError("validation_file", validation.file_id, rule, "hold examples out, or leave it out")
-    limits, own = settings.training.limits, getattr(settings.training, METHODS[kind], None)
-    chosen = method[kind]["hyperparameters"]
-    automatic = settings.training.batch_size * settings.training.gradient_accumulation
-    batch = automatic if chosen["batch_size"] == AUTO else chosen["batch_size"]
-    epochs = getattr(own, "epochs", 1.0) if chosen["n_epochs"] == AUTO else chosen["n_epochs"]
+    limits, own = settings.training.limits, getattr(settings.training, METHODS[kind])
+    chosen = {name: value for name, value in method[kind]["hyperparameters"].items() if value != AUTO}
+    batch, epochs = _examples_per_step(kind, chosen, settings), chosen.get("n_epochs", own.epochs)
+    if kind == "reinforcement" and training.rows < batch:
+        rule = f"means {batch} lines a step, and training_file has {training.rows}"
+        raise InputError(f"method.{kind}.hyperparameters.batch_size", batch, rule, "lower it or send more")
     steps = math.ceil(math.ceil(training.rows / batch) * epochs)
     if steps > limits.max_steps:
         rule = f"means {steps} steps, more than training.limits.max_steps={limits.max_steps}"

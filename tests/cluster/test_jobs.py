@@ -1,8 +1,10 @@
 import pytest
+import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
+from cluster.clock import SECOND_US
 from cluster.errors import ConflictError, NotFoundError
-from cluster.jobs import LOST, Jobs
+from cluster.jobs import LOST, UNCOUNTED, Jobs, Usage
 
 
 @pytest.fixture
@@ -49,9 +51,48 @@ def test_one_tenant_cannot_run_more_than_it_may(jobs: Jobs) -> None:
     jobs.create("sft", max_concurrent=1)
 
 
-def test_a_loop_takes_no_place(jobs: Jobs) -> None:
+def test_a_loop_takes_no_place_and_uses_no_hours(jobs: Jobs) -> None:
+    for kind in UNCOUNTED:
+        spend(jobs, jobs.create(kind).job_id, seconds=100, gpus=1)
     jobs.start(jobs.create("loop").job_id)
     jobs.create("sft", max_concurrent=1)
+    assert jobs.usage(0) == Usage(0, 0)
+
+
+def spend(jobs: Jobs, job_id: str, *, seconds: int, gpus: float) -> None:
+    """Let a job have run for so long."""
+    jobs.start(job_id, gpus=gpus)
+    with jobs.engine.begin() as connection:
+        back = {"us": seconds * SECOND_US, "id": job_id}
+        connection.execute(
+            sa.text("UPDATE training_jobs SET started_at_us = started_at_us - :us WHERE job_id = :id"), back
+        )
+    jobs.fail(job_id, "enough")
+
+
+def test_gpu_hours_of_every_life_and_workspace_count(jobs: Jobs) -> None:
+    first, second = jobs.create("sft").job_id, Jobs(jobs.engine, "acme", "other")
+    spend(jobs, first, seconds=100, gpus=2)
+    jobs.retry(first)
+    spend(jobs, first, seconds=50, gpus=4)
+    spend(second, second.create("dpo").job_id, seconds=10, gpus=0)
+    spend(other := Jobs(jobs.engine, "rival", "main"), other.create("dpo").job_id, seconds=1000, gpus=1)
+    used = jobs.usage(0)
+    assert (used.run_s, used.gpu_s) == (pytest.approx(160, abs=3), pytest.approx(400, abs=10))
+    jobs.start(jobs.create("sft").job_id, gpus=1)  # what runs counts as far as it is
+    assert used.run_s <= jobs.usage(0).run_s < used.run_s + 3
+
+
+def test_a_place_is_taken_when_a_job_starts_in_whatever_workspace(jobs: Jobs) -> None:
+    other = Jobs(jobs.engine, "acme", "b")
+    waiting = [where.create("sft", max_concurrent=1).job_id for where in (jobs, other)]
+    jobs.start(waiting[0], max_concurrent=1)
+    with pytest.raises(ConflictError, match="max_concurrent_jobs is 1"):
+        other.start(waiting[1], max_concurrent=1)
+    assert other.get(waiting[1]).state == "pending"
+    with pytest.raises(ConflictError, match="max_concurrent_jobs is 1"):
+        other.create("sft", max_concurrent=1)
+    other.start(waiting[1], max_concurrent=1, silent_s=-1)  # the other has been silent for longer than that
 
 
 def test_silent_job_counts_as_failed(jobs: Jobs) -> None:

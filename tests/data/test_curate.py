@@ -153,7 +153,7 @@ def test_examples_have_the_columns_of_their_kind_in_order_of_the_curriculum(
     for kind, columns in COLUMNS.items():
         table = read_examples(made.path, kind, "train")
         assert tuple(table.column_names) == columns
-        assert len(table) == made.counts[kind]["train"] and (len(table) > 0 or kind == "trajectory")
+        assert len(table) == made.counts[kind]["train"] and (len(table) > 0 or kind in ("trajectory", "task"))
         assert table["order"].to_pylist() == sorted(table["order"].to_pylist())
     pair = read_examples(made.path, "preference", "train").to_pylist()[0]
     assert [m["role"] for m in json.loads(pair["chosen"])] == ["assistant"]

@@ -1,5 +1,6 @@
 """`rayloop train run` and `rayloop register`, called as a person calls them but in this process."""
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,6 +75,8 @@ def test_train_and_register_keep_the_whole_lineage(home: Path, toy_base: Path, t
     assert version.adapter_sha256 == trained["adapter_sha256"]
     assert (version.dataset_hash, version.run_id) == (trained["dataset_hash"], trained["run_id"])
     assert version.base_model == str(toy_base.resolve())
+    canary = Registry(settings).adapter_dir(version) / "canary.json"
+    assert version.tags["canary_sha256"] == hashlib.sha256(canary.read_bytes()).hexdigest()
 
     run = Registry(settings).client.get_run(trained["run_id"])
     assert run.info.status == "FINISHED"
@@ -233,6 +236,25 @@ def test_adapter_of_unknown_origin_needs_its_base(home: Path, toy_base: Path, tm
     assert "name it with --base-model" in refused(InputError, "register", "triage", adapter)
     assert call("register", "triage", adapter, "--base-model", toy_base)["version"] == "triage/1"
     assert "one of the two" in refused(InputError, "register", "triage")
+
+
+def test_what_costs_too_much_is_refused_before_anything_starts(
+    home: Path, toy_base: Path, toy_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("run", "--method", "sft", "--dataset", toy_dataset, "--base", toy_base, "--name", "dear")
+    monkeypatch.setenv("RAYLOOP_TRAINING__LIMITS__MAX_STEPS", "5")
+    assert "means 18 steps, more than training.limits.max_steps=5" in refused(InputError, *common)
+    monkeypatch.delenv("RAYLOOP_TRAINING__LIMITS__MAX_STEPS")
+    settings = load_settings()[0]
+    database = connect(settings)
+    jobs = Jobs(database, settings.tenant, settings.workspace)
+    jobs.create("sft", job_id="dear")
+    jobs.fail("dear", "killed")
+    with database.begin() as connection:
+        connection.execute(sa.text("UPDATE training_jobs SET used_gpu_s = 3600 * 500"))
+    for arguments in (common[:-2], ("run", "--resume", "dear")):
+        assert "trained for 500.0 GPU-hours" in refused(ConflictError, *arguments)
+    database.dispose()
 
 
 def test_too_many_jobs_are_refused(home: Path, toy_base: Path, toy_dataset: Path) -> None:

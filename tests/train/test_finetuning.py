@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy.engine import Engine
 
 from cluster.database import connect
-from cluster.errors import ConflictError, DatasetError, InputError, NotFoundError
+from cluster.errors import ConflictError, InputError, NotFoundError
 from cluster.job_events import read_events
 from cluster.jobs import Job, Jobs
 from cluster.registry import Registry
@@ -124,15 +124,3 @@ def test_paused_job_refuses_its_process_and_is_not_marked_failed(
     with pytest.raises(ConflictError, match="somebody paused it"):
         run_job(short, database, job.job_id, str(token))
     assert jobs.get(job.job_id).state == "paused"
-
-
-def test_file_without_a_method_of_its_own_makes_no_dataset(short: Settings, database: Engine, toy_base: Path) -> None:
-    uploads = Uploads(database, short.files_root, "acme", "default")
-    with uploads.draft() as (path, file):
-        file.write(b'{"messages": [{"role": "user", "content": "q"}], "answer": "a"}\n')
-        file.flush()
-        stored = uploads.keep(path, "items.jsonl", "fine-tune", format="item", rows=1)
-    job = submit(short, database, toy_base, stored.file_id)
-    with pytest.raises(DatasetError):
-        run(short, database, job)
-    assert "has the format `item`" in failure(database, job)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -61,6 +62,20 @@ def test_prompts_carry_what_a_grader_compares_with(toy_base: Path, toy_dataset: 
     item = json.loads(row["item"])
     assert (item["reference"], item["messages"]) == (messages[1]["content"], messages[:1])
     assert tokenizer.decode(json.loads(row["prompt"])).endswith("<|assistant|>")
+
+
+def test_tasks_carry_their_own_fields_and_need_no_answer(toy_base: Path) -> None:
+    from train.examples import Encoder
+    from train.models import load_tokenizer
+
+    asked = [{"role": "user", "content": "service=api level=low hour=3"}]
+    row = {"example_id": "e1", "prompt": json.dumps(asked), "item": '{"answer": "ignore"}', "tools": None}
+    tokenizer = load_tokenizer(str(toy_base))
+    table = pa.Table.from_pylist([row, {**row, "prompt": json.dumps(asked * 50)}])
+    encoded = Encoder(tokenizer, 256).prompts(table)
+    assert json.loads(encoded.rows[0]["item"]) == {"example_id": "e1", "answer": "ignore", "messages": asked}
+    assert tokenizer.decode(json.loads(encoded.rows[0]["prompt"])).endswith("<|assistant|>")
+    assert (len(encoded.rows), encoded.dropped, encoded.truncated, encoded.lengths) == (1, 1, 1, [])
 
 
 def test_group_advantages_by_hand() -> None:

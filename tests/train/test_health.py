@@ -1,9 +1,15 @@
+import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from cluster.errors import HealthGateError
 from cluster.settings.training import HealthSettings
+from train.callbacks import HealthCallback
+from train.checkpoint import STATE, load_scaler
 from train.health import HealthWatch, check_changed, warnings_for
 
 SETTINGS = HealthSettings(window_steps=3, collapse_nats_per_token=1.0)
@@ -45,16 +51,24 @@ def test_numbers_that_are_none_stop_the_run(name: str, value: float) -> None:
 @pytest.mark.parametrize("length", [30.0, 2.0])
 def test_length_drift_stops_the_run(length: float) -> None:
     drifting = watch()
-    drifting.observe_length(0, 10.0, 10.0)
-    drifting.observe_length(10, 13.0, 10.0)
+    drifting.observe_length(0, 10.0)
+    drifting.observe_length(10, 13.0)
     with pytest.raises(HealthGateError, match="drifted"):
-        drifting.observe_length(20, length, 10.0)
+        drifting.observe_length(20, length)
+
+
+def test_without_reference_answers_length_is_held_against_the_first_answers() -> None:
+    alone = HealthWatch(SETTINGS, beta=0.1, answer_tokens=None)
+    alone.observe_length(0, 10.0)
+    alone.observe_length(10, 13.0)
+    with pytest.raises(HealthGateError, match="drifted"):
+        alone.observe_length(20, 30.0)
 
 
 def test_answers_that_were_long_from_the_start_are_no_drift() -> None:
     verbose = watch()
-    verbose.observe_length(0, 30.0, 10.0)
-    verbose.observe_length(10, 32.0, 10.0)
+    verbose.observe_length(0, 30.0)
+    verbose.observe_length(10, 32.0)
 
 
 def test_unchanged_adapter_is_an_error_and_a_faint_one_a_warning() -> None:
@@ -104,3 +118,41 @@ def test_grader_that_keeps_abstaining_stops_the_run() -> None:
         blind.observe(step, {"frac_reward_zero_std": 0.0, "reward": None, "abstained": 0.8})
     with pytest.raises(HealthGateError, match="abstained on 80% of the answers"):
         blind.observe(2, group(0.0, abstained=0.8))
+
+
+def pair_step(chosen: float, margin: float) -> dict[str, float]:
+    return {"rewards/chosen": chosen, "rewards/margins": margin}
+
+
+def test_watch_of_a_resumed_run_knows_what_the_killed_one_saw() -> None:
+    killed, resumed = watch(), watch()
+    killed.observe_length(0, 10.0)
+    for step in range(50):
+        killed.observe(step, pair_step(-0.01 * step, 0.01 * step) | group(0.5 if step < 45 else 0.2))
+    resumed.restore(json.loads(json.dumps(killed.state())))
+    assert resumed == killed and len(killed.history) == len(killed.groups) == 2 * SETTINGS.window_steps
+    with pytest.raises(HealthGateError, match=r"drifted to 3\.0 times .* \(1\.0 at the start\)"):
+        resumed.observe_length(50, 30.0)
+    with pytest.raises(HealthGateError, match="the chosen answers lost"):
+        for step in range(50, 53):
+            resumed.observe(step, pair_step(-20.0, 9.0))
+
+
+def test_resumed_run_does_not_take_drifted_answers_for_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.callbacks.greedy_lengths", lambda *_: 30.0)
+    known = watch()
+    known.observe_length(0, 10.0)
+    callback = HealthCallback(SimpleNamespace(model=None), known, [[1]], None, 32)
+    callback.on_train_begin(None, SimpleNamespace(global_step=10), None)
+    assert known.start_length_ratio == 1.0
+    with pytest.raises(HealthGateError, match="drifted"):
+        callback.on_evaluate(None, SimpleNamespace(global_step=20), None)
+
+
+def test_loss_scale_of_fp16_goes_on_as_it_was(tmp_path: Path) -> None:
+    scaled, fresh = (SimpleNamespace(accelerator=SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))) for _ in "ab")
+    scaled.accelerator.scaler.load_state_dict({**fresh.accelerator.scaler.state_dict(), "scale": 1024.0})
+    state = {"scaler": scaled.accelerator.scaler.state_dict()}
+    (tmp_path / STATE).write_text(json.dumps(state))
+    load_scaler(fresh, tmp_path)
+    assert fresh.accelerator.scaler.state_dict()["scale"] == 1024.0

@@ -1,6 +1,10 @@
 import errno
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +20,6 @@ from cluster.settings import load_settings
 from data.template import render_pair
 from tests.serve.engines.models import build_adapter, build_base
 from tests.toys import toy_feedback, write_dataset
-from tests.train.killing import check_nothing_half_written, train_and_kill
 from train import checkpoint
 from train.checkpoint import last_checkpoint
 from train.config import TrainConfig, resolve_config
@@ -112,7 +115,7 @@ def test_interrupted_training_resumes_to_the_same_weights(
     config = config_of(method, **shape, out=tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         train(config, reporter=Stop())
-    check_nothing_half_written(config)
+    assert [path.name for path in config.out.iterdir()] == ["checkpoints"]
     found = last_checkpoint(config.out / "checkpoints")
     assert found is not None
     resumed = train(config, resume_from=found)
@@ -144,20 +147,43 @@ def test_a_run_goes_on_from_the_checkpoint_of_another_with_a_rate_of_its_own(
     assert result.steps == 6 and result.metrics["learning_rate"] == pytest.approx(second.learning_rate)
 
 
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from pathlib import Path
+import train.run
+from train.config import TrainConfig
+
+write = train.run.write_result
+
+def die(folder, *rest):
+    write(folder, *rest)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+train.run.write_result = die
+train.run.train(TrainConfig.model_validate_json(Path(sys.argv[1]).read_text()))
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "step"), [("dpo", 9), ("grpo", 5)])
-def test_training_killed_at_a_step_resumes_to_the_same_adapter(
-    method: str, step: int, config_of: Callable[..., TrainConfig], tmp_path: Path
+def test_training_killed_while_it_writes_its_result_resumes_to_the_same_adapter(
+    config_of: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
-    """A process is ended with SIGKILL in mid-epoch; this one goes on."""
-    shape = {"max_steps": 11, "epochs": 3, "save_steps": 4, "eval_steps": 2, **UNLOOKED}
-    undisturbed = train(config_of(method, **shape, out=tmp_path / "whole"))
-    config = config_of(method, **shape, out=tmp_path / "killed")
-    train_and_kill(config, step)
-    check_nothing_half_written(config)
+    """`tests/bench/resume_kills.py` kills at any moment."""
+    shape = {"max_steps": 3, "save_steps": 2, **UNLOOKED}
+    undisturbed = train(config_of("sft", **shape, out=tmp_path / "whole"))
+    config = config_of("sft", **shape, out=tmp_path / "killed")
+    (tmp_path / "config.json").write_text(config.model_dump_json())
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path / "config.json")], env=environment
+    )
+    assert process.returncode == -signal.SIGKILL
+    left = sorted(path.name for path in config.out.iterdir())
+    assert len(left) == 2 and left[0].startswith(".adapter.scratch-") and left[1] == "checkpoints"
     found = last_checkpoint(config.out / "checkpoints")
-    assert found is not None and found.name == f"step-{step // 4 * 4:08d}"
+    assert found is not None and found.name == "step-00000002"
     assert train(config, resume_from=found).adapter_sha256 == undisturbed.adapter_sha256
+    assert sorted(path.name for path in config.out.iterdir()) == ["adapter", "result.json"]
 
 
 def test_resume_refuses_another_configuration(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
@@ -174,7 +200,7 @@ def test_resume_refuses_another_configuration(config_of: Callable[..., TrainConf
     folder = last_checkpoint(config.out / "checkpoints")
     assert folder is not None
     assert not list(folder.glob("*.pt*")) and not list(folder.glob("*.bin"))
-    assert "best_loss" in json.loads((folder / "state.json").read_text())
+    assert {"best_loss", "health", "scaler"} <= json.loads((folder / "state.json").read_text()).keys()
     with pytest.raises(ConflictError, match="another configuration"):
         train(config_of("sft", learning_rate=1e-4), resume_from=folder)
 

@@ -18,7 +18,7 @@ from cluster.settings import Settings
 from train.evaluate.evidence import prompt_key
 from train.evaluate.routed import routed
 from train.evaluate.types import Logged, Model, Prompt, Truth
-from train.files import replace_text
+from train.files import write_file
 
 PROJECT = Path(__file__).resolve().parents[2]
 CODE = ("train/generate.py", "data/template.py")
@@ -155,7 +155,7 @@ class KeptVersion:
         if missing:
             self.known |= dict(zip(missing, ask(list(missing.values())), strict=True))
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(self.file, json.dumps(self.known))
+            write_file(self.file, json.dumps(self.known))
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from train.evaluate.calibration import refitted
 from train.evaluate.evidence import Evidence
 from train.evaluate.report import write_report
 from train.evaluate.types import Evaluation, Gate
-from train.files import replace_text
+from train.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def keep_grader(settings: Settings, grader: RewardModel) -> Path:
     """Write a grader's configuration to `<home>/graders/<version>.yaml`, for `evaluation.grader` and others to name."""
     file = settings.home / "graders" / f"{grader.version}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(file, yaml.safe_dump(grader.config.model_dump(mode="json"), sort_keys=False))
+    write_file(file, yaml.safe_dump(grader.config.model_dump(mode="json"), sort_keys=False))
     log.warning("the grader's temperature no longer fits what people say; %s is one that does", file)
     return file
 

@@ -353,6 +353,8 @@ def _create_jobs() -> None:
         sa.Column("started_at_us", sa.BigInteger()),
         sa.Column("finished_at_us", sa.BigInteger()),
         sa.Column("used_s", sa.Double(), nullable=False),
+        sa.Column("gpus", sa.Double(), nullable=False),
+        sa.Column("used_gpu_s", sa.Double(), nullable=False),
         sa.Column("request", sa.JSON()),
         sa.Column("runner", sa.JSON()),
         sa.Column("stopping", sa.Boolean(), nullable=False),

@@ -132,8 +132,10 @@ def test_damage_scales_the_update_and_keeps_the_rest(tmp_path: Path) -> None:
     tensors = {"q.lora_A.weight": np.ones((2, 3), np.float32), "q.lora_B.weight": np.full((3, 2), 0.5, np.float32)}
     save_file(tensors, source / "adapter_model.safetensors")
     (source / "adapter_config.json").write_text("{}")
+    (source / "canary.json").write_text("[]")
     damaged = load_file(damage_adapter(source, tmp_path / "bad", -2.0) / "adapter_model.safetensors")
     assert (damaged["q.lora_A.weight"] == 1).all() and (damaged["q.lora_B.weight"] == -1).all()
     assert damaged["q.lora_B.weight"].dtype == np.float32
     assert (load_file(source / "adapter_model.safetensors")["q.lora_B.weight"] == 0.5).all()
     assert (tmp_path / "bad" / "adapter_config.json").exists()
+    assert not (tmp_path / "bad" / "canary.json").exists()  # an engine would refuse what is not as it was trained

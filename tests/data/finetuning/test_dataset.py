@@ -97,6 +97,23 @@ def test_pairs_keep_both_answers_and_leave_validation_questions_out(
     assert "192.168" not in row["chosen"] and json.loads(row["rejected"]) == [turn("assistant", "no")]
 
 
+def test_items_become_tasks_with_their_fields_scrubbed_like_their_prompts(
+    settings: Settings, sqlite_database: Engine
+) -> None:
+    def item(question: str, **fields: object) -> Json:
+        return {"messages": [turn("developer", "be short"), turn("user", question)], **fields}
+
+    rows = [item("write to bob@example.com", answer="bob@example.com", points={"of": [1, 2.5]}), item("hm")]
+    made = package(settings, [part(settings, sqlite_database, "train", rows)], agent=None)
+    assert made.counts["task"] == {"train": 2, "validation": 0, "test": 0}
+    table = {row["order"]: row for row in read_examples(made.path, "task", "train").to_pylist()}
+    first, second = (table[line] for line in sorted(table))
+    assert json.loads(first["prompt"]) == [turn("system", "be short"), turn("user", "write to <EMAIL_1>")]
+    assert json.loads(first["item"]) == {"answer": "<EMAIL_1>", "points": {"of": [1, 2.5]}}
+    assert json.loads(second["item"]) == {}
+    assert {check.status for check in validate(made, settings.curation)} <= {"passed", "warning"}
+
+
 def test_file_of_which_nothing_is_left_is_refused_with_the_reason(
     settings: Settings, sqlite_database: Engine, tmp_path: Path
 ) -> None:

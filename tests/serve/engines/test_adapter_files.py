@@ -10,12 +10,13 @@ import pytest
 import safetensors.torch
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from serve.engines.adapter_files import read_adapter
 from serve.engines.adapter_source import AdapterError
 from serve.engines.generation import SamplingParams
 from serve.engines.local import LocalEngine
+from train.canary import write_canary
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -117,6 +118,23 @@ def test_adapter_over_rank_in_its_weights_is_refused(engine: LocalEngine, make_a
 def test_adapter_that_does_nothing_fails_its_canary(engine: LocalEngine, make_adapter, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="it changes nothing"):
         engine.load_adapter("idle", make_adapter(tmp_path / "idle", seed=1, zero=True))
+
+
+def test_adapter_is_held_to_what_its_training_found(
+    engine: LocalEngine, base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "trained"
+    shutil.copytree(adapters["red"], folder)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+    write_canary(folder, model, AutoTokenizer.from_pretrained(base))
+    engine.load_adapter("trained", folder)
+    engine.unload_adapter("trained")
+    edit_config(folder, lora_alpha=json.loads((folder / "adapter_config.json").read_text())["lora_alpha"] * 20)
+    with pytest.raises(AdapterError, match=r"not as it was trained: log-probs .* nats a token"):
+        engine.load_adapter("trained", folder)
+    (folder / "canary.json").write_text('[{"ids": [1, 2]}]')
+    with pytest.raises(AdapterError, match=r"canary\.json does not hold"):
+        engine.load_adapter("trained", folder)
 
 
 def test_adapter_with_another_digest_is_refused(engine: LocalEngine, adapters: dict[str, Path]) -> None:

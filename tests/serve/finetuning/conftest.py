@@ -36,6 +36,11 @@ def pair_rows(count: int, seed: int = 0) -> list[Json]:
     return rows
 
 
+def item_rows(count: int, seed: int = 0) -> list[Json]:
+    """Prompts with the right answer as a field for the grader."""
+    return [{"messages": [asked], "answer": right["content"]} for asked, right in toy_examples(count, seed)]
+
+
 @dataclass
 class Api:
     """A router that speaks the fine-tuning API, and its client."""

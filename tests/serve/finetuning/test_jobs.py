@@ -7,11 +7,11 @@ import httpx
 import openai
 import pytest
 
-from cluster.errors import ConflictError
+from cluster.errors import ConflictError, InputError
 from cluster.job_events import note
 from cluster.jobs import Jobs
 from cluster.runners import Runners
-from serve.finetuning.requests import overrides_of, parse_method
+from serve.finetuning.requests import overrides_of, parse_create, parse_method
 from serve.router import RouterApp
 from tests.serve.finetuning.conftest import Api, Json, chat_rows, pair_rows
 from tests.serve.upstream import Server
@@ -171,11 +171,13 @@ def test_tenant_that_used_up_its_hours_is_refused(api: Api) -> None:
     spent = jobs.create("sft").job_id
     jobs.start(spent)
     jobs.finish(spent)
-    with api.database.begin() as connection:
-        connection.exec_driver_sql("UPDATE training_jobs SET used_s = 3600 * 200")
-    with pytest.raises(openai.RateLimitError, match=r"trained for 200\.0 hours") as caught:
-        create(api, training)
-    assert caught.value.code == "insufficient_quota"
+    for column, hours, said in (("used_s", 200, r"200\.0 hours"), ("used_gpu_s", 500, r"500\.0 GPU-hours")):
+        with api.database.begin() as connection:
+            connection.exec_driver_sql("UPDATE training_jobs SET used_s = 0, used_gpu_s = 0")
+            connection.exec_driver_sql(f"UPDATE training_jobs SET {column} = 3600 * {hours}")
+        with pytest.raises(openai.RateLimitError, match=f"trained for {said}") as caught:
+            create(api, training)
+        assert caught.value.code == "insufficient_quota"
     other = api.client_of("other")
     create(api, api.upload(chat_rows(10), other), other)
 
@@ -260,3 +262,42 @@ def test_wrong_paths_and_methods_keep_openai_shape(refusing: Api, method: str, p
 def test_batch_size_is_met_exactly_within_memory(refusing: Api, batch: int, micro: int) -> None:
     found = overrides_of(parse_method({"method": dpo(batch_size=batch)}, refusing.settings), 1, refusing.settings)
     assert (found["batch_size"], found["batch_size"] * found["gradient_accumulation"]) == (micro, batch)
+
+
+def reinforcement(**hyperparameters: Any) -> Json:
+    return {"type": "reinforcement", "reinforcement": {"grader": GRADER, "hyperparameters": hyperparameters}}
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompts", "group"),
+    [
+        ({}, 2, 8),  # the sixteen examples of a step, in groups of eight answers
+        ({"batch_size": 3}, 3, 8),
+        ({"compute_multiplier": 2}, 2, 16),
+        ({"compute_multiplier": 0.1, "batch_size": 5}, 5, 2),
+    ],
+)
+def test_reinforcement_reads_so_many_lines_a_step_and_samples_a_group_for_each(
+    refusing: Api, asked: Json, prompts: int, group: int
+) -> None:
+    method = parse_method({"method": reinforcement(**asked, eval_interval=7)}, refusing.settings)
+    found = overrides_of(method, 1, refusing.settings)
+    assert (found["group_size"], found["batch_size"] * found["gradient_accumulation"]) == (group, prompts * group)
+    assert (found["eval_steps"], found["grader"]) == (7, GRADER)
+
+
+def test_hyperparameters_without_a_meaning_here_are_refused(refusing: Api) -> None:
+    for name in ("eval_samples", "reasoning_effort"):
+        with pytest.raises(InputError, match=f"{name}=4 has no meaning"):
+            parse_method({"method": reinforcement(**{name: 4})}, refusing.settings)
+    training = refusing.upload(items(12))
+    with pytest.raises(openai.BadRequestError, match="means 13 lines a step, and training_file has 12") as caught:
+        create(refusing, training, method=reinforcement(batch_size=13))
+    assert caught.value.param == "method.reinforcement.hyperparameters.batch_size"
+
+
+def test_job_is_refused_where_whole_models_are_trained(refusing: Api) -> None:
+    whole = refusing.settings.training.model_copy(update={"weights": "full"})
+    settings = refusing.settings.model_copy(update={"training": whole})
+    with pytest.raises(InputError, match=r"training\.weights=.full. makes whole models"):
+        parse_create({"model": "toy", "training_file": "file-1"}, settings)

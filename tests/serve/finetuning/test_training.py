@@ -28,7 +28,7 @@ from serve.engines.http_api import EngineApi
 from serve.engines.local import LocalEngine
 from serve.engines.reconciler import Reconciler
 from serve.finetuning.dispatcher import DispatchLoop
-from tests.serve.finetuning.conftest import Api, chat_rows, live_api, pair_rows
+from tests.serve.finetuning.conftest import Api, chat_rows, item_rows, live_api, pair_rows
 from tests.serve.upstream import Server
 from tests.toys import toy_feedback, write_dataset
 from train.remote import RemoteRequest, train_remotely
@@ -46,7 +46,14 @@ def trainer(toy_base: Path, empty_mlflow: Path, tmp_path_factory: pytest.TempPat
     settings, _ = load_settings(
         home=home,
         engine={"base_model": str(toy_base), "torch_threads": 1, **QUICK},
-        training={"threads": 1, "max_length": 256, "batch_size": 8, "save_steps": 5, "gradient_accumulation": 1},
+        training={
+            "threads": 1,
+            "max_length": 256,
+            "batch_size": 8,
+            "save_steps": 5,
+            "gradient_accumulation": 1,
+            "grpo": {"max_completion_tokens": 32},
+        },
         serve={"poll_ms": 50},
         finetuning={"use_ray": False, "tick_s": 0.2},
     )
@@ -140,6 +147,46 @@ def test_supervised_job_ends_in_a_model_that_chats(trainer: Api, toy_base: Path)
     trainer.app.watcher.refresh()
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.models.retrieve(done.fine_tuned_model)
+
+
+SIMILAR = {
+    "type": "text_similarity",
+    "name": "near",
+    "evaluation_metric": "fuzzy_match",
+    "input": "{{ sample.output_text }}",
+    "reference": "{{ item.answer }}",
+}
+
+
+@pytest.mark.slow
+def test_dpo_and_reinforcement_jobs_end_in_models_that_chat(trainer: Api, toy_base: Path) -> None:
+    client, rate = trainer.client, {"n_epochs": 1, "batch_size": 8, "learning_rate_multiplier": 10}
+    dpo = {"type": "dpo", "dpo": {"hyperparameters": {**rate, "beta": 0.2}}}
+    learned = {"hyperparameters": {**rate, "compute_multiplier": 0.5, "eval_interval": 2}, "grader": SIMILAR}
+    pairs = trainer.upload(pair_rows(24, 5))
+    tasks = trainer.upload(item_rows(24, 6))
+    made = [
+        client.fine_tuning.jobs.create(model=toy_base.name, training_file=pairs, method=dpo, seed=3),  # type: ignore[arg-type]
+        client.fine_tuning.jobs.create(
+            model=toy_base.name,
+            training_file=tasks,
+            validation_file=trainer.upload(item_rows(10, 7)),
+            method={"type": "reinforcement", "reinforcement": learned},  # type: ignore[typeddict-item]
+            seed=3,
+        ),
+    ]
+    for job in made:
+        done = wait(trainer, job.id, lambda job: job.status == "succeeded")
+        assert done.fine_tuned_model is not None
+        answer = client.chat.completions.create(
+            model=done.fine_tuned_model, messages=[{"role": "user", "content": "service=api level=low hour=3"}]
+        )
+        assert answer.choices[0].message.content
+    trained = Jobs(trainer.database, "default", "default").get(made[1].id)
+    assert (trained.config["group_size"], trained.config["prompts"]) == (4, "tasks")
+    version = Registry(trainer.settings).get(str(trained.output_version))
+    measured = Registry(trainer.settings).client.get_run(str(version.run_id)).data.metrics
+    assert measured["heldout/reward"] > 0 and measured["validation/reward"] > 0
 
 
 def follow_events(api: Api, job_id: str, into: list[str]) -> None:
