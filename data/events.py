@@ -71,6 +71,8 @@ class InteractionFlags(Body):
     timeout: bool = False
     error: str | None = None
     """OpenAI error code, when the request failed."""
+    rejected: str | None = None
+    """OpenAI error code, when the request was turned down for what it asks or for want of room: nobody's failure."""
 
 
 ASSIGNMENT_FIELDS = (

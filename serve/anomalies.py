@@ -82,10 +82,10 @@ class AnomalyWatch:
     """Those of the last check."""
 
     def observe(self, record: Record) -> None:
-        """Count a request for the version it was assigned to. A client that went away tells nothing."""
-        if not self.settings.enabled or record.disconnected:
-            return
+        """Count a request for the version it was assigned to. One that is wrong itself, or left, tells nothing."""
         failed = record.error is not None or record.fallback is not None
+        if not self.settings.enabled or record.disconnected or (record.rejected is not None and not failed):
+            return
         results = list(tool_results(record.request.get("messages") or []))
         latency_s = record.latency_s if record.served_version == record.plan.version and not failed else None
         seen = (latency_s, failed, len(results), sum(results), record.answer.refused)

@@ -67,11 +67,20 @@ class Record:
     disconnected: bool = False
     timeout: bool = False
     error: str | None = None
+    rejected: str | None = None
+    """The request itself was turned down; tells nothing of the version."""
     details: dict[str, str | int | float | bool] = field(default_factory=dict)
     """What the router itself has to say; joins the client's metadata."""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     """Calls that were answered for this interaction, as `data.events.ToolCall`."""
     at_us: int = field(default_factory=now_us)
+
+    def refuse(self, status: int, code: str | None) -> None:
+        """Note the error that is the answer: up to 499 the request's own, or want of room; else of who should answer."""
+        if status < 500:
+            self.rejected = code or str(status)
+        else:
+            self.error = code or str(status)
 
     def event(self) -> Event:
         """The event, as `data.events.Interaction` describes it, with absent fields left out."""
@@ -90,6 +99,7 @@ class Record:
             "fallback": self.fallback is not None, "shadow": plan.arm == "shadow", "disconnected": self.disconnected,
             "safety": answer.refused, "quality": self._poor(), "timeout": self.timeout,
         }  # fmt: skip
+        told = {"error": self.error, "rejected": self.rejected}
         return {
             "messages": request.get("messages") or prompt_messages(request.get("prompt")),
             "tools": request.get("tools") or None,
@@ -118,7 +128,7 @@ class Record:
             "user_tier": self.user_tier or self.key.user_tier,
             "metadata": metadata,
             "trace_id": self.trace_id,
-            "flags": flags if self.error is None else flags | {"error": self.error},
+            "flags": flags | {name: code for name, code in told.items() if code is not None},
         }
 
     def _poor(self) -> bool:

@@ -96,7 +96,7 @@ class CompletionHandler:
                 await self._obtain(exchange)
                 return await self._deliver(exchange, send, headers)
         except ApiError as error:
-            exchange.record.error = error.code or str(error.status)
+            exchange.record.refuse(error.status, error.code)
             raise
         except (asyncio.CancelledError, OSError):
             self._client_left(exchange)

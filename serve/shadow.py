@@ -106,7 +106,8 @@ class Shadow:
         except TimeoutError:
             record.error, record.timeout, outcome = "engine_timeout", True, "timed_out"
         except (UpstreamError, ApiError) as error:
-            record.error, outcome = error.code or "engine_error", "failed"
+            record.refuse(error.status, error.code)
+            outcome = "failed"
         finally:
             metrics.SHADOW_IN_FLIGHT.dec()
             if copy.reply is not None:

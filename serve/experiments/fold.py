@@ -15,6 +15,7 @@ from serve.experiments.exposures import Designs, Exposure, exposures_of, unit_of
 from serve.experiments.metrics import (
     Observation,
     is_explicit,
+    is_rejected,
     of_feedback,
     of_grade,
     of_interaction,
@@ -104,6 +105,9 @@ def _fold_exposure(
 ) -> None:
     if exposure.seq > after:
         fold.exposures.append(exposure)
+    if is_rejected(exposure.body):
+        return
+    if exposure.seq > after:
         fold.add(exposure, (*of_interaction(exposure.body, settings), (RESPONSE_RATE, 0.0)))
         fold.time(exposure)
     responded = False

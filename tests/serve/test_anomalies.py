@@ -77,6 +77,7 @@ def test_ordinary_versions_too_few_requests_and_clients_that_left_are_no_anomaly
     assert watch(stable={}, candidate={"error": "x"}, count=9).check([ROUTE], now=0) == []
     assert watch(stable={}, candidate={"error": "x", "disconnected": True}).check([ROUTE], now=0) == []
     assert watch(stable={"error": "x"}, candidate={"error": "x"}).check([ROUTE], now=0) == []
+    assert watch(stable={}, candidate={"rejected": "invalid_value", "served_version": None}).check([ROUTE], now=0) == []
 
 
 def test_stable_is_held_against_its_own_past() -> None:

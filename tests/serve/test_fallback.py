@@ -94,6 +94,9 @@ def test_request_that_the_engine_rightly_refuses_is_not_the_candidates_fault(can
         with pytest.raises(openai.BadRequestError):
             ask(canary)
     assert {request["model"] for request in canary.engine.requests} == {CANDIDATE}
+    body = canary.events("interaction", 6)[0].event.body
+    assert body["flags"].get("error") is None
+    assert body["flags"]["rejected"] == "400"
 
 
 def test_candidate_that_breaks_in_mid_stream_is_an_error_of_the_candidate(canary: Live) -> None:
