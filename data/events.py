@@ -326,7 +326,7 @@ class JobEnded(Body):
 class OperatorAlert(Body):
     """Something that people who run this should look at, which is nobody's decision."""
 
-    name: Literal["drift", "spool", "queue_full", "interactions_lost"]
+    name: Literal["drift", "spool", "queue_full", "interactions_lost", "capture_failed"]
     source: str
     """Where it was seen: host and process, or a version."""
     reason: str

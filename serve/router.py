@@ -27,7 +27,7 @@ from data.intake.batches import Intake
 from data.log import EventLog
 from serve import intake_http, labels_http, openapi, otlp_http, users_http
 from serve.anomalies import AnomalyWatch
-from serve.capture import Capture, spool_path
+from serve.capture import Capture
 from serve.chat import Companions, CompletionHandler
 from serve.engine_waking import EngineWaker
 from serve.engines.token import engine_token
@@ -92,8 +92,8 @@ class RouterApp:
         self._in_flight = 0
         self._commit: GroupCommit | None = None
         on = settings.learning.enabled and settings.capture.enabled
-        spool, tell = spool_path(settings.home), functools.partial(alert, settings)
-        self._capture = Capture(settings.serve.capture, settings.log, spool, tell) if on else None
+        tell = functools.partial(alert, settings)
+        self._capture = Capture(settings.serve.capture, settings.log, settings.home, tell) if on else None
         self._intake = IntakeHandler(settings)
         self._finetuning = FinetuningHandler(settings)
         self._users = users_http.UsersHandler(settings)

@@ -57,6 +57,8 @@ class CaptureQueueSettings(Section):
     """Pause before the log is tried again after it failed; until then interactions go to the spool."""
     spool_max_mb: int = Field(512, ge=1)
     """Size of one router's spool; beyond it interactions are counted as lost."""
+    adopt_s: float = Field(60.0, ge=1)
+    """How often a router looks for spools that dead ones left under the same `home`."""
 
 
 class KeyLimitSettings(Section):
