@@ -16,7 +16,8 @@ PROJECT = Path(__file__).parents[2]
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     file = tmp_path / "rayloop.yaml"
-    serve = {"applications": ["gateway"]}
+    models = {f"triage/{number}": "a model elsewhere" for number in (1, 2)}
+    serve = {"applications": ["gateway"], "engines": {"local": {"models": models}}}
     file.write_text(yaml.safe_dump({"home": str(tmp_path / "home"), "serve": serve}))
     return file
 
@@ -50,6 +51,14 @@ def test_route_is_made_changed_and_pinned(config: Path) -> None:
     assert run_json("route", "unpin", "triage", config=config)["live_share"] == 0.25
     assert run_json("route", "set", "triage", "--candidate", "none", config=config)["candidate"] is None
     assert run_json("route", "show", config=config)["routes"][0]["revision"] == 5
+
+
+def test_route_takes_a_version_that_is_not_ready_by_force_only(config: Path) -> None:
+    one_line_failure(run("route", "set", "triage", "--stable", "triage/9", config=config), "wait for it, or write")
+    assert run_json("route", "set", "triage", "--stable", "triage/9", "--force", config=config)["stable"] == "triage/9"
+    run_json("route", "set", "triage", "--candidate", "triage/8", config=config)  # nobody gets it
+    refused = run("route", "set", "triage", "--share", "0.1", config=config)
+    one_line_failure(refused, "version triage/8 may not answer for triage (text, tenant default)")
 
 
 def one_line_failure(done: "subprocess.CompletedProcess[str]", text: str) -> None:
