@@ -49,6 +49,7 @@ from serve.openai import (
     header,
     send_error,
     send_response,
+    sending_within,
     text_header,
 )
 from serve.prompts import PromptPolicy
@@ -156,6 +157,7 @@ class RouterApp:
         if found:
             repeat_s = self.settings.serve.anomaly.repeat_s
             EventLog(engine).append([a.event(self.settings.workspace, repeat_s) for a in found])
+            self._anomalies.told(found)
         for anomaly in found:
             log.warning(
                 "version %s of %s: %s %.3g, above %.3g over %d requests",
@@ -256,6 +258,7 @@ class RouterApp:
                 code="overloaded", retry_after_s=serve.retry_after_s,
             )  # fmt: skip
         self._in_flight += 1
+        send = sending_within(send, serve.write_timeout_s)
         try:
             if self._standalone:
                 return await self._watched(scope, receive, send, key, request_id, headers)
