@@ -36,7 +36,6 @@ PARAMETERS = (
 REPLAY_EVENTS = 500
 Alert = Callable[[str, str, dict[str, Any]], Event]
 """`data.alerts.alert` with its settings: name, reason, facts."""
-GONE = "client_disconnected"
 
 
 @dataclass(slots=True)

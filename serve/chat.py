@@ -21,7 +21,7 @@ from data.feedback import pseudonym
 from serve.anomalies import AnomalyWatch
 from serve.arms import not_served, plan
 from serve.breaker import Breaker, StableLatency
-from serve.capture import GONE, Capture, Record
+from serve.capture import Capture, Record
 from serve.exchange import CHAT, Engines, Exchange, View, new_interaction_id
 from serve.keys import Key
 from serve.limits import KeyLimits
@@ -42,6 +42,7 @@ from serve.openai import (
 from serve.prompts import PromptPolicy
 from serve.proxy import UpstreamError
 from serve.rewrite import DONE, error_event
+from serve.routes import RouteKey
 from serve.shadow import Shadow
 from serve.snapshot import Target
 
@@ -76,7 +77,7 @@ class CompletionHandler:
         self._settings, self._engines, self._with = settings, engines, companions
         self._pseudonym = lru_cache(PSEUDONYMS_KEPT)(partial(pseudonym, secret))
         self._breakers: dict[str, Breaker] = {}
-        self._stable_latency: dict[tuple[str, str, str, bool], StableLatency] = {}
+        self._stable_latency: dict[tuple[RouteKey, bool], StableLatency] = {}
 
     async def handle(
         self,
@@ -225,11 +226,12 @@ class CompletionHandler:
 
     def _latency(self, exchange: Exchange) -> StableLatency:
         """A stream's first byte is its first token, a whole answer's is its end: kept apart."""
-        record = exchange.record
-        route = (record.key.tenant, record.plan.agent, record.modality, exchange.stream)
-        if route not in self._stable_latency:
-            self._stable_latency[route] = StableLatency(self._settings.fallback)
-        return self._stable_latency[route]
+        route = exchange.plan.route
+        assert route is not None, "only a route has arms"
+        kind = (route.key, exchange.stream)
+        if kind not in self._stable_latency:
+            self._stable_latency[kind] = StableLatency(self._settings.fallback)
+        return self._stable_latency[kind]
 
     def _count_fallback(self, exchange: Exchange, error: UpstreamError) -> None:
         exchange.record.fallback = error.code
@@ -293,8 +295,6 @@ class CompletionHandler:
         meters.latency.observe(record.latency_s)
         if record.ttft_s is not None:
             meters.first_token.observe(record.ttft_s)
-        if record.disconnected and record.error is None:
-            record.error = GONE if record.served_version is None else None
         if self._with.capture is not None:
             self._with.capture.offer(record)
         try:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -162,12 +163,21 @@ def test_clients_that_leave_in_mid_stream_close_no_breaker_and_open_none(canary:
     assert (breaker.is_open, list(breaker._latest)) == (False, [])
 
 
+def test_client_that_leaves_before_the_first_byte_is_no_error(canary: Live) -> None:
+    canary.engine.behaviours[CANDIDATE].delay_s = 0.15
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(
+            f"{canary.url}/v1/chat/completions", timeout=0.05, json={"model": "triage", "messages": MESSAGES},
+            headers={"authorization": f"Bearer {canary.secret}"},
+        )  # fmt: skip
+    flags = canary.events("interaction", 1)[0].event.body["flags"]
+    assert (flags["disconnected"], flags.get("error")) == (True, None)
+
+
 def test_candidate_without_a_stable_is_asked_as_a_candidate(canary: Live) -> None:
     canary.route(stable="triage/9")
     assert ask(canary).headers["x-rayloop-version"] == "triage/2"
-    assert canary.app._completions._stable_latency == {} or all(
-        latency._latest.maxlen and not latency._latest for latency in canary.app._completions._stable_latency.values()
-    )
+    assert not any(latency._latest for latency in canary.app._completions._stable_latency.values())
     canary.engine.behaviours[CANDIDATE].status = 500
     with pytest.raises(openai.InternalServerError):
         ask(canary)
@@ -182,4 +192,4 @@ def test_budgets_of_two_tenants_are_apart(canary: Live) -> None:
     canary.app.watcher.refresh()
     ask(canary)
     canary.client(secret).chat.completions.create(model="triage", messages=MESSAGES)  # type: ignore[call-overload]
-    assert {name[0] for name in canary.app._completions._stable_latency} == {"default", "acme"}
+    assert {key.tenant for key, _ in canary.app._completions._stable_latency} == {"default", "acme"}
