@@ -235,7 +235,7 @@ def shadow(folder: Path, seconds: float, rate: float) -> list[str]:
         "local": {"base_url": live.url, "models": {"triage/1": "base"}},
         "later": {"base_url": slow.url, "models": {"triage/2": "s"}},
     }
-    copies = {"enabled": True, "max_concurrent": 8}
+    copies = {"enabled": True, "max_concurrent": 128}  # more than are ever under way: here all are wanted
     taken: dict[str, list[float]] = {"without": [], "with": []}
     with (
         engines(live, slow),
@@ -250,8 +250,7 @@ def shadow(folder: Path, seconds: float, rate: float) -> list[str]:
                 asyncio.run(load.run(seconds / 6))
                 assert set(load.statuses()) == {200}
                 taken[name] += [o.seconds for o in load.outcomes]
-        text = httpx.get(f"{up.url.removesuffix('/v1')}/metrics").text
-    outcomes = shadowed(text)
+        outcomes = shadowed(f"{up.url.removesuffix('/v1')}/metrics", len(taken["with"]))
     answered = outcomes.get("answered", 0.0) / len(taken["with"])
     ratio = {q: quantile(taken["with"], q) / quantile(taken["without"], q) for q in (0.5, 0.95)}
     for name, values in taken.items():
@@ -268,15 +267,16 @@ def shadow(folder: Path, seconds: float, rate: float) -> list[str]:
     )
 
 
-def shadowed(metrics: str) -> dict[str, float]:
-    """Copies by outcome, from the text of `/metrics`."""
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(metrics):
-        for sample in family.samples:
-            if sample.name == "rayloop_shadowed_total":
-                outcome = sample.labels["outcome"]
-                found[outcome] = found.get(outcome, 0.0) + sample.value
-    return found
+def shadowed(metrics_url: str, copies: int, within_s: float = 20.0) -> dict[str, float]:
+    """Copies by outcome, once so many have one or the time is over."""
+    deadline = time.monotonic() + within_s
+    while True:
+        families = text_string_to_metric_families(httpx.get(metrics_url).text)
+        samples = [s for family in families for s in family.samples if s.name == "rayloop_shadowed_total"]
+        found = {s.labels["outcome"]: s.value for s in samples}
+        if sum(found.values()) >= copies or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
 
 
 def _broken(*bounds: tuple[str, bool]) -> list[str]:
