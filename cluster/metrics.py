@@ -8,43 +8,50 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 REGISTRY = CollectorRegistry()
 CONTENT_TYPE = (b"content-type", b"text/plain; version=0.0.4; charset=utf-8")
+OWNER = ("tenant", "workspace")
+"""Labels of whatever belongs to somebody; of the key that asked."""
 LATENCY_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 REQUESTS = Counter("rayloop_requests_total", "Requests answered by the router.", ["route", "status"], registry=REGISTRY)
 LATENCY = Histogram(
     "rayloop_request_seconds",
     "From the whole request to the end of the answer.",
-    ["agent", "arm"],
+    [*OWNER, "agent", "arm"],
     buckets=LATENCY_BUCKETS,
     registry=REGISTRY,
 )
 FIRST_TOKEN = Histogram(
     "rayloop_first_token_seconds",
     "From the whole request to the first byte of the answer.",
-    ["agent", "arm"],
+    [*OWNER, "agent", "arm"],
     buckets=LATENCY_BUCKETS,
     registry=REGISTRY,
 )
 FALLBACKS = Counter(
     "rayloop_fallbacks_total",
     "Requests of the candidate that stable answered.",
-    ["agent", "cause"],
+    [*OWNER, "agent", "cause"],
     registry=REGISTRY,
 )
 BREAKER_OPEN = Gauge("rayloop_breaker_open", "1 while a version is left alone.", ["version"], registry=REGISTRY)
 DISCONNECTS = Counter(
-    "rayloop_disconnects_total", "Clients that went away before the end.", ["agent"], registry=REGISTRY
+    "rayloop_disconnects_total", "Clients that went away before the end.", [*OWNER, "agent"], registry=REGISTRY
 )
 IN_FLIGHT = Gauge("rayloop_in_flight", "Chat requests being worked on.", registry=REGISTRY)
 OVERLOADED = Counter("rayloop_overloaded_total", "Requests refused because too many were in flight.", registry=REGISTRY)
 LIMITED = Counter("rayloop_limited_total", "Requests refused by a limit of their key.", ["limit"], registry=REGISTRY)
-TOKENS = Counter("rayloop_tokens_total", "Tokens that engines counted.", ["agent", "arm", "kind"], registry=REGISTRY)
+TOKENS = Counter(
+    "rayloop_tokens_total", "Tokens that engines counted.", [*OWNER, "agent", "arm", "kind"], registry=REGISTRY
+)
 SHADOWED = Counter(
-    "rayloop_shadowed_total", "Copies of requests by what became of them.", ["agent", "outcome"], registry=REGISTRY
+    "rayloop_shadowed_total",
+    "Copies of requests by what became of them.",
+    [*OWNER, "agent", "outcome"],
+    registry=REGISTRY,
 )
 SHADOW_IN_FLIGHT = Gauge("rayloop_shadow_in_flight", "Copies under way.", registry=REGISTRY)
 ANOMALIES = Counter(
-    "rayloop_anomalies_total", "Times a version left the ordinary.", ["version", "signal"], registry=REGISTRY
+    "rayloop_anomalies_total", "Times a version left the ordinary.", ["tenant", "version", "signal"], registry=REGISTRY
 )
 ROUTE_REVISION = Gauge(
     "rayloop_route_revision",

@@ -125,6 +125,13 @@ routes = Table(
     Column("updated_at_us", BigInteger, nullable=False),
     Column("updated_by", String(128), nullable=False),
 )
+router_configs = Table(
+    "router_configs",
+    metadata,
+    Column("tenant", String(63), primary_key=True),
+    Column("document", JSON, nullable=False),  # of the deployment config that was accepted last
+    Column("accepted_at_us", BigInteger, nullable=False),
+)
 api_keys = Table(
     "api_keys",
     metadata,

@@ -71,6 +71,8 @@ class InteractionFlags(Body):
     timeout: bool = False
     error: str | None = None
     """OpenAI error code, when the request failed."""
+    rejected: str | None = None
+    """OpenAI error code, when the request was turned down for what it asks or for want of room: nobody's failure."""
 
 
 ASSIGNMENT_FIELDS = (
@@ -324,7 +326,7 @@ class JobEnded(Body):
 class OperatorAlert(Body):
     """Something that people who run this should look at, which is nobody's decision."""
 
-    name: Literal["drift", "spool", "queue_full", "interactions_lost", "abstentions"]
+    name: Literal["drift", "spool", "queue_full", "interactions_lost", "capture_failed", "abstentions"]
     source: str
     """Where it was seen: host and process, or a version."""
     reason: str

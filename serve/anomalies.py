@@ -40,6 +40,11 @@ class Anomaly:
     requests: int
 
     @property
+    def name(self) -> tuple[str, str, str, str]:
+        """What makes two anomalies the same one."""
+        return (self.route.tenant, self.route.agent, self.version, self.signal)
+
+    @property
     def experiment_id(self) -> str | None:
         """The experiment of the version."""
         own = (arm.experiment_id for arm in self.route.arms if arm.version == self.version)
@@ -77,16 +82,16 @@ class AnomalyWatch:
     settings: AnomalySettings
     _windows: dict[str, deque[Seen]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _said: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    _said: dict[tuple[str, str, str, str], float] = field(default_factory=dict)
     _checked_at: float = float("-inf")
     current: tuple[Anomaly, ...] = ()
     """Those of the last check."""
 
     def observe(self, record: Record) -> None:
-        """Count a request for the version it was assigned to. A client that went away tells nothing."""
-        if not self.settings.enabled or record.disconnected:
-            return
+        """Count a request for the version it was assigned to. One that is wrong itself, or left, tells nothing."""
         failed = record.error is not None or record.fallback is not None
+        if not self.settings.enabled or record.disconnected or (record.rejected is not None and not failed):
+            return
         results = list(tool_results(record.request.get("messages") or []))
         latency_s = record.latency_s if record.served_version == record.plan.version and not failed else None
         seen = (latency_s, failed, len(results), sum(results), record.answer.refused)
@@ -97,20 +102,20 @@ class AnomalyWatch:
             window.append(seen)
 
     def check(self, routes: Iterable[Route], now: float | None = None) -> list[Anomaly]:
-        """Anomalies that have not been told of lately; nothing when it is not time to look."""
+        """Anomalies that have not been told of lately (`told`); nothing when it is not time to look."""
         now = time.monotonic() if now is None else now
         if not self.settings.enabled or now - self._checked_at < self.settings.check_s:
             return []
         self._checked_at = now
         self.current = tuple(anomaly for route in routes for anomaly in self._of(route))
-        fresh = []
-        for anomaly in self.current:
-            name = (anomaly.route.tenant, anomaly.version, anomaly.signal)
-            if now - self._said.get(name, float("-inf")) >= self.settings.repeat_s:
-                self._said[name] = now
-                metrics.ANOMALIES.labels(anomaly.version, anomaly.signal).inc()
-                fresh.append(anomaly)
-        return fresh
+        said, again_s = self._said, self.settings.repeat_s
+        return [a for a in self.current if now - said.get(a.name, float("-inf")) >= again_s]
+
+    def told(self, anomalies: Iterable[Anomaly], now: float | None = None) -> None:
+        """These are in the log: they are not told of again for a while."""
+        for anomaly in anomalies:
+            self._said[anomaly.name] = time.monotonic() if now is None else now
+            metrics.ANOMALIES.labels(anomaly.route.tenant, anomaly.version, anomaly.signal).inc()
 
     def _of(self, route: Route) -> Iterator[Anomaly]:
         stable, before = self._halves(route.stable)

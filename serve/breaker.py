@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:  # the client uses the breaker too, and loads no settings
     from cluster.settings.serving import FallbackSettings
 
+Permit = int
+"""What lets one request through a breaker."""
 ENOUGH_ANSWERS = 20  # below it a 95th percentile says nothing
 
 
@@ -34,47 +36,56 @@ class Breaker:
         self._in_a_row = 0
         self._opened_at: float | None = None
         self._probing_since: float | None = None
+        self._valid: Permit = 1
+        """Permits of another number are of requests begun before it opened, or of a probe that was given up."""
 
     @property
     def is_open(self) -> bool:
         """Open or half-open."""
         return self._opened_at is not None
 
-    def allow(self, now: float) -> bool:
-        """True when a request may go through; half-open lets one through at a time."""
+    def allow(self, now: float) -> Permit | None:
+        """A permit where a request may go through, to come back with its end; half-open lets one through at a time."""
         if self._opened_at is None:
-            return True
+            return self._valid
         if now - self._opened_at < self._settings.half_open_s:
-            return False
+            return None
         if self._probing_since is not None and now - self._probing_since < self._settings.half_open_s:
-            return False
+            return None
         self._probing_since = now
-        return True
+        self._valid += 1
+        return self._valid
 
-    def record(self, ok: bool, now: float) -> None:
-        """Count the end of a request that was let through."""
-        if self._opened_at is not None:
-            self._probing_since = None
-            if ok:
-                self._close()
-            else:
-                self._opened_at = now
+    def record(self, permit: Permit, ok: bool, now: float) -> None:
+        """Count the end of a request that was let through.
+
+        While open only the probe counts: an answer that began before tells nothing of how things are.
+        """
+        if permit != self._valid:
+            return
+        if self._opened_at is not None and ok:
+            self._close()
             return
         self._latest.append(ok)
         self._in_a_row = 0 if ok else self._in_a_row + 1
-        if self._in_a_row >= self._settings.consecutive or self._window_is_bad():
-            self._opened_at = now
+        if self._opened_at is not None or self._in_a_row >= self._settings.consecutive or self._window_is_bad():
+            self._open(now)
 
-    def forget(self) -> None:
+    def forget(self, permit: Permit) -> None:
         """A request that was let through ended without telling anything (the client went away)."""
-        self._probing_since = None
+        if permit == self._valid:
+            self._probing_since = None
 
     def _window_is_bad(self) -> bool:
         full = len(self._latest) == self._settings.window
         return full and self._latest.count(False) >= self._settings.window_share * self._settings.window
 
+    def _open(self, now: float) -> None:
+        self._opened_at, self._probing_since = now, None
+        self._valid += 1
+
     def _close(self) -> None:
-        self._opened_at = None
+        self._opened_at = self._probing_since = None
         self._in_a_row = 0
         self._latest.clear()
 

@@ -1,34 +1,31 @@
 """Interactions on their way into the log, off the request's path.
 
 A request leaves a record in a bounded ring; a thread turns records into events and hands them to the group
-commit. When the log takes nothing they go to a spool, one file of JSON lines a router, which is replayed when
-it answers again. Nothing here can change or delay an answer; what is lost is counted.
+commit. When the log takes nothing they go to a spool (`serve.spool`), which is replayed when it answers again.
+Nothing here can change or delay an answer; what is lost is counted.
 """
 
 import logging
-import os
-import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-
-import orjson
 
 from cluster import metrics
 from cluster.clock import now_us, to_iso
 from cluster.errors import RayloopError
 from cluster.settings.capture import LogSettings
 from cluster.settings.serving import CaptureQueueSettings
-from data.events import Event, interaction_event_id, uuid7
+from data.events import Event, interaction_event_id
 from data.group_commit import GroupCommit, Transient
 from data.intake.metadata import PAIRS, bounded, scrubbed
 from serve.arms import Plan
 from serve.keys import Key
 from serve.rewrite import Answer
+from serve.spool import Spool
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +36,6 @@ PARAMETERS = (
 REPLAY_EVENTS = 500
 Alert = Callable[[str, str, dict[str, Any]], Event]
 """`data.alerts.alert` with its settings: name, reason, facts."""
-GONE = "client_disconnected"
 
 
 @dataclass(slots=True)
@@ -67,11 +63,20 @@ class Record:
     disconnected: bool = False
     timeout: bool = False
     error: str | None = None
+    rejected: str | None = None
+    """The request itself was turned down; tells nothing of the version."""
     details: dict[str, str | int | float | bool] = field(default_factory=dict)
     """What the router itself has to say; joins the client's metadata."""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     """Calls that were answered for this interaction, as `data.events.ToolCall`."""
     at_us: int = field(default_factory=now_us)
+
+    def refuse(self, status: int, code: str | None) -> None:
+        """Note an error for an answer: below 500 it is the request's, or want of room; else of who should answer."""
+        if status < 500:
+            self.rejected = code or str(status)
+        else:
+            self.error = code or str(status)
 
     def event(self) -> Event:
         """The event, as `data.events.Interaction` describes it, with absent fields left out."""
@@ -90,6 +95,7 @@ class Record:
             "fallback": self.fallback is not None, "shadow": plan.arm == "shadow", "disconnected": self.disconnected,
             "safety": answer.filtered, "quality": self._poor(), "timeout": self.timeout,
         }  # fmt: skip
+        told = {"error": self.error, "rejected": self.rejected}
         return {
             "messages": request.get("messages") or prompt_messages(request.get("prompt")),
             "tools": request.get("tools") or None,
@@ -118,7 +124,7 @@ class Record:
             "user_tier": self.user_tier or self.key.user_tier,
             "metadata": metadata,
             "trace_id": self.trace_id,
-            "flags": flags if self.error is None else flags | {"error": self.error},
+            "flags": flags | {name: code for name, code in told.items() if code is not None},
         }
 
     def _poor(self) -> bool:
@@ -155,17 +161,18 @@ class Capture:
     """The ring and its thread. `commit` appears once the database has answered for the first time."""
 
     def __init__(
-        self, settings: CaptureQueueSettings, log_settings: LogSettings, spool: Path, alert: Alert | None = None
+        self, settings: CaptureQueueSettings, log_settings: LogSettings, home: Path, alert: Alert | None = None
     ) -> None:
         self._settings = settings
         self._alert, self._lost = alert, 0
+        self._trouble: str | None = None
         self._batch = log_settings.group_commit_events
         self._linger_s = settings.linger_ms / 1000
         self._ring: deque[Recordable] = deque()
         self._wake = threading.Event()
         self._closing = False
-        self._retry_at = 0.0
-        self._spool = Spool(spool, settings.spool_max_mb * 2**20)
+        self._retry_at = self._adopt_at = 0.0
+        self._spool = Spool(home, settings.spool_max_mb * 2**20)
         self.commit: GroupCommit | None = None
         self._thread = threading.Thread(target=self._run, name="capture", daemon=True)
         self._thread.start()
@@ -173,8 +180,7 @@ class Capture:
     def offer(self, record: Recordable) -> None:
         """Take a record; never waits and never raises. A full ring loses it, and counts that."""
         if len(self._ring) >= self._settings.queue_events:
-            metrics.CAPTURED.labels("lost").inc()
-            self._lost += 1
+            self._count_lost(1)
             return
         self._ring.append(record)
         if not self._wake.is_set():
@@ -187,17 +193,28 @@ class Capture:
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        self._spool.adopt()
         while not self._closing:
-            self._wake.wait(self._settings.retry_s)
-            if not self._closing:
-                time.sleep(self._linger_s)  # a moment in which the batch grows
-            self._wake.clear()
-            while self._ring or (self._spool.size and self._up and not self._closing):
-                self._drain()
-                self._replay()
+            try:
+                self._turn()
+            except Exception as error:  # nobody else records interactions: the thread must outlive any surprise
+                log.exception("interactions could not be brought to the log or to the spool; trying again")
+                self._trouble = f"{type(error).__name__}: {error}"
         while self._ring:
             self._drain()
+        self._spool.close()
+
+    def _turn(self) -> None:
+        """Wait for records, and bring them and what the spool holds to the log."""
+        if time.monotonic() >= self._adopt_at:
+            self._adopt_at = time.monotonic() + self._settings.adopt_s
+            self._spool.adopt()
+        self._wake.wait(self._settings.retry_s)
+        if not self._closing:
+            time.sleep(self._linger_s)  # a moment in which the batch grows
+        self._wake.clear()
+        while self._ring or (self._spool.size and self._up and not self._closing):
+            self._drain()
+            self._replay()
 
     @property
     def _up(self) -> bool:
@@ -209,16 +226,21 @@ class Capture:
         records = [self._ring.popleft() for _ in range(min(len(self._ring), self._batch))]
         metrics.CAPTURE_WAITING.set(len(self._ring))
         events = [event for record in records if (event := _event_of(record)) is not None]
-        events = [*self._alerts_of_loss(), *events]
-        if events and not self._append(events):
-            self._spool_out(events)
+        try:
+            events = [*self._alerts(), *events] if self._up else events
+            if events and not self._append(events):
+                self._spool_out(events)
+        except Exception as error:
+            log.exception("%d interactions are lost", len(records))
+            self._count_lost(len(records))
+            self._trouble = f"{type(error).__name__}: {error}"
 
     def _replay(self) -> None:
         """One batch from the spool, oldest first, home to the log."""
         if self._spool.size and self._up:
-            events, end = self._spool.read(REPLAY_EVENTS)
+            events = self._spool.read(REPLAY_EVENTS)
             if not events or self._append(events):
-                self._spool.forget(end)
+                self._spool.forget()
 
     def _append(self, events: list[Event]) -> bool:
         """True when the events are in the log."""
@@ -227,7 +249,7 @@ class Capture:
         try:
             verdicts = self.commit.append(events)
         except (RayloopError, *Transient) as error:
-            log.warning("the event log takes no interactions (%s); they go to %s", error, self._spool.path)
+            log.warning("the event log takes no interactions (%s); they go to %s", error, self._spool.folder)
             self._retry_at = time.monotonic() + self._settings.retry_s
             return False
         except Exception:
@@ -242,22 +264,33 @@ class Capture:
         metrics.CAPTURED.labels("refused").inc(refused)
         return True
 
-    def _alerts_of_loss(self) -> list[Event]:
-        if self._alert is None or not self._lost:
+    def _count_lost(self, number: int) -> None:
+        metrics.CAPTURED.labels("lost").inc(number)
+        self._lost += number
+
+    def _alerts(self) -> list[Event]:
+        """What people should know of since the last batch."""
+        if self._alert is None:
             return []
-        lost, self._lost = self._lost, 0
-        limits = f"queue_events={self._settings.queue_events}, spool_max_mb={self._settings.spool_max_mb}"
-        reason = f"{lost} interactions found queue or spool full (serve.capture: {limits})"
-        return [self._alert("interactions_lost", reason, {"lost": lost})]
+        told = []
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            limits = f"queue_events={self._settings.queue_events}, spool_max_mb={self._settings.spool_max_mb}"
+            reason = f"{lost} interactions found queue, spool or disk full (serve.capture: {limits})"
+            told.append(self._alert("interactions_lost", reason, {"lost": lost}))
+        if self._trouble:
+            reason, self._trouble = f"what records interactions failed and goes on ({self._trouble})", None
+            told.append(self._alert("capture_failed", reason, {}))
+        return told
 
     def _spool_out(self, events: list[Event]) -> None:
         if self._alert is not None and not self._spool.size:  # it begins; what follows needs no further word
-            reason = f"since {to_iso(now_us())} interactions went to {self._spool.path}; they are home now"
+            reason = f"since {to_iso(now_us())} interactions went to {self._spool.folder}; they are home now"
             events = [self._alert("spool", reason, {}), *events]
         kept = self._spool.add(events)
         metrics.CAPTURED.labels("spooled").inc(kept)
-        metrics.CAPTURED.labels("lost").inc(len(events) - kept)
-        self._lost += len(events) - kept
+        if kept < len(events):
+            self._count_lost(len(events) - kept)
 
 
 def _event_of(record: Recordable) -> Event | None:
@@ -267,115 +300,3 @@ def _event_of(record: Recordable) -> Event | None:
         log.exception("an interaction could not be recorded")
         metrics.CAPTURED.labels("lost").inc()
         return None
-
-
-def _line_of(event: Event) -> bytes | None:
-    try:
-        return orjson.dumps(asdict(event)) + b"\n"
-    except TypeError as error:  # nested deeper than JSON can be written
-        log.error("interaction %s cannot be written (%s)", event.interaction_id, error)
-        return None
-
-
-class Spool:
-    """Events on disk that wait for the log: JSON lines, and how many bytes of them are home already."""
-
-    def __init__(self, path: Path, limit: int) -> None:
-        self.path, self._limit = path, limit
-        self.size = 0
-        """Bytes that are not in the log yet."""
-        self._done = 0
-
-    def adopt(self) -> None:
-        """Take over what dead routers left in the same folder, this one's file first.
-
-        A file is claimed by a rename that carries this process, then copied, then removed: whoever dies in
-        between leaves a claim that the next router takes over. Its events may then come twice, which their
-        ids make harmless.
-        """
-        folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in sorted((*folder.glob("*.jsonl"), *folder.glob("*.claimed"))):
-            if left != self.path and not _alive(left):
-                self._take_over(left)
-        self.size = self.path.stat().st_size if self.path.exists() else 0
-        metrics.SPOOL_BYTES.set(self.size)
-
-    def _take_over(self, left: Path) -> None:
-        claimed = left.with_name(f"{left.name.partition('.')[0]}.{uuid7()}.router-{os.getpid()}.claimed")
-        try:
-            left.rename(claimed)
-        except FileNotFoundError:  # another router was quicker
-            return
-        with claimed.open("rb") as source, self.path.open("ab") as file:
-            shutil.copyfileobj(source, file)
-            if file.tell() and not _ends_in_newline(claimed):
-                file.write(b"\n")  # half a line must not spoil the next one
-            file.flush()
-            os.fsync(file.fileno())
-        claimed.unlink()
-
-    def add(self, events: list[Event]) -> int:
-        """Write events down, durably; returns how many found room."""
-        lines = [line for event in events if (line := _line_of(event)) is not None]
-        kept, total = 0, self.size
-        while kept < len(lines) and total + len(lines[kept]) <= self._limit:
-            total += len(lines[kept])
-            kept += 1
-        try:
-            with self.path.open("ab") as file:
-                file.writelines(lines[:kept])
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            log.error("the spool %s cannot be written (%s)", self.path, error)
-            return 0
-        self.size = total
-        metrics.SPOOL_BYTES.set(self.size)
-        return kept
-
-    def read(self, limit: int) -> tuple[list[Event], int]:
-        """The oldest events and the place in the file after them."""
-        events: list[Event] = []
-        with self.path.open("rb") as file:
-            file.seek(self._done)
-            while len(events) < limit and (line := file.readline()):
-                try:
-                    events.append(Event(**orjson.loads(line)))
-                except (orjson.JSONDecodeError, TypeError):  # half a line: the machine stopped in mid-write
-                    metrics.CAPTURED.labels("lost").inc()
-            return events, file.tell()
-
-    def forget(self, end: int) -> None:
-        """The events before `end` are home."""
-        self.size -= end - self._done
-        self._done = end
-        if self.size <= 0:
-            self.path.unlink(missing_ok=True)
-            self.size = self._done = 0
-        metrics.SPOOL_BYTES.set(self.size)
-
-
-def spool_path(home: Path) -> Path:
-    """This process's spool under `home`; its name carries the process, so a dead one's is known."""
-    return home / "spool" / f"router-{os.getpid()}.jsonl"
-
-
-def _ends_in_newline(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell() == 0:
-            return True
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
-
-
-def _alive(path: Path) -> bool:
-    """Whether the process in the name of a spool or of a claim still runs.
-
-    A claim in this process's own name is an earlier process's that had the same number, as in a container.
-    """
-    pid = path.stem.rpartition("-")[2]
-    if path.suffix == ".claimed" and pid == str(os.getpid()):
-        return False
-    return pid.isdigit() and Path(f"/proc/{pid}").exists()

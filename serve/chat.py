@@ -21,13 +21,14 @@ from data.feedback import pseudonym
 from serve.anomalies import AnomalyWatch
 from serve.arms import not_served, plan
 from serve.breaker import Breaker, StableLatency
-from serve.capture import GONE, Capture, Record
+from serve.capture import Capture, Record
 from serve.exchange import CHAT, Engines, Exchange, View, new_interaction_id
 from serve.keys import Key
 from serve.limits import KeyLimits
 from serve.openai import (
     JSON,
     ApiError,
+    ClientGoneError,
     Headers,
     Receive,
     Scope,
@@ -41,6 +42,7 @@ from serve.openai import (
 from serve.prompts import PromptPolicy
 from serve.proxy import UpstreamError
 from serve.rewrite import DONE, error_event
+from serve.routes import RouteKey
 from serve.shadow import Shadow
 from serve.snapshot import Target
 
@@ -75,7 +77,7 @@ class CompletionHandler:
         self._settings, self._engines, self._with = settings, engines, companions
         self._pseudonym = lru_cache(PSEUDONYMS_KEPT)(partial(pseudonym, secret))
         self._breakers: dict[str, Breaker] = {}
-        self._stable_latency: dict[tuple[str, bool], StableLatency] = {}
+        self._stable_latency: dict[tuple[RouteKey, bool], StableLatency] = {}
 
     async def handle(
         self,
@@ -96,9 +98,9 @@ class CompletionHandler:
                 await self._obtain(exchange)
                 return await self._deliver(exchange, send, headers)
         except ApiError as error:
-            exchange.record.error = error.code or str(error.status)
+            exchange.record.refuse(error.status, error.code)
             raise
-        except (asyncio.CancelledError, OSError):
+        except (asyncio.CancelledError, ClientGoneError, OSError):
             self._client_left(exchange)
             raise
         finally:
@@ -159,28 +161,31 @@ class CompletionHandler:
 
     async def _obtain(self, exchange: Exchange) -> None:
         """The head of an answer: from the version assigned, else from stable."""
-        if exchange.plan.fallback is None:
-            await self._ask_stable(exchange, exchange.plan.target, exchange.plan.version)
+        plan = exchange.plan
+        if plan.arm != "candidate":
+            await self._ask_stable(exchange, plan.target, plan.version)
             return
         try:
             await self._ask_candidate(exchange)
         except UpstreamError as error:
+            if plan.fallback is None:  # no engine holds stable: nobody can stand in
+                raise self._failed(exchange, error) from None
             self._count_fallback(exchange, error)
-            await self._ask_stable(exchange, exchange.plan.fallback, exchange.plan.fallback.version)
+            await self._ask_stable(exchange, plan.fallback, plan.fallback.version)
 
     async def _ask_stable(self, exchange: Exchange, target: Target | None, version: str) -> None:
         if target is None:
             raise not_served(version)
-        latency = self._latency(exchange)
         try:
             await self._ask(exchange, target)
         except UpstreamError as error:
-            exchange.record.timeout = error.code == "engine_timeout"
-            raise ApiError(
-                error.status, error.message, code=error.code, retry_after_s=self._settings.retry_after_s
-            ) from None
-        if exchange.plan.arm != "none" and exchange.record.fallback is None and exchange.record.ttft_s is not None:
-            latency.record(exchange.record.ttft_s)
+            raise self._failed(exchange, error) from None
+        if exchange.plan.arm == "stable" and exchange.record.ttft_s is not None:
+            self._latency(exchange).record(exchange.record.ttft_s)
+
+    def _failed(self, exchange: Exchange, error: UpstreamError) -> ApiError:
+        exchange.record.timeout = error.code == "engine_timeout"
+        return ApiError(error.status, error.message, code=error.code, retry_after_s=self._settings.retry_after_s)
 
     async def _ask_candidate(self, exchange: Exchange) -> None:
         """Ask the candidate within its budget.
@@ -190,7 +195,8 @@ class CompletionHandler:
         """
         version, target = exchange.plan.version, exchange.plan.target
         breaker = self._breakers.setdefault(version, Breaker(self._settings.breaker))
-        if not breaker.allow(time.monotonic()):
+        permit = breaker.allow(time.monotonic())
+        if permit is None:
             raise UpstreamError("its breaker is open", code="breaker_open")
         try:
             if target is None:
@@ -198,16 +204,18 @@ class CompletionHandler:
             async with asyncio.timeout(self._latency(exchange).budget_s()):
                 await self._ask(exchange, target)
         except (UpstreamError, TimeoutError) as error:
-            breaker.record(False, time.monotonic())
+            breaker.record(permit, False, time.monotonic())
             if isinstance(error, TimeoutError):
                 raise UpstreamError("it was slower than its budget", code="engine_timeout") from None
             raise
         except BaseException:  # a request the engine rightly refuses, or a client that left, tells nothing
-            breaker.forget()
+            breaker.forget(permit)
             raise
         else:
-            if not exchange.stream:  # a stream is judged at its end
-                breaker.record(True, time.monotonic())
+            if exchange.stream:  # a stream is judged at its end
+                exchange.permit = permit
+            else:
+                breaker.record(permit, True, time.monotonic())
         finally:
             metrics.BREAKER_OPEN.labels(version).set(breaker.is_open)
 
@@ -218,15 +226,18 @@ class CompletionHandler:
 
     def _latency(self, exchange: Exchange) -> StableLatency:
         """A stream's first byte is its first token, a whole answer's is its end: kept apart."""
-        route = (exchange.plan.agent, exchange.stream)
-        if route not in self._stable_latency:
-            self._stable_latency[route] = StableLatency(self._settings.fallback)
-        return self._stable_latency[route]
+        route = exchange.plan.route
+        assert route is not None, "only a route has arms"
+        kind = (route.key, exchange.stream)
+        if kind not in self._stable_latency:
+            self._stable_latency[kind] = StableLatency(self._settings.fallback)
+        return self._stable_latency[kind]
 
     def _count_fallback(self, exchange: Exchange, error: UpstreamError) -> None:
         exchange.record.fallback = error.code
         exchange.record.timeout = error.code == "engine_timeout"
-        metrics.FALLBACKS.labels(exchange.plan.agent, error.code).inc()
+        key = exchange.record.key
+        metrics.FALLBACKS.labels(key.tenant, key.workspace, exchange.plan.agent, error.code).inc()
         log.info("candidate %s: %s; stable answers", exchange.plan.version, error.message)
 
     # delivering it
@@ -239,48 +250,51 @@ class CompletionHandler:
         return 200
 
     async def _stream(self, exchange: Exchange, send: Send, headers: Headers) -> None:
-        rewriter, piece = exchange.rewriter, exchange.first
-        assert exchange.reply is not None and rewriter is not None
-        head = [*EVENT_STREAM, *exchange.headers(), *headers]
-        await send({"type": "http.response.start", "status": 200, "headers": head})
+        rewriter, head = exchange.rewriter, [*EVENT_STREAM, *exchange.headers(), *headers]
+        assert rewriter is not None
+        finished, tail = False, b""
         try:
-            while True:
+            await send({"type": "http.response.start", "status": 200, "headers": head})
+            async for piece in exchange.pieces():
                 if piece:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
-                if not (more := await exchange.reply.next()):
-                    break
-                piece = rewriter.feed(more)
-            tail = rewriter.end()
+            finished = True
         except UpstreamError as error:
             rewriter.error = error.code
             tail = error_event(ApiError(error.status, error.message, code=error.code)) + DONE
         finally:
-            self._judge_stream(exchange, rewriter.error is None)
-        exchange.record.error = rewriter.error
+            exchange.record.error = rewriter.error
+            self._judge_stream(exchange, finished)
         await send({"type": "http.response.body", "body": tail})
 
-    def _judge_stream(self, exchange: Exchange, ok: bool) -> None:
-        """A candidate that breaks off fails: its breaker must know, though nobody can stand in any more."""
-        if exchange.plan.fallback is not None and exchange.served == exchange.plan.target:
-            breaker = self._breakers[exchange.plan.version]
-            breaker.record(ok, time.monotonic())
-            metrics.BREAKER_OPEN.labels(exchange.plan.version).set(breaker.is_open)
+    def _judge_stream(self, exchange: Exchange, finished: bool) -> None:
+        """A candidate that breaks off fails: its breaker must know, though nobody can stand in any more.
+
+        Of a stream that its client left nobody knows how it would have ended.
+        """
+        if exchange.permit is None:
+            return
+        breaker, failed = self._breakers[exchange.plan.version], exchange.record.error is not None
+        if finished or failed:
+            breaker.record(exchange.permit, not failed, time.monotonic())
+        else:
+            breaker.forget(exchange.permit)
+        metrics.BREAKER_OPEN.labels(exchange.plan.version).set(breaker.is_open)
 
     # the record
 
     def _client_left(self, exchange: Exchange) -> None:
         exchange.record.disconnected = True
-        metrics.DISCONNECTS.labels(exchange.plan.agent).inc()
+        key = exchange.record.key
+        metrics.DISCONNECTS.labels(key.tenant, key.workspace, exchange.plan.agent).inc()
 
     def _finish(self, exchange: Exchange) -> None:
         record = exchange.record
         record.latency_s = time.perf_counter() - exchange.began
-        meters = _meters(record.plan.agent, record.plan.arm)
+        meters = _meters_of(record)
         meters.latency.observe(record.latency_s)
         if record.ttft_s is not None:
             meters.first_token.observe(record.ttft_s)
-        if record.disconnected and record.error is None:
-            record.error = GONE if record.served_version is None else None
         if self._with.capture is not None:
             self._with.capture.offer(record)
         try:
@@ -294,7 +308,7 @@ class CompletionHandler:
     def _count_tokens(self, record: Record) -> None:
         prompt, completion = record.answer.tokens_used()
         if prompt or completion:
-            meters = _meters(record.plan.agent, record.plan.arm)
+            meters = _meters_of(record)
             meters.prompt.inc(prompt)
             meters.completion.inc(completion)
             self._with.limits.spend(record.key, prompt + completion)
@@ -310,13 +324,17 @@ class _Meters:
     completion: Counter
 
 
+def _meters_of(record: Record) -> _Meters:
+    return _meters(record.key.tenant, record.key.workspace, record.plan.agent, record.plan.arm)
+
+
 @lru_cache(METERS_KEPT)
-def _meters(agent: str, arm: str) -> _Meters:
+def _meters(*labels: str) -> _Meters:
     return _Meters(
-        metrics.LATENCY.labels(agent, arm),
-        metrics.FIRST_TOKEN.labels(agent, arm),
-        metrics.TOKENS.labels(agent, arm, "prompt"),
-        metrics.TOKENS.labels(agent, arm, "completion"),
+        metrics.LATENCY.labels(*labels),
+        metrics.FIRST_TOKEN.labels(*labels),
+        metrics.TOKENS.labels(*labels, "prompt"),
+        metrics.TOKENS.labels(*labels, "completion"),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from cluster.errors import InputError
 from cluster.http_post import Answer
-from serve.breaker import Breaker
+from serve.breaker import Breaker, Permit
 from serve.client_config import ClientConfig
 from serve.remote import DeadlineCalls, Remote, UnreachableError
 from serve.sender import encode
@@ -57,7 +57,8 @@ class ServiceCalls:
         if self._process != os.getpid():
             self._begin()
         with self._lock:
-            if not self._breaker.allow(time.monotonic()):
+            permit = self._breaker.allow(time.monotonic())
+            if permit is None:
                 self.unanswered += 1
                 return None
         try:
@@ -65,18 +66,18 @@ class ServiceCalls:
             answer = self._calls.run(lambda: remote.post(path, body, self._timeout_s), self._timeout_s)
             found = _document(answer)
         except UnreachableError as error:
-            self._failed(str(error))
+            self._failed(permit, str(error))
             return None
         with self._lock:
-            self._breaker.record(True, time.monotonic())
+            self._breaker.record(permit, True, time.monotonic())
             self._warned = False
         if answer.status >= 400:
             raise _refusal(found, answer.status)
         return found
 
-    def _failed(self, reason: str) -> None:
+    def _failed(self, permit: Permit, reason: str) -> None:
         with self._lock:
-            self._breaker.record(False, time.monotonic())
+            self._breaker.record(permit, False, time.monotonic())
             self.unanswered += 1
             first, self._warned = not self._warned, True
         if first:

@@ -13,8 +13,8 @@ import yaml
 
 from cluster.errors import ConfigError
 from cluster.settings import Settings, load_settings
+from serve.deployment_config import parse_config
 from serve.egress import check_endpoints
-from serve.routes import parse_config
 
 SERVE_FILE = "serve.yaml"
 SETTINGS_FILE = "run/settings.yaml"

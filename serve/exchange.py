@@ -1,8 +1,9 @@
 """One request on its way through the router, and the engines it can go to."""
 
+import logging
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +13,15 @@ from cluster.errors import ConfigError
 from cluster.settings.serving import EngineEndpoint, ServeSettings
 from serve.applications.document import is_ours
 from serve.arms import Plan
+from serve.breaker import Permit
 from serve.capture import Record
 from serve.openai import ApiError, Headers, from_engine
 from serve.prompts import Rendered, with_policy
 from serve.proxy import Limits, Reply, Upstream, UpstreamError
-from serve.rewrite import Answer, Rewriter, Wanted
+from serve.rewrite import NO_COMPLETION, Answer, Rewriter, Wanted
 from serve.snapshot import Snapshot, Target
+
+log = logging.getLogger(__name__)
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ID_PREFIXES = {CHAT: "chatcmpl", TEXT: "cmpl"}
@@ -100,6 +104,8 @@ class Exchange:
     """For the key's budget."""
     rendered: Rendered | None = None
     """What the agent's policy adds to the system prompt."""
+    permit: Permit | None = None
+    """Of the candidate's breaker, which waits for the end of its stream."""
     served: Target | None = None
     reply: Reply | None = None
     rewriter: Rewriter | None = None
@@ -154,7 +160,7 @@ class Exchange:
         try:
             if reply.status != 200:
                 raise _failure(reply, await reply.read(), target, elsewhere, retry_after_s)
-            self._begin(target, await reply.next() if self.stream else await reply.read())
+            self._begin(target, await reply.next() if self.stream else await reply.read(), engines.settings)
         except BaseException:
             reply.abort()
             raise
@@ -162,7 +168,7 @@ class Exchange:
         self.record.served_version, self.record.adapter_digest = target.version, target.digest
         self.record.ttft_s = time.perf_counter() - self.began
 
-    def _begin(self, target: Target, piece: bytes) -> None:
+    def _begin(self, target: Target, piece: bytes, settings: ServeSettings) -> None:
         """Take the first piece of an answer.
 
         Raises:
@@ -172,14 +178,25 @@ class Exchange:
             raise UpstreamError("the engine's answer was empty", code="engine_error")
         self.record.answer = Answer()  # of an engine that failed nothing stays
         wanted = Wanted.by(self.request, is_chat=self.path == CHAT)
-        rewriter = Rewriter(self.record.interaction_id, target.version, wanted, self.record.answer)
-        try:
-            self.first = rewriter.feed(piece) if self.stream else rewriter.whole(piece)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UpstreamError("the engine's answer is not a completion", code="engine_error") from None
+        rewriter = Rewriter(
+            self.record.interaction_id, target.version, wanted, settings.max_event_bytes, self.record.answer
+        )
+        self.first = understood(rewriter.feed if self.stream else rewriter.whole, piece)
         if rewriter.error is not None:
             raise UpstreamError("the engine failed at once", code=rewriter.error)
         self.rewriter = rewriter
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """A stream for the client, from `first` on; the rewriter has `error` where the engine told of one.
+
+        Raises:
+            UpstreamError: it broke off, fell silent, or is no completion.
+        """
+        assert self.reply is not None and self.rewriter is not None
+        yield self.first
+        while more := await self.reply.next():
+            yield understood(self.rewriter.feed, more)
+        yield understood(self.rewriter.end)
 
     def headers(self) -> Headers:
         """Who served, in headers."""
@@ -195,6 +212,19 @@ class Exchange:
         if plan.experiment_id:
             headers.append((b"x-rayloop-experiment", plan.experiment_id.encode()))
         return headers
+
+
+def understood(rewrite: Callable[..., bytes], *piece: bytes) -> bytes:
+    """What a `Rewriter` makes of a piece.
+
+    Raises:
+        UpstreamError: the answer is no completion.
+    """
+    try:
+        return rewrite(*piece)
+    except NO_COMPLETION as error:
+        log.info("the engine's answer is not a completion: %r", error)
+        raise UpstreamError("the engine's answer is not a completion", code="engine_error") from None
 
 
 def new_interaction_id(path: str = CHAT) -> str:

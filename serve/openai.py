@@ -154,22 +154,17 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
     declared = header(scope, b"content-length")
     if declared is not None and declared.isdigit() and int(declared) > limit:
         raise _too_long(limit)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):
-        body: bytes = message.get("body", b"")
-        if len(body) > limit:
-            raise _too_long(limit)
-        return body
     try:
         async with asyncio.timeout(timeout_s):
-            return await _rest_of_body(message, receive, limit)
+            return await _whole_body(receive, limit)
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {timeout_s:g} seconds.", code="body_timeout") from None
 
 
-async def _rest_of_body(message: dict[str, Any], receive: Receive, limit: int) -> bytes:
+async def _whole_body(receive: Receive, limit: int) -> bytes:
     parts = bytearray()
     while True:
+        message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGoneError
         parts += message.get("body", b"")
@@ -177,11 +172,26 @@ async def _rest_of_body(message: dict[str, Any], receive: Receive, limit: int) -
             raise _too_long(limit)
         if not message.get("more_body"):
             return bytes(parts)
-        message = await receive()
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection; there is nobody to answer."""
+    """The client closed its connection or stopped reading; there is nobody to answer."""
+
+
+def sending_within(send: Send, timeout_s: float) -> Send:
+    """`send` to a client that may take so long over each message; one that stops reading counts as gone.
+
+    The returned function raises `ClientGoneError`.
+    """
+
+    async def bounded(message: dict[str, Any]) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                await send(message)
+        except TimeoutError:
+            raise ClientGoneError from None
+
+    return bounded
 
 
 def _too_long(limit: int) -> ApiError:

@@ -6,6 +6,7 @@ of the router. One exchange at a time on a connection; connections that are idle
 
 import asyncio
 import logging
+import select
 import ssl
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -67,8 +68,8 @@ class Upstream:
     async def post(self, path: str, body: bytes, *, request_id: str = "") -> "Reply":
         """Send a request and wait for the head of the answer.
 
-        A kept connection that the engine closed in the meantime, before any byte of an answer, is
-        replaced once: the engine has not begun to work on the request then.
+        A kept connection that the engine has closed is left before anything is written. What was written is never
+        sent again: an engine that ended while it worked looks the same as one that closed just then.
 
         Raises:
             UpstreamError: no connection, silence, or not HTTP.
@@ -81,21 +82,16 @@ class Upstream:
             len(body),
             body,
         )
-        wait_s = self.limits.silence_timeout_s
+        connection = self._kept() or await self._connect()
+        return await connection.exchange(request, self.limits.silence_timeout_s)
+
+    def _kept(self) -> "_Connection | None":
         while self._idle:
             connection = self._idle.pop()
             if connection.usable:
-                try:
-                    return await connection.exchange(request, wait_s)
-                except _StaleConnectionError:
-                    break
-        connection = await self._connect()
-        try:
-            return await connection.exchange(request, wait_s)
-        except _StaleConnectionError:
-            raise UpstreamError(
-                "the engine closed the connection without an answer", code="engine_unavailable"
-            ) from None
+                return connection
+            connection.abort()
+        return None
 
     def close(self) -> None:
         """Drop the idle connections."""
@@ -142,10 +138,6 @@ class Upstream:
             except OSError as error:
                 last = error
         raise last or OSError(f"{to.host} has no address")
-
-
-class _StaleConnectionError(Exception):
-    """Closed before the first byte of an answer."""
 
 
 class Reply:
@@ -223,8 +215,13 @@ class _Connection(asyncio.Protocol):
 
     @property
     def usable(self) -> bool:
-        """The connection is still open."""
-        return self._transport is not None and not self._transport.is_closing() and self._failure is None
+        """The connection is still open, also as far as the event loop has not heard of it yet."""
+        transport = self._transport
+        if transport is None or transport.is_closing() or self._failure is not None:
+            return False
+        waiting = select.poll()
+        waiting.register(transport.get_extra_info("socket").fileno(), select.POLLIN | select.POLLRDHUP)
+        return not waiting.poll(0)  # between two answers an engine has nothing to say but that it closes
 
     @property
     def complete(self) -> bool:
@@ -240,10 +237,7 @@ class _Connection(asyncio.Protocol):
         try:
             while not self._answer.started:
                 await self._wait(wait_s)
-        except UpstreamError:
-            self.abort()
-            raise
-        except asyncio.CancelledError:
+        except (UpstreamError, asyncio.CancelledError):
             self.abort()
             raise
         return Reply(self, self._parser.get_status_code(), self._answer.headers)
@@ -263,8 +257,6 @@ class _Connection(asyncio.Protocol):
         """Wait for more of the body."""
         try:
             await self._wait(self.upstream.limits.silence_timeout_s)
-        except _StaleConnectionError:
-            raise UpstreamError("the engine broke off its answer", code="engine_error") from None
         except UpstreamError:
             self.abort()
             raise
@@ -336,7 +328,7 @@ class _Connection(asyncio.Protocol):
         elif answer.started and not answer.complete:
             self._fail(UpstreamError("the engine broke off its answer", code="engine_error"))
         else:
-            self._fail(_StaleConnectionError())
+            self._fail(UpstreamError("the engine closed the connection without an answer", code="engine_unavailable"))
 
     # httptools callbacks
 

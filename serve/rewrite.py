@@ -14,6 +14,8 @@ import orjson
 from serve.openai import ApiError, shown
 
 DONE = b"data: [DONE]\n\n"
+NO_COMPLETION = (ValueError, KeyError, TypeError, AttributeError)
+"""What comes of an answer whose parts are not of the kinds they should be."""
 CHARACTERS_A_TOKEN = 4  # roughly, where an engine counts nothing
 
 
@@ -99,12 +101,28 @@ class Answer:
             self.message[name] = value
 
     def _add_tail(self, choice: dict[str, Any]) -> None:
-        self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        self.token_ids += choice.get("token_ids") or []
+        self.finish_reason = _text(choice.get("finish_reason")) or self.finish_reason
+        self.token_ids += _numbers(choice.get("token_ids"), int)
         logprobs = choice.get("logprobs")
         if isinstance(logprobs, dict):
-            self.logprobs += [item["logprob"] for item in logprobs.get("content") or []]
-            self.logprobs += [value for value in logprobs.get("token_logprobs") or [] if value is not None]
+            self.logprobs += _numbers([item["logprob"] for item in logprobs.get("content") or []], int | float)
+            given = [value for value in logprobs.get("token_logprobs") or [] if value is not None]
+            self.logprobs += _numbers(given, int | float)
+
+
+def _text(value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise TypeError(f"{shown(value)} is not a text")
+    return value
+
+
+def _numbers(values: Any, kind: Any) -> list[Any]:
+    """A list of numbers, as the record may hold them; `None` is an empty one."""
+    if values is None:
+        return []
+    if not isinstance(values, list) or not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{shown(values)} is not a list of numbers")
+    return values
 
 
 def _extend_call(calls: list[dict[str, Any]], piece: Any) -> None:
@@ -116,7 +134,7 @@ def _extend_call(calls: list[dict[str, Any]], piece: Any) -> None:
     if not isinstance(index, int) or not 0 <= index < len(calls):
         return
     call = calls[index]
-    call["id"] = piece.get("id") or call["id"]
+    call["id"] = _text(piece.get("id")) or call["id"]
     function = piece.get("function") or {}
     for name in ("name", "arguments"):
         call["function"][name] += function.get(name) or ""
@@ -124,11 +142,15 @@ def _extend_call(calls: list[dict[str, Any]], piece: Any) -> None:
 
 @dataclass(slots=True)
 class Rewriter:
-    """Rewrites one answer, whole or streamed, and collects it."""
+    """Rewrites one answer, whole or streamed, and collects it.
+
+    Every method raises one of `NO_COMPLETION` for an answer that is none.
+    """
 
     interaction_id: str
     version: str
     wanted: Wanted
+    max_event_bytes: int
     answer: Answer = field(default_factory=Answer)
     saw_done: bool = False
     error: str | None = None
@@ -136,11 +158,7 @@ class Rewriter:
     _rest: bytes = b""
 
     def whole(self, body: bytes) -> bytes:
-        """A complete answer.
-
-        Raises:
-            ValueError: it is not a JSON object with choices.
-        """
+        """A complete answer: a JSON object with choices."""
         document = orjson.loads(body)
         if not isinstance(document, dict) or not isinstance(document.get("choices"), list):
             raise ValueError(f"the engine answered {shown(document)}")
@@ -156,6 +174,8 @@ class Rewriter:
         if b"\r" in data:
             data = data.replace(b"\r\n", b"\n")
         *events, self._rest = data.split(b"\n\n")
+        if len(self._rest) > self.max_event_bytes:
+            raise ValueError(f"the engine sent an event of more than {self.max_event_bytes} bytes")
         return b"".join(self._event(event) for event in events if event)
 
     def end(self) -> bytes:
@@ -208,7 +228,7 @@ class Rewriter:
             self.answer.usage = usage
         for place in (document, *_choices(document)):  # a completion has them in its choices
             if prompt_ids := place.get("prompt_token_ids"):
-                self.answer.prompt_token_ids = prompt_ids
+                self.answer.prompt_token_ids = _numbers(prompt_ids, int)
             if not self.wanted.token_ids:
                 place.pop("prompt_token_ids", None)
         for choice in _choices(document):

@@ -27,7 +27,7 @@ from data.intake.batches import Intake
 from data.log import EventLog
 from serve import intake_http, labels_http, openapi, otlp_http, users_http
 from serve.anomalies import AnomalyWatch
-from serve.capture import Capture, spool_path
+from serve.capture import Capture
 from serve.chat import Companions, CompletionHandler
 from serve.engine_waking import EngineWaker
 from serve.engines.token import engine_token
@@ -49,6 +49,7 @@ from serve.openai import (
     header,
     send_error,
     send_response,
+    sending_within,
     text_header,
 )
 from serve.prompts import PromptPolicy
@@ -92,8 +93,8 @@ class RouterApp:
         self._in_flight = 0
         self._commit: GroupCommit | None = None
         on = settings.learning.enabled and settings.capture.enabled
-        spool, tell = spool_path(settings.home), functools.partial(alert, settings)
-        self._capture = Capture(settings.serve.capture, settings.log, spool, tell) if on else None
+        tell = functools.partial(alert, settings)
+        self._capture = Capture(settings.serve.capture, settings.log, settings.home, tell) if on else None
         self._intake = IntakeHandler(settings)
         self._finetuning = FinetuningHandler(settings)
         self._users = users_http.UsersHandler(settings)
@@ -156,6 +157,7 @@ class RouterApp:
         if found:
             repeat_s = self.settings.serve.anomaly.repeat_s
             EventLog(engine).append([a.event(self.settings.workspace, repeat_s) for a in found])
+            self._anomalies.told(found)
         for anomaly in found:
             log.warning(
                 "version %s of %s: %s %.3g, above %.3g over %d requests",
@@ -256,6 +258,7 @@ class RouterApp:
                 code="overloaded", retry_after_s=serve.retry_after_s,
             )  # fmt: skip
         self._in_flight += 1
+        send = sending_within(send, serve.write_timeout_s)
         try:
             if self._standalone:
                 return await self._watched(scope, receive, send, key, request_id, headers)

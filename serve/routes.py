@@ -1,35 +1,28 @@
 """The traffic split: one row a route, equal writers, compare-and-swap. `serve.split` says how users are split.
 
 A write is `update … where revision = ?` and leaves a `route.changed` event in the same transaction. Writers
-are the deployment config (`apply_config`), a person (`rayloop route`) and the rollout controller; all
-go through `write_route` or `_write_in`, so they obey the same rules.
+are the deployment config (`serve.deployment_config`), a person (`rayloop route`) and the rollout controller; all
+go through `write_route` or `write_in`, so they obey the same rules.
 """
 
-import hashlib
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any
 
-import orjson
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from sqlalchemy.engine import Connection, Engine
 
 from cluster.clock import now_us
 from cluster.database import write
-from cluster.errors import ConfigError, ConflictError, InputError, NotFoundError
-from cluster.settings.serving import EngineEndpoint
+from cluster.errors import ConflictError, InputError, NotFoundError
 from cluster.tables import routes
 from data.events import Event
 from data.log import EventLog
 from serve.split import SPLIT_FIELDS, Arm, changed_arms, check_arms, check_share, live_arms, total
 
-VERSION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}/[1-9][0-9]{0,17}$"
-AGENT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 CHANGEABLE = ("stable", *SPLIT_FIELDS, "max_share", "shadow", "experiment_id", "salt", "pinned")
 CONFIG_WRITER = "config"
-SHOWN_VERSIONS = 20  # in an error message
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,82 +111,8 @@ class Route:
         return Route(**{**row, "arms": tuple(Arm(**arm) for arm in row["arms"])})
 
 
-class Declared(BaseModel):
-    """A route in a deployment config. Fields left out keep the value the row has."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    agent: str = Field(pattern=AGENT_PATTERN)
-    modality: str = Field("text", pattern=r"^[a-z]{1,16}$")
-    tenant: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")
-    stable: str | None = Field(None, pattern=VERSION_PATTERN)
-    candidate: str | None = Field(None, pattern=VERSION_PATTERN)
-    share: float = Field(0.0, ge=0, le=1)
-    max_share: float = Field(1.0, ge=0, le=1)
-    shadow: str | None = Field(None, pattern=VERSION_PATTERN)
-    experiment_id: str | None = Field(None, max_length=64)
-    pinned: bool = False
-
-    @model_validator(mode="after")
-    def _share_under_ceiling(self) -> "Declared":
-        if self.share > self.max_share:
-            raise ValueError(f"share {self.share:g} must not exceed max_share {self.max_share:g}")
-        if self.candidate is not None and self.candidate == self.stable:
-            raise ValueError(f"candidate must differ from stable, both are {self.stable}")
-        return self
-
-    def change(self) -> dict[str, Any]:
-        """Only what the config says about the row."""
-        return self.model_dump(include=set(CHANGEABLE), exclude_unset=True)
-
-    def digest(self) -> str:
-        """Hash of the content, by which a re-applied config is known."""
-        text = orjson.dumps(self.model_dump(exclude_unset=True), option=orjson.OPT_SORT_KEYS)
-        return hashlib.sha256(text).hexdigest()
-
-
-class RouterConfig(BaseModel):
-    """The router's `user_config` in a Serve config file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    generation: int | None = Field(None, ge=0)
-    """A config with a smaller one than the last applied is refused."""
-    routes: list[Declared] = []
-    engines: dict[str, EngineEndpoint] = {}
-    """Over `serve.engines` of the settings."""
-
-    @model_validator(mode="after")
-    def _each_route_once(self) -> "RouterConfig":
-        keys = [(d.tenant, d.agent, d.modality) for d in self.routes]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"route {key[1]} ({key[2]}) is declared twice")
-        return self
-
-
-def parse_config(document: Any) -> RouterConfig:
-    """The config behind a `user_config` document.
-
-    Raises:
-        ConfigError: the first broken rule, with its place.
-    """
-    try:
-        return RouterConfig.model_validate(document or {})
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in ("user_config", *problem["loc"]))
-        rule = problem["msg"].removeprefix("Value error, ")
-        raise ConfigError(place, problem["input"], rule, "mend the Serve config and deploy it again") from None
-
-
-@dataclass(frozen=True, slots=True)
-class Applied:
-    """What became of one declared route."""
-
-    key: RouteKey
-    status: Literal["applied", "unchanged"]
-    revision: int
+Check = Callable[[Route | None, Route], None]
+"""Sees a route before and after a change, inside its transaction; raises where it may not be (`serve.readiness`)."""
 
 
 def read_routes(engine: Engine, tenant: str | None = None) -> list[Route]:
@@ -227,20 +146,23 @@ def write_route(
     writer: str,
     reason: str | None = None,
     workspace: str = "default",
+    check: Check | None = None,
 ) -> Route:
     """Change a route if it still has `expected_revision` (0: it does not exist yet).
 
     `writer` is `config`, `person:<name>` or `controller`. A candidate other than before gets a new salt
-    unless the change brings one.
+    unless the change brings one. `check` sees the route before and after, and may raise (`serve.readiness`).
 
     Raises:
         ConflictError: somebody else wrote first, or the share would pass the ceiling.
         InputError: a value that breaks a rule.
     """
     with write(engine).begin() as connection:
-        before = _read_in(connection, key)
-        after = _changed(before, key, change, writer)
-        return _write_in(engine, connection, before, after, expected_revision, writer, reason, workspace)
+        before = read_in(connection, key)
+        after = changed(before, key, change, writer)
+        if check is not None:
+            check(before, after)
+        return write_in(engine, connection, before, after, expected_revision, writer, reason, workspace)
 
 
 def update_route(
@@ -251,96 +173,36 @@ def update_route(
     writer: str,
     reason: str | None = None,
     workspace: str = "default",
+    check: Check | None = None,
 ) -> Route:
     """Change a route whatever its revision is, as a person does who has just looked at it."""
     with write(engine).begin() as connection:
-        before = _read_in(connection, key)
-        after = _changed(before, key, change, writer)
+        before = read_in(connection, key)
+        after = changed(before, key, change, writer)
+        if check is not None:
+            check(before, after)
         revision = before.revision if before else 0
-        return _write_in(engine, connection, before, after, revision, writer, reason, workspace)
+        return write_in(engine, connection, before, after, revision, writer, reason, workspace)
 
 
-def apply_config(
-    engine: Engine,
-    config: RouterConfig,
-    *,
-    tenant: str,
-    workspace: str = "default",
-    known: Collection[str] | None = None,
-) -> list[Applied]:
-    """Write each declared route whose content differs from what a config last put there; all or none.
-
-    A route whose declaration is unchanged is left alone, whatever others have made of it since. `known` are the
-    versions that may be named; `None` means any.
-
-    Raises:
-        ConfigError: the generation is older than the last applied, a version is not known, or a route cannot be
-            made.
-    """
-    with write(engine).begin() as connection:
-        return [_apply_one(engine, connection, d, config.generation, tenant, workspace, known) for d in config.routes]
-
-
-def _apply_one(
-    engine: Engine,
-    connection: Connection,
-    declared: Declared,
-    generation: int | None,
-    tenant: str,
-    workspace: str,
-    known_versions: Collection[str] | None,
-) -> Applied:
-    key = RouteKey(declared.tenant or tenant, declared.agent, declared.modality)
-    before = _read_in(connection, key)
-    known = before.config_generation if before else None
-    if generation is not None and known is not None and generation < known:
-        raise ConfigError("generation", generation, f"must be at least {known}, which was applied to {key}", "raise it")
-    digest = declared.digest()
-    newest = generation if generation is not None else known
-    if before is not None and before.config_hash == digest:
-        if newest != known:
-            where = _is(key) & (routes.c.revision == before.revision)
-            connection.execute(routes.update().where(where).values(config_generation=newest))
-        return Applied(key, "unchanged", before.revision)
-    if known_versions is not None:
-        _require_known(declared, before, known_versions)
-    try:
-        after = _changed(before, key, declared.change(), CONFIG_WRITER)
-    except (InputError, ConflictError) as error:
-        raise ConfigError(
-            f"routes.{declared.agent}", declared.change(), f"cannot be applied ({error})", "mend it"
-        ) from None
-    after = replace(after, config_hash=digest, config_generation=newest)
-    revision = before.revision if before else 0
-    reason = f"deployment config {digest[:12]}"
-    route = _write_in(engine, connection, before, after, revision, CONFIG_WRITER, reason, workspace)
-    return Applied(key, "applied", route.revision)
-
-
-def _require_known(declared: Declared, before: Route | None, known: Collection[str]) -> None:
-    """A version nobody serves would fail every request sent to it; one the route has already is left to others."""
-    for name in ("stable", "candidate", "shadow"):
-        version = getattr(declared, name)
-        if version is not None and version not in known and version != getattr(before, name, None):
-            shown = ", ".join(sorted(known)[:SHOWN_VERSIONS]) or "none yet"
-            raise ConfigError(
-                f"routes.{declared.agent}.{name}", version, f"is not a version that an engine holds (known: {shown})",
-                "have it served first, or name one under `engines.<name>.models`",
-            )  # fmt: skip
-
-
-def _is(key: RouteKey) -> sa.ColumnElement[bool]:
+def is_route(key: RouteKey) -> sa.ColumnElement[bool]:
+    """The row of a route."""
     return (routes.c.tenant == key.tenant) & (routes.c.agent == key.agent) & (routes.c.modality == key.modality)
 
 
-def _read_in(connection: Connection, key: RouteKey) -> Route | None:
-    query = sa.select(routes).where(_is(key)).with_for_update()
+def read_in(connection: Connection, key: RouteKey) -> Route | None:
+    """A route, kept from other writers until the transaction ends."""
+    query = sa.select(routes).where(is_route(key)).with_for_update()
     row = connection.execute(query).mappings().first()
     return Route.from_row(row) if row else None
 
 
-def _changed(before: Route | None, key: RouteKey, change: Mapping[str, Any], writer: str) -> Route:
-    """The row after the change, checked against every rule."""
+def changed(before: Route | None, key: RouteKey, change: Mapping[str, Any], writer: str) -> Route:
+    """The row after the change, checked against every rule.
+
+    Raises:
+        InputError, ConflictError: which one it breaks.
+    """
     for name in change:
         if name not in CHANGEABLE:
             raise InputError(name, change[name], f"is not a field of a route ({', '.join(CHANGEABLE)})", "leave it out")
@@ -386,7 +248,7 @@ def _check(before: Route, after: Route, writer: str) -> None:
         )
 
 
-def _write_in(
+def write_in(
     engine: Engine,
     connection: Connection,
     before: Route | None,
@@ -396,6 +258,11 @@ def _write_in(
     reason: str | None,
     workspace: str,
 ) -> Route:
+    """Write a route as `changed` made it, with its event.
+
+    Raises:
+        ConflictError: somebody else wrote first.
+    """
     found = before.revision if before else 0
     if found != expected_revision:
         raise ConflictError(
@@ -408,7 +275,7 @@ def _write_in(
         except sa.exc.IntegrityError:
             raise ConflictError(f"route {after.key} was created by somebody else; read it again") from None
     else:
-        where = _is(after.key) & (routes.c.revision == expected_revision)
+        where = is_route(after.key) & (routes.c.revision == expected_revision)
         if not connection.execute(routes.update().where(where).values(**after.columns())).rowcount:
             raise ConflictError(f"route {after.key} was changed by somebody else; read it again")
     body: dict[str, Any] = {"writer": writer, "after": after.columns(), "revision": after.revision}

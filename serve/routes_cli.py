@@ -5,6 +5,7 @@ import json
 from typing import Annotated, Any
 
 import typer
+from sqlalchemy.engine import Engine
 
 from cluster.clock import to_iso
 from cluster.database import connect
@@ -12,7 +13,9 @@ from cluster.errors import InputError
 from cluster.logs import configure_logging
 from cluster.options import ConfigOption, JsonOption
 from cluster.settings import Settings, load_settings
-from serve.routes import Route, RouteKey, read_route, read_routes, update_route, write_route
+from serve.accepted_config import last_accepted
+from serve.readiness import NotReadyError, only_ready
+from serve.routes import Check, Route, RouteKey, read_route, read_routes, update_route, write_route
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -54,11 +57,15 @@ def set_command(
     shadow: Annotated[str | None, typer.Option(help="Version that answers unseen; `none` takes it away.")] = None,
     revision: Annotated[int | None, typer.Option(help="Refuse when the route has another revision.")] = None,
     modality: ModalityOption = "text",
+    force: Annotated[bool, typer.Option("--force", help="Also for a version that is not ready to answer.")] = False,
     reason: ReasonOption = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """Change a route, or make it."""
+    """Change a route, or make it.
+
+    A version that begins to answer users must have passed its engine's checks.
+    """
     named = {"stable": stable, "candidate": candidate, "share": share, "shadow": shadow}
     change: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     for name in ("candidate", "shadow"):
@@ -69,7 +76,8 @@ def set_command(
     if not change:
         raise InputError("change", "", "is empty", "give --stable, --candidate, --share or --shadow")
     settings, _ = load_settings(config)
-    _write(settings, RouteKey(settings.tenant, agent, modality), change, revision, reason, json_output)
+    key = RouteKey(settings.tenant, agent, modality)
+    _write(settings, key, change, revision, reason, json_output, ready_only=not force)
 
 
 @app.command()
@@ -105,14 +113,18 @@ def _write(
     revision: int | None,
     reason: str | None,
     json_output: bool,
+    ready_only: bool = False,
 ) -> None:
     configure_logging(settings.logging)
     engine = connect(settings)
     writer = f"person:{getpass.getuser()}"
+    check = _only_ready(settings, engine) if ready_only else None
     if revision is None:
         if set(change) == {"pinned"}:
             read_route(engine, key)  # pinning makes no route
-        route = update_route(engine, key, change, writer=writer, reason=reason, workspace=settings.workspace)
+        route = update_route(
+            engine, key, change, writer=writer, reason=reason, workspace=settings.workspace, check=check
+        )
     else:
         route = write_route(
             engine,
@@ -122,8 +134,24 @@ def _write(
             writer=writer,
             reason=reason,
             workspace=settings.workspace,
+            check=check,
         )
     print(json.dumps(_document(route)) if json_output else _line(route))
+
+
+def _only_ready(settings: Settings, engine: Engine) -> Check:
+    """As the routers see it, with the engines of the deployment config that they follow."""
+    accepted = last_accepted(engine, settings.tenant)
+    endpoints = {**settings.serve.engines, **(accepted.engines if accepted is not None else {})}
+    check = only_ready(engine, endpoints, live_after_s=settings.engine.live_after_s)
+
+    def with_remedy(before: Route | None, after: Route) -> None:
+        try:
+            check(before, after)
+        except NotReadyError as error:
+            raise NotReadyError(f"{error}; wait for it, or write the route all the same with --force") from None
+
+    return with_remedy
 
 
 def _document(route: Route) -> dict[str, Any]:

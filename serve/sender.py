@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cluster.http_post import Answer
-from serve.breaker import Breaker
+from serve.breaker import Breaker, Permit
 from serve.remote import Remote, UnreachableError
 
 log = logging.getLogger("serve.client")
@@ -170,6 +170,8 @@ class Sender:
         self._dropped: Counter[str] = Counter()
         self._recorded = 0
         self._breaker = Breaker(self._limits)
+        self._permit: Permit = 0
+        """Of the batch that is being handed over."""
         self._not_before = 0.0
         self._warned: set[str] = set()
         self._flushing = self._closed = self._abandoned = False
@@ -293,7 +295,8 @@ class Sender:
                 if self._closed and (not self._waiting or self._breaker.is_open):
                     return None
                 pause_s = self._pause_s(now)
-                if pause_s <= 0 and self._breaker.allow(now):
+                if pause_s <= 0 and (permit := self._breaker.allow(now)) is not None:
+                    self._permit = permit
                     return self._take()
                 self._changed.wait(max(pause_s, 0.01) if self._waiting else None)
 
@@ -321,7 +324,7 @@ class Sender:
         if self._scrub:
             batch = [entry for entry in batch if self._scrubbed(entry)]
             if not batch:
-                self._breaker.forget()
+                self._breaker.forget(self._permit)
                 return
         try:
             verdicts = self._deliver(path, [entry.payload for entry in batch])
@@ -344,7 +347,7 @@ class Sender:
 
     def _settle(self, batch: Sequence[_Entry], verdicts: Verdicts) -> None:
         with self._changed:
-            self._breaker.record(True, time.monotonic())
+            self._breaker.record(self._permit, True, time.monotonic())
             self._warned.discard("outage")
             if self._leave(batch):
                 self._settled.update(verdicts.statuses)
@@ -364,7 +367,7 @@ class Sender:
         with self._changed:
             if not self._abandoned:
                 self._queues.setdefault(path, deque()).extendleft(reversed(batch))
-            self._breaker.record(False, now)
+            self._breaker.record(self._permit, False, now)
             opened = self._breaker.is_open
             pause_s = self._limits.half_open_s if opened else self._limits.retry_s
             self._not_before = now + min(error.retry_after_s or pause_s, MAX_PAUSE_S)

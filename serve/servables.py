@@ -157,6 +157,22 @@ def ready(database: Engine, version_id: str, *, live_after_s: float = DEFAULTS.l
     return _readiness(database, version_id, live_after_s)[0]
 
 
+def why_not_ready(database: Engine, version_id: str, *, live_after_s: float = DEFAULTS.live_after_s) -> str | None:
+    """What keeps a version from answering; `None` when it is ready."""
+    try:
+        done, said = _readiness(database, version_id, live_after_s)
+    except NotFoundError as error:
+        return str(error)
+    if done:
+        return None
+    refused = next((report.reason for report in said if report.state == "failed"), None)
+    return f"an engine refused it: {refused}" if refused is not None else f"it is not ready ({_states(said)})"
+
+
+def _states(said: Sequence[Report]) -> str:
+    return ", ".join(f"{r.engine}/{r.replica_id} {r.state}" for r in said) or "no replica has seen it"
+
+
 def wait_ready(
     database: Engine,
     version_id: str,
@@ -181,8 +197,7 @@ def wait_ready(
         if failures:
             raise ConflictError(f"version {version_id} cannot be served: {failures[0].reason}")
         if time.monotonic() >= deadline:
-            states = ", ".join(f"{r.engine}/{r.replica_id} {r.state}" for r in said) or "no replica has seen it"
-            raise UnavailableError(f"version {version_id} was not ready after {timeout_s:g} s ({states})")
+            raise UnavailableError(f"version {version_id} was not ready after {timeout_s:g} s ({_states(said)})")
         time.sleep(min(poll_s, max(0.0, deadline - time.monotonic())))
 
 

@@ -106,7 +106,8 @@ class Shadow:
         except TimeoutError:
             record.error, record.timeout, outcome = "engine_timeout", True, "timed_out"
         except (UpstreamError, ApiError) as error:
-            record.error, outcome = error.code or "engine_error", "failed"
+            record.refuse(error.status, error.code)
+            outcome = "failed"
         finally:
             metrics.SHADOW_IN_FLIGHT.dec()
             if copy.reply is not None:
@@ -122,13 +123,10 @@ class Shadow:
         await copy.ask(self._engines, target, elsewhere=True, retry_after_s=0)
         if not copy.stream:
             return
-        reply, rewriter = copy.reply, copy.rewriter
-        assert reply is not None and rewriter is not None
-        while piece := await reply.next():
-            rewriter.feed(piece)
-        rewriter.end()
-        if rewriter.error is not None:
-            raise UpstreamError("the engine failed in mid-stream", code=rewriter.error)
+        async for _ in copy.pieces():
+            pass
+        if copy.rewriter is not None and copy.rewriter.error is not None:
+            raise UpstreamError("the engine failed in mid-stream", code=copy.rewriter.error)
 
     def _paired(self, live: Record, shadow: Record) -> Pair:
         found = agreement(live.answer.message, shadow.answer.message)
@@ -151,7 +149,8 @@ def _copied(live: Exchange, target: Target) -> Exchange:
 
 
 def _count(live: Exchange, outcome: str) -> None:
-    metrics.SHADOWED.labels(live.plan.agent, outcome).inc()
+    key = live.record.key
+    metrics.SHADOWED.labels(key.tenant, key.workspace, live.plan.agent, outcome).inc()
 
 
 def stubbed_calls(message: Mapping[str, Any]) -> list[dict[str, Any]]:

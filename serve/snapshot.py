@@ -27,11 +27,14 @@ from cluster.settings.serving import EngineEndpoint
 from cluster.tables import servable_replicas, servables
 from data.events import Event
 from data.log import EventLog
+from serve.accepted_config import keep_accepted, last_accepted
 from serve.applications.document import is_ours
+from serve.deployment_config import RouterConfig, apply_config, parse_config
 from serve.egress import check_endpoints
 from serve.keys import KeyRing
+from serve.readiness import NotReadyError, only_ready
 from serve.replicas import ReplicaReport
-from serve.routes import Route, RouteKey, RouterConfig, apply_config, parse_config, read_routes
+from serve.routes import Route, RouteKey, read_routes
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +135,7 @@ class Watcher(threading.Thread):
         self._lock = threading.Lock()
         self._ceilings: dict[RouteKey, float] = {}
         self._report = ReplicaReport(uuid.uuid4().hex, settings.serve.live_after_s)
-        self._was_down = False
+        self._was_down = self._restored = False
         self.endpoints: dict[str, EngineEndpoint] = dict(settings.serve.engines)
         self.current = Snapshot()
         self.rejection: str | None = None
@@ -207,6 +210,10 @@ class Watcher(threading.Thread):
             self._engine = connect(self._settings)
             if self._on_engine is not None:
                 self._on_engine(self._engine)
+        if not self._restored:
+            if (config := last_accepted(self._engine, self._settings.tenant)) is not None:
+                self._accept(config)
+            self._restored = True
         return self._engine
 
     def _apply_pending(self, engine: Engine) -> None:
@@ -216,9 +223,11 @@ class Watcher(threading.Thread):
             return
         settings = self._settings
         try:
-            known = known_versions(engine, {**settings.serve.engines, **config.engines})
+            endpoints = {**settings.serve.engines, **config.engines}
+            known = known_versions(engine, endpoints)
+            check = only_ready(engine, endpoints, live_after_s=settings.engine.live_after_s)
             for applied in apply_config(
-                engine, config, tenant=settings.tenant, workspace=settings.workspace, known=known
+                engine, config, tenant=settings.tenant, workspace=settings.workspace, known=known, check=check
             ):
                 log.info(
                     "deployment config: route %s %s, revision %d",
@@ -226,16 +235,26 @@ class Watcher(threading.Thread):
                     applied.status,
                     applied.revision,
                 )
+        except NotReadyError as error:
+            self._wait_for(config, str(error))
+            return
         except ConfigError as error:
             self._refuse(config.model_dump(mode="json", exclude_unset=True), str(error))
         else:
+            keep_accepted(engine, settings.tenant, config)
             self._accept(config)
+            self.rejection = None
         with self._lock:
             if self._pending is config:
                 self._pending = None
 
+    def _wait_for(self, config: RouterConfig, reason: str) -> None:
+        """Say once that a config waits for a version; it stays pending. Its ceilings hold at once."""
+        self._ceilings |= self._ceilings_of(config)
+        if self.rejection != (told := f"{reason}; the config is applied once it is"):
+            self._refuse(config.model_dump(mode="json", exclude_unset=True), told)
+
     def _accept(self, config: RouterConfig) -> None:
-        self.rejection = None
         self.endpoints = {**self._settings.serve.engines, **config.engines}
         self._ceilings = self._ceilings_of(config)
 

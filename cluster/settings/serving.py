@@ -40,8 +40,8 @@ class FallbackSettings(Section):
     """The candidate's first byte must come within this time…"""
     stable_p95_factor: float = Field(2.0, gt=0)
     """…and within this many times stable's p95, whichever is less."""
-    min_budget_s: float = Field(1.0, gt=0)
-    """But it always gets this much: the p95 of a fast engine is noise."""
+    min_budget_s: float = Field(1.0, ge=0)
+    """But it always gets this much: the p95 of a fast engine is noise. 0 gives no such grace."""
     p95_window: int = Field(200, ge=20)
     """Latest stable answers that the p95 is taken over; fewer than 20 give none."""
 
@@ -57,6 +57,8 @@ class CaptureQueueSettings(Section):
     """Pause before the log is tried again after it failed; until then interactions go to the spool."""
     spool_max_mb: int = Field(512, ge=1)
     """Size of one router's spool; beyond it interactions are counted as lost."""
+    adopt_s: float = Field(60.0, ge=1)
+    """How often a router looks for spools that dead ones left under the same `home`."""
 
 
 class KeyLimitSettings(Section):
@@ -195,8 +197,12 @@ class ServeSettings(Section):
     """The same for batches of feedback and traces, packed or unpacked: exporters send hundreds of spans at once."""
     max_response_bytes: int = Field(32_000_000, ge=1024)
     """Longer engine answers are cut off as a failure of the engine."""
+    max_event_bytes: int = Field(1_000_000, ge=1024)
+    """The same for one event of an engine's stream."""
     body_timeout_s: float = Field(30.0, gt=0)
     """How long a client may take to send its body."""
+    write_timeout_s: float = Field(30.0, gt=0)
+    """How long a client may take over each piece of its answer; one that stops reading is let go."""
     connect_timeout_s: float = Field(2.0, gt=0)
     """How long a connection to an engine may take."""
     connect_attempts: int = Field(2, ge=1, le=10)

@@ -3,14 +3,12 @@
 import hashlib
 import logging
 import os
-import re
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 from sqlalchemy.engine import Engine
@@ -20,17 +18,17 @@ from cluster.settings import Settings
 from data.events import Event
 from data.log import EventLog, is_refused, refused_subjects
 from data.manifest import Manifest, Shard, content_digest, list_datasets, load_manifest, write_manifest
+from data.spool import SpoolFile, parsed, spool_files
 
 log = logging.getLogger(__name__)
 
-SPOOL_FOLDER = "spool"
 CACHE_FOLDERS = ("evaluation",)
 """Below `home`: files that can be made again at any time."""
 
 
 def spooled(settings: Settings, tenant: str, user_id: str) -> list[Event]:
     """What the spools on this machine hold of the person."""
-    waiting = (event for file in _spools(settings) for _, event in _events(file))
+    waiting = (event for file in spool_files(settings.home) for _, event in _events(file))
     return [event for event in waiting if event is not None and (event.tenant, event.user_id) == (tenant, user_id)]
 
 
@@ -39,40 +37,34 @@ def clean_spools(settings: Settings, engine: Engine) -> None:
 
     A living router brings its spool to the log, which refuses the person, and removes the file.
     """
-    for file in _spools(settings):
-        if _owner_lives(file):
+    for path in spool_files(settings.home):
+        claimed = SpoolFile.claim(path)
+        if claimed is None:
             continue
-        lines = list(_events(file))
-        with engine.connect() as connection:
-            refused = refused_subjects(connection, [event for _, event in lines if event is not None])
-        kept = [line for line, event in lines if event is None or not is_refused(event, refused)]
-        if len(kept) < len(lines):
-            draft = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-            draft.write_bytes(b"".join(kept))
-            os.replace(draft, file)
+        try:
+            _clean_spool(path, engine)
+        finally:
+            claimed.close()
 
 
-def _spools(settings: Settings) -> list[Path]:
-    folder = settings.home / SPOOL_FOLDER
-    return sorted(f for f in folder.glob("router-*") if f.is_file())
+def _clean_spool(path: Path, engine: Engine) -> None:
+    lines = list(_events(path))
+    with engine.connect() as connection:
+        refused = refused_subjects(connection, [event for _, event in lines if event is not None])
+    kept = [line for line, event in lines if event is None or not is_refused(event, refused)]
+    if len(kept) < len(lines):
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        draft.write_bytes(b"".join(kept))
+        os.replace(draft, path)
 
 
 def _events(file: Path) -> Iterator[tuple[bytes, Event | None]]:
-    """Lines with the event each holds; `None` for a line that was cut off."""
+    """Its lines, as `data.spool.parsed` gives them."""
     try:
         with file.open("rb") as stream:
-            lines = stream.readlines()
+            yield from parsed(stream.readlines())
     except FileNotFoundError:
         return  # its router has brought it home
-    for line in lines:
-        try:
-            yield line, Event(**orjson.loads(line))
-        except (orjson.JSONDecodeError, TypeError):
-            yield line, None
-
-
-def _owner_lives(file: Path) -> bool:
-    return any(Path(f"/proc/{pid}").exists() for pid in re.findall(r"router-(\d+)", file.name))
 
 
 # datasets

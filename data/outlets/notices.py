@@ -81,6 +81,7 @@ ALERTS: dict[str, tuple[Severity, str]] = {
     "drift": ("ticket", "grader and reward model have drifted apart"),
     "spool": ("ticket", "the event log took no interactions; they waited on disk"),
     "queue_full": ("ticket", "clients were turned away: the queue of the event log was full"),
+    "capture_failed": ("ticket", "what records interactions failed, and goes on"),
     "interactions_lost": ("page", "interactions were lost"),
     "abstentions": ("ticket", "graders abstain too often"),
 }

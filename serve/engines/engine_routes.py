@@ -76,7 +76,7 @@ class EngineRoutes(HttpApplication):
 
     async def _unload(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = _text(await self._document(scope, receive), "lora_name")
-        if not self.host.unload_adapter(name):
+        if not await asyncio.to_thread(self.host.unload_adapter, name):
             raise ApiError(404, f"no adapter {name!r} is loaded", param="lora_name", code="model_not_found")
         await send_json(send, {"status": "unloaded", "lora_name": name})
 

@@ -11,7 +11,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
@@ -22,7 +24,7 @@ from cluster.settings.engines import EngineSettings
 from cluster.tables import servable_replicas
 from serve.engines.adapter_source import AdapterError
 from serve.engines.autoscaling import may_idle
-from serve.engines.host import AdapterHost
+from serve.engines.host import BASE_NAME, AdapterHost
 from serve.servables import PRESENCE, ReplicaState, Servable, list_servables
 
 log = logging.getLogger(__name__)
@@ -55,6 +57,9 @@ class Reconciler:
         self._engine, self._database = engine, database
         self._replica_id, self._clock = replica_id[:64], clock
         self._held: dict[str, _Held] = {}
+        self._unloading = ThreadPoolExecutor(1, thread_name_prefix="unload")
+        self._leaving: dict[str, Future[Any]] = {}
+        """By model name: an unload waits for the answers that use the adapter, and the table must not wait with it."""
         self._down = False
         self._stopping = threading.Event()
         self._threads = [
@@ -88,6 +93,7 @@ class Reconciler:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(10)
+        self._unloading.shutdown(wait=False, cancel_futures=True)
         try:
             with write(self._database).begin() as connection:
                 leave = self._idled() if may_idle(self._settings) else sa.delete(servable_replicas).where(self._mine())
@@ -102,6 +108,7 @@ class Reconciler:
     def tick(self) -> None:
         """Read the table once, and load, release and report."""
         now = self._clock()
+        self._leaving = {name: left for name, left in self._leaving.items() if not left.done()}
         rows = {s.version: s for s in list_servables(self._database, self._settings.name)}
         self._release(rows, now)
         for servable in rows.values():
@@ -162,6 +169,9 @@ class Reconciler:
             self._unload(held)
         held = self._held[servable.version] = _Held(servable, "loading", tried_at=now)
         self._report(held)
+        if not self._has_room_for(servable):
+            held.tried_at = float("-inf")  # at the next look
+            return
         try:
             self._load(servable)
             held.state = "ready"
@@ -184,16 +194,21 @@ class Reconciler:
             return
         if servable.adapter_path is None:
             raise AdapterError("no directory is recorded for its adapter")
-        self._make_room()
         self._engine.load_adapter(servable.model_name, servable.adapter_path, expected_sha256=servable.adapter_sha256)
 
-    def _make_room(self) -> None:
-        """Release the version that has been unwanted longest when the engine is full."""
-        if len(self._engine.models()) - 1 < self._settings.max_adapters:
-            return
+    def _has_room_for(self, servable: Servable) -> bool:
+        """False while an unload must end first; a full engine releases the version that has been unwanted longest."""
+        if servable.adapter_sha256 is None:
+            return True
+        if servable.model_name in self._leaving:
+            return False
+        names = {model.name for model in self._engine.models()} | self._leaving.keys()
+        if len(names - {BASE_NAME}) < self._settings.max_adapters:
+            return True
         lingering = [h for h in self._held.values() if h.unwanted_since is not None and h.state == "ready"]
-        if lingering:
+        if lingering and not self._leaving:
             self._drop(min(lingering, key=lambda h: h.unwanted_since or 0.0))
+        return not self._leaving
 
     def _release(self, rows: dict[str, Servable], now: float) -> None:
         for version, held in list(self._held.items()):
@@ -214,7 +229,8 @@ class Reconciler:
 
     def _unload(self, held: _Held) -> None:
         if held.servable.adapter_sha256 is not None and held.state == "ready":
-            self._engine.unload_adapter(held.servable.model_name)
+            name = held.servable.model_name
+            self._leaving[name] = self._unloading.submit(self._engine.unload_adapter, name)
             log.info("version %s is released", held.servable.version)
 
     def _report(self, held: _Held) -> None:
@@ -235,11 +251,10 @@ class Reconciler:
 
 
 def _same(one: Servable, other: Servable) -> bool:
-    """Whether both name the same weights under the same conditions."""
+    """Whether both name the same weights under the same conditions, wherever they are read from."""
     fields = (
         "model_name",
         "base_model",
-        "adapter_path",
         "adapter_sha256",
         "base_revision",
         "template_digest",

@@ -16,6 +16,7 @@ from serve.experiments.metrics import (
     METRICS,
     Observation,
     is_explicit,
+    is_rejected,
     of_feedback,
     of_grade,
     of_interaction,
@@ -109,6 +110,9 @@ def _fold_exposure(
 ) -> None:
     if exposure.seq > after:
         fold.exposures.append(exposure)
+    if is_rejected(exposure.body):
+        return
+    if exposure.seq > after:
         fold.add(exposure, (*of_interaction(exposure.body, settings), (RESPONSE_RATE, 0.0)), exposure.seq)
         fold.time(exposure)
     responded = False

@@ -81,6 +81,11 @@ def is_failed(body: dict[str, Any]) -> bool:
     return bool(flags.get("error") or flags.get("fallback") or flags.get("timeout"))
 
 
+def is_rejected(body: dict[str, Any]) -> bool:
+    """True for a request that was turned down for what it asks or for want of room: it tells nothing of the arm."""
+    return bool(body.get("flags", {}).get("rejected")) and not is_failed(body)
+
+
 def of_interaction(body: dict[str, Any], settings: ExperimentSettings) -> Iterator[Observation]:
     """What one request says."""
     flags = body.get("flags", {})

@@ -36,7 +36,7 @@ from data.log import LOOKUP_CHUNK, EventLog, save_cursor
 from data.moments import EVERYBODY, TERMS, SumChanges
 from serve.experiments.exposures import BANDIT, RAMP, Design, Designs, Exposure, may_count
 from serve.experiments.fold import Baseline, Fold, Sums, UserKey, fold_groups
-from serve.experiments.metrics import is_failed
+from serve.experiments.metrics import is_failed, is_rejected
 
 log = logging.getLogger(__name__)
 
@@ -330,7 +330,8 @@ def _save_first_requests(connection: Connection, exposures: list[Exposure], limi
     for experiment_id, own in by_experiment.items():
         key = (experiment_id, "", RAMP, "candidate")
         count, errors = _stored(connection, [key[:2]]).get(key, {}).get(FIRST_REQUESTS, NOTHING)
-        failed = [is_failed(exposure.body) for exposure in own[: max(0, limit - int(count))]]
+        telling = [exposure.body for exposure in own if not is_rejected(exposure.body)]
+        failed = [is_failed(body) for body in telling[: max(0, limit - int(count))]]
         if failed:
             sums = {FIRST_REQUESTS: (count + len(failed), errors + sum(failed))}
             merge_rows(connection, arm_statistics, [(*key, orjson.dumps(sums).decode())])

@@ -103,21 +103,21 @@ class ToolRunner:
 
     async def _through_breaker(self, found: Tool, call: Call, arguments: dict[str, Any], key: Key) -> Any:
         breaker = self._breakers[found.name]
-        if not breaker.allow(time.monotonic()) or self._running[found.name] >= self._settings.max_running:
-            breaker.forget()
+        is_full = self._running[found.name] >= self._settings.max_running
+        if is_full or (permit := breaker.allow(time.monotonic())) is None:
             message = f"The tool {found.name} is left alone for a while; try again later."
             raise ApiError(503, message, code="tool_unavailable", retry_after_s=self._settings.retry_after_s)
         try:
             result = await self._written_once(found, call, arguments, key)
         except ApiError as error:
-            breaker.record(error.status < 500, time.monotonic())
+            breaker.record(permit, error.status < 500, time.monotonic())
             raise
         except BaseException:
-            breaker.forget()
+            breaker.forget(permit)
             raise
         finally:
             metrics.BREAKER_OPEN.labels(f"tool:{found.name}").set(breaker.is_open)
-        breaker.record(True, time.monotonic())
+        breaker.record(permit, True, time.monotonic())
         return result
 
     async def _written_once(self, found: Tool, call: Call, arguments: dict[str, Any], key: Key) -> Any:

@@ -24,6 +24,8 @@ from typing import Any
 
 import httpx
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from cluster.clock import now_us
 from cluster.database import connect, write
@@ -50,6 +52,8 @@ class Way:
 
     def __init__(self, url: str, key: str, model: str) -> None:
         self.url, self.key, self.model = url, key, model
+        self.answered = 0
+        """Requests so far."""
 
     def check(self) -> None:
         """The answer that comes back is the upstream's."""
@@ -59,6 +63,7 @@ class Way:
             f"{self.url}/chat/completions", json=request, headers=headers, timeout=30
         ).raise_for_status()
         assert answer.json()["choices"][0]["message"]["content"] == TEXT
+        self.answered += 1
 
     def load(self, kind: str, connections: int, seconds: float) -> dict[str, float]:
         """One measurement, from a process of its own."""
@@ -67,6 +72,7 @@ class Way:
         done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True)
         result: dict[str, float] = json.loads(done.stdout)
         assert result["failed"] == 0, f"{result['failed']} requests failed at {self.url}"
+        self.answered += round(result["requests"])
         return result
 
 
@@ -90,6 +96,7 @@ def rayloop(upstream_url: str, home: Path, ingress: str) -> Iterator[Way]:
     serve = {
         "port": 0, "applications": ["gateway"], "ingress": ingress,
         "engines": {"local": {"base_url": upstream_url.removesuffix("/v1")}}, "allowed_hosts": ["127.0.0.1"],
+        "open_metrics": True,
     }  # fmt: skip
     document = {
         "home": str(home), "learning": {"enabled": True}, "capture": {"enabled": True}, "serve": serve,
@@ -113,12 +120,10 @@ def rayloop(upstream_url: str, home: Path, ingress: str) -> Iterator[Way]:
     up = [sys.executable, "-m", "cluster.cli", "up", "--json", "--config", str(config)]
     started = subprocess.run(up, cwd=PROJECT, capture_output=True, text=True, check=True)
     try:
-        yield Way(
-            json.loads(started.stdout)["urls"]["api"],
-            (home / "run" / "api_key").read_text().strip(),
-            "triage",
-        )
-        _report_capture(EventLog(database), ingress)
+        secret = (home / "run" / "api_key").read_text().strip()
+        way = Way(json.loads(started.stdout)["urls"]["api"], secret, "triage")
+        yield way
+        _require_captured(EventLog(database), way, ingress)
     finally:
         subprocess.run(
             [sys.executable, "-m", "cluster.cli", "down", "--config", str(config)],
@@ -128,12 +133,22 @@ def rayloop(upstream_url: str, home: Path, ingress: str) -> Iterator[Way]:
         database.dispose()
 
 
-def _report_capture(log: EventLog, ingress: str) -> None:
-    """Capture is part of the work: wait until the log has settled, and say what it holds."""
+def _require_captured(log: EventLog, way: Way, ingress: str) -> None:
+    """Capture is part of the work: wait until the log has settled, and hold it against what was answered."""
     before = -1
     while before != (before := log.last_seq()):
         time.sleep(1)
-    print(f"  rayloop ({ingress}): {before} interactions in the log", file=sys.stderr)
+    kept = sum(1 for _ in log.scan(kinds=["interaction"]))
+    text = httpx.get(f"{way.url.removesuffix('/v1')}/metrics", timeout=30).raise_for_status().text
+    lost = next((s.value for s in _samples(text) if s.labels.get("outcome") == "lost"), 0.0)
+    print(f"  rayloop ({ingress}): {kept} interactions in the log, {way.answered} answered", file=sys.stderr)
+    assert lost == 0, f"{lost:g} interactions were lost"
+    assert kept >= way.answered, f"{way.answered - kept} of {way.answered} interactions are not in the log"
+
+
+def _samples(text: str) -> list[Sample]:
+    families = text_string_to_metric_families(text)
+    return [s for family in families for s in family.samples if s.name == "rayloop_captured_total"]
 
 
 @contextlib.contextmanager

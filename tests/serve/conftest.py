@@ -8,18 +8,20 @@ from typing import Any
 
 import openai
 import pytest
+from sqlalchemy import ColumnElement
 from sqlalchemy.engine import Engine as Database
 
 from cluster.clock import now_us
 from cluster.database import connect, write
 from cluster.settings import Settings, load_settings
-from cluster.tables import servables
+from cluster.tables import servable_replicas, servables
 from data.events import RecordedEvent
 from data.log import EventLog
 from serve.keys import create_key
 from serve.prompts import PromptPolicy
 from serve.router import RouterApp
 from serve.routes import RouteKey, update_route
+from serve.servables import PRESENCE
 from tests.serve.upstream import Engine, Server
 
 KEY = RouteKey("default", "triage")
@@ -33,12 +35,20 @@ LEARNING: dict[str, Any] = {
 def serve_version(
     database: Database, version: str, model_name: str, engine: str = "local", tenant: str | None = "default"
 ) -> None:
+    """A version that its engine holds, as far as the tables say."""
     row = {
         "tenant": tenant, "version": version, "engine": engine, "model_name": model_name, "base_model": "base",
         "adapter_sha256": "ab" * 32, "wanted": True, "updated_at_us": now_us(),
     }  # fmt: skip
+    report = {"engine": engine, "replica_id": "test", "state": "idle", "heartbeat_us": now_us()}  # for good
     with write(database).begin() as connection:
         connection.execute(servables.insert().values(**row))
+        connection.execute(servable_replicas.delete().where(_presence_of(engine)))
+        connection.execute(servable_replicas.insert(), [report | {"version": v} for v in (version, PRESENCE)])
+
+
+def _presence_of(engine: str) -> ColumnElement[bool]:
+    return (servable_replicas.c.version == PRESENCE) & (servable_replicas.c.engine == engine)
 
 
 @dataclass

@@ -71,9 +71,11 @@ def test_candidate_that_differs_from_stable_is_told_of_once(
     assert (found.version, found.signal, found.value, found.requests) == ("triage/2", signal, value, 20)
     event = found.event("default", 600)
     assert parse_body(event.kind, dict(event.body))["experiment_id"] == "e1"
+    assert seen.check([ROUTE], now=5) == [found]  # until it is in the log
+    seen.told([found], now=5)
     assert seen.check([ROUTE], now=10) == []
     assert seen.current == (found,)
-    assert seen.check([ROUTE], now=SETTINGS.repeat_s + 1) == [found]
+    assert seen.check([ROUTE], now=SETTINGS.repeat_s + 5) == [found]
 
 
 def test_ordinary_versions_too_few_requests_and_clients_that_left_are_no_anomaly() -> None:
@@ -81,6 +83,7 @@ def test_ordinary_versions_too_few_requests_and_clients_that_left_are_no_anomaly
     assert watch(stable={}, candidate={"error": "x"}, count=9).check([ROUTE], now=0) == []
     assert watch(stable={}, candidate={"error": "x", "disconnected": True}).check([ROUTE], now=0) == []
     assert watch(stable={"error": "x"}, candidate={"error": "x"}).check([ROUTE], now=0) == []
+    assert watch(stable={}, candidate={"rejected": "invalid_value", "served_version": None}).check([ROUTE], now=0) == []
 
 
 def test_stable_is_held_against_its_own_past() -> None:

@@ -1,5 +1,6 @@
 """Bodies and clients that are wrong on purpose: each is refused with a reason, and nobody else notices."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -10,10 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from serve.openai import ApiError
+from serve.exchange import understood
+from serve.openai import ApiError, ClientGoneError, read_body, sending_within
+from serve.proxy import UpstreamError
 from serve.rewrite import Rewriter, Wanted
 from serve.routes import read_route
 from tests.serve.conftest import KEY, Live, live_router
@@ -64,6 +67,38 @@ def test_body_that_does_not_come_is_408_and_others_are_served_meanwhile(impatien
         connection.close()
 
 
+def test_body_of_which_not_even_the_beginning_comes_is_408() -> None:
+    async def never() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        return {}
+
+    with pytest.raises(ApiError, match="did not arrive"):
+        asyncio.run(read_body({"headers": []}, never, 1000, 0.01))
+
+
+def test_send_to_a_client_that_does_not_read_ends() -> None:
+    async def blocked(_: dict[str, Any]) -> None:
+        await asyncio.Event().wait()
+
+    with pytest.raises(ClientGoneError):
+        asyncio.run(sending_within(blocked, 0.01)({"type": "http.response.start"}))
+
+
+def test_client_that_stops_reading_a_stream_is_let_go_and_its_place_is_free(tmp_path: Path) -> None:
+    piece = b'data: {"choices": [{"delta": {"content": "' + b"x" * 400_000 + b'"}}]}\n\n'
+    for live in live_router(tmp_path / "home", serve={"write_timeout_s": 0.3, "max_ongoing_requests": 1}):
+        live.engine.behaviours["base"].raw_pieces = [piece] * 40
+        body = json.dumps({"model": "triage", "messages": MESSAGES, "stream": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {live.secret}\r\n"
+        with connect(live) as connection:
+            connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            event = live.events("interaction", 1)[0].event
+            assert event.body["flags"]["disconnected"] is True
+            assert "error" not in event.body["flags"]
+            live.engine.behaviours["base"].raw_pieces = None
+            assert live.client().chat.completions.create(model="triage", messages=MESSAGES)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "head",
     [
@@ -112,19 +147,99 @@ def test_no_document_makes_the_router_fail(shared: Live) -> None:
         hold()
 
 
+def rewriter(max_event_bytes: int = 100_000) -> Rewriter:
+    return Rewriter("id", "triage/1", Wanted(False, False, False), max_event_bytes)
+
+
+CHUNK: dict[str, Any] = {
+    "id": "engine-1",
+    "choices": [
+        {
+            "index": 0,
+            "delta": {
+                "role": "assistant",
+                "content": "It",
+                "tool_calls": [{"index": 0, "id": "call-1", "function": {"name": "look", "arguments": "{}"}}],
+            },
+            "message": {"role": "assistant", "content": "It"},
+            "finish_reason": "stop",
+            "token_ids": [10, 11],
+            "logprobs": {"content": [{"token": "It", "logprob": -0.5}], "token_logprobs": [-0.5]},
+        }
+    ],
+    "prompt_token_ids": [1, 2],
+    "usage": {"prompt_tokens": 3, "completion_tokens": 5},
+}
+
+
+def places(document: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to everything in a document."""
+    keys = document if isinstance(document, dict) else range(len(document)) if isinstance(document, list) else ()
+    for key in keys:
+        yield (*at, key)
+        yield from places(document[key], (*at, key))
+
+
+def changed(document: Any, place: tuple[Any, ...], value: Any) -> Any:
+    copy = json.loads(json.dumps(document))
+    inner = copy
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    return copy
+
+
+@settings(max_examples=150, deadline=None, database=None)
+@given(st.sampled_from(list(places(CHUNK))), JSON)
+@example(("choices", 0, "logprobs", "content"), [{}])
+@example(("choices", 0, "delta", "tool_calls", 0, "function"), "x")
+@example(("choices", 0, "token_ids"), "ab")
+def test_answer_with_a_part_of_the_wrong_kind_is_recorded_right_or_the_engines_failure(
+    place: tuple[Any, ...], value: Any
+) -> None:
+    """After pieces that were good, as in the middle of a stream."""
+    good, wrong = (json.dumps(document).encode() for document in (CHUNK, changed(CHUNK, place, value)))
+    for rewrite in (streamed, whole):
+        made = rewriter()
+        with contextlib.suppress(UpstreamError):
+            rewrite(made, good, wrong)
+        answer = made.answer
+        assert all(type(number) is int for number in (*answer.token_ids, *answer.prompt_token_ids))
+        assert all(isinstance(number, int | float) for number in answer.logprobs)
+        assert isinstance(answer.finish_reason, str | None)
+
+
+def streamed(made: Rewriter, good: bytes, wrong: bytes) -> None:
+    for piece in (good, wrong, good):
+        understood(made.feed, b"data: " + piece + b"\n\n")
+    understood(made.end)
+
+
+def whole(made: Rewriter, _: bytes, wrong: bytes) -> None:
+    understood(made.whole, wrong)
+
+
+def test_event_without_end_is_given_up() -> None:
+    made = rewriter(max_event_bytes=2_000)
+    for _ in range(2):
+        assert understood(made.feed, b"data: " + b"x" * 990) == b""
+    with pytest.raises(UpstreamError, match="not a completion"):
+        understood(made.feed, b"x" * 100)
+
+
 @settings(max_examples=60, deadline=None, database=None)
 @given(st.lists(JSON, max_size=5), st.integers(1, 40))
 def test_no_answer_of_an_engine_makes_the_rewriter_fail(documents: list[Any], cut: int) -> None:
     """A stream of any JSON, cut anywhere; a whole answer of any JSON."""
     for document in documents:
-        rewriter = Rewriter("id", "triage/1", Wanted(False, False, False))
-        with contextlib.suppress(ValueError, KeyError, TypeError, ApiError):  # the router turns these into a 502
-            rewriter.whole(json.dumps(document).encode())
-    rewriter = Rewriter("id", "triage/1", Wanted(False, False, False))
+        with contextlib.suppress(UpstreamError):
+            understood(rewriter().whole, json.dumps(document).encode())
+    made = rewriter()
     stream = b"".join(b"data: " + json.dumps(document).encode() + b"\n\n" for document in documents)
-    for start in range(0, len(stream), cut):
-        rewriter.feed(stream[start : start + cut])
-    assert rewriter.end().endswith(b"data: [DONE]\n\n")
+    with contextlib.suppress(UpstreamError):
+        for start in range(0, len(stream), cut):
+            understood(made.feed, stream[start : start + cut])
+        assert understood(made.end).endswith(b"data: [DONE]\n\n")
 
 
 @pytest.mark.parametrize(

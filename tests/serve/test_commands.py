@@ -10,13 +10,17 @@ from typing import Any
 import pytest
 import yaml
 
+from cluster.cli import run_app
+from serve import routes_cli
+
 PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     file = tmp_path / "rayloop.yaml"
-    serve = {"applications": ["gateway"]}
+    models = {f"triage/{number}": "a model elsewhere" for number in (1, 2)}
+    serve = {"applications": ["gateway"], "engines": {"local": {"models": models}}}
     file.write_text(yaml.safe_dump({"home": str(tmp_path / "home"), "serve": serve}))
     return file
 
@@ -50,6 +54,21 @@ def test_route_is_made_changed_and_pinned(config: Path) -> None:
     assert run_json("route", "unpin", "triage", config=config)["live_share"] == 0.25
     assert run_json("route", "set", "triage", "--candidate", "none", config=config)["candidate"] is None
     assert run_json("route", "show", config=config)["routes"][0]["revision"] == 5
+
+
+def test_route_takes_a_version_that_is_not_ready_by_force_only(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def set_route(*arguments: str) -> str:
+        with pytest.raises(SystemExit):
+            run_app(routes_cli.app, ["set", "triage", *arguments, "--config", str(config), "--json"], "rayloop route")
+        said = capsys.readouterr()
+        return said.out + said.err
+
+    assert "wait for it, or write the route all the same with --force" in set_route("--stable", "triage/9")
+    assert json.loads(set_route("--stable", "triage/9", "--force"))["stable"] == "triage/9"
+    assert json.loads(set_route("--candidate", "triage/8"))["share"] == 0.0  # nobody gets it
+    assert "triage/8 may not answer for triage (text, tenant default)" in set_route("--share", "0.1")
 
 
 def one_line_failure(done: "subprocess.CompletedProcess[str]", text: str) -> None:

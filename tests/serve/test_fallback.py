@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
+from serve.keys import create_key
+from serve.routes import RouteKey, update_route
 from tests.serve.conftest import Live, live_router
 from tests.serve.upstream import Behaviour
 
@@ -94,6 +97,9 @@ def test_request_that_the_engine_rightly_refuses_is_not_the_candidates_fault(can
         with pytest.raises(openai.BadRequestError):
             ask(canary)
     assert {request["model"] for request in canary.engine.requests} == {CANDIDATE}
+    body = canary.events("interaction", 6)[0].event.body
+    assert body["flags"].get("error") is None
+    assert body["flags"]["rejected"] == "400"
 
 
 def test_candidate_that_breaks_in_mid_stream_is_an_error_of_the_candidate(canary: Live) -> None:
@@ -133,3 +139,57 @@ def test_pinned_route_serves_stable_and_counts_for_no_arm(canary: Live) -> None:
     canary.route(pinned=True)
     raw = ask(canary)
     assert (raw.headers["x-rayloop-version"], raw.headers["x-rayloop-arm"]) == ("triage/1", "none")
+
+
+def test_malformed_chunk_in_mid_stream_is_an_error_of_the_candidate_and_ends_the_stream(canary: Live) -> None:
+    pieces = [b'{"choices": [{"delta": {"content": "It"}}]}', b'{"choices": [{"logprobs": {"content": [{}]}}]}']
+    canary.engine.behaviours[CANDIDATE] = Behaviour(raw_pieces=[b"data: " + piece + b"\n\n" for piece in pieces])
+    for _ in range(5):
+        with pytest.raises(openai.APIError):
+            list(ask(canary, stream=True).parse())
+    assert {chunk.model for chunk in ask(canary, stream=True).parse()} == {"triage/1"}
+    bodies = [r.event.body for r in canary.events("interaction", 6)]
+    assert [body["flags"].get("error") for body in bodies] == ["engine_error"] * 5 + [None]
+    assert bodies[-1]["metadata"]["fallback_cause"] == "breaker_open"
+
+
+def test_clients_that_leave_in_mid_stream_close_no_breaker_and_open_none(canary: Live) -> None:
+    canary.engine.behaviours[CANDIDATE] = Behaviour(paused=True)
+    for number in range(6):
+        with ask(canary, stream=True).parse() as stream:
+            next(iter(stream))
+        canary.events("interaction", number + 1)
+    breaker = canary.app._completions._breakers["triage/2"]
+    assert (breaker.is_open, list(breaker._latest)) == (False, [])
+
+
+def test_client_that_leaves_before_the_first_byte_is_no_error(canary: Live) -> None:
+    canary.engine.behaviours[CANDIDATE].delay_s = 0.15
+    with pytest.raises(httpx.TimeoutException):
+        httpx.post(
+            f"{canary.url}/v1/chat/completions", timeout=0.05, json={"model": "triage", "messages": MESSAGES},
+            headers={"authorization": f"Bearer {canary.secret}"},
+        )  # fmt: skip
+    flags = canary.events("interaction", 1)[0].event.body["flags"]
+    assert (flags["disconnected"], flags.get("error")) == (True, None)
+
+
+def test_candidate_without_a_stable_is_asked_as_a_candidate(canary: Live) -> None:
+    canary.route(stable="triage/9")
+    assert ask(canary).headers["x-rayloop-version"] == "triage/2"
+    assert not any(latency._latest for latency in canary.app._completions._stable_latency.values())
+    canary.engine.behaviours[CANDIDATE].status = 500
+    with pytest.raises(openai.InternalServerError):
+        ask(canary)
+    flags = canary.events("interaction", 2)[-1].event.body["flags"]
+    assert (flags["error"], flags["fallback"]) == ("engine_error", False)
+
+
+def test_budgets_of_two_tenants_are_apart(canary: Live) -> None:
+    canary.route(pinned=False, share=0.0)
+    secret = create_key(canary.database, "other", "acme", "default", ["chat"])
+    update_route(canary.database, RouteKey("acme", "triage"), {"stable": "triage/1"}, writer="person:x")
+    canary.app.watcher.refresh()
+    ask(canary)
+    canary.client(secret).chat.completions.create(model="triage", messages=MESSAGES)  # type: ignore[call-overload]
+    assert {key.tenant for key, _ in canary.app._completions._stable_latency} == {"default", "acme"}

@@ -15,7 +15,7 @@ from data.events import Event, parse_body
 from data.log import EventLog
 from serve.assignment import Assignment, alone, in_control_slice
 from serve.experiments import readings
-from serve.experiments.metrics import METRICS
+from serve.experiments.metrics import METRICS, is_rejected
 from serve.experiments.projection import Projection
 from serve.experiments.readings import read_as_served, read_evidence, read_latency, read_moments, segments_of
 from serve.experiments.timeline import draw, read_timeline
@@ -176,6 +176,27 @@ def test_sessions_stand_in_for_users(database: Engine) -> None:
     EventLog(database).append([interaction("a", CANDIDATE, user=None, session="s1")])
     Projection(database, settings_with()).catch_up()
     assert list(users(database)) == ["session:s1"]
+
+
+def test_requests_that_were_rejected_say_nothing_of_the_arm(sqlite_database: Engine) -> None:
+    events = [
+        interaction(f"i{n}", CANDIDATE, user="ann", flags={"rejected": "invalid_value"}, latency_s=99.0)
+        for n in range(6)
+    ]
+    events += [interaction("good", CANDIDATE, user="ann"), feedback("i0", "thumbs_down", -1.0)]
+    EventLog(sqlite_database).append(events)
+    Projection(sqlite_database, settings_with()).catch_up()
+    found = statistics(sqlite_database)
+    assert found["error_rate", "ramp", "candidate", "ann"] == (1, 0)
+    assert found["latency_over_slo", "ramp", "candidate", "ann"] == (1, 0)
+    assert ("satisfaction", "ramp", "candidate", "ann") not in found
+    evidence = read_evidence(sqlite_database, "exp", settings_with().experiment, period="ramp")
+    assert (evidence.first_requests, evidence.first_errors) == (1, 0)
+
+
+def test_a_rejected_request_that_the_candidate_failed_on_first_is_its_error() -> None:
+    assert is_rejected({"flags": {"rejected": "invalid_value"}})
+    assert not is_rejected({"flags": {"rejected": "invalid_value", "fallback": True}})
 
 
 def test_first_requests_stop_counting_at_the_limit(database: Engine) -> None:

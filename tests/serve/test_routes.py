@@ -7,7 +7,8 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import ConfigError, ConflictError, InputError, NotFoundError
 from data.log import EventLog
-from serve.routes import Route, RouteKey, apply_config, parse_config, read_route, read_routes, write_route
+from serve.deployment_config import apply_config, parse_config
+from serve.routes import Route, RouteKey, read_route, read_routes, write_route
 
 KEY = RouteKey("acme", "triage")
 

@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 from sqlalchemy.engine import Engine as Database
 
+from cluster.database import write
 from cluster.settings import Settings, load_settings
+from cluster.tables import servable_replicas
 from data.log import EventLog
 from serve import snapshot
 from serve.arms import plan
@@ -118,6 +120,66 @@ def test_good_config_clears_the_rejection(watcher: Watcher) -> None:
     watcher.refresh()
     assert watcher.rejection is None
     watcher.close()
+
+
+def want_only(database: Database, version: str, state: str | None = None, reason: str | None = None) -> None:
+    """A version that an engine is asked for, and what its only replica says of it."""
+    serve_version(database, version, version.replace("/", "-"))
+    mine = servable_replicas.c.version == version
+    with write(database).begin() as connection:
+        if state is None:
+            connection.execute(servable_replicas.delete().where(mine))
+        else:
+            connection.execute(servable_replicas.update().where(mine).values(state=state, reason=reason))
+
+
+@pytest.mark.parametrize("route", [{"stable": "triage/3"}, {"candidate": "triage/3", "share": 0.1}])
+def test_config_waits_until_the_version_it_sends_users_to_is_ready(
+    watcher: Watcher, sqlite_database: Database, route: dict[str, Any]
+) -> None:
+    want_only(sqlite_database, "triage/3", "loading")
+    watcher.configure({"routes": [{"agent": "triage"} | route]})
+    for _ in range(3):
+        watcher.refresh()
+    assert "triage/3 may not answer" in str(watcher.rejection)
+    assert read_route(sqlite_database, KEY).revision == 1
+    assert len(EventLog(sqlite_database).read(kinds=["config.rejected"])) == 1
+    with write(sqlite_database).begin() as connection:
+        connection.execute(servable_replicas.update().values(state="idle"))
+    watcher.refresh()
+    assert watcher.rejection is None
+    assert "triage/3" in read_route(sqlite_database, KEY).versions
+    watcher.close()
+
+
+def test_config_may_not_name_a_version_that_failed_its_checks_as_stable(
+    watcher: Watcher, sqlite_database: Database
+) -> None:
+    want_only(sqlite_database, "triage/3", "failed", "its digest is wrong")
+    watcher.configure({"routes": [{"agent": "triage", "stable": "triage/3"}]})
+    watcher.refresh()
+    assert "an engine refused it: its digest is wrong" in str(watcher.rejection)
+    assert read_route(sqlite_database, KEY).stable == "triage/1"
+    watcher.configure({"routes": [{"agent": "triage", "candidate": "triage/3", "share": 0.0}]})  # nobody gets it
+    watcher.refresh()
+    assert watcher.rejection is None
+    watcher.close()
+
+
+def test_router_that_starts_after_a_bad_config_has_the_engines_of_the_last_good_one(
+    watcher: Watcher, sqlite_database: Database
+) -> None:
+    elsewhere = {"base_url": "https://api.example.com", "models": {"triage/7": "seven"}}
+    watcher.configure({"engines": {"hosted": elsewhere}, "routes": [{"agent": "triage", "max_share": 0.2}]})
+    watcher.refresh()
+    late = Watcher(watcher._settings)
+    late.configure({"rots": []})
+    late.refresh()
+    assert late.endpoints == watcher.endpoints
+    assert late.current.targets["triage/7"] == Target("triage/7", "hosted", "seven")
+    assert "rots" in str(late.rejection)
+    for each in (watcher, late):
+        each.close()
 
 
 def test_database_that_never_answered_leaves_nothing_read(tmp_path: Path) -> None:

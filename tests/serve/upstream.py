@@ -34,6 +34,8 @@ class Behaviour:
     finish_reason: str = "stop"
     raw: bytes | None = None
     """The body of a 200, whatever it is."""
+    raw_pieces: list[bytes] | None = None
+    """The pieces of a 200, each sent by itself."""
     text: str | None = None
     """Says this instead of the usual."""
     tool_calls: list[dict[str, Any]] | None = None
@@ -70,6 +72,8 @@ class Engine:
             await _respond(send, behaviour.status, orjson.dumps(document))
         elif behaviour.raw is not None:
             await _respond(send, 200, behaviour.raw)
+        elif behaviour.raw_pieces is not None:
+            await _respond_in_pieces(send, behaviour.raw_pieces)
         elif request.get("stream"):
             await self._stream(request, behaviour, receive, send)
         else:
@@ -189,6 +193,15 @@ async def _respond(send: Any, status: int, body: bytes) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _respond_in_pieces(send: Any, pieces: list[bytes]) -> None:
+    headers = [(b"content-type", b"text/event-stream")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    for piece in pieces:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await asyncio.sleep(0.02)
+    await send({"type": "http.response.body", "body": b""})
 
 
 class Server:

@@ -122,6 +122,12 @@ def _create_live_side() -> None:
         sa.Column("updated_by", sa.String(128), nullable=False),
     )
     op.create_table(
+        "router_configs",
+        sa.Column("tenant", sa.String(63), primary_key=True),
+        sa.Column("document", sa.JSON(), nullable=False),
+        sa.Column("accepted_at_us", sa.BigInteger(), nullable=False),
+    )
+    op.create_table(
         "api_keys",
         sa.Column("digest", sa.String(64), primary_key=True),
         sa.Column("key_id", sa.String(32), nullable=False, unique=True),
@@ -421,6 +427,7 @@ TABLES = (
     "erasures",
     "tombstones",
     "routes",
+    "router_configs",
     "api_keys",
     "key_usage",
     "servables",

@@ -8,6 +8,7 @@ the unload, and the unload waits for the requests that use it.
 
 import json
 import logging
+import re
 import shutil
 import threading
 import time
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 ADAPTER_TIMEOUT_S = 120.0  # of a load, an unload or a canary request, behind the batch that runs
 SCORED_TOKENS = 8
 """Tokens of a canary prompt that are scored, one request each."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+"""Of an adapter, which is also the folder of its copy."""
 WARM_UP_TIMEOUT_S = 300.0  # the first request with log-probs compiles for a while
 
 
@@ -63,6 +66,8 @@ class VllmEngine:
         if not self.settings.base_model:
             raise ConfigError("engine.base_model", None, "is not set", "set `engine.base_model` in rayloop.yaml")
         self.base_model = self.settings.base_model
+        self._most = {name: getattr(self.settings, name) for name in ("max_adapters", "max_rank")}
+        """What vLLM was started with."""
         self.base = BaseIdentity(self.base_model)
         tokenizer = _tokenizer(self.base_model)
         self.template_digest = template_digest(tokenizer)
@@ -96,9 +101,7 @@ class VllmEngine:
 
     def apply(self, settings: EngineSettings) -> None:
         """Take limits that may change while serving; never above what vLLM was started with."""
-        fixed = {
-            name: min(getattr(settings, name), getattr(self.settings, name)) for name in ("max_adapters", "max_rank")
-        }
+        fixed = {name: min(getattr(settings, name), most) for name, most in self._most.items()}
         self.settings = settings.model_copy(update=fixed)
 
     def models(self) -> list[ServedModel]:
@@ -135,6 +138,8 @@ class VllmEngine:
         Raises:
             AdapterError: one of the checks failed; the message says which.
         """
+        if not NAME.fullmatch(name):
+            raise AdapterError("its name must be letters, digits, `.`, `_` and `-`, and begin with a letter or digit")
         with self._loading:
             if name == BASE_NAME or name in self._adapters:
                 raise AdapterError("the name is taken; names hold a digest, so one name is one adapter")

@@ -43,7 +43,7 @@ from tests.datasets import write_feedback_dataset
 
 CANARY = "canary-5f1d7c20-jane-doe"
 ANN = Person("default", "u001")
-DEAD_PID = 2**22 + 1  # above the largest process id there can be
+SPOOL = "router-somewhere-1.jsonl"
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def fill(engine: Engine, settings: Settings) -> int:
 
 def fill_files(settings: Settings) -> None:
     """A dead router's spool, a dataset and a cache."""
-    spool = settings.home / "spool" / f"router-{DEAD_PID}.jsonl"
+    spool = settings.home / "spool" / SPOOL
     spool.parent.mkdir(parents=True)
     spool.write_bytes(b"".join(orjson.dumps(asdict(e)) + b"\n" for e in [*of_ann(9), *of_others(9)]))
     write_feedback_dataset(Path(settings.datasets_root))
@@ -163,7 +163,7 @@ def test_no_byte_of_the_person_is_left_and_the_rest_is_as_before(database: Engin
         "events/dt=2024-10-04",
         "events/dt=2024-10-05",
     }
-    assert {f"spool/router-{DEAD_PID}.jsonl", "evaluation/abc.json"} <= before
+    assert {f"spool/{SPOOL}", "evaluation/abc.json"} <= before
     assert "table event_bodies" in before
     if database.dialect.name == "sqlite" or _files_of_postgres(database):
         assert any(place.startswith("database:") for place in before)
@@ -409,8 +409,8 @@ def test_version_registered_after_the_erasure_is_marked_too(tmp_path: Path) -> N
 
 def test_person_known_from_a_spool_alone_is_erased_there(database: Engine, settings: Settings) -> None:
     fill_files(settings)
-    assert places_with_canary(database, settings) > {f"spool/router-{DEAD_PID}.jsonl"}
+    assert places_with_canary(database, settings) > {f"spool/{SPOOL}"}
     assert erase(database, settings, ANN)["events"] == {}
     assert places_with_canary(database, settings) == set()
-    spool = settings.home / "spool" / f"router-{DEAD_PID}.jsonl"
+    spool = settings.home / "spool" / SPOOL
     assert len(spool.read_bytes().splitlines()) == len(of_others(9))

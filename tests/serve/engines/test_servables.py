@@ -1,8 +1,10 @@
 """What engines are asked to hold, and what they say of it, on both databases."""
 
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -182,11 +184,71 @@ def test_unwanted_version_stays_for_its_delay_and_its_files_for_ever(
     assert name in [m.name for m in engine.models()]
     clock.now += 0.2
     reconciler.tick()
+    let_go(reconciler)
     assert name not in [m.name for m in engine.models()]
     assert reports(database, "triage/9") == []
     assert (folder / "adapter_model.safetensors").is_file()
     with pytest.raises(NotFoundError, match="no engine is asked to hold"):
         ready(database, "triage/9")
+
+
+def let_go(reconciler: Reconciler) -> None:
+    """Wait for the unloads under way."""
+    for left in list(reconciler._leaving.values()):
+        left.result(5)
+
+
+def test_same_weights_asked_for_from_another_place_stay_loaded(
+    reconciler: Reconciler, engine: LocalEngine, database: Engine, version_of, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    version = version_of(3, adapters["red"])
+    want(database, version, "local")
+    reconciler.tick()
+    with unloads_held_up(engine) as (unloaded, _):
+        want(database, version, "local", adapter_location="s3://adapters/triage-3")
+        reconciler.tick()
+        assert reconciler.states()["triage/3"] == ("ready", None)
+        assert unloaded == []
+
+
+def test_unload_that_waits_holds_up_no_other_version(
+    reconciler: Reconciler, engine: LocalEngine, database: Engine, version_of, adapters: dict[str, Path], clock: Clock
+) -> None:
+    name = want(database, version_of(3, adapters["red"]), "local").model_name
+    reconciler.tick()
+    with unloads_held_up(engine) as (unloaded, go_on):
+        unwant(database, "triage/3")
+        reconciler.tick()
+        clock.now += 6
+        want(database, version_of(4, adapters["blue"]), "local")
+        reconciler.tick()
+        assert reconciler.states() == {"triage/4": ("ready", None)}
+        want(database, version_of(3, adapters["red"]), "local")  # again, while it is on its way out
+        reconciler.tick()
+        assert reconciler.states()["triage/3"] == ("loading", None)
+        go_on.set()
+        let_go(reconciler)
+    assert unloaded == [name]
+    reconciler.tick()
+    assert reconciler.states()["triage/3"] == ("ready", None)
+
+
+@contextmanager
+def unloads_held_up(engine: LocalEngine) -> Iterator[tuple[list[str], threading.Event]]:
+    """Names that were to be unloaded, and what lets them go."""
+    unloaded, go_on, real = list[str](), threading.Event(), engine.unload_adapter
+
+    def unload(name: str) -> bool:
+        unloaded.append(name)
+        assert go_on.wait(10)
+        return real(name)
+
+    engine.unload_adapter = unload  # type: ignore[method-assign]
+    try:
+        yield unloaded, go_on
+    finally:
+        go_on.set()
+        del engine.unload_adapter
 
 
 def test_readiness_needs_every_live_replica_and_no_dead_one(
