@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
@@ -31,7 +30,7 @@ from cluster.errors import DatasetError
 from cluster.runtime import RaySession, ray_session
 from cluster.settings import Settings
 from cluster.settings.curation import CurationSettings
-from data import augment, dedup, keep, manifest, weigh
+from data import augment, dedup, keep, manifest, voters, weigh
 from data import balance as balancing
 from data.behaviour import add_implicit_signals
 from data.calibration import fit
@@ -133,10 +132,11 @@ class _Curation:
         joined = self._joined()
         if not joined:
             raise DatasetError("no examples could be made (no interactions)")
-        factors = self._vote_factors(joined)
+        groups = self._groups(joined)
+        factors = self._vote_factors(joined, groups)
         rows = self._map(
             joined,
-            Stage("weigh", partial(weigh.weigh, settings=config.weigh, factors=factors)),
+            Stage("weigh", partial(weigh.weigh, settings=config.weigh, factors=factors, groups=groups)),
             Stage("score", partial(score, settings=config.score)),
             Stage("filter", partial(_filter, settings=config, asked=asked)),
             Stage("scrub", partial(scrub, settings=config.scrub)),
@@ -224,13 +224,24 @@ class _Curation:
             return None
         return gathered([], partial(detectors, named), self.cpus)
 
-    def _vote_factors(self, joined: Blocks) -> dict[str, dict[str, float]]:
+    def _groups(self, joined: Blocks) -> dict[str, str]:
+        """Users who vote together, each with the name they share."""
+        config = self.settings.curation.weigh
+        pairs = self._each(joined, partial(voters.pairs_of_voters, most=config.together_voters))
+        met = exchange(pairs, "first", len(self.blocks), self.cpus)
+        tables = list(_read_each(each(met, voters.frequent, config, num_cpus=self.cpus)))
+        if not (users := voters.users_in(tables)):
+            return {}
+        counted = _read_each(self._each(joined, partial(voters.answers_voted_on, users=users)))
+        return voters.groups_of(tables, sum(counted, Counter()), config)
+
+    def _vote_factors(self, joined: Blocks, groups: dict[str, str]) -> dict[str, dict[str, float]]:
         """Factors of users over a cap."""
         config = self.settings.curation.weigh
-        days = exchange(self._each(joined, weigh.count_votes), "user", len(self.blocks), self.cpus)
+        count = partial(weigh.count_votes, settings=config, groups=groups)
+        days = exchange(self._each(joined, count), "user", len(self.blocks), self.cpus)
         totals = each(days, partial(weigh.user_totals, votes_per_day=config.votes_per_day), num_cpus=self.cpus)
-        everything = sum(pc.sum(table["total"]).as_py() or 0.0 for table in _read_each(totals))
-        return weigh.exceptions(_read_each(totals), everything, config.dataset_share)
+        return weigh.exceptions(_read_each(totals), config.dataset_share)
 
     def _best(self, rows: Blocks) -> Blocks:
         """The best interactions of all agents, as many as are kept."""

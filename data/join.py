@@ -31,6 +31,7 @@ ROWS = pa.schema(
         ("session_id", pa.string()),
         ("agent", pa.string()),
         ("at_us", pa.int64()),
+        ("logged_us", pa.int64()),  # when the log took it
         ("messages", pa.string()),  # JSON list of messages: the prompt
         ("tools", pa.string()),  # JSON list or null
         ("context", pa.string()),  # JSON list of passages
@@ -140,13 +141,14 @@ def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
     body = interaction["body"]
     calls = _calls(body, kinds["tool_call"])
     messages = with_tool_turns(body["messages"], body.get("response"), calls) if calls else body["messages"]
-    user = interaction["user_id"] or f"session:{interaction['session_id'] or interaction['interaction_id']}"
+    user = user_of(interaction)
     return {
         "interaction_id": interaction["interaction_id"],
         "user_id": user,
         "session_id": interaction["session_id"],
         "agent": interaction["agent"],
         "at_us": interaction["at_us"],
+        "logged_us": interaction["logged_us"],
         "messages": to_json(messages),
         "tools": to_json(body["tools"]) if body.get("tools") else None,
         "context": _list(body.get("context")),
@@ -187,7 +189,13 @@ def _calls(body: dict[str, Any], events: list[Event]) -> list[dict[str, Any]]:
 def _signal(event: Event, interaction: Event) -> dict[str, Any]:
     body = event["body"]
     kept = {name: body.get(name) for name in SIGNAL_FIELDS}
-    return {**kept, "user": event["user_id"] or interaction["user_id"] or "", "at_us": event["at_us"]}
+    user = event["user_id"] or user_of(interaction)
+    return {**kept, "user": user, "at_us": event["at_us"], "logged_us": event["logged_us"]}
+
+
+def user_of(interaction: Event) -> str:
+    """Whose interaction it is; where nobody is named, the session stands for its user."""
+    return interaction["user_id"] or f"session:{interaction['session_id'] or interaction['interaction_id']}"
 
 
 def _behaviour(event: Event) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class StoredEvent(NamedTuple):
     session_id: str | None
     agent: str | None
     occurred_at_us: int
+    recorded_at_us: int
     workspace: str
     erased: bool
     body: bytes | None

@@ -33,11 +33,15 @@ EVENTS = pa.schema(
         ("session_id", pa.string()),
         ("agent", pa.string()),
         ("at_us", pa.int64()),
+        ("logged_us", pa.int64()),  # when the log took it
         ("body", pa.string()),
     ]
 )
 """One event a row; `body` is JSON, null when erased."""
-READ = ("kind", "event_id", "interaction_id", "user_id", "session_id", "agent", "occurred_at_us", "body", "arrays")
+READ = (
+    "kind", "event_id", "interaction_id", "user_id", "session_id", "agent", "occurred_at_us", "recorded_at_us",
+    "body", "arrays",
+)  # fmt: skip
 TOKENS = tuple(name for name, _ in ARRAYS)
 MOVED = 3  # times that a file is looked up anew: an erasure may move it while it is read
 

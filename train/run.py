@@ -24,6 +24,7 @@ from train.calibration import Calibration, calibrate
 from train.callbacks import BestKeeper, HealthCallback, ProgressCallback, Schedule
 from train.config import TrainConfig, check_model_dir
 from train.device import Device, num_workers, resolve_device
+from train.draw import drawn
 from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
 from train.files import own_folder, written_whole
 from train.health import HealthWatch, check_changed, check_swapped, check_truncation, warnings_for
@@ -150,6 +151,7 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     check_model_dir(config.base_model)
     check_weights(config, device)
     data = data or read_data(config.dataset, config.kind)
+    data = replace(data, train=drawn(data.train, config.seed))
     check_data(config.method, config.kind, data, config.dataset)
     check_world(config.tools)
     quiet_libraries()
@@ -171,8 +173,8 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     return prepared
 
 
-READ_BY = ("method", "base_model", "dataset", "max_length", "sft_loss", "health", "tools", "weights")
-"""Fields that decide which token ids a run learns from, and whether it may."""
+READ_BY = ("method", "base_model", "dataset", "max_length", "sft_loss", "health", "tools", "weights", "seed")
+"""Fields that decide which rows are drawn, which token ids a run learns from, and whether it may."""
 
 
 def prepare_like(prepared: Prepared, config: TrainConfig) -> Prepared:

@@ -68,7 +68,7 @@ def test_liked_answer_is_imitated_and_a_disliked_one_is_not() -> None:
 
 
 def test_correction_is_preferred_to_what_it_corrects() -> None:
-    said = say("wrong", score=0.2, explicit=-0.5, signals=[signal("correction", -0.5, text="right")])
+    said = say("wrong", score=0.2, explicit=-0.5, signals=[signal("correction", -0.5, text="right", weight=0.5)])
     table, _ = make_examples(judged(said), SETTINGS)
     (pair,) = of_kind(table, "preference")
     assert (content(pair["chosen"]), content(pair["rejected"]), pair["origin"]) == (
@@ -84,7 +84,7 @@ def test_correction_is_preferred_to_what_it_corrects() -> None:
 
 
 def test_the_same_correction_of_two_answers_is_one_example_to_imitate() -> None:
-    said = [signal("correction", -0.5, text="right")]
+    said = [signal("correction", -0.5, text="right", weight=1.0)]
     answers = judged(say("wrong", score=0.2, signals=said), say("worse", score=0.1, signals=said, weight=0.5))
     table, dropped = make_examples(answers, SETTINGS)
     (example,) = of_kind(table, "sft")
@@ -130,7 +130,7 @@ def test_pairs_of_a_question_are_capped_and_widest_first() -> None:
 def test_pairs_are_refused_with_a_reason(
     chosen: tuple[str, float, bool], rejected: tuple[str, float, bool], reason: str | None
 ) -> None:
-    sides = [Answer({}, {"role": "assistant", "content": t}, s, "answer", cut) for t, s, cut in (chosen, rejected)]
+    sides = [Answer({}, {"role": "assistant", "content": t}, s, "answer", 1.0, cut) for t, s, cut in (chosen, rejected)]
     assert refusal(*sides, ExampleSettings()) == reason
 
 
