@@ -17,6 +17,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.events import from_router
 from data.stages import Dropped, rows_of, table_of, with_column
 from data.template import content_text
 from data.tool_turns import asked_for, with_tool_turns
@@ -81,7 +82,8 @@ def _joined(table: pa.Table, agent: str | None, dropped: Dropped) -> Iterator[di
             dropped["other agent"] += sum(map(len, kinds.values()))
         else:
             dropped["interaction repeated"] += len(kinds["interaction"]) + len(kinds["trajectory"]) - 1
-            yield _row(_as_interaction(found[0]), kinds)
+            routed = next((event for event in found if from_router(event["event_id"])), found[0])
+            yield _row(_as_interaction(routed), kinds)
 
 
 def _in_order(table: pa.Table, dropped: Dropped) -> pa.Table:

@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from sqlalchemy.engine import Engine
 from cluster.settings import Settings, load_settings
 from cluster.settings.experiments import METRIC_NAMES
 from cluster.tables import arm_statistics, experiment_users
-from data.events import Event, parse_body
+from data.events import ROUTER, Event, interaction_event_id, parse_body
 from data.log import EventLog
 from serve.assignment import Assignment, alone, in_control_slice
 from serve.experiments.metrics import METRICS
@@ -101,6 +102,18 @@ def test_feedback_before_its_interaction_and_long_after_counts_once_for_the_assi
     found = statistics(database)
     assert found["satisfaction", "ramp", "candidate", "ann"] == (2, 0)
     assert found["feedback_response_rate", "ramp", "candidate", "ann"] == (1, 1)
+
+
+def test_a_client_cannot_put_its_word_before_the_routers(database: Engine) -> None:
+    log, projection = EventLog(database), Projection(database, settings_with())
+    served = replace(interaction("a", CANDIDATE, user="ann"), event_id=interaction_event_id("a", ROUTER))
+    claimed = replace(interaction("a", None, user="mallory"), event_id=interaction_event_id("a"))
+    log.append([claimed])
+    projection.catch_up()
+    assert [verdict.status for verdict in log.append([served])] == ["accepted"]
+    log.append([feedback("a", "thumbs_up", 1.0)])
+    projection.catch_up()
+    assert statistics(database)["satisfaction", "ramp", "candidate", "ann"] == (1, 1)
 
 
 def test_above_one_half_a_period_of_its_own_begins(database: Engine) -> None:

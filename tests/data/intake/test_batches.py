@@ -81,6 +81,8 @@ def test_feedback_becomes_an_event_with_reward_and_pseudonym() -> None:
         ("feedback", {**THUMB, "event_id": "x" * 129}, "event_id"),
         ("feedback", {**THUMB, "event_id": "nul\0"}, "event_id"),
         ("feedback", {**THUMB, "event_id": 7}, "event_id"),
+        ("feedback", {**THUMB, "event_id": "erasure:ada"}, "event_id"),
+        ("interaction", {**ASKED, "event_id": "router:i1"}, "event_id"),
         ("feedback", {**THUMB, "user": ""}, "user"),
         ("feedback", {**THUMB, "text": "x" * 100_001}, "text"),
         ("feedback", {**THUMB, "metadata": {"k": "x" * 513}}, "metadata.k"),
