@@ -5,6 +5,7 @@ Knows nothing of HTTP. A web route reads its body with `read_items`, calls `Inta
 """
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -158,15 +159,29 @@ def refuse_assignment(item: Any) -> None:
 def read_document(body: bytes) -> dict[str, Any]:
     """The JSON object of a request.
 
+    NaN and infinities, which are no JSON, pass here: they are refused item by item, and the others are kept.
+
     Raises:
-        InputError: it is not JSON (NaN is not), or no object.
+        InputError: it is not JSON, or no object.
     """
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InputError("body", body[:80], f"is not valid JSON ({error})", "send UTF-8 JSON") from None
+        document = _with_nan(body)
+        if document is None:
+            raise InputError("body", body[:80], f"is not valid JSON ({error})", "send UTF-8 JSON") from None
     if not isinstance(document, dict):
         raise InputError("body", document, "must be an object", 'send one item or {"items": [...]}')
+    return document
+
+
+def _with_nan(body: bytes) -> Any:
+    """What a body holds that is JSON but for numbers that are none; `None` where it is not even that."""
+    try:
+        document = json.loads(body.decode())
+        json.dumps(document, ensure_ascii=False).encode()  # halves of a surrogate pair cannot be written down
+    except (ValueError, RecursionError):
+        return None
     return document
 
 

@@ -232,7 +232,9 @@ def test_read_items_takes_one_or_many() -> None:
     ("body", "field"),
     [
         (b"", "body"),
-        (b'{"value": NaN}', "body"),
+        (b'{"value": NaN', "body"),
+        (b'{"value": NaN, "text": "\\ud800"}', "body"),
+        (b'{"value": NaN, "a": ' + b"[" * 5000 + b"]" * 5000 + b"}", "body"),
         (b"\xff", "body"),
         (b"[]", "body"),
         (b'{"items": 3}', "items"),
@@ -244,6 +246,15 @@ def test_read_items_refuses_other_bodies(body: bytes, field: str) -> None:
     with pytest.raises(InputError) as refused:
         read_items(body, PARSER.settings)
     assert refused.value.field == field
+
+
+def test_a_number_that_is_none_refuses_its_item_and_no_other(intake: Intake) -> None:
+    sale = b'{"interaction_id": "i1", "name": "sale", "value": %s}'
+    body = b'{"items": [' + b",".join(sale % value for value in (b"NaN", b"1", b"-Infinity")) + b"]}"
+    results = intake.take_in_and_wait(read_items(body, PARSER.settings), "outcome", ACME)
+    assert [(r.status, r.error and r.error.field) for r in results] == [
+        ("rejected", "value"), ("accepted", None), ("rejected", "value"),
+    ]  # fmt: skip
 
 
 json_values = st.recursive(
