@@ -36,7 +36,7 @@ from data.behaviour import add_implicit_signals
 from data.calibration import fit
 from data.card import dataset_card, draw_plots
 from data.detectors.make import detectors
-from data.events import Event
+from data.erasure.person import erased_users
 from data.exchange import Blocks, each, exchange, gathered
 from data.filter import filter_rows
 from data.join import join_events, name_trajectories
@@ -47,6 +47,7 @@ from data.mlflow_datasets import log_to_mlflow, mlflow_warming_up
 from data.near import SKETCHES
 from data.near_parts import clusters_of
 from data.pairs import make_examples
+from data.publish import check_usable, publish
 from data.score import score
 from data.scrub import scrub
 from data.signal_pairs import PAIRS, from_table, pairs_of_rows, sample
@@ -89,10 +90,12 @@ def curate(
 
     Raises:
         DatasetError: no events, or nothing in them that a training could use; nothing is written.
+        ConflictError: somebody is being erased, or was while this ran; nothing is written.
     """
     engine = connect(settings)
     try:
         event_log = EventLog(engine)
+        erased = erased_users(engine, settings.tenant)
         last_seq = event_log.last_seq()
         if last_seq == 0:
             raise DatasetError("the event log is empty; send traffic and feedback first, or `rayloop import` some")
@@ -100,10 +103,10 @@ def curate(
         root = manifest.datasets_root(settings, out)
         with mlflow_warming_up(settings), ray_session(settings) as session, _quiet_ray_data():
             traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
-            written = _Curation(settings, agent, blocks, root, traced, task_cpus(settings, session)).run()
+            named = partial(publish, engine, settings, erased)
+            written = _Curation(settings, agent, blocks, root, named, traced, task_cpus(settings, session)).run()
         if settings.curation.log_to_mlflow:
             log_to_mlflow(settings, written)
-        event_log.append([_ready_event(written)])
         return written
     finally:
         engine.dispose()
@@ -117,6 +120,8 @@ class _Curation:
     agent: str | None
     blocks: list[Block]
     root: Path
+    publish: Callable[[Path, Path, Manifest], Manifest]
+    """Gives a finished folder its name below `root`."""
     traced: bool = True
     """The log holds parts of traces that may belong together."""
     cpus: float = 0.5
@@ -286,7 +291,7 @@ class _Curation:
             plots = draw_plots(made, (one.histograms for one in found), building)
             (building / "card.md").write_text(dataset_card(made, plots))
             self._keep_test_sketches(np.concatenate([one.tested for one in found]), sketches, made.dataset_id)
-            return manifest.publish(building, self.root, made)
+            return self.publish(building, self.root, made)
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
@@ -339,28 +344,6 @@ def task_cpus(settings: Settings, session: RaySession) -> float:
     if not session.started:
         return settings.curation.stage_cpus
     return max(1.0, settings.ray.num_cpus / (os.cpu_count() or 1))
-
-
-def check_usable(
-    counts: dict[str, dict[str, int]], labels: set[bool], dropped: Sequence[tuple[str, dict[str, int]]]
-) -> None:
-    """Refuse a dataset that no training could learn a difference from.
-
-    Raises:
-        DatasetError: no examples, or all feedback points the same way; says what became of the rows.
-    """
-    totals = {kind: sum(splits.values()) for kind, splits in counts.items()}
-    if sum(totals.values()) == 0:
-        reasons = [f"{stage}: {reason} {n}" for stage, found in dropped for reason, n in found.items()]
-        raise DatasetError(f"no examples could be made ({'; '.join(reasons) or 'no interactions'})")
-    if totals["preference"] == 0 and len(labels) == 1:
-        side = "positive" if labels == {True} else "negative"
-        raise DatasetError(
-            f"all feedback is {side} ({totals['unpaired']} judged answers, no preference pair): one-sided "
-            "feedback teaches no difference; collect the other side, or corrections"
-        )
-    if totals["preference"] == 0 and not labels and totals["sft"] == 0:
-        raise DatasetError("no answer is good enough to imitate and none is preferred to another")
 
 
 @contextmanager
@@ -454,21 +437,3 @@ def _public_config(settings: Settings) -> dict[str, Any]:
     config["split"]["salt"] = "(not shown)"
     config["augment"]["api_key"] = None
     return config
-
-
-def _ready_event(written: Manifest) -> Event:
-    """`dataset.ready`, once for each dataset however often it is made."""
-    body = {
-        "dataset_id": written.dataset_id,
-        "dataset_hash": written.dataset_hash,
-        "path": written.path,
-        "counts": written.counts,
-    }
-    return Event(
-        "dataset.ready",
-        written.tenant,
-        written.workspace,
-        body,
-        event_id=f"dataset.ready:{written.workspace}:{written.dataset_id}",
-        agent=written.agent,
-    )

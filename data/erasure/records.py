@@ -13,7 +13,16 @@ from sqlalchemy.engine import Connection, Engine
 
 from cluster.database import write
 from cluster.settings import Settings
-from cluster.tables import arm_statistics, erasures, event_bodies, events, experiment_users, user_baselines
+from cluster.tables import (
+    arm_statistics,
+    erasures,
+    event_bodies,
+    events,
+    experiment_users,
+    judged_answers,
+    tool_replies,
+    user_baselines,
+)
 from data.encoding import body_digest, decompress
 from data.erasure.person import Person, is_of, read_erasure
 from data.erasure.tombstones import OWN_KINDS, bury
@@ -41,6 +50,7 @@ def erase_records(engine: Engine, settings: Settings, person: Person) -> list[in
             connection.execute(_mark_erased(), [{"at_seq": seq, "of_body": digests[seq]} for seq in chunk])
             connection.execute(event_bodies.delete().where(event_bodies.c.seq.in_(chunk)))
         projected = _erase_projections(connection, person, found)
+        _erase_kept_texts(connection, person)
         bury(connection, person, (subject("interaction", name) for name in found.interactions))
         bury(connection, person, (subject("session", name) for name in found.sessions))
         counts = {"events": found.kinds, "interactions": len(found.interactions), "projected_rows": projected}
@@ -126,6 +136,16 @@ def _erase_projections(connection: Connection, person: Person, found: _Found) ->
         for chunk in chunks(names):
             deleted += connection.execute(table.delete().where(table.c.user_id.in_(chunk))).rowcount
     return deleted
+
+
+def _erase_kept_texts(connection: Connection, person: Person) -> None:
+    """Take texts out of what is kept for repeated calls, which names nobody: any of it may quote the person.
+
+    A judged answer keeps its grade. A tool's call that is repeated is not made again, and has no reply any more.
+    """
+    connection.execute(judged_answers.update().values(reason=""))
+    theirs = tool_replies.c.tenant == person.tenant, tool_replies.c.state == "done"
+    connection.execute(tool_replies.update().where(*theirs).values(reply={"reply": None}))
 
 
 def as_ranges(seqs: Iterable[int]) -> list[list[int]]:
