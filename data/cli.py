@@ -249,7 +249,10 @@ def eligible(
     found = eligibility(settings, engine, manifest, method=method, agents=_agents_of(archetype, rules))
     engine.dispose()
     if json_output:
-        shown = [{"name": r.name, "needed": r.needed, "found": min(r.found, 1e9), "passed": r.passed} for r in found]
+        shown = [
+            {"name": r.name, "needed": r.needed, "found": min(r.found, 1e9), "passed": r.passed, "says": str(r)}
+            for r in found
+        ]
         _print_json({"dataset_id": manifest.dataset_id, "eligible": all(r.passed for r in found), "rules": shown})
     else:
         for rule in found:
