@@ -362,7 +362,7 @@ def validate(
 
     settings = _settings(config)
     manifest = load_manifest(find_dataset(settings, dataset))
-    checks = run(manifest, settings.curation, tokenizer=_tokenizer(tokenizer), max_tokens=max_tokens)
+    checks = run(manifest, settings, tokenizer=_tokenizer(tokenizer), max_tokens=max_tokens)
     failed = any(check.status == "failed" for check in checks)
     if json_output:
         _print_json(checks_as_json(manifest, checks))

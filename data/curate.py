@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 import ray.data
 
@@ -40,18 +39,17 @@ from data.erasure.person import erased_users
 from data.exchange import Blocks, each, exchange, gathered
 from data.filter import filter_rows
 from data.join import join_events, name_trajectories
+from data.kept_tests import keep_sketches, read_sketches, sketch_files
 from data.log import EventLog
 from data.manifest import Manifest, Shard
-from data.minhash import U64
 from data.mlflow_datasets import log_to_mlflow, mlflow_warming_up
-from data.near import SKETCHES
 from data.near_parts import clusters_of
 from data.pairs import make_examples
 from data.publish import check_usable, publish
 from data.score import score
 from data.scrub import scrub
 from data.signal_pairs import PAIRS, from_table, pairs_of_rows, sample
-from data.source import Block, plan_blocks, read_block
+from data.source import Block, describe_sources, plan_blocks, read_block
 from data.split import resolve_clusters
 from data.stages import Stage, join_counts, split_counts, sum_counts, with_column
 from data.summary import summary_of
@@ -91,6 +89,7 @@ def curate(
     Raises:
         DatasetError: no events, or nothing in them that a training could use; nothing is written.
         ConflictError: somebody is being erased, or was while this ran; nothing is written.
+        InputError: earlier test items were kept under other settings of `curation.dedup`.
     """
     engine = connect(settings)
     try:
@@ -100,11 +99,14 @@ def curate(
         if last_seq == 0:
             raise DatasetError("the event log is empty; send traffic and feedback first, or `rayloop import` some")
         blocks = plan_blocks(engine, last_seq, settings.curation.events_per_block, parallelism)
+        sources = describe_sources(engine, blocks)
+        sketch_files(settings)  # refuses before anything is computed
         root = manifest.datasets_root(settings, out)
         with mlflow_warming_up(settings), ray_session(settings) as session, _quiet_ray_data():
             traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
             named = partial(publish, engine, settings, erased)
-            written = _Curation(settings, agent, blocks, root, named, traced, task_cpus(settings, session)).run()
+            cpus = task_cpus(settings, session)
+            written = _Curation(settings, agent, blocks, root, sources, named, traced, cpus).run()
         if settings.curation.log_to_mlflow:
             log_to_mlflow(settings, written)
         return written
@@ -120,6 +122,8 @@ class _Curation:
     agent: str | None
     blocks: list[Block]
     root: Path
+    sources: dict[str, Any]
+    """What the blocks are read from."""
     publish: Callable[[Path, Path, Manifest], Manifest]
     """Gives a finished folder its name below `root`."""
     traced: bool = True
@@ -257,7 +261,7 @@ class _Curation:
         """Sketches of this dataset's texts, and a reference to the near-duplicate `Clusters`."""
         config, parts, cpus = self.settings.curation.dedup, len(self.blocks), self.cpus
         own = self._each(rows, partial(dedup.sketches_of, settings=config))
-        tested = [_read_sketches(str(file)) for file in sorted(self._sketch_folder().glob("*.parquet"))]
+        tested = [read_sketches(file) for file in sketch_files(self.settings)]
         nodes = np.unique(np.concatenate([np.zeros(0, np.uint64), *(t["node"].to_numpy() for t in tested)]))
         clusters = clusters_of([*own, *map(ray.put, tested)], nodes, config, parts, cpus)
         ray.wait([clusters])
@@ -290,7 +294,9 @@ class _Curation:
             made = self._manifest([at for one in found for at in one.times], stages, counts, shards)
             plots = draw_plots(made, (one.histograms for one in found), building)
             (building / "card.md").write_text(dataset_card(made, plots))
-            self._keep_test_sketches(np.concatenate([one.tested for one in found]), sketches, made.dataset_id)
+            tested = np.concatenate([one.tested for one in found])
+            kept = _read_each(each(sketches, dedup.sketches_of_nodes, tested, num_cpus=self.cpus))
+            keep_sketches(self.settings, made.dataset_id, kept)
             return self.publish(building, self.root, made)
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -316,7 +322,7 @@ class _Curation:
             agent=self.agent,
             config=_public_config(self.settings),
             git_commit=manifest.git_commit(),
-            sources={"first_seq": 1, "last_seq": self.blocks[-1].last},
+            sources=self.sources,
             time_range=[to_iso(min(times)), to_iso(max(times))],
             stages=list(stages),
             counts=counts,
@@ -324,19 +330,6 @@ class _Curation:
             topics=self.topic_shares,
             calibration=self.calibration,
         )
-
-    def _keep_test_sketches(self, tested: U64, sketches: Sequence[Any], dataset_id: str) -> None:
-        """Remember what was in test, so that it never enters a later training set."""
-        tables = _read_each(each(sketches, dedup.sketches_of_nodes, tested, num_cpus=self.cpus))
-        table = pa.concat_tables([SKETCHES.empty_table(), *tables]).sort_by("text")
-        file = self._sketch_folder() / f"{dataset_id}.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{uuid.uuid4().hex}.part")
-        pq.write_table(table, part, compression="zstd")
-        part.replace(file)
-
-    def _sketch_folder(self) -> Path:
-        return manifest.sketch_folder(self.root, self.settings.tenant, self.settings.workspace)
 
 
 def task_cpus(settings: Settings, session: RaySession) -> float:
@@ -413,10 +406,6 @@ def _add_topics(table: pa.Table, model: Any) -> pa.Table:
     """Adds topics to a block; its counting rows keep to themselves."""
     rows, counts = split_counts(table)
     return join_counts(balancing.add_topics(rows, ray.get(model)), counts)
-
-
-def _read_sketches(file: str) -> pa.Table:
-    return pq.read_table(file, schema=SKETCHES)
 
 
 def _name_shards(table: pa.Table, number: dict[tuple[str, str], int]) -> pa.Table:

@@ -74,7 +74,7 @@ def eligibility(
 
 
 def count_good(dataset: Manifest, agents: Sequence[str], least: float) -> int:
-    """Interactions whose answer, as the agent gave it, has at least this score; only of `agents` where there are any."""
+    """Interactions whose answer, as the agent gave it, has at least this score; of `agents`, if any."""
     files = [
         Path(dataset.path) / shard.path for shard in dataset.shards if shard.path.startswith("sft/") and shard.rows
     ]

@@ -126,7 +126,7 @@ def test_no_user_and_no_near_duplicate_crosses_splits(dataset: tuple[Settings, M
                     stories.add(split)
     assert all(len(splits) == 1 for splits in users.values())
     assert len(stories) == 1
-    statuses = {check.name: check.status for check in validate(made, settings.curation)}
+    statuses = {check.name: check.status for check in validate(made, settings)}
     assert "failed" not in statuses.values(), statuses
     lost = next(stage for stage in made.stages if stage.name == "split").dropped
     assert any(reason.startswith("near duplicate in") for reason in lost)
@@ -227,11 +227,11 @@ def test_validation_finds_altered_files_and_leaked_users(dataset: tuple[Settings
     shutil.copytree(made.path, copy)
     shard = copy / "sft/test/00000.parquet"
     shard.write_bytes((Path(made.path) / "sft/train/00000.parquet").read_bytes())
-    (check,) = validate(load_manifest(copy), settings.curation)
+    (check,) = validate(load_manifest(copy), settings)
     assert check.status == "failed" and "altered" in check.detail
     manifest = json.loads((copy / "manifest.json").read_text())
     leak(copy, manifest)
-    names = {c.name for c in validate(load_manifest(copy), settings.curation) if c.status == "failed"}
+    names = {c.name for c in validate(load_manifest(copy), settings) if c.status == "failed"}
     assert names == {"users apart", "clusters apart", "near duplicates"}
 
 

@@ -118,7 +118,7 @@ def test_real_runs_are_curated_into_examples_that_render_with_their_tools(
                 if message["role"] == "tool":
                     assert f"<tool>{message['content']}<end>" in text
     assert calls > 0
-    checks = {check.name: check for check in validate(made, settings.curation, tokenizer=tool_tokenizer)}
+    checks = {check.name: check for check in validate(made, settings, tokenizer=tool_tokenizer)}
     assert checks["tokens"].status == "passed"
 
 
