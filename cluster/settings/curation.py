@@ -128,8 +128,11 @@ class DeduplicationSettings(Section):
     """Words in a shingle."""
     threshold: float = Field(0.8, gt=0, le=1)
     """Jaccard similarity of shingle sets from which two texts are near duplicates."""
+    margin: float = Field(0.07, ge=0, le=1)
+    """How far below the threshold the estimate from two sketches may lie. With the defaults, two of its standard
+    errors: a pair at the threshold is found with probability 0.97."""
     bands: int = Field(20, ge=1, le=256)
-    """LSH bands. With the defaults a pair at the threshold is found with probability 0.998."""
+    """LSH bands. With the defaults a pair at the threshold shares one with probability 0.998."""
     rows_per_band: int = Field(6, ge=1, le=32)
     """MinHash values in a band."""
     seed: int = Field(42, ge=0)

@@ -1,3 +1,4 @@
+import random
 from typing import Any
 
 import orjson
@@ -5,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.settings.curation import BalanceSettings, CurationSettings, ExampleSettings
-from data.balance import balance, curriculum, topic_factors
+from data.balance import balance, curriculum, topic_factors, topic_weights
 from data.pairs import Answer, make_examples, refusal
 from data.stages import with_column
 from tests.data.rows import rows, signal
@@ -155,9 +156,21 @@ def test_curriculum_goes_from_clear_and_short_to_doubtful_and_long() -> None:
     assert orders == {"clear": pytest.approx(0.0005), "doubt": pytest.approx(0.5 * 0.8 + 0.2)}
 
 
+def test_blocks_do_not_decide_what_an_overfull_topic_is_scaled_by() -> None:
+    rng = random.Random(1)
+    topics = pa.array([int(n % 7 == 0) for n in range(999)], pa.int32())
+    table = pa.table({"topic": topics, "weight": [rng.random() / 3 for _ in range(999)]})
+    settings = BalanceSettings(topics=2, topic_share=0.5)
+    found = {
+        tuple(topic_factors((topic_weights(table[n : n + size]) for n in range(0, 999, size)), settings).items())
+        for size in (1, 7, 100, 999)
+    }
+    assert len(found) == 1
+
+
 def test_an_overfull_topic_is_scaled_to_its_share() -> None:
-    factors = topic_factors([{0: 60.0, 1: 20.0}, {0: 30.0}], BalanceSettings(topics=2, topic_share=0.5))
+    factors = topic_factors([{0: 60, 1: 20}, {0: 30}], BalanceSettings(topics=2, topic_share=0.5))
     assert factors == {0: pytest.approx(20 / 90)}
-    assert topic_factors([{0: 60.0}], BalanceSettings(topics=2)) == {}
+    assert topic_factors([{0: 60}], BalanceSettings(topics=2)) == {}
     table, _ = make_examples(judged(say("good")), SETTINGS)
     assert balance(table, {})[0].equals(table)
