@@ -18,7 +18,7 @@ from cluster.errors import UnavailableError
 from cluster.settings import Settings
 from cluster.tables import dead_letters, events, outlets, rollouts, routes, servable_replicas, training_jobs
 
-SWITCH_SECTIONS = ("learning", "capture", "feedback", "automation")
+SWITCH_SECTIONS = ("learning", "capture", "feedback", "trajectory_evaluation", "trajectory_feedback_loop", "automation")
 FINAL_ROLLOUT_STATES = ("promoted", "rolled_back", "failed")
 
 

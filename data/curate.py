@@ -176,8 +176,8 @@ class _Curation:
 
     def _joined(self) -> Blocks:
         """One interaction a row, with what its user did where implicit signals are on."""
-        rows = self._read()
-        join: tuple[Stage, ...] = (Stage("join", partial(join_events, agent=self.agent)),)
+        rows, runs = self._read(), self.settings.trajectory_feedback_loop.enabled
+        join: tuple[Stage, ...] = (Stage("join", partial(join_events, agent=self.agent, trajectories=runs)),)
         if self.settings.feedback.implicit:
             rows, join = self._together(rows, "session_key", *join), ()
             if self.settings.calibration.apply:

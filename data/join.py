@@ -56,14 +56,19 @@ ROWS = pa.schema(
 SIGNAL_FIELDS = ("type", "source", "reward", "reason", "value", "text", "category")
 
 
-def join_events(table: pa.Table, agent: str | None = None) -> tuple[pa.Table, Dropped]:
+def join_events(table: pa.Table, agent: str | None = None, *, trajectories: bool = True) -> tuple[pa.Table, Dropped]:
     """Rows of `ROWS` from all events of some interactions.
 
     Events that are part of a row are not dropped; the tally counts those that are lost: erased, repeated,
-    of another agent, or about an interaction that is not in the log. Behaviour of which only the session is
+    of another agent, or about an interaction that is not in the log. Without `trajectories` these are left out
+    as well. Behaviour of which only the session is
     known becomes a row without an interaction, which `data.behaviour` takes up again.
     """
     dropped: Dropped = Counter()
+    if not trajectories:
+        runs = pc.equal(table["kind"], "trajectory")
+        dropped["trajectory_feedback_loop is off"] = pc.sum(runs).as_py() or 0
+        table = table.filter(pc.invert(runs))
     return table_of(_joined(table, agent, dropped), ROWS), +dropped
 
 

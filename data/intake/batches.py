@@ -124,6 +124,7 @@ class Intake:
             "capture.enabled": kind is not None or self.settings.capture.enabled,
             "feedback.explicit": kind != "feedback" or feedback.explicit or feedback.implicit,
             "feedback.implicit": kind != "behaviour" or feedback.implicit,
+            "trajectory_evaluation.enabled": kind != "trajectory" or self.settings.trajectory_evaluation.enabled,
         }
         for name, on in switches.items():
             if not on:
@@ -131,6 +132,9 @@ class Intake:
                 raise ConflictError(f"{name}=false: {what} is not taken; set `{name}: true` in rayloop.yaml")
 
     def _require_type_enabled(self, event: Event) -> None:
+        if event.kind == "trajectory" and not self.settings.trajectory_evaluation.enabled:
+            remedy = "set `trajectory_evaluation.enabled: true` in rayloop.yaml"
+            raise InputError("kind", event.kind, "is not taken while trajectory_evaluation is off", remedy)
         if event.kind != "feedback":
             return
         name = "explicit" if event.body["type"] in EXPLICIT else "implicit"

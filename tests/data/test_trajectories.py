@@ -58,7 +58,10 @@ def test_feedback_about_a_trajectory_joins_it() -> None:
 
 
 def test_a_trajectory_in_which_nobody_speaks_has_no_answer() -> None:
-    rows, _ = join_events(name_trajectories(pa.Table.from_pylist([event({"messages": STEPS[:4]})], EVENTS)))
+    table = name_trajectories(pa.Table.from_pylist([event({"messages": STEPS[:4]})], EVENTS))
+    rows, _ = join_events(table)
+    nothing, dropped = join_events(table, trajectories=False)
+    assert len(nothing) == 0 and dropped == {"trajectory_feedback_loop is off": 1}
     assert rows["response"][0].as_py() is None
 
 
@@ -87,7 +90,7 @@ def test_real_runs_are_curated_into_examples_that_render_with_their_tools(
     ray_session: None, shared_data: Path, tmp_path: Path, tool_tokenizer: Any
 ) -> None:
     curation = {"log_to_mlflow": False, "scrub": {"enabled": False}, "split": {"train": 0.6, "validation": 0.2}}
-    settings = load_settings(home=tmp_path, curation=curation)[0]
+    settings = load_settings(home=tmp_path, curation=curation, trajectory_feedback_loop={"enabled": True})[0]
     engine = connect(settings)
     report = import_source(
         file_source(shared_data / "tool_call_trajectories.jsonl"), EventLog(engine), settings, ImportOptions()

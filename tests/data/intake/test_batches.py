@@ -25,6 +25,7 @@ ALL_ON = {
     "learning": {"enabled": True},
     "feedback": {"explicit": True, "implicit": True},
     "capture": {"enabled": True, "pseudonym_secret": SECRET},
+    "trajectory_evaluation": {"enabled": True},
 }
 THUMB = {"interaction_id": "i1", "type": "thumbs_up"}
 ASKED = {"interaction_id": "i1", "messages": [{"role": "user", "content": "hi"}]}
@@ -219,6 +220,16 @@ def test_switched_off_kind_is_refused(sqlite_database: Engine, settings: Setting
             intake.take_in_and_wait([{"session": "s", "action": "leave"}], "behaviour", ACME)
         both = [THUMB, {**THUMB, "type": "copy_response"}]
         assert [r.status for r in intake.take_in_and_wait(both, "feedback", ACME)] == ["accepted", "rejected"]
+        with pytest.raises(ConflictError, match=r"trajectory_evaluation\.enabled=false"):
+            intake.take_in_and_wait([ASKED], "trajectory", ACME)
+
+
+def test_a_trace_keeps_its_answers_while_trajectories_are_switched_off(database: Engine) -> None:
+    settings = load_settings(**ALL_ON | {"trajectory_evaluation": {"enabled": False}})[0]
+    with GroupCommit(EventLog(database), settings.log) as commit:
+        run = {"kind": "trajectory", "messages": ASKED["messages"]}
+        results = Intake(commit, settings).take_in_and_wait([ASKED, run], None, ACME)
+    assert [(r.status, r.error and r.error.field) for r in results] == [("accepted", None), ("rejected", "kind")]
 
 
 def test_read_items_takes_one_or_many() -> None:
