@@ -119,13 +119,18 @@ def _envelope(item: dict[str, Any], kind: str) -> Envelope:
         envelope = Envelope.model_validate({k: v for k, v in item.items() if k in ENVELOPE_FIELDS})
     except ValidationError as error:
         raise input_error(error, f"see the fields of a {kind}") from None
-    if (envelope.event_id or "").startswith(OWN_NAMESPACES):
-        raise InputError("event_id", envelope.event_id, "is an id that only Rayloop gives", "choose another")
+    refuse_own_id(envelope.event_id)
     if kind in NEEDS_INTERACTION and envelope.interaction_id is None:
         raise InputError("interaction_id", None, "is missing", "send the id of the answer it is about")
     if kind == "behaviour" and envelope.interaction_id is None and envelope.session is None:
         raise InputError("interaction_id", None, "or session must be given", "say what it is about")
     return envelope
+
+
+def refuse_own_id(event_id: str | None) -> None:
+    """Raise `InputError` where a sender's id is one that only Rayloop gives: it would displace our event."""
+    if event_id is not None and event_id.startswith(OWN_NAMESPACES):
+        raise InputError("event_id", event_id, "is an id that only Rayloop gives", "choose another")
 
 
 def _event_id(kind: str, envelope: Envelope) -> str:
