@@ -160,15 +160,18 @@ class _Curation:
             Stage("examples", partial(make_examples, settings=config)),
         )
         topic_factors: dict[int, float] = {}
+        if config.balance.topics or config.augment.enabled:
+            examples, made = self._map(examples, *made), ()
         if config.balance.topics:
-            examples, made = self._with_topics(self._map(examples, *made)), ()
+            examples = self._with_topics(examples)
             topic_factors = self._topic_factors(examples)
+        below = self._damage_limit(examples) if config.augment.enabled else 0.0
         reword = augment.reworder(config.augment, self.agent)
         final = self._map(
             examples,
             *made,
             Stage("balance", partial(balancing.balance, factors=topic_factors)),
-            Stage("augment", partial(augment.augment, settings=config.augment, reword=reword)),
+            Stage("augment", partial(augment.augment, settings=config.augment, reword=reword, damage_below=below)),
             Stage("curriculum", balancing.curriculum),
             Stage("split", resolve_clusters),
         )
@@ -279,6 +282,11 @@ class _Curation:
         blocks = list(_read_each(self._each(examples, balancing.topic_weights)))
         self.topic_shares = balancing.topic_shares(blocks, self.topics)
         return balancing.topic_factors(blocks, self.settings.curation.balance)
+
+    def _damage_limit(self, examples: Blocks) -> float:
+        config = self.settings.curation.augment
+        due = self._each(examples, partial(augment.pairs_due, settings=config))
+        return augment.damage_limit(_read_each(due), config)
 
     def _write(self, final: Blocks, sketches: Sequence[Any]) -> Manifest:
         """Shards, card and manifest in a folder beside, then renamed into place."""
