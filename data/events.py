@@ -472,6 +472,13 @@ def from_router(event_id: str) -> bool:
     return event_id.startswith(ROUTER)
 
 
+def routers_report(event: "Event") -> str | None:
+    """Id of the router's event about the same answer, where this is somebody else's report of one."""
+    if event.kind != "interaction" or event.interaction_id is None or from_router(event.event_id):
+        return None
+    return interaction_event_id(event.interaction_id, ROUTER)
+
+
 def chosen_reports(reports: Iterable["RecordedEvent"]) -> list["RecordedEvent"]:
     """Of several reports of one interaction the router's, else the first; one for each, in the order of the log."""
     ordered = sorted(reports, key=lambda r: (not from_router(r.event.event_id), r.seq))

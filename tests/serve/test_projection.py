@@ -111,6 +111,7 @@ def test_a_client_cannot_put_its_word_before_the_routers(database: Engine) -> No
     log.append([claimed])
     projection.catch_up()
     assert [verdict.status for verdict in log.append([served])] == ["accepted"]
+    assert [verdict.status for verdict in log.append([replace(claimed, event_id="again")])] == ["duplicate"]
     log.append([feedback("a", "thumbs_up", 1.0)])
     projection.catch_up()
     assert statistics(database)["satisfaction", "ramp", "candidate", "ann"] == (1, 1)
