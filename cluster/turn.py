@@ -28,10 +28,10 @@ class Turn:
     agent: str
     methods: tuple[str, ...]
     """Training methods, compared by the gates."""
-    force: bool = False
-    """Train whatever the rules of eligibility say."""
     config: Path | None = None
     """The rayloop.yaml of every step."""
+    force: bool = False
+    """Train whatever the rules of eligibility say."""
 
 
 def run_turn(settings: Settings, jobs: Jobs, turn: Turn, *, resume: str | None = None, say: Say) -> dict[str, Any]:

@@ -63,7 +63,8 @@ class Session:
     def length_s(self) -> float:
         """From the first question, or action, to the last thing that happened."""
         began = [t.asked_at_us for t in self.turns] + [a.at_us for a in self.actions]
-        return (max(map(_at, [*self.turns, *self.actions])) - min(began)) / SECOND_US
+        ended = [t.answered_at_us for t in self.turns] + [a.at_us for a in self.actions]
+        return (max(ended) - min(began)) / SECOND_US
 
 
 def signals_of(
