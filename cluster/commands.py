@@ -104,17 +104,18 @@ def jobs(
 def loop(
     agent: Annotated[str, typer.Option(help="Whose loop turns.")],
     method: Annotated[list[str] | None, typer.Option(help="sft, dpo, kto; repeat it to compare several.")] = None,
+    force: Annotated[bool, typer.Option(help="Train although there is not enough feedback.")] = False,
     resume: Annotated[str | None, typer.Option(metavar="JOB", help="Go on with a turn that was cut off.")] = None,
     config: ConfigOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """One turn of the loop: curate, train, register, evaluate, start a rollout of the best version."""
+    """One turn of the loop: curate, train if it is enough, register, evaluate, start a rollout of the best version."""
     from cluster.database import connect
     from cluster.jobs import Jobs
     from cluster.turn import Turn, run_turn
 
     settings, _ = load_settings(config)
-    turn = Turn(agent, tuple(method or ["sft", "dpo"]), config.resolve() if config else None)
+    turn = Turn(agent, tuple(method or ["sft", "dpo"]), config.resolve() if config else None, force)
     table = Jobs(connect(settings), settings.tenant, settings.workspace)
     result = run_turn(settings, table, turn, resume=resume, say=lambda line: print(line, file=sys.stderr))
     if json_output:

@@ -213,12 +213,13 @@ def _file_lock(engine: Engine, name: str) -> Iterator[Any]:
         yield take
 
 
-def remove_traces(engine: Engine, tables: Sequence[str], wait_s: float) -> None:
+def remove_traces(engine: Engine, tables: Sequence[str], wait_s: float) -> str:
     """Take deleted bytes off the disk: no page and no write-ahead log of SQLite keeps them.
 
     SQLite overwrites what is deleted (`secure_delete`), so its log is emptied into the file. PostgreSQL
-    leaves deleted rows in their pages: `tables` are rewritten, which locks each for as long as that takes.
-    Its own write-ahead log and backups age by the server's settings.
+    leaves deleted rows in their pages: `tables` are rewritten, which locks each for as long as that takes, and its
+    write-ahead log begins a new segment, as far as the role may ask for that; archives and backups age by the
+    server's settings. Returns what became of the write-ahead log, for people.
 
     Raises:
         UnavailableError: within `wait_s`, readers of SQLite do not let go of its log, or transactions of
@@ -234,13 +235,24 @@ def remove_traces(engine: Engine, tables: Sequence[str], wait_s: float) -> None:
             if tables:  # the planner's statistics quote common values; a role that may not do this gets a warning
                 _wait_for_older_snapshots(connection, deadline)
                 connection.execute(sa.text("VACUUM FULL pg_catalog.pg_statistic"))
-        return
+            return _end_segment(connection)
     while not _empty_write_ahead_log(engine):
         if time.monotonic() >= deadline:
             raise UnavailableError(
                 f"the write-ahead log of {engine.url.database} is held by a reader and keeps deleted bytes; try again"
             )
         time.sleep(POLL_S)
+    return "emptied"
+
+
+def _end_segment(connection: sa.Connection) -> str:
+    """Have PostgreSQL need its write-ahead log up to here no more."""
+    try:
+        for statement in ("SELECT pg_switch_wal()", "CHECKPOINT"):
+            connection.execute(sa.text(statement))
+    except sa.exc.ProgrammingError as error:
+        return f"left to the server's settings ({str(error.orig).splitlines()[0]})"
+    return "ended; segments before it are overwritten as the server reuses them"
 
 
 OLDER_SNAPSHOTS = sa.text(

@@ -112,10 +112,13 @@ class Registry:
         """
         return cast("MlflowClient", tracking.Translated(self.settings))
 
-    def register_base(self, model: str, base_model_path: str | Path) -> Version:
+    def register_base(
+        self, model: str, base_model_path: str | Path, lineage: Mapping[str, str] | None = None
+    ) -> Version:
         """Register a base model without adapter; it becomes champion if the model has none.
 
-        The same base registered again is returned as it is.
+        `lineage` becomes tags, of a model whose weights were all trained. The same base registered again is
+        returned as it is.
         """
         _check_name(model)
         base, revision = describe_base(base_model_path)
@@ -124,7 +127,7 @@ class Registry:
                 return known
         with tracking.run(self.settings, f"register {model} base", tags={"rayloop.kind": "register"}) as run:
             run.log_params({"base_model": base, "base_revision": revision})
-        tags = {"base_model": base, "base_revision": revision, GATES_TAG: "not_run"}
+        tags = {"base_model": base, "base_revision": revision, GATES_TAG: "not_run", **_present(dict(lineage or {}))}
         source = self.client.get_run(run.run_id).info.artifact_uri
         version = self._create(model, source, run.run_id, tags)
         if not any("champion" in known.aliases for known in self.versions(model)):

@@ -18,7 +18,9 @@ from cluster.errors import UnavailableError
 from cluster.settings import Settings
 from cluster.tables import dead_letters, events, outlets, rollouts, routes, servable_replicas, training_jobs
 
-SWITCH_SECTIONS = ("learning", "capture", "feedback", "automation", "shadow")
+SWITCH_SECTIONS = (
+    "learning", "capture", "feedback", "trajectory_evaluation", "trajectory_feedback_loop", "shadow", "automation",
+)  # fmt: skip
 FINAL_ROLLOUT_STATES = ("promoted", "rolled_back", "failed")
 
 

@@ -1,4 +1,4 @@
-"""One turn of the loop: curate, train and register, evaluate, and hand the best version to a rollout.
+"""One turn of the loop: curate, see what may train on it, train and register, evaluate, hand the best to a rollout.
 
 Each step is a command of its own (`cluster.loop.run_command`). What a step answered is kept in the job
 table before the next one starts, so a turn that was cut off goes on after its last finished step.
@@ -30,14 +30,16 @@ class Turn:
     """Training methods, compared by the gates."""
     config: Path | None = None
     """The rayloop.yaml of every step."""
+    force: bool = False
+    """Train whatever the rules of eligibility say."""
 
 
 def run_turn(settings: Settings, jobs: Jobs, turn: Turn, *, resume: str | None = None, say: Say) -> dict[str, Any]:
     """Do the steps that are not done yet; returns the job id, the best version and each step's answer.
 
-    `passed` names the versions that passed their gates; none means that the agent stays as it is, which is
-    an ordinary end of a turn. A rollout is started only where `learning.enabled` and
-    `automation.auto_experiment` are on.
+    Methods for which the dataset is not enough are left out. `passed` names the versions that passed their gates;
+    none means that the agent stays as it is, which is an ordinary end of a turn. A rollout is started only where
+    `learning.enabled` and `automation.auto_experiment` are on.
 
     Raises:
         RayloopError: a step failed; the job says which, and `resume` with its id goes on from there.
@@ -102,7 +104,24 @@ def _curate(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
     return run_command(["curate", "--agent", turn.agent], config=turn.config, on_line=say)
 
 
+def _eligible(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
+    """The methods that may train on the dataset, and what is `missing` for the others."""
+    if turn.force:
+        return {"methods": list(turn.methods), "missing": {}}
+    missing = {}
+    for method in turn.methods:
+        line = ["data", "eligible", answers["curate"]["dataset_id"], "--method", method]
+        answer = run_command(line, config=turn.config, on_line=say, accepted=(0, 1))
+        if not answer["eligible"]:
+            missing[method] = [rule["says"] for rule in answer["rules"] if not rule["passed"]]
+            say(f"no {method}: {'; '.join(missing[method])}")
+    return {"methods": [method for method in turn.methods if method not in missing], "missing": missing}
+
+
 def _train(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
+    methods = answers["eligible"]["methods"]
+    if not methods:
+        return {"runs": []}
     line = [
         "train",
         "run",
@@ -113,7 +132,7 @@ def _train(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
         "--no-baseline",
     ]
     line += ["--base", f"{turn.agent}@champion", "--register", turn.agent]
-    for method in turn.methods:
+    for method in methods:
         line += ["--method", method]
     return run_command(line, config=turn.config, on_line=say)
 
@@ -126,6 +145,9 @@ def _evaluate(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any
 
 def _rollout(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
     version = choose(answers["evaluate"])
+    if not answers["eligible"]["methods"]:
+        reasons = dict.fromkeys(rule for rules in answers["eligible"]["missing"].values() for rule in rules)
+        return {"started": False, "reason": f"not enough to train on ({'; '.join(reasons)}); --force trains anyway"}
     if version is None:
         return {"started": False, "reason": "no version passed its gates"}
     if not (settings.learning.enabled and settings.automation.auto_experiment):
@@ -136,6 +158,7 @@ def _rollout(turn: Turn, answers: Answers, settings: Settings, say: Say) -> Any:
 
 STEPS: dict[str, Callable[[Turn, Answers, Settings, Say], Any]] = {
     "curate": _curate,
+    "eligible": _eligible,
     "train": _train,
     "evaluate": _evaluate,
     "rollout": _rollout,

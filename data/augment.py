@@ -7,9 +7,10 @@ dataset with paraphrases is not either.
 
 import asyncio
 import hashlib
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -26,18 +27,24 @@ Reword = Callable[[Sequence[str]], list[str | None]]
 """Texts -> other words for each, or `None`."""
 REQUEST = "Say the following in other words. Keep every name, number and placeholder. Answer with the text only.\n\n"
 NUMBER = re.compile(r"\d+")
+HALF = 0.5  # of the copies are damaged ones, where pairs leave room
 LONGEST_RATIO = 3.0  # a rewording this much longer than the text is an answer to it, not a rewording
 
 
-def augment(table: pa.Table, settings: AugmentSettings, reword: Reword) -> tuple[pa.Table, Dropped]:
-    """Adds paraphrases and damaged answers of training examples; the tally counts rewordings that failed."""
+def augment(
+    table: pa.Table, settings: AugmentSettings, reword: Reword, damage_below: float = HALF
+) -> tuple[pa.Table, Dropped]:
+    """Adds paraphrases and damaged answers of training examples; the tally counts rewordings that failed.
+
+    `damage_below`: the hash under which an example is damaged and not reworded (see `damage_limit`).
+    """
     if not settings.enabled:
         return table, Counter()
     dropped: Dropped = Counter()
     train = [row for row in table.to_pylist() if row["split"] == "train" and row["kind"] != "trajectory"]
     wanted = [row for row in train for _ in range(copies(row, settings))]
     made: list[Row] = []
-    to_damage = [row for row in wanted if settings.negatives and row["kind"] == "sft" and _first_half(row)]
+    to_damage = [row for row in wanted if settings.negatives and row["kind"] == "sft" and _lot(row) < damage_below]
     made += [negative for row in to_damage if (negative := damaged(row)) is not None]
     if settings.paraphrases:
         taken = {row["example_id"] for row in to_damage}
@@ -57,8 +64,26 @@ def _fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def _first_half(row: Row) -> bool:
-    return _fraction(f"damage {row['example_id']}") < 0.5
+def _lot(row: Row) -> float:
+    return _fraction(f"damage {row['example_id']}")
+
+
+def pairs_due(table: pa.Table, settings: AugmentSettings) -> tuple[int, int, list[float]]:
+    """Of a block's training examples: pairs, pairs that are due a copy, and lots of what may be damaged."""
+    train = [row for row in table.select(["kind", "split", "example_id"]).to_pylist() if row["split"] == "train"]
+    pairs = [row for row in train if row["kind"] == "preference"]
+    lots = [_lot(row) for row in train if row["kind"] == "sft" and copies(row, settings)]
+    return len(pairs), sum(bool(copies(row, settings)) for row in pairs), lots
+
+
+def damage_limit(blocks: Iterable[tuple[int, int, list[float]]], settings: AugmentSettings) -> float:
+    """The lot below which examples are damaged: half of them, or so few that `human_share` holds among pairs too."""
+    found = list(blocks)
+    pairs = sum(pairs for pairs, _, _ in found)
+    reworded = sum(due for _, due, _ in found) if settings.paraphrases else 0
+    most = max(0, math.floor(pairs * (1 / settings.human_share - 1)) - reworded)
+    lots = sorted(lot for _, _, lots in found for lot in lots)
+    return min(HALF, lots[most]) if most < len(lots) else HALF
 
 
 def damaged(row: Row) -> Row | None:

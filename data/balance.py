@@ -13,6 +13,7 @@ from data.detectors.topics import TopicModel, fit_topics
 from data.stages import Dropped, with_column
 
 LONG_ANSWER_WORDS = 400  # an answer of this length counts as long
+BILLION = 1e9
 MANY_TURNS = 8  # a conversation of this many turns counts as multi-step
 
 
@@ -42,13 +43,14 @@ def add_topics(table: pa.Table, model: TopicModel) -> pa.Table:
     return with_column(table, "topic", model.assign(questions), pa.int32())
 
 
-def topic_weights(table: pa.Table) -> dict[int, float]:
-    """Weight of each topic in one block with topics."""
-    sums = table.group_by("topic").aggregate([("weight", "sum")])
+def topic_weights(table: pa.Table) -> dict[int, int]:
+    """Weight of each topic in one block with topics, in billionths: whole numbers add up alike in every order."""
+    parts = pc.cast(pc.round(pc.multiply(table["weight"], BILLION)), pa.int64())
+    sums = pa.table({"topic": table["topic"], "weight": parts}).group_by("topic").aggregate([("weight", "sum")])
     return dict(zip(sums["topic"].to_pylist(), sums["weight_sum"].to_pylist(), strict=True))
 
 
-def topic_shares(blocks: Iterable[Mapping[int, float]], names: tuple[str, ...]) -> dict[str, float]:
+def topic_shares(blocks: Iterable[Mapping[int, int]], names: tuple[str, ...]) -> dict[str, float]:
     """Share of the weight that each topic has, by the topic's name."""
     totals: Counter[int] = Counter()
     for block in blocks:
@@ -57,7 +59,7 @@ def topic_shares(blocks: Iterable[Mapping[int, float]], names: tuple[str, ...]) 
     return {f"{topic}: {names[topic]}": round(totals[topic] / everything, 6) for topic in sorted(totals)}
 
 
-def topic_factors(blocks: Iterable[Mapping[int, float]], settings: BalanceSettings) -> dict[int, float]:
+def topic_factors(blocks: Iterable[Mapping[int, int]], settings: BalanceSettings) -> dict[int, float]:
     """What the weights of each over-full topic are multiplied with; alone in the dataset, a topic stays."""
     totals: Counter[int] = Counter()
     for block in blocks:

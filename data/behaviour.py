@@ -27,6 +27,7 @@ COLUMNS = (
     "user_id",
     "agent",
     "at_us",
+    "logged_us",
     "messages",
     "response",
     "flags",
@@ -75,6 +76,7 @@ def _with_implicit(row: Row, implicit: list[Any], settings: Settings, weights: M
                 "reason": signal.reason,
                 "user": row["user_id"],
                 "at_us": row["at_us"],
+                "logged_us": row["logged_us"],
             }
         )
     for signal in signals:

@@ -249,7 +249,10 @@ def eligible(
     found = eligibility(settings, engine, manifest, method=method, agents=_agents_of(archetype, rules))
     engine.dispose()
     if json_output:
-        shown = [{"name": r.name, "needed": r.needed, "found": min(r.found, 1e9), "passed": r.passed} for r in found]
+        shown = [
+            {"name": r.name, "needed": r.needed, "found": min(r.found, 1e9), "passed": r.passed, "says": str(r)}
+            for r in found
+        ]
         _print_json({"dataset_id": manifest.dataset_id, "eligible": all(r.passed for r in found), "rules": shown})
     else:
         for rule in found:
@@ -359,7 +362,7 @@ def validate(
 
     settings = _settings(config)
     manifest = load_manifest(find_dataset(settings, dataset))
-    checks = run(manifest, settings.curation, tokenizer=_tokenizer(tokenizer), max_tokens=max_tokens)
+    checks = run(manifest, settings, tokenizer=_tokenizer(tokenizer), max_tokens=max_tokens)
     failed = any(check.status == "failed" for check in checks)
     if json_output:
         _print_json(checks_as_json(manifest, checks))

@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import ray.data
 
@@ -31,27 +29,27 @@ from cluster.errors import DatasetError
 from cluster.runtime import RaySession, ray_session
 from cluster.settings import Settings
 from cluster.settings.curation import CurationSettings
-from data import augment, dedup, keep, manifest, weigh
+from data import augment, dedup, keep, manifest, voters, weigh
 from data import balance as balancing
 from data.behaviour import add_implicit_signals
 from data.calibration import fit
 from data.card import dataset_card, draw_plots
 from data.detectors.make import detectors
-from data.events import Event
+from data.erasure.person import erased_users
 from data.exchange import Blocks, each, exchange, gathered
 from data.filter import filter_rows
 from data.join import join_events, name_trajectories
+from data.kept_tests import keep_sketches, read_sketches, sketch_files
 from data.log import EventLog
 from data.manifest import Manifest, Shard
-from data.minhash import U64
 from data.mlflow_datasets import log_to_mlflow, mlflow_warming_up
-from data.near import SKETCHES
 from data.near_parts import clusters_of
 from data.pairs import make_examples
+from data.publish import check_usable, publish
 from data.score import score
 from data.scrub import scrub
 from data.signal_pairs import PAIRS, from_table, pairs_of_rows, sample
-from data.source import Block, plan_blocks, read_block
+from data.source import Block, describe_sources, plan_blocks, read_block
 from data.split import resolve_clusters
 from data.stages import Stage, join_counts, split_counts, sum_counts, with_column
 from data.summary import summary_of
@@ -90,21 +88,27 @@ def curate(
 
     Raises:
         DatasetError: no events, or nothing in them that a training could use; nothing is written.
+        ConflictError: somebody is being erased, or was while this ran; nothing is written.
+        InputError: earlier test items were kept under other settings of `curation.dedup`.
     """
     engine = connect(settings)
     try:
         event_log = EventLog(engine)
+        erased = erased_users(engine, settings.tenant)
         last_seq = event_log.last_seq()
         if last_seq == 0:
             raise DatasetError("the event log is empty; send traffic and feedback first, or `rayloop import` some")
         blocks = plan_blocks(engine, last_seq, settings.curation.events_per_block, parallelism)
+        sources = describe_sources(engine, blocks)
+        sketch_files(settings)  # refuses before anything is computed
         root = manifest.datasets_root(settings, out)
         with mlflow_warming_up(settings), ray_session(settings) as session, _quiet_ray_data():
             traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
-            written = _Curation(settings, agent, blocks, root, traced, task_cpus(settings, session)).run()
+            named = partial(publish, engine, settings, erased)
+            cpus = task_cpus(settings, session)
+            written = _Curation(settings, agent, blocks, root, sources, named, traced, cpus).run()
         if settings.curation.log_to_mlflow:
             log_to_mlflow(settings, written)
-        event_log.append([_ready_event(written)])
         return written
     finally:
         engine.dispose()
@@ -118,6 +122,10 @@ class _Curation:
     agent: str | None
     blocks: list[Block]
     root: Path
+    sources: dict[str, Any]
+    """What the blocks are read from."""
+    publish: Callable[[Path, Path, Manifest], Manifest]
+    """Gives a finished folder its name below `root`."""
     traced: bool = True
     """The log holds parts of traces that may belong together."""
     cpus: float = 0.5
@@ -133,10 +141,11 @@ class _Curation:
         joined = self._joined()
         if not joined:
             raise DatasetError("no examples could be made (no interactions)")
-        factors = self._vote_factors(joined)
+        groups = self._groups(joined)
+        factors = self._vote_factors(joined, groups)
         rows = self._map(
             joined,
-            Stage("weigh", partial(weigh.weigh, settings=config.weigh, factors=factors)),
+            Stage("weigh", partial(weigh.weigh, settings=config.weigh, factors=factors, groups=groups)),
             Stage("score", partial(score, settings=config.score)),
             Stage("filter", partial(_filter, settings=config, asked=asked)),
             Stage("scrub", partial(scrub, settings=config.scrub)),
@@ -151,15 +160,18 @@ class _Curation:
             Stage("examples", partial(make_examples, settings=config)),
         )
         topic_factors: dict[int, float] = {}
+        if config.balance.topics or config.augment.enabled:
+            examples, made = self._map(examples, *made), ()
         if config.balance.topics:
-            examples, made = self._with_topics(self._map(examples, *made)), ()
+            examples = self._with_topics(examples)
             topic_factors = self._topic_factors(examples)
+        below = self._damage_limit(examples) if config.augment.enabled else 0.0
         reword = augment.reworder(config.augment, self.agent)
         final = self._map(
             examples,
             *made,
             Stage("balance", partial(balancing.balance, factors=topic_factors)),
-            Stage("augment", partial(augment.augment, settings=config.augment, reword=reword)),
+            Stage("augment", partial(augment.augment, settings=config.augment, reword=reword, damage_below=below)),
             Stage("curriculum", balancing.curriculum),
             Stage("split", resolve_clusters),
         )
@@ -167,8 +179,8 @@ class _Curation:
 
     def _joined(self) -> Blocks:
         """One interaction a row, with what its user did where implicit signals are on."""
-        rows = self._read()
-        join: tuple[Stage, ...] = (Stage("join", partial(join_events, agent=self.agent)),)
+        rows, runs = self._read(), self.settings.trajectory_feedback_loop.enabled
+        join: tuple[Stage, ...] = (Stage("join", partial(join_events, agent=self.agent, trajectories=runs)),)
         if self.settings.feedback.implicit:
             rows, join = self._together(rows, "session_key", *join), ()
             if self.settings.calibration.apply:
@@ -224,13 +236,24 @@ class _Curation:
             return None
         return gathered([], partial(detectors, named), self.cpus)
 
-    def _vote_factors(self, joined: Blocks) -> dict[str, dict[str, float]]:
+    def _groups(self, joined: Blocks) -> dict[str, str]:
+        """Users who vote together, each with the name they share."""
+        config = self.settings.curation.weigh
+        pairs = self._each(joined, partial(voters.pairs_of_voters, most=config.together_voters))
+        met = exchange(pairs, "first", len(self.blocks), self.cpus)
+        tables = list(_read_each(each(met, voters.frequent, config, num_cpus=self.cpus)))
+        if not (users := voters.users_in(tables)):
+            return {}
+        counted = _read_each(self._each(joined, partial(voters.answers_voted_on, users=users)))
+        return voters.groups_of(tables, sum(counted, Counter()), config)
+
+    def _vote_factors(self, joined: Blocks, groups: dict[str, str]) -> dict[str, dict[str, float]]:
         """Factors of users over a cap."""
         config = self.settings.curation.weigh
-        days = exchange(self._each(joined, weigh.count_votes), "user", len(self.blocks), self.cpus)
+        count = partial(weigh.count_votes, settings=config, groups=groups)
+        days = exchange(self._each(joined, count), "user", len(self.blocks), self.cpus)
         totals = each(days, partial(weigh.user_totals, votes_per_day=config.votes_per_day), num_cpus=self.cpus)
-        everything = sum(pc.sum(table["total"]).as_py() or 0.0 for table in _read_each(totals))
-        return weigh.exceptions(_read_each(totals), everything, config.dataset_share)
+        return weigh.exceptions(_read_each(totals), config.dataset_share)
 
     def _best(self, rows: Blocks) -> Blocks:
         """The best interactions of all agents, as many as are kept."""
@@ -241,7 +264,7 @@ class _Curation:
         """Sketches of this dataset's texts, and a reference to the near-duplicate `Clusters`."""
         config, parts, cpus = self.settings.curation.dedup, len(self.blocks), self.cpus
         own = self._each(rows, partial(dedup.sketches_of, settings=config))
-        tested = [_read_sketches(str(file)) for file in sorted(self._sketch_folder().glob("*.parquet"))]
+        tested = [read_sketches(file) for file in sketch_files(self.settings)]
         nodes = np.unique(np.concatenate([np.zeros(0, np.uint64), *(t["node"].to_numpy() for t in tested)]))
         clusters = clusters_of([*own, *map(ray.put, tested)], nodes, config, parts, cpus)
         ray.wait([clusters])
@@ -260,6 +283,11 @@ class _Curation:
         self.topic_shares = balancing.topic_shares(blocks, self.topics)
         return balancing.topic_factors(blocks, self.settings.curation.balance)
 
+    def _damage_limit(self, examples: Blocks) -> float:
+        config = self.settings.curation.augment
+        due = self._each(examples, partial(augment.pairs_due, settings=config))
+        return augment.damage_limit(_read_each(due), config)
+
     def _write(self, final: Blocks, sketches: Sequence[Any]) -> Manifest:
         """Shards, card and manifest in a folder beside, then renamed into place."""
         found = list(_read_each(each(final, summary_of, num_cpus=self.cpus)))
@@ -274,8 +302,10 @@ class _Curation:
             made = self._manifest([at for one in found for at in one.times], stages, counts, shards)
             plots = draw_plots(made, (one.histograms for one in found), building)
             (building / "card.md").write_text(dataset_card(made, plots))
-            self._keep_test_sketches(np.concatenate([one.tested for one in found]), sketches, made.dataset_id)
-            return manifest.publish(building, self.root, made)
+            tested = np.concatenate([one.tested for one in found])
+            kept = _read_each(each(sketches, dedup.sketches_of_nodes, tested, num_cpus=self.cpus))
+            keep_sketches(self.settings, made.dataset_id, kept)
+            return self.publish(building, self.root, made)
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
@@ -300,7 +330,7 @@ class _Curation:
             agent=self.agent,
             config=_public_config(self.settings),
             git_commit=manifest.git_commit(),
-            sources={"first_seq": 1, "last_seq": self.blocks[-1].last},
+            sources=self.sources,
             time_range=[to_iso(min(times)), to_iso(max(times))],
             stages=list(stages),
             counts=counts,
@@ -309,47 +339,12 @@ class _Curation:
             calibration=self.calibration,
         )
 
-    def _keep_test_sketches(self, tested: U64, sketches: Sequence[Any], dataset_id: str) -> None:
-        """Remember what was in test, so that it never enters a later training set."""
-        tables = _read_each(each(sketches, dedup.sketches_of_nodes, tested, num_cpus=self.cpus))
-        table = pa.concat_tables([SKETCHES.empty_table(), *tables]).sort_by("text")
-        file = self._sketch_folder() / f"{dataset_id}.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{uuid.uuid4().hex}.part")
-        pq.write_table(table, part, compression="zstd")
-        part.replace(file)
-
-    def _sketch_folder(self) -> Path:
-        return manifest.sketch_folder(self.root, self.settings.tenant, self.settings.workspace)
-
 
 def task_cpus(settings: Settings, session: RaySession) -> float:
     """Logical CPUs of one task: a core's share of a cluster that is here for curation alone, else the setting."""
     if not session.started:
         return settings.curation.stage_cpus
     return max(1.0, settings.ray.num_cpus / (os.cpu_count() or 1))
-
-
-def check_usable(
-    counts: dict[str, dict[str, int]], labels: set[bool], dropped: Sequence[tuple[str, dict[str, int]]]
-) -> None:
-    """Refuse a dataset that no training could learn a difference from.
-
-    Raises:
-        DatasetError: no examples, or all feedback points the same way; says what became of the rows.
-    """
-    totals = {kind: sum(splits.values()) for kind, splits in counts.items()}
-    if sum(totals.values()) == 0:
-        reasons = [f"{stage}: {reason} {n}" for stage, found in dropped for reason, n in found.items()]
-        raise DatasetError(f"no examples could be made ({'; '.join(reasons) or 'no interactions'})")
-    if totals["preference"] == 0 and len(labels) == 1:
-        side = "positive" if labels == {True} else "negative"
-        raise DatasetError(
-            f"all feedback is {side} ({totals['unpaired']} judged answers, no preference pair): one-sided "
-            "feedback teaches no difference; collect the other side, or corrections"
-        )
-    if totals["preference"] == 0 and not labels and totals["sft"] == 0:
-        raise DatasetError("no answer is good enough to imitate and none is preferred to another")
 
 
 @contextmanager
@@ -421,10 +416,6 @@ def _add_topics(table: pa.Table, model: Any) -> pa.Table:
     return join_counts(balancing.add_topics(rows, ray.get(model)), counts)
 
 
-def _read_sketches(file: str) -> pa.Table:
-    return pq.read_table(file, schema=SKETCHES)
-
-
 def _name_shards(table: pa.Table, number: dict[tuple[str, str], int]) -> pa.Table:
     """Adds `shard`: kind, split, and a number from the example's id."""
     columns = (table[name].to_pylist() for name in ("kind", "split", "example_id"))
@@ -443,21 +434,3 @@ def _public_config(settings: Settings) -> dict[str, Any]:
     config["split"]["salt"] = "(not shown)"
     config["augment"]["api_key"] = None
     return config
-
-
-def _ready_event(written: Manifest) -> Event:
-    """`dataset.ready`, once for each dataset however often it is made."""
-    body = {
-        "dataset_id": written.dataset_id,
-        "dataset_hash": written.dataset_hash,
-        "path": written.path,
-        "counts": written.counts,
-    }
-    return Event(
-        "dataset.ready",
-        written.tenant,
-        written.workspace,
-        body,
-        event_id=f"dataset.ready:{written.workspace}:{written.dataset_id}",
-        agent=written.agent,
-    )

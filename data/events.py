@@ -7,6 +7,7 @@ they are stored. Adding a kind means adding a model to `BODIES`.
 import hashlib
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -77,6 +78,7 @@ class InteractionFlags(Body):
 
 ASSIGNMENT_FIELDS = (
     "assigned_version",
+    "adapter_digest",
     "arm",
     "experiment_id",
     "propensity",
@@ -449,14 +451,41 @@ def input_error(error: ValidationError, remedy: str) -> InputError:
     return InputError(name or "item", problem["input"], rule[0].lower() + rule[1:], remedy)
 
 
-def interaction_event_id(interaction_id: str) -> str:
-    """The event id of an interaction whose sender gave none.
+ROUTER = "router:"
+OWN_NAMESPACES = (
+    ROUTER, "alert:", "anomaly-", "dataset.ready:", "erasure:", "grade:", "job:", "needs-retraining:",
+    "partition.sealed:", "rollout:",
+)  # fmt: skip
+"""How ids of events begin that only Rayloop writes: whoever took one first would displace the event."""
 
-    The router and an instrumented agent may both report one answer; under one id it is one event.
+
+def interaction_event_id(interaction_id: str, namespace: str = "interaction:") -> str:
+    """The event id of an interaction whose sender gave none; the router's are in a namespace of its own.
+
+    The router and an instrumented agent may both report one answer: `from_router` tells whose word counts.
     """
     if len(interaction_id) <= 100:
-        return f"interaction:{interaction_id}"
-    return f"interaction:{hashlib.sha256(interaction_id.encode()).hexdigest()}"
+        return f"{namespace}{interaction_id}"
+    return f"{namespace}{hashlib.sha256(interaction_id.encode()).hexdigest()}"
+
+
+def from_router(event_id: str) -> bool:
+    """Whether an interaction was recorded by the router that served it, and not reported by a client."""
+    return event_id.startswith(ROUTER)
+
+
+def routers_report(event: "Event") -> str | None:
+    """Id of the router's event about the same answer, where this is somebody else's report of one."""
+    if event.kind != "interaction" or event.interaction_id is None or from_router(event.event_id):
+        return None
+    return interaction_event_id(event.interaction_id, ROUTER)
+
+
+def chosen_reports(reports: Iterable["RecordedEvent"]) -> list["RecordedEvent"]:
+    """Of several reports of one interaction the router's, else the first; one for each, in the order of the log."""
+    ordered = sorted(reports, key=lambda r: (not from_router(r.event.event_id), r.seq))
+    first = {(r.event.tenant, r.event.interaction_id): r for r in reversed(ordered)}
+    return sorted(first.values(), key=lambda r: r.seq)
 
 
 def uuid7() -> str:

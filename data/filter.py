@@ -23,12 +23,12 @@ def filter_rows(
 ) -> tuple[pa.Table, Dropped]:
     """The rows that may become examples; `asked` are other detectors than those the settings name."""
     asked = asked or detectors(settings.detectors)
-    columns = ("messages", "response", "flags", "answer_tokens", "finish_reason", "arm", "context")
+    columns = ("messages", "response", "tail", "flags", "answer_tokens", "finish_reason", "arm", "context")
     reasons: list[str | None] = []
     items: list[tuple[int, Item]] = []
     for index, values in enumerate(zip(*(table[name].to_pylist() for name in columns), strict=True)):
         row = dict(zip(columns, values, strict=True))
-        for name in ("messages", "response", "flags", "context"):
+        for name in ("messages", "response", "tail", "flags", "context"):
             row[name] = orjson.loads(row[name]) if row[name] else None
         reasons.append(reason_against(row, settings.filter))
         if reasons[-1] is None:
@@ -43,7 +43,7 @@ def reason_against(row: Row, settings: FilterSettings) -> str | None:
     """Why a row may not become an example, whatever its answer says; `None` when it may."""
     return (
         _flag_reason(row["flags"] or {}, row["arm"], settings)
-        or _conversation_reason(row["messages"], row["response"])
+        or _conversation_reason(row["messages"], row["response"], row["tail"] or [])
         or _length_reason(row["response"], row["answer_tokens"], settings)
     )
 
@@ -75,8 +75,8 @@ def _flag_reason(flags: dict[str, Any], arm: str | None, settings: FilterSetting
     return "client went away" if flags.get("disconnected") else None
 
 
-def _conversation_reason(messages: list[Message], response: Message | None) -> str | None:
-    """A prompt that ends with a user or a tool, an answer, and no open or failed tool call."""
+def _conversation_reason(messages: list[Message], response: Message | None, tail: list[Message]) -> str | None:
+    """A prompt that ends with a user or a tool, an answer, and no open or failed tool call before it or after."""
     if response is None:
         return "no answer"
     if not any(message["role"] == "user" and content_text(message).strip() for message in messages):
@@ -85,7 +85,7 @@ def _conversation_reason(messages: list[Message], response: Message | None) -> s
         return "conversation incomplete"
     if not content_text(response).strip():
         return "tool run unfinished" if response.get("tool_calls") else "empty answer"
-    return _tool_reason(messages)
+    return _tool_reason([*messages, response, *tail])
 
 
 def _tool_reason(messages: list[Message]) -> str | None:
@@ -94,7 +94,7 @@ def _tool_reason(messages: list[Message]) -> str | None:
         opened |= {call.get("id", "") for call in message.get("tool_calls") or []}
         if message["role"] == "tool":
             opened.discard(message.get("tool_call_id", ""))
-            if is_tool_error(content_text(message)):
+            if message.get("error") or is_tool_error(content_text(message)):
                 return "tool run failed"
     return "tool run unfinished" if opened else None
 

@@ -30,6 +30,7 @@ class Turn:
     query: str
     answer: str
     answered_at_us: int
+    asked_at_us: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +61,10 @@ class Session:
 
     @property
     def length_s(self) -> float:
-        """From the first answer to the last thing that happened."""
-        times = [t.answered_at_us for t in self.turns] + [a.at_us for a in self.actions]
-        return (max(times) - min(times)) / SECOND_US
+        """From the first question, or action, to the last thing that happened."""
+        began = [t.asked_at_us for t in self.turns] + [a.at_us for a in self.actions]
+        ended = [t.answered_at_us for t in self.turns] + [a.at_us for a in self.actions]
+        return (max(ended) - min(began)) / SECOND_US
 
 
 def signals_of(
@@ -230,7 +232,7 @@ def _turn(event: Event, interaction_id: str) -> Turn:
     asked = [m for m in event.body["messages"] if m.get("role") == "user"]
     answered_at_us = event.occurred_at_us + round(event.body.get("latency_s", 0.0) * SECOND_US)
     query = _text(asked[-1]) if asked else ""
-    return Turn(interaction_id, query, _text(event.body.get("response") or {}), answered_at_us)
+    return Turn(interaction_id, query, _text(event.body.get("response") or {}), answered_at_us, event.occurred_at_us)
 
 
 def _action(event: Event) -> Action:

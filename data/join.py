@@ -17,6 +17,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.events import from_router
 from data.stages import Dropped, rows_of, table_of, with_column
 from data.template import content_text
 from data.tool_turns import asked_for, with_tool_turns
@@ -31,6 +32,7 @@ ROWS = pa.schema(
         ("session_id", pa.string()),
         ("agent", pa.string()),
         ("at_us", pa.int64()),
+        ("logged_us", pa.int64()),  # when the log took it
         ("messages", pa.string()),  # JSON list of messages: the prompt
         ("tools", pa.string()),  # JSON list or null
         ("context", pa.string()),  # JSON list of passages
@@ -54,14 +56,19 @@ ROWS = pa.schema(
 SIGNAL_FIELDS = ("type", "source", "reward", "reason", "value", "text", "category")
 
 
-def join_events(table: pa.Table, agent: str | None = None) -> tuple[pa.Table, Dropped]:
+def join_events(table: pa.Table, agent: str | None = None, *, trajectories: bool = True) -> tuple[pa.Table, Dropped]:
     """Rows of `ROWS` from all events of some interactions.
 
     Events that are part of a row are not dropped; the tally counts those that are lost: erased, repeated,
-    of another agent, or about an interaction that is not in the log. Behaviour of which only the session is
+    of another agent, or about an interaction that is not in the log. Without `trajectories` these are left out
+    as well. Behaviour of which only the session is
     known becomes a row without an interaction, which `data.behaviour` takes up again.
     """
     dropped: Dropped = Counter()
+    if not trajectories:
+        runs = pc.equal(table["kind"], "trajectory")
+        dropped["trajectory_feedback_loop is off"] = pc.sum(runs).as_py() or 0
+        table = table.filter(pc.invert(runs))
     return table_of(_joined(table, agent, dropped), ROWS), +dropped
 
 
@@ -80,7 +87,8 @@ def _joined(table: pa.Table, agent: str | None, dropped: Dropped) -> Iterator[di
             dropped["other agent"] += sum(map(len, kinds.values()))
         else:
             dropped["interaction repeated"] += len(kinds["interaction"]) + len(kinds["trajectory"]) - 1
-            yield _row(_as_interaction(found[0]), kinds)
+            routed = next((event for event in found if from_router(event["event_id"])), found[0])
+            yield _row(_as_interaction(routed), kinds)
 
 
 def _in_order(table: pa.Table, dropped: Dropped) -> pa.Table:
@@ -140,13 +148,14 @@ def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
     body = interaction["body"]
     calls = _calls(body, kinds["tool_call"])
     messages = with_tool_turns(body["messages"], body.get("response"), calls) if calls else body["messages"]
-    user = interaction["user_id"] or f"session:{interaction['session_id'] or interaction['interaction_id']}"
+    user = user_of(interaction)
     return {
         "interaction_id": interaction["interaction_id"],
         "user_id": user,
         "session_id": interaction["session_id"],
         "agent": interaction["agent"],
         "at_us": interaction["at_us"],
+        "logged_us": interaction["logged_us"],
         "messages": to_json(messages),
         "tools": to_json(body["tools"]) if body.get("tools") else None,
         "context": _list(body.get("context")),
@@ -187,7 +196,13 @@ def _calls(body: dict[str, Any], events: list[Event]) -> list[dict[str, Any]]:
 def _signal(event: Event, interaction: Event) -> dict[str, Any]:
     body = event["body"]
     kept = {name: body.get(name) for name in SIGNAL_FIELDS}
-    return {**kept, "user": event["user_id"] or interaction["user_id"] or "", "at_us": event["at_us"]}
+    user = event["user_id"] or user_of(interaction)
+    return {**kept, "user": user, "at_us": event["at_us"], "logged_us": event["logged_us"]}
+
+
+def user_of(interaction: Event) -> str:
+    """Whose interaction it is; where nobody is named, the session stands for its user."""
+    return interaction["user_id"] or f"session:{interaction['session_id'] or interaction['interaction_id']}"
 
 
 def _behaviour(event: Event) -> dict[str, Any]:

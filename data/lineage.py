@@ -17,6 +17,7 @@ from cluster.errors import NotFoundError
 from cluster.registry import Registry, Version, adapter_digest
 from cluster.settings import Settings
 from cluster.tables import experiments, rollouts
+from data.events import chosen_reports
 from data.log import EventLog
 
 Chain = dict[str, Any]
@@ -115,11 +116,10 @@ def _evidence(interaction_ids: list[str], log: EventLog, settings: Settings) -> 
     types: Counter[str] = Counter()
     sample: list[Chain] = []
     seqs: list[int] = []
-    for recorded in log.about(settings.tenant, interaction_ids, kinds=("interaction", "feedback")):
+    for recorded in chosen_reports(log.about(settings.tenant, interaction_ids, kinds=("interaction",))):
+        served[recorded.event.body.get("served_version") or "unknown"] += 1
+    for recorded in log.about(settings.tenant, interaction_ids, kinds=("feedback",)):
         event = recorded.event
-        if event.kind == "interaction":
-            served[event.body.get("served_version") or "unknown"] += 1
-            continue
         types[event.body.get("type", "erased")] += 1
         seqs.append(recorded.seq)
         if len(sample) < settings.log.lineage_sample:

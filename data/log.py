@@ -25,7 +25,7 @@ from cluster.clock import now_us
 from cluster.database import write
 from cluster.tables import cursors, event_bodies, event_ids, events, tombstones
 from data.encoding import SALT_BYTES, body_digest, compress, decode_body, encode_body, event_digest
-from data.events import Event, RecordedEvent
+from data.events import Event, RecordedEvent, routers_report
 
 APPEND_LOCK = 7_213_002  # pg_advisory_xact_lock key: one writer numbers events at a time
 LOOKUP_CHUNK = 500  # bound on the variables of one statement
@@ -55,6 +55,7 @@ class StoredEvent(NamedTuple):
     session_id: str | None
     agent: str | None
     occurred_at_us: int
+    recorded_at_us: int
     workspace: str
     erased: bool
     body: bytes | None
@@ -72,7 +73,8 @@ class EventLog:
         """Write a batch; durable when this returns. One verdict an event, in order.
 
         An event whose `(tenant, event_id)` is already known, in the log or earlier in the batch, is a
-        duplicate and changes nothing; one about somebody who was erased is refused.
+        duplicate and changes nothing, and so is a report of an answer that the router has recorded; one about
+        somebody who was erased is refused.
         """
         if not batch:
             return []
@@ -92,7 +94,7 @@ class EventLog:
             if refused and is_refused(event, refused):
                 verdicts.append(Verdict(event.event_id, "refused"))
                 continue
-            if key in known:
+            if key in known or (event.tenant, routers_report(event)) in known:
                 verdicts.append(Verdict(event.event_id, "duplicate"))
                 continue
             known.add(key)
@@ -252,11 +254,13 @@ def refused_subjects(connection: Connection, batch: Sequence[Event]) -> set[tupl
     return found
 
 
-def _known_ids(connection: Connection, batch: Sequence[Event]) -> set[tuple[str, str]]:
+def _known_ids(connection: Connection, batch: Sequence[Event]) -> set[tuple[str, str | None]]:
     lookup = _known_on_postgres if connection.dialect.name == "postgresql" else _known_on_sqlite
-    known: set[tuple[str, str]] = set()
+    known: set[tuple[str, str | None]] = set()
     for tenant in {event.tenant for event in batch}:
-        ids = [event.event_id for event in batch if event.tenant == tenant]
+        mine = [event for event in batch if event.tenant == tenant]
+        ids = [event.event_id for event in mine]
+        ids += [twin for event in mine if (twin := routers_report(event)) is not None]
         known |= {(tenant, event_id) for event_id in lookup(connection, tenant, ids)}
     return known
 

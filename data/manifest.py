@@ -225,11 +225,6 @@ def datasets_root(settings: Settings, out: Path | None = None) -> Path:
     return Path(location.removeprefix("file://")).resolve()
 
 
-def sketch_folder(root: Path, tenant: str, workspace: str) -> Path:
-    """Folder with the sketches of all that was ever in test."""
-    return root / "test_sketches" / tenant / workspace
-
-
 def git_commit() -> str | None:
     """The commit of this code, with `+` when the working tree differs; `None` outside a repository."""
     command = ["git", "-C", str(PROJECT), "describe", "--always", "--dirty=+", "--abbrev=40", "--exclude=*"]

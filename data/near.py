@@ -84,7 +84,8 @@ def edges_of(sketches: pa.Table, pairs: pa.Table, settings: DeduplicationSetting
     different = node[left] != node[right]
     left, right = left[different], right[different]
     matrix = _matrix(sketches["sketch"], settings)
-    alike = similarity(_low_bytes(matrix, first[left]), _low_bytes(matrix, first[right])) >= settings.threshold
+    estimate = similarity(_low_bytes(matrix, first[left]), _low_bytes(matrix, first[right]))
+    alike = estimate >= settings.threshold - settings.margin
     return _distinct_pairs(node[left[alike]], node[right[alike]])
 
 

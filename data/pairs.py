@@ -65,7 +65,10 @@ EXAMPLES = pa.schema(
     ]
 )
 """Examples of all kinds; `data.manifest.COLUMNS` says which columns each kind keeps."""
-UNUSED = ("context", "behaviours", "votes", "scrubbed", "session_key", "session_id", "version", "latency_s", "fields")
+UNUSED = (
+    "context", "behaviours", "votes", "scrubbed", "session_key", "session_id", "version", "latency_s", "fields",
+    "logged_us",
+)  # fmt: skip
 """Columns that no example is made of: to make Python values of them takes time."""
 NONE = "[]"
 """What a column holds where nobody said anything: looked at before JSON is parsed, for most rows hold it."""
@@ -80,6 +83,8 @@ class Answer:
     score: float
     origin: str
     """`answer`, `correction`, or `preferred` by a reviewer."""
+    weight: float
+    """That of its row; of a correction, what those who wrote it count for."""
     truncated: bool = False
 
     @cached_property
@@ -108,7 +113,7 @@ class Answer:
             "cluster_id": f"{row['cluster']:016x}",
             "agent": row["agent"],
             "tools": row["tools"],
-            "weight": min(1.0, row["weight"]),
+            "weight": min(1.0, self.weight),
             "origin": self.origin,
             "at_us": row["at_us"],
             "cluster": row["cluster"],
@@ -161,14 +166,17 @@ def _without_repeats(examples: list[Row]) -> tuple[list[Row], int]:
 def answers_of(row: Row, settings: CurationSettings) -> list[Answer]:
     """The agent's answer, then each distinct correction of it."""
     truncated = row["finish_reason"] in settings.examples.truncated_reasons
-    found = [Answer(row, orjson.loads(row["response"]), row["score"], "answer", truncated)]
+    found = [Answer(row, orjson.loads(row["response"]), row["score"], "answer", row["weight"], truncated)]
     if '"correction"' not in row["signals"] and row["labels"] == NONE:
         return found
-    corrections = [s["text"] for s in orjson.loads(row["signals"]) if s["type"] == "correction" and s.get("text")]
-    corrections += [label["corrected"] for label in orjson.loads(row["labels"]) if label.get("corrected")]
-    for text in sorted(set(corrections)):
+    corrections: Counter[str] = Counter()
+    for signal in orjson.loads(row["signals"]):
+        if signal["type"] == "correction" and signal.get("text"):
+            corrections[signal["text"]] += signal["weight"]
+    corrections.update(label["corrected"] for label in orjson.loads(row["labels"]) if label.get("corrected"))
+    for text, weight in sorted(corrections.items()):
         message = {"role": "assistant", "content": text}
-        found.append(Answer(row, message, settings.score.correction_score, "correction"))
+        found.append(Answer(row, message, settings.score.correction_score, "correction", weight))
     return found
 
 
@@ -249,7 +257,7 @@ def trajectory_examples(rows: list[Row]) -> Iterator[Row]:
             continue
         steps = [*orjson.loads(row["messages"]), orjson.loads(row["response"]), *orjson.loads(row["tail"])]
         begin = next((i for i, step in enumerate(steps) if step["role"] == "assistant"), len(steps))
-        answer = Answer(row, steps[-1], row["score"], "trajectory")
+        answer = Answer(row, steps[-1], row["score"], "trajectory", row["weight"])
         prompt, rest = to_json(steps[:begin]), to_json(steps[begin:])
         yield _example("trajectory", [answer], prompt=prompt, trajectory=rest, reward=reward, turns=len(steps))
 

@@ -25,7 +25,7 @@ DRAWN = ("messages", "response", "tools")
 SCRUBBED = ("messages", "context", "response", "tail", "signals", "labels", "tools")
 """Columns of JSON text, in the order in which placeholders are numbered."""
 JUDGED = ("signals", "labels")
-OURS = r'"at_us":[0-9]+|"(?:user|reviewer)":"[^"\\]*"'
+OURS = r'"(?:at_us|logged_us|weight)":[0-9.e-]+|"(?:user|reviewer)":"[^"\\]*"'
 """What we write into these; a text cannot hold it, for its quotes are escaped."""
 SUSPICIOUS = 1 << len(RECOGNISERS)
 """Bit of rows in which `suspicion` could find something."""

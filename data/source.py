@@ -7,6 +7,7 @@ erasures, so a task that is run again reads the same rows.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import orjson
 import pyarrow as pa
@@ -33,11 +34,15 @@ EVENTS = pa.schema(
         ("session_id", pa.string()),
         ("agent", pa.string()),
         ("at_us", pa.int64()),
+        ("logged_us", pa.int64()),  # when the log took it
         ("body", pa.string()),
     ]
 )
 """One event a row; `body` is JSON, null when erased."""
-READ = ("kind", "event_id", "interaction_id", "user_id", "session_id", "agent", "occurred_at_us", "body", "arrays")
+READ = (
+    "kind", "event_id", "interaction_id", "user_id", "session_id", "agent", "occurred_at_us", "recorded_at_us",
+    "body", "arrays",
+)  # fmt: skip
 TOKENS = tuple(name for name, _ in ARRAYS)
 MOVED = 3  # times that a file is looked up anew: an erasure may move it while it is read
 
@@ -75,6 +80,24 @@ def plan_blocks(engine: Engine, last_seq: int, events_per_block: int, parallelis
     edges = [start + tail * i // blocks for i in range(blocks + 1)]
     shared = _shared_out(sealed, blocks)
     return [Block(tuple((p.after_seq, p.day) for p in shared[i]), edges[i], edges[i + 1]) for i in range(blocks)]
+
+
+def describe_sources(engine: Engine, blocks: Sequence[Block]) -> dict[str, Any]:
+    """What blocks are read from, for the manifest: each sealed partition with its hashes, and the `tail` of the log.
+
+    `sha256` is that of the file now: an erasure writes another, and leaves the Merkle `root`.
+    """
+    places = {place for block in blocks for place in block.partitions}
+    with engine.connect() as connection:
+        known = [p for p in read_partitions(connection, state=None) if (p.after_seq, p.day) in places]
+    partitions = [{"name": p.name, "sha256": p.sha256, "root": p.root, "num_events": p.num_events} for p in known]
+    first, last = blocks[0].after + 1, blocks[-1].last
+    return {
+        "first_seq": 1,
+        "last_seq": last,
+        "partitions": partitions,
+        "tail": {"first_seq": first, "last_seq": last} if first <= last else None,
+    }
 
 
 def _shared_out(sealed: Sequence[Partition], blocks: int) -> list[list[Partition]]:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.errors import DatasetError
+from cluster.settings import Settings
 from cluster.settings.curation import CurationSettings
 from data.dedup import (
     normalise_text,
@@ -25,9 +26,10 @@ from data.dedup import (
     sketch_texts,
 )
 from data.join import to_json
-from data.manifest import Manifest, dataset_hash, example_schema, sketch_folder
+from data.kept_tests import read_sketches, sketch_files
+from data.manifest import Manifest, dataset_hash, example_schema
 from data.minhash import text_hashes
-from data.near import SKETCHES, near_edges
+from data.near import near_edges
 from data.recognisers import find
 from data.scrub_text import suspicion
 from data.template import content_text, render
@@ -68,7 +70,7 @@ class Row:
 
 
 def validate(
-    manifest: Manifest, settings: CurationSettings, *, tokenizer: Any = None, max_tokens: int | None = None
+    manifest: Manifest, settings: Settings, *, tokenizer: Any = None, max_tokens: int | None = None
 ) -> list[Check]:
     """All checks of a dataset, in order. Later checks are left out when the files themselves are wrong."""
     files = check_files(manifest)
@@ -79,11 +81,11 @@ def validate(
         files,
         check_apart(rows, "user", lambda row: row.user),
         check_apart(rows, "cluster", lambda row: row.cluster),
-        check_near_duplicates(rows, settings),
+        check_near_duplicates(rows, settings.curation),
         check_earlier_tests(rows, manifest, settings),
         check_repeats(rows),
         check_balance(rows),
-        check_personal_data(rows, settings),
+        check_personal_data(rows, settings.curation),
         describe_lengths(rows),
     ]
     if tokenizer is not None:
@@ -178,20 +180,18 @@ def check_near_duplicates(rows: Sequence[Row], settings: CurationSettings) -> Ch
     return Check("near duplicates", "passed", detail)
 
 
-def check_earlier_tests(rows: Iterable[Row], manifest: Manifest, settings: CurationSettings) -> Check:
+def check_earlier_tests(rows: Iterable[Row], manifest: Manifest, settings: Settings) -> Check:
     """Nothing to train on is, nearly, a test question of another dataset beside this one."""
-    name = "earlier tests"
-    folder = sketch_folder(Path(manifest.path).parent, manifest.tenant, manifest.workspace)
-    files = sorted(file for file in folder.glob("*.parquet") if file.stem != manifest.dataset_id)
-    kept = [pq.read_table(file, schema=SKETCHES) for file in files]
+    name, dedup = "earlier tests", settings.curation.dedup
+    kept = [read_sketches(file) for file in sketch_files(settings) if file.stem != manifest.dataset_id]
     questions = {normalise_text(row.question): row.question for row in rows if row.split != "test"}
     if not kept or not questions:
         return Check(name, "passed", f"{len(kept)} other datasets left test items here")
     tested = pa.concat_tables(kept)
     nodes = text_hashes(list(questions))
-    fields = text_hashes([record_fields(question, settings.dedup.field_lines) for question in questions.values()])
-    own = sketch_texts(list(questions.values()), nodes, nodes, question_salts(fields), settings.dedup)
-    edges = near_edges(pa.concat_tables([own, tested]), settings.dedup)
+    fields = text_hashes([record_fields(question, dedup.field_lines) for question in questions.values()])
+    own = sketch_texts(list(questions.values()), nodes, nodes, question_salts(fields), dedup)
+    edges = near_edges(pa.concat_tables([own, tested]), dedup)
     was_tested = set(tested["node"].to_pylist())
     pairs = zip(edges["left"].to_pylist(), edges["right"].to_pylist(), strict=True)
     by_node = dict(zip(nodes.tolist(), questions.values(), strict=True))

@@ -19,7 +19,7 @@ from cluster.clock import now_us, to_iso
 from cluster.errors import RayloopError
 from cluster.settings.capture import LogSettings
 from cluster.settings.serving import CaptureQueueSettings
-from data.events import Event, interaction_event_id
+from data.events import ROUTER, Event, interaction_event_id
 from data.group_commit import GroupCommit, Transient
 from data.intake.metadata import PAIRS, bounded, scrubbed
 from serve.arms import Plan
@@ -83,7 +83,7 @@ class Record:
         body = {name: value for name, value in self._body().items() if value is not None}
         return Event(
             "interaction", self.key.tenant, self.key.workspace, body,
-            event_id=interaction_event_id(self.interaction_id), occurred_at_us=self.at_us,
+            event_id=interaction_event_id(self.interaction_id, ROUTER), occurred_at_us=self.at_us,
             user_id=self.user, session_id=self.session, agent=self.plan.agent, interaction_id=self.interaction_id,
         )  # fmt: skip
 
@@ -259,9 +259,8 @@ class Capture:
             log.exception("an interaction was refused by the event log and is lost")
             metrics.CAPTURED.labels("lost").inc()
             return True
-        refused = sum(verdict.status == "refused" for verdict in verdicts)
-        metrics.CAPTURED.labels("logged").inc(len(events) - refused)
-        metrics.CAPTURED.labels("refused").inc(refused)
+        for label, status in (("logged", "accepted"), ("duplicate", "duplicate"), ("refused", "refused")):
+            metrics.CAPTURED.labels(label).inc(sum(verdict.status == status for verdict in verdicts))
         return True
 
     def _count_lost(self, number: int) -> None:

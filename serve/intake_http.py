@@ -31,6 +31,7 @@ KINDS: dict[str, str | None] = {
 }
 """Path -> the kind of its items; `None` where each item names its own."""
 SCOPE = "feedback"
+Reply = tuple[int, bytes, tuple[bytes, bytes]]
 
 
 @dataclass(slots=True)
@@ -41,7 +42,7 @@ class IntakeHandler:
     intake: Intake | None = None
 
     async def handle(self, path: str, scope: Scope, receive: Receive, send: Send, key: Key, headers: Headers) -> int:
-        """Take one body in; returns the status sent.
+        """Take one body in; returns the status sent: 400 where no item was good, with the answer of each beside.
 
         Raises:
             ApiError: the whole body is refused; otherwise each item has its own answer.
@@ -51,14 +52,12 @@ class IntakeHandler:
         body = unpack(scope, body, serve.max_batch_bytes)
         identity = Identity(key.tenant, key.workspace, key.user_tier)
         with in_api_shape(serve):
-            answer, kind = await self._answer(path, scope, body, identity)
-        await send_response(send, 200, answer, [kind, *headers])
-        return 200
+            status, answer, kind = await self._answer(path, scope, body, identity)
+        await send_response(send, status, answer, [kind, *headers])
+        return status
 
-    async def _answer(
-        self, path: str, scope: Scope, body: bytes, identity: Identity
-    ) -> tuple[bytes, tuple[bytes, bytes]]:
-        """The body of the response and its content type."""
+    async def _answer(self, path: str, scope: Scope, body: bytes, identity: Identity) -> Reply:
+        """Status, body and content type of the response."""
         if path == otlp_http.PATH and otlp_http.is_protobuf(scope):
             return await self._spans(await asyncio.to_thread(otlp_http.read_protobuf, body), identity, protobuf=True)
         document = read_document(body)
@@ -67,16 +66,18 @@ class IntakeHandler:
         kind = KINDS[path]
         results = await self._take_in(items_in(document, self.settings), kind, identity)
         _count(kind or "trace", results)
-        return orjson.dumps({"object": "list", "data": [result.as_dict() for result in results]}), JSON
+        shown: dict[str, Any] = {"object": "list", "data": [result.as_dict() for result in results]}
+        none_good = bool(results) and all(result.status == "rejected" for result in results)
+        if none_good:
+            shown["error"] = shown["data"][0]["error"]
+        return 400 if none_good else 200, orjson.dumps(shown), JSON
 
-    async def _spans(
-        self, read: otlp_http.Read, identity: Identity, *, protobuf: bool
-    ) -> tuple[bytes, tuple[bytes, bytes]]:
+    async def _spans(self, read: otlp_http.Read, identity: Identity, *, protobuf: bool) -> Reply:
         results = await self._take_in(read.items, None, identity)
         _count("span", results)
         metrics.INTAKE.labels("span", "rejected").inc(len(read.problems))
         metrics.INTAKE.labels("span", "ignored").inc(read.ignored)
-        return otlp_http.response(read, results, protobuf=protobuf)
+        return 200, *otlp_http.response(read, results, protobuf=protobuf)
 
     async def _take_in(self, items: Sequence[Any], kind: str | None, identity: Identity) -> list[ItemResult]:
         if self.intake is None:

@@ -155,7 +155,7 @@ class Prediction:
             "interaction_id": self.interaction_id,
         }
         item = {"messages": clipped(messages), **_given(known | self.about)}
-        # Under this id, an answer that the router reports too is one event.
+        # Under this id, two reports of one answer are one event.
         self.record(TRACES, stamped(item) | {"event_id": f"interaction:{self.interaction_id}"})
         if self.trajectory is not None:
             self.trajectory.add_prediction(messages, self.response)

@@ -13,7 +13,7 @@ import psutil
 from cluster.errors import ConflictError, DatasetError, InputError, NotFoundError
 from cluster.jobs import Job, Jobs
 from cluster.quota import check_quota
-from cluster.registry import Registry, describe_base
+from cluster.registry import RETRAIN, Registry, Version, describe_base
 from cluster.settings import Settings
 from data.grading import AtHand, make_grader
 from data.manifest import Manifest, find_dataset, load_manifest
@@ -188,15 +188,27 @@ def resolve_base(settings: Settings, ref: str | None, agent: str | None) -> tupl
     """Base model and adapter to start from: of a path, a hub id, or a registered version.
 
     Without `ref` it is the base model of the agent's champion, else the configured one.
+
+    Raises:
+        ConflictError: somebody in what the version learned from was erased.
     """
     registry = Registry(settings)
     if ref is None:
         try:
-            return registry.get(f"{agent}@champion").base_model, None
+            champion = registry.get(f"{agent}@champion")
         except (NotFoundError, InputError):
             return settings.training.base_model, None
+        if champion.adapter_sha256 is None:
+            _refuse_tainted(champion)
+        return champion.base_model, None
     plain = ref.removeprefix("models:/")
     if ("@" in plain or plain.rpartition("/")[2].isdecimal()) and not Path(ref).exists():
         found = registry.get(plain)
+        _refuse_tainted(found)
         return found.base_model, str(registry.adapter_dir(found)) if found.adapter_sha256 else None
     return ref, None
+
+
+def _refuse_tainted(version: Version) -> None:
+    if version.needs_retraining:
+        raise ConflictError(f"{version.id} cannot be trained further: {RETRAIN}; start from another version or base")

@@ -17,9 +17,11 @@ from data.log import EventLog
 from train.jobs import ORIGIN
 
 
-def register_base(settings: Settings, database: Engine, model: str, base: str) -> Version:
-    """Register a base model; it becomes champion where there is none."""
-    version = Registry(settings).register_base(model, base)
+def register_base(settings: Settings, database: Engine, model: str, base: str, *, run_id: str | None = None) -> Version:
+    """Register a base model; it becomes champion where there is none. `run_id`: of the run that trained its weights."""
+    registry = Registry(settings)
+    origin = read_origin(registry, Path(base), run_id) if run_id else {}
+    version = registry.register_base(model, base, _lineage(settings, origin) if origin else None)
     append_update(settings, database, version, "registered")
     return version
 
@@ -52,15 +54,6 @@ def register_adapter(
             f"is not known for adapter {str(adapter)!r}",
             "name it with --base-model or the run with --run",
         )
-    kept = (
-        "rayloop.job_id",
-        "rayloop.method",
-        "rayloop.grader",
-        "init_adapter",
-        "seed",
-        "libraries",
-        "template_digest",
-    )
     version = registry.register_adapter(
         model,
         adapter,
@@ -68,12 +61,24 @@ def register_adapter(
         run_id=origin.get("run_id") or run_id,
         dataset_hash=origin.get("dataset_hash"),
         dataset_id=origin.get("dataset_id"),
-        lineage={name: origin[name] for name in kept if origin.get(name)}
-        | erased_since(settings, origin.get("dataset_id")),
+        lineage=_lineage(settings, origin),
     )
     append_update(settings, database, version, "registered")
     _tell_job(settings, database, origin.get("rayloop.job_id"), version)
     return version
+
+
+LINEAGE = (
+    "dataset_id", "dataset_hash", "rayloop.job_id", "rayloop.method", "rayloop.grader", "init_adapter", "seed",
+    "libraries", "template_digest",
+)  # fmt: skip
+"""Tags of a run that its version keeps."""
+
+
+def _lineage(settings: Settings, origin: Mapping[str, str]) -> dict[str, str]:
+    kept = {name: origin[name] for name in LINEAGE if origin.get(name)}
+    tainted = erased_since(settings, origin.get("dataset_id"), origin.get("init_adapter"), origin.get("base_model"))
+    return kept | {"rayloop.tenant": settings.tenant, "rayloop.workspace": settings.workspace} | tainted
 
 
 def register_runs(settings: Settings, database: Engine, model: str, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +86,7 @@ def register_runs(settings: Settings, database: Engine, model: str, report: Mapp
     runs = []
     for run in report["runs"]:
         if run["weights"] == "full":
-            version = register_base(settings, database, model, run["adapter_dir"])
+            version = register_base(settings, database, model, run["adapter_dir"], run_id=run["run_id"])
         else:
             version = register_adapter(settings, database, model, Path(run["adapter_dir"]), run_id=run["run_id"])
         runs.append({**run, "version": version.id})

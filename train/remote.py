@@ -25,6 +25,7 @@ from cluster.jobs import REMOTE, Job, Jobs
 from cluster.registry import Registry
 from cluster.settings import Settings
 from data.manifest import Manifest, find_dataset, load_manifest, read_examples
+from train.draw import drawn
 from train.progress import Progress
 from train.register import append_update
 
@@ -34,6 +35,7 @@ METHODS = {"sft": ("supervised", "sft"), "dpo": ("dpo", "preference")}
 """Our method -> the API's word for it, and the kind of examples it needs."""
 ENDED = ("succeeded", "failed", "cancelled")
 MB = 2**20
+SEED = 0  # of the rows drawn: a dataset sent again is the same file
 
 
 @dataclass(frozen=True)
@@ -184,8 +186,9 @@ def _write_lines(file: Path, dataset: Path, kind: str, split: str) -> Path | Non
 
 
 def as_lines(dataset: Path, kind: str, split: str) -> Iterator[dict[str, Any]]:
-    """Examples in the format of OpenAI's files: `chat` for `sft`, `preference` pairs."""
-    for row in read_examples(dataset, kind, split).to_pylist():
+    """Examples in the format of OpenAI's files, `chat` for `sft`, `preference` pairs; train drawn by weight."""
+    table = read_examples(dataset, kind, split)
+    for row in (drawn(table, SEED) if split == "train" else table).to_pylist():
         tools = {"tools": json.loads(row["tools"])} if row["tools"] else {}
         if kind == "sft":
             *before, answer = json.loads(row["messages"])

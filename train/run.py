@@ -25,6 +25,7 @@ from train.callbacks import BestKeeper, HealthCallback, ProgressCallback, Schedu
 from train.canary import write_canary
 from train.config import TrainConfig, check_model_dir
 from train.device import Device, for_packing, num_workers, resolve_device
+from train.draw import drawn
 from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
 from train.files import own_folder, recover, write_file, written_whole
 from train.health import HealthWatch, check_changed, check_swapped, check_truncation, warnings_for
@@ -144,6 +145,7 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     check_model_dir(config.base_model)
     check_weights(config, device)
     data = data or read_data(config.dataset, config.kind)
+    data = replace(data, train=drawn(data.train, config.seed))
     check_data(config.method, config.kind, data, config.dataset)
     if config.plays_episodes:
         check_world(config.tools)
@@ -172,8 +174,8 @@ def _device_of(config: TrainConfig) -> Device:
     return for_packing(device) if config.method == "sft" and config.packing and half else device
 
 
-READ_BY = ("method", "base_model", "dataset", "max_length", "sft_loss", "health", "prompts", "tools", "weights")
-"""Fields that decide which token ids a run learns from, and whether it may."""
+READ_BY = ("method", "base_model", "dataset", "max_length", "sft_loss", "health", "prompts", "tools", "weights", "seed")
+"""Fields that decide which rows are drawn, which token ids a run learns from, and whether it may."""
 
 
 def prepare_like(prepared: Prepared, config: TrainConfig) -> Prepared:

@@ -125,6 +125,8 @@ def settings_document(plan: DemoPlan, home: Path) -> dict[str, Any]:
         "learning": {"enabled": True},
         "capture": {"enabled": True},
         "feedback": {"explicit": True, "implicit": True},
+        "trajectory_evaluation": {"enabled": True},
+        "trajectory_feedback_loop": {"enabled": True},
         "automation": {"auto_rollout": True},
         "implicit": {"reformulation_similarity": 0.95},
         "curation": _curation(),

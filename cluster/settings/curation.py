@@ -14,6 +14,14 @@ class WeighSettings(Section):
     """Votes of one user on one day (UTC) that count in full; more share this weight between them."""
     dataset_share: float = Field(0.05, gt=0, le=1)
     """Share of all votes that one user may have."""
+    day: Literal["recorded", "occurred"] = "recorded"
+    """Which time a vote's day is of. Clients choose when something occurred: trust that only for imported history."""
+    together_answers: int = Field(3, ge=2)
+    """Answers that two users must both have voted on before they can count as one voter…"""
+    together_overlap: float = Field(0.3, gt=0, le=1)
+    """…and the share of these among all answers that either of them voted on."""
+    together_voters: int = Field(32, ge=2)
+    """Voters of one answer that are held against each other; of more, so many are drawn."""
     burst_users: int = Field(20, ge=2)
     """A coordinated burst: this many users vote on one answer…"""
     burst_window_s: float = Field(60.0, gt=0)
@@ -120,8 +128,11 @@ class DeduplicationSettings(Section):
     """Words in a shingle."""
     threshold: float = Field(0.8, gt=0, le=1)
     """Jaccard similarity of shingle sets from which two texts are near duplicates."""
+    margin: float = Field(0.07, ge=0, le=1)
+    """How far below the threshold the estimate from two sketches may lie. With the defaults, two of its standard
+    errors: a pair at the threshold is found with probability 0.97."""
     bands: int = Field(20, ge=1, le=256)
-    """LSH bands. With the defaults a pair at the threshold is found with probability 0.998."""
+    """LSH bands. With the defaults a pair at the threshold shares one with probability 0.998."""
     rows_per_band: int = Field(6, ge=1, le=32)
     """MinHash values in a band."""
     seed: int = Field(42, ge=0)

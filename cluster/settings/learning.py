@@ -31,6 +31,20 @@ class FeedbackSettings(Section):
     """Compute signals from behaviour events."""
 
 
+class TrajectoryEvaluationSettings(Section):
+    """Whole runs of agents, with what they came to."""
+
+    enabled: bool = False
+    """Take trajectories in, from clients and from the spans of agents."""
+
+
+class TrajectoryLoopSettings(Section):
+    """What is learned from whole runs."""
+
+    enabled: bool = False
+    """Make examples of trajectories."""
+
+
 class AutomationSettings(Section):
     """What happens without a person."""
 

@@ -27,6 +27,8 @@ from cluster.settings.learning import (
     CaptureSettings,
     FeedbackSettings,
     LearningSettings,
+    TrajectoryEvaluationSettings,
+    TrajectoryLoopSettings,
 )
 from cluster.settings.outlets import NotificationSettings, OutletSettings
 from cluster.settings.runtime import (
@@ -76,6 +78,8 @@ class Settings(BaseSettings):
     learning: LearningSettings = LearningSettings()
     capture: CaptureSettings = CaptureSettings()
     feedback: FeedbackSettings = FeedbackSettings()
+    trajectory_evaluation: TrajectoryEvaluationSettings = TrajectoryEvaluationSettings()
+    trajectory_feedback_loop: TrajectoryLoopSettings = TrajectoryLoopSettings()
     automation: AutomationSettings = AutomationSettings()
     curation: CurationSettings = CurationSettings()
     training: TrainingSettings = TrainingSettings()

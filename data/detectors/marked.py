@@ -1,12 +1,13 @@
 """Recall and precision of the recognisers on sentences in which people marked personal data.
 
 The file is a JSON list of `{"full_text", "spans": [{"entity_type", "start_position", "end_position"}]}`, the form
-of presidio-research. A mark is found when recognised spans cover it; of a web address, its host is enough.
+of presidio-research. A mark is found when recognised spans cover it, those of its own kind where we have it; of a web
+address, its host is enough.
 """
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +38,26 @@ class Marked:
     spurious: Counter[str]
     missed: list[str]
     """The first few marks of structured kinds that were not found."""
-    spans: int = 0
+    spans: Counter[str] = field(default_factory=Counter)
+    """By our kind."""
+    right: Counter[str] = field(default_factory=Counter)
+    """Spans of structured kinds that touch a mark of the same kind."""
 
     def recall(self, kind: str) -> float:
         """Share of the marks of a kind that were found."""
         return self.found[kind] / self.marks[kind] if self.marks[kind] else 1.0
+
+    def precision(self, kind: str) -> float:
+        """Share of the spans of a structured kind that touch a mark of that kind."""
+        ours = KINDS[kind]
+        return self.right[ours] / self.spans[ours] if self.spans[ours] else 1.0
 
     def lines(self) -> list[str]:
         """A line for each kind, structured ones first, then all together."""
         kinds = sorted(self.marks, key=lambda kind: (kind not in KINDS, kind))
         made = [
             f"{kind:18} recall {self.recall(kind):.3f} ({self.found[kind]}/{self.marks[kind]})"
-            + (f", {self.spurious[KINDS[kind]]} spurious" if kind in KINDS else f", touched {self.touched[kind]}")
+            + (f", precision {self.precision(kind):.3f}" if kind in KINDS else f", touched {self.touched[kind]}")
             for kind in kinds
         ]
         covered, touched, precision = self.overall
@@ -58,7 +67,7 @@ class Marked:
     @property
     def overall(self) -> tuple[float, float, float]:
         """Of all marks the share covered whole and the share touched; of all spans the share that touch a mark."""
-        total, spans = sum(self.marks.values()), self.spans
+        total, spans = sum(self.marks.values()), sum(self.spans.values())
         return (
             sum(self.found.values()) / total,
             sum(self.touched.values()) / total,
@@ -88,13 +97,16 @@ def measure_marked(file: Path, shown: int = 10, looks: Looks = EVERYTHING_STRUCT
 def _compare(sentence: dict[str, Any], spans: list[Span], result: Marked, shown: int) -> None:
     marks = [(m["entity_type"], m["start_position"], m["end_position"]) for m in sentence["spans"]]
     for kind, start, end in marks:
-        covered = sum(max(0, min(end, s.end) - max(start, s.start)) for s in spans)
+        own = [s for s in spans if s.kind == KINDS.get(kind, s.kind)]
+        covered = sum(max(0, min(end, s.end) - max(start, s.start)) for s in own)
         hit = covered > 0 if kind == "DOMAIN_NAME" else covered == end - start
         result.marks[kind] += 1
         result.found[kind] += hit
         result.touched[kind] += covered > 0
         if not hit and kind in KINDS and len(result.missed) < shown:
             result.missed.append(f"{kind} {sentence['full_text'][start:end]!r}")
-    result.spans += len(spans)
     for span in spans:
-        result.spurious[span.kind] += not any(start < span.end and span.start < end for _, start, end in marks)
+        touching = [KINDS.get(kind) for kind, start, end in marks if start < span.end and span.start < end]
+        result.spans[span.kind] += 1
+        result.right[span.kind] += span.kind in touching
+        result.spurious[span.kind] += not touching

@@ -17,7 +17,7 @@ from cluster.database import exclusive, remove_traces, write
 from cluster.settings import Settings
 from cluster.tables import erasures, events
 from data.erasure.partitions import rewrite_partitions
-from data.erasure.person import Person, is_of, read_erasure
+from data.erasure.person import PUBLISH, Person, is_of, read_erasure
 from data.erasure.records import chunks, erase_records
 from data.erasure.tombstones import raise_tombstone
 from data.events import Event, parse_body
@@ -26,7 +26,9 @@ from data.partitions.partition import Partition
 from data.seal import LOCK
 
 Report = dict[str, Any]
-TABLES_WITH_TRACES = ("events", "event_bodies", "experiment_users", "arm_statistics", "user_baselines")
+TABLES_WITH_TRACES = (
+    "events", "event_bodies", "experiment_users", "arm_statistics", "user_baselines", "judged_answers", "tool_replies",
+)  # fmt: skip
 
 
 def erase(engine: Engine, settings: Settings, person: Person) -> Report:
@@ -46,7 +48,8 @@ def erase(engine: Engine, settings: Settings, person: Person) -> Report:
         seqs = erase_records(engine, settings, person)
         rewritten = list(rewrite_partitions(engine, seqs))
         report = _erase_files(engine, settings, person, seqs)
-        remove_traces(engine, TABLES_WITH_TRACES if settings.erasure.rewrite_tables else (), settings.erasure.wait_s)
+        tables = TABLES_WITH_TRACES if settings.erasure.rewrite_tables else ()
+        report["write_ahead_log"] = remove_traces(engine, tables, settings.erasure.wait_s)
         return _finish(engine, settings, person, report, rewritten)
 
 
@@ -62,7 +65,8 @@ def _erase_files(engine: Engine, settings: Settings, person: Person, seqs: Seque
     report: Report = dict(read_erasure(engine, person)["report"])
     touched = set(_interactions(engine, seqs))
     if "datasets" not in report:  # noted before anything changes, for afterwards nothing tells
-        found = datasets_with(settings, engine, person.tenant, person.user_id, touched)
+        with exclusive(engine, PUBLISH, settings.erasure.wait_s):  # what is published later looks for this erasure
+            found = datasets_with(settings, engine, person.tenant, person.user_id, touched)
         report["datasets"] = [manifest.path for manifest in found]
         with write(engine).begin() as connection:
             connection.execute(erasures.update().where(is_of(person)).values(report=report))

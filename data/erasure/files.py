@@ -153,6 +153,7 @@ def describe(report: dict[str, Any]) -> str:
     lines = [f"erased {report['user_id']} of tenant {report['tenant']} at {report['erased_at']}", f"events: {events}"]
     for name in ("partitions", "datasets", "versions", "exports"):
         lines.append(f"{name}: {', '.join(report[name]) or 'none'}")
+    lines.append(f"write-ahead log: {report['write_ahead_log']}")
     if report["versions"]:
         lines.append("these versions need retraining and can no longer be promoted\nnext: rayloop curate")
     return "\n".join(lines)

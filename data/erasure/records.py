@@ -15,7 +15,17 @@ from sqlalchemy.engine import Connection, Engine
 from cluster.bulk import merge_rows
 from cluster.database import write
 from cluster.settings import Settings
-from cluster.tables import arm_moments, arm_statistics, erasures, event_bodies, events, experiment_users, user_baselines
+from cluster.tables import (
+    arm_moments,
+    arm_statistics,
+    erasures,
+    event_bodies,
+    events,
+    experiment_users,
+    judged_answers,
+    tool_replies,
+    user_baselines,
+)
 from data.encoding import body_digest, decompress
 from data.erasure.person import Person, is_of, read_erasure
 from data.erasure.tombstones import OWN_KINDS, bury
@@ -44,6 +54,7 @@ def erase_records(engine: Engine, settings: Settings, person: Person) -> list[in
             connection.execute(_mark_erased(), [{"at_seq": seq, "of_body": digests[seq]} for seq in chunk])
             connection.execute(event_bodies.delete().where(event_bodies.c.seq.in_(chunk)))
         projected = _erase_projections(connection, person, found)
+        _erase_kept_texts(connection, person)
         bury(connection, person, (subject("interaction", name) for name in found.interactions))
         bury(connection, person, (subject("session", name) for name in found.sessions))
         counts = {"events": found.kinds, "interactions": len(found.interactions), "projected_rows": projected}
@@ -145,6 +156,16 @@ def _take_off_sums(connection: Connection, names: list[str]) -> None:
                 own = (key[0], key[1], key[2], key[3])
                 changes.add(own, metric, segments, (count, total, 0.0, 0.0), covariates.get(metric))
     merge_rows(connection, arm_moments, changes.rows(), add=TERMS)
+
+
+def _erase_kept_texts(connection: Connection, person: Person) -> None:
+    """Take texts out of what is kept for repeated calls, which names nobody: any of it may quote the person.
+
+    A judged answer keeps its grade. A tool's call that is repeated is not made again, and has no reply any more.
+    """
+    connection.execute(judged_answers.update().values(reason=""))
+    theirs = tool_replies.c.tenant == person.tenant, tool_replies.c.state == "done"
+    connection.execute(tool_replies.update().where(*theirs).values(reply={"reply": None}))
 
 
 def as_ranges(seqs: Iterable[int]) -> list[list[int]]:

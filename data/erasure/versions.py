@@ -26,7 +26,8 @@ REPORTS = {
 
 
 def mark_versions(engine: Engine, settings: Settings, tenant: str, dataset_ids: list[str]) -> dict[str, list[str]]:
-    """Mark every version trained on these datasets; returns the ids of `versions`, and their `exports`.
+    """Mark every version trained on these datasets, or from such a version; returns the ids of `versions`, and
+    their `exports`.
 
     Raises:
         UnavailableError: MLflow does not answer.
@@ -34,9 +35,8 @@ def mark_versions(engine: Engine, settings: Settings, tenant: str, dataset_ids: 
     if not dataset_ids or not _has_registry(settings):
         return {"versions": [], "exports": []}
     registry = Registry(settings)
-    found = [
-        v for model in registry.models() for v in registry.versions(model) if _learned_from(v, dataset_ids, tenant)
-    ]
+    known = [version for model in registry.models() for version in registry.versions(model)]
+    found = with_descendants([v for v in known if _learned_from(v, dataset_ids, tenant)], known)
     for version in found:
         if NEEDS_RETRAINING_TAG not in version.tags:
             for name, value in _tags().items():
@@ -51,10 +51,40 @@ def mark_versions(engine: Engine, settings: Settings, tenant: str, dataset_ids: 
     return {"versions": sorted(v.id for v in found), "exports": sorted(exports)}
 
 
-def erased_since(settings: Settings, dataset_id: str | None) -> dict[str, str]:
-    """Tags for a version that is registered after somebody in its dataset was erased; else empty."""
+def with_descendants(versions: list[Version], known: list[Version]) -> list[Version]:
+    """These versions and all of `known` whose training began from one of them, directly or not."""
+    found = {version.id: version for version in versions}
+    while fresh := [v for v in known if v.id not in found and any(_began_from(v, one) for one in found.values())]:
+        found |= {version.id: version for version in fresh}
+    return list(found.values())
+
+
+def _began_from(version: Version, other: Version) -> bool:
+    """Whether a version's training started with the weights of another."""
+    return starts_from(version.tags.get("init_adapter"), version.base_model, other)
+
+
+def starts_from(init_adapter: str | None, base_model: str | None, version: Version) -> bool:
+    """Whether an adapter to start from (a folder named for its digest), or a base model, is that of a version."""
+    if version.adapter_sha256 is not None:
+        return init_adapter is not None and Path(init_adapter).name == version.adapter_sha256
+    return "dataset_id" in version.tags and base_model == version.base_model
+
+
+def erased_since(
+    settings: Settings, dataset_id: str | None, init_adapter: str | None = None, base_model: str | None = None
+) -> dict[str, str]:
+    """Tags for a version that is registered after somebody in its dataset, or in what it started from, was erased;
+    else empty."""
     known = list_datasets(settings) if dataset_id else []
-    return _tags() if any(m.dataset_id == dataset_id and m.erased_rows for m in known) else {}
+    if any(m.dataset_id == dataset_id and m.erased_rows for m in known):
+        return _tags()
+    if not dataset_id or not _has_registry(settings):
+        return {}
+    registry = Registry(settings)
+    versions = (version for model in registry.models() for version in registry.versions(model))
+    marked = (version for version in versions if version.needs_retraining)
+    return _tags() if any(starts_from(init_adapter, base_model, version) for version in marked) else {}
 
 
 def _tags() -> dict[str, str]:

@@ -5,6 +5,7 @@ Knows nothing of HTTP. A web route reads its body with `read_items`, calls `Inta
 """
 
 import asyncio
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -123,6 +124,7 @@ class Intake:
             "capture.enabled": kind is not None or self.settings.capture.enabled,
             "feedback.explicit": kind != "feedback" or feedback.explicit or feedback.implicit,
             "feedback.implicit": kind != "behaviour" or feedback.implicit,
+            "trajectory_evaluation.enabled": kind != "trajectory" or self.settings.trajectory_evaluation.enabled,
         }
         for name, on in switches.items():
             if not on:
@@ -130,6 +132,9 @@ class Intake:
                 raise ConflictError(f"{name}=false: {what} is not taken; set `{name}: true` in rayloop.yaml")
 
     def _require_type_enabled(self, event: Event) -> None:
+        if event.kind == "trajectory" and not self.settings.trajectory_evaluation.enabled:
+            remedy = "set `trajectory_evaluation.enabled: true` in rayloop.yaml"
+            raise InputError("kind", event.kind, "is not taken while trajectory_evaluation is off", remedy)
         if event.kind != "feedback":
             return
         name = "explicit" if event.body["type"] in EXPLICIT else "implicit"
@@ -158,15 +163,29 @@ def refuse_assignment(item: Any) -> None:
 def read_document(body: bytes) -> dict[str, Any]:
     """The JSON object of a request.
 
+    NaN and infinities, which are no JSON, pass here: they are refused item by item, and the others are kept.
+
     Raises:
-        InputError: it is not JSON (NaN is not), or no object.
+        InputError: it is not JSON, or no object.
     """
     try:
         document = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise InputError("body", body[:80], f"is not valid JSON ({error})", "send UTF-8 JSON") from None
+        document = _with_nan(body)
+        if document is None:
+            raise InputError("body", body[:80], f"is not valid JSON ({error})", "send UTF-8 JSON") from None
     if not isinstance(document, dict):
         raise InputError("body", document, "must be an object", 'send one item or {"items": [...]}')
+    return document
+
+
+def _with_nan(body: bytes) -> Any:
+    """What a body holds that is JSON but for numbers that are none; `None` where it is not even that."""
+    try:
+        document = json.loads(body.decode())
+        json.dumps(document, ensure_ascii=False).encode()  # halves of a surrogate pair cannot be written down
+    except (ValueError, RecursionError):
+        return None
     return document
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cluster.clock import SECOND_US, from_iso
 from cluster.errors import InputError
 from cluster.settings import Settings
-from data.events import Event, input_error, interaction_event_id, parse_body, uuid7
+from data.events import OWN_NAMESPACES, Event, input_error, interaction_event_id, parse_body, uuid7
 from data.feedback import complete_feedback, pseudonym, refuse_server_fields
 from data.intake.metadata import scrubbed
 from data.intake.plain import check_plain
@@ -119,11 +119,18 @@ def _envelope(item: dict[str, Any], kind: str) -> Envelope:
         envelope = Envelope.model_validate({k: v for k, v in item.items() if k in ENVELOPE_FIELDS})
     except ValidationError as error:
         raise input_error(error, f"see the fields of a {kind}") from None
+    refuse_own_id(envelope.event_id)
     if kind in NEEDS_INTERACTION and envelope.interaction_id is None:
         raise InputError("interaction_id", None, "is missing", "send the id of the answer it is about")
     if kind == "behaviour" and envelope.interaction_id is None and envelope.session is None:
         raise InputError("interaction_id", None, "or session must be given", "say what it is about")
     return envelope
+
+
+def refuse_own_id(event_id: str | None) -> None:
+    """Raise `InputError` where a sender's id is one that only Rayloop gives: it would displace our event."""
+    if event_id is not None and event_id.startswith(OWN_NAMESPACES):
+        raise InputError("event_id", event_id, "is an id that only Rayloop gives", "choose another")
 
 
 def _event_id(kind: str, envelope: Envelope) -> str:

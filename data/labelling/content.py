@@ -8,7 +8,7 @@ import orjson
 
 from cluster.clock import to_iso
 from cluster.settings import Settings
-from data.events import Event
+from data.events import Event, chosen_reports
 from data.labelling.queue import Item
 from data.log import EventLog
 from data.scrub_text import Looks, Placeholders, scrub_value, suspicion
@@ -49,7 +49,7 @@ def _interactions(event_log: EventLog, items: Sequence[Item]) -> dict[tuple[str,
     return {
         (tenant, recorded.event.interaction_id or ""): recorded.event
         for tenant, ids in wanted.items()
-        for recorded in event_log.about(tenant, sorted(ids), kinds=("interaction",))
+        for recorded in chosen_reports(event_log.about(tenant, sorted(ids), kinds=("interaction",)))
         if not recorded.erased
     }
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.errors import InputError, NotFoundError
 from data.events import Event, input_error, parse_body, uuid7
-from data.intake.items import Identity
+from data.intake.items import Identity, refuse_own_id
 from data.intake.plain import check_plain
 from data.label_bodies import Complexity, ItemId, Reviewer, Scores
 from data.labelling.content import places
@@ -76,9 +76,11 @@ def _read(given: Any, max_text_chars: int) -> LabelItem:
     for name, value in given.items():
         check_plain(value, str(name), max_text_chars)
     try:
-        return LabelItem.model_validate(given)
+        item = LabelItem.model_validate(given)
     except ValidationError as error:
         raise input_error(error, "see the fields of a label") from None
+    refuse_own_id(item.event_id)
+    return item
 
 
 def _check_skip(submission: LabelItem) -> None:

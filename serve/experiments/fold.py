@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.settings.experiments import ExperimentSettings
-from data.events import RecordedEvent
+from data.events import RecordedEvent, chosen_reports
 from serve.experiments.exposures import Designs, Exposure, exposures_of, unit_of
 from serve.experiments.metrics import (
     METRICS,
@@ -94,9 +94,10 @@ def fold_groups(
     """
     fold = Fold()
     for group in groups:
-        interaction = next((r for r in group if r.event.kind == "interaction"), None)
-        if interaction is None:
+        reports = chosen_reports(r for r in group if r.event.kind == "interaction")
+        if not reports:
             continue
+        interaction = reports[0]
         _fold_baselines(fold, interaction, group, after, settings)
         for exposure in exposures_of(interaction, designs):
             _fold_exposure(fold, exposure, group, after, settings)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from cluster.clock import to_iso
 from cluster.errors import InputError, NotFoundError
 from cluster.tables import events
-from data.events import FeedbackType, RecordedEvent
+from data.events import FeedbackType, RecordedEvent, chosen_reports
 from data.intake.items import Identity
 from data.log import EventLog
 from data.template import content_text
@@ -100,10 +100,10 @@ def get_record(caller: Caller, interaction_id: Annotated[str, Field(min_length=1
     """One past interaction by its id, with its feedback, grades and labels."""
     log = EventLog(caller.services.database)
     known = [r for r in log.about(caller.tenant, [interaction_id]) if _is_visible(r, caller)]
-    first = next((r for r in known if r.event.kind == "interaction"), None)
-    if first is None:
+    reports = chosen_reports(r for r in known if r.event.kind == "interaction")
+    if not reports:
         raise NotFoundError(f"there is no interaction {interaction_id!r} here")
-    event, body = first.event, first.event.body
+    event, body = reports[0].event, reports[0].event.body
     return Record(
         interaction_id=interaction_id,
         agent=event.agent,
@@ -154,7 +154,7 @@ def _recent(caller: Caller, agent: str | None) -> list[RecordedEvent]:
         query = sa.select(e.interaction_id).where(mine, e.interaction_id.is_not(None)).order_by(e.seq.desc())
         ids = [row[0] for row in connection.execute(query.limit(limit))]
     found = log.about(caller.tenant, ids, kinds=["interaction"])
-    return [r for r in found if _is_visible(r, caller)]
+    return chosen_reports(r for r in found if _is_visible(r, caller))
 
 
 def _is_visible(recorded: RecordedEvent, caller: Caller) -> bool:

@@ -1,4 +1,6 @@
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -22,6 +24,8 @@ class Commands:
         self.called: list[str] = []
         self.broken: str | None = None
         self.passed = passed
+        self.missing: dict[str, str] = {}
+        self.trained: list[str] = []
 
     def __call__(self, line: Sequence[str], **_: Any) -> dict[str, Any]:
         name = line[0]
@@ -30,7 +34,11 @@ class Commands:
         self.called.append(name)
         if name == "curate":
             return {"dataset_id": "triage-abc"}
+        if name == "data":
+            lacking = self.missing.get(line[-1])
+            return {"eligible": lacking is None, "rules": [{"passed": lacking is None, "says": lacking}]}
         if name == "train":
+            self.trained = [value for option, value in pairwise(line) if option == "--method"]
             return {"runs": [{"version": "triage/2"}, {"version": "triage/3"}]}
         if name == "evaluate":
             return evaluation(line[1], self.passed, {"triage/2": 0.6, "triage/3": 0.7}[line[1]])
@@ -67,7 +75,7 @@ def test_turn_starts_a_rollout_of_the_best_version(
     monkeypatch.setattr(turning, "run_command", commands)
     result = run_turn(learning, jobs, TURN, say=quiet)
     assert result["version"] == "triage/3"
-    assert commands.called == ["curate", "train", "evaluate", "evaluate", "rollout"]
+    assert commands.called == ["curate", "data", "data", "train", "evaluate", "evaluate", "rollout"]
     job = jobs.get(result["job_id"])
     assert (job.state, job.output_version) == ("completed", "triage/3")
 
@@ -86,6 +94,30 @@ def test_failed_turn_goes_on_after_its_last_finished_step(
     result = run_turn(learning, jobs, TURN, resume=failed.job_id, say=quiet)
     assert result["job_id"] == failed.job_id
     assert commands.called.count("curate") == commands.called.count("train") == 1
+
+
+def test_methods_without_enough_feedback_are_left_out_unless_forced(
+    jobs: Jobs, learning: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = Commands()
+    commands.missing = {"dpo": "pairs: 4 preference pairs, needs 500: 496 short"}
+    monkeypatch.setattr(turning, "run_command", commands)
+    result = run_turn(learning, jobs, TURN, say=quiet)
+    assert commands.trained == ["sft"] and list(result["steps"]["eligible"]["missing"]) == ["dpo"]
+    run_turn(learning, jobs, replace(TURN, force=True), say=quiet)
+    assert commands.trained == ["sft", "dpo"]
+
+
+def test_a_turn_without_enough_feedback_trains_nothing_and_says_what_is_missing(
+    jobs: Jobs, learning: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = Commands()
+    commands.missing = dict.fromkeys(TURN.methods, "rest: 3 days since the last training, needs 7: 4 short")
+    monkeypatch.setattr(turning, "run_command", commands)
+    result = run_turn(learning, jobs, TURN, say=quiet)
+    assert commands.called == ["curate", "data", "data"]
+    assert "needs 7: 4 short" in result["steps"]["rollout"]["reason"]
+    assert jobs.get(result["job_id"]).state == "completed"
 
 
 def test_nothing_passed_means_no_rollout(jobs: Jobs, learning: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

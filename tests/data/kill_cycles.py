@@ -24,7 +24,7 @@ class Outcome:
 
     kills: int = 0
     acknowledged: int = 0
-    """Events, retries included."""
+    """Acknowledgements of events, those of retries included."""
     retried: int = 0
     """Events acknowledged as duplicates."""
     accepted: Counter[tuple[int, int, int]] = field(default_factory=Counter)
@@ -32,6 +32,16 @@ class Outcome:
     told: set[tuple[int, int]] = field(default_factory=set)
     """Bodies that were acknowledged."""
     stored: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def distinct(self) -> int:
+        """Acknowledged events, each once."""
+        return len(self.told) * ITEMS
+
+    @property
+    def share_retried(self) -> float:
+        """Of the acknowledgements, those of events that the log had."""
+        return self.retried / max(1, self.acknowledged)
 
     @property
     def lost(self) -> list[str]:
@@ -46,11 +56,11 @@ class Outcome:
 
 
 def run_cycles(engine: Engine, folder: Path, *, kills: int, min_events: int, longest_s: float, seed: int) -> Outcome:
-    """Kill `kills` appenders, and more until `min_events` were acknowledged, each after a random time."""
+    """Kill `kills` appenders after random times, and more until `min_events` different events were acknowledged."""
     outcome, chance = Outcome(), random.Random(seed)
     url = engine.url.render_as_string(hide_password=False)
     nexts = [0] * THREADS
-    while outcome.kills < kills or outcome.acknowledged < min_events:
+    while outcome.kills < kills or outcome.distinct < min_events:
         out = folder / f"acknowledged-{outcome.kills}"
         _append_until_killed(url, nexts, out, chance.uniform(0, longest_s), f"{seed}-{outcome.kills}")
         outcome.kills += 1

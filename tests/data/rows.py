@@ -12,6 +12,7 @@ DEFAULT = {
     "session_id": "s1",
     "agent": "triage",
     "at_us": 1,
+    "logged_us": 1,
     "messages": to_json([{"role": "user", "content": "What is it?"}]),
     "context": "[]",
     "response": to_json({"role": "assistant", "content": "It is a thing of some kind."}),
@@ -37,4 +38,5 @@ def rows(*changes: dict[str, Any]) -> pa.Table:
 
 def signal(kind: str, reward: float, user: str = "ada", at_us: int = 1, **more: Any) -> dict[str, Any]:
     """One signal as the join makes it."""
-    return {"type": kind, "source": "explicit", "reward": reward, "user": user, "at_us": at_us} | more
+    base = {"type": kind, "source": "explicit", "reward": reward, "user": user, "at_us": at_us, "logged_us": at_us}
+    return base | more

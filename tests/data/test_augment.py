@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from cluster.settings.curation import AugmentSettings, CurationSettings
-from data.augment import REQUEST, augment, damage, reworder
+from data.augment import REQUEST, augment, damage, damage_limit, pairs_due, reworder
 from data.pairs import make_examples
 from data.stages import with_column
 from tests.data.test_pairs import content, judged, say
@@ -49,6 +49,23 @@ def test_synthetic_examples_are_marked_and_follow_the_factor() -> None:
             assert content(row["chosen"]) != content(row["rejected"])
         else:
             assert json.loads(row["messages"])[0]["content"].startswith("tell me what")
+
+
+def test_enough_pairs_stay_human_whatever_the_blocks() -> None:
+    said = [say(f"order {n} costs {n + 100}", score=0.9, node=n, cluster=n) for n in range(300)]
+    for n in range(40):
+        worse = f"no idea what {n} costs"
+        said += [say(worse, score=0.1, node=n, cluster=n), say(f"{n} euros", score=0.95, node=n, cluster=n)]
+    table = make_examples(judged(*said), CurationSettings())[0]
+    blocks = [table.slice(start, 50) for start in range(0, len(table), 50)]
+    limit = damage_limit((pairs_due(block, ON) for block in blocks), ON)
+    assert limit == damage_limit([pairs_due(table, ON)], ON)
+    made = augment(table, ON, aloud, limit)[0].to_pylist()
+    pairs = [row["synthetic"] for row in made if row["kind"] == "preference"]
+    assert any(pairs) and pairs.count(False) / len(pairs) >= ON.human_share
+    alone = examples(50)  # no pair is human, so none may be synthetic
+    made = augment(alone, ON, aloud, damage_limit([pairs_due(alone, ON)], ON))[0].to_pylist()
+    assert {row["kind"] for row in made} == {"sft"} and any(row["synthetic"] for row in made)
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])

@@ -66,6 +66,22 @@ def test_sketch_similarity_estimates_jaccard() -> None:
     assert similarity(matrix[:1], matrix[1:])[0] == pytest.approx(99 / 105, abs=0.02)  # 102 shingles, 3 differ
 
 
+def test_pairs_at_the_threshold_are_found() -> None:
+    rng = random.Random(6)
+    said = []
+    for number in range(400):  # each text differs from its neighbour in 6 of 56 shingles: 50/62 = 0.806
+        words = [f"w{number}x{n}" for n in range(54)]
+        said += [
+            " ".join(words),
+            " ".join([*words[:20], "one", *words[21:40], f"two{rng.randrange(10**9)}", *words[41:]]),
+        ]
+    sets = shingle_sets(shingle(pa.array(said[:2]), 3))
+    assert len(sets[0] & sets[1]) / len(sets[0] | sets[1]) == pytest.approx(50 / 62)
+    clusters = clustered(*(ask(n, text) for n, text in enumerate(said)))["cluster"].to_pylist()
+    found = sum(one == other for one, other in zip(clusters[::2], clusters[1::2], strict=True))
+    assert found >= 0.95 * 400 and len(set(clusters)) >= 400
+
+
 def test_near_duplicate_questions_share_a_cluster_and_others_do_not() -> None:
     rng = random.Random(1)
     base, other = prose(rng), prose(rng)

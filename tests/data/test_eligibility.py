@@ -1,13 +1,17 @@
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
 from sqlalchemy.engine import Engine
 
 from cluster.clock import DAY_US
 from cluster.settings import load_settings
 from cluster.tables import training_jobs
-from data.eligibility import eligibility
+from data.eligibility import count_good, eligibility
 from data.log import EventLog
-from data.manifest import Manifest
+from data.manifest import Manifest, Shard, write_shards
+from data.pairs import EXAMPLES
 from data.stages import StageCount
 from tests.data.traffic import START_US, feedback, interaction
 
@@ -21,11 +25,43 @@ DATASET = Manifest(
 )  # fmt: skip
 
 
-def test_each_rule_says_by_how_much_it_fails(database: Engine) -> None:
+def with_answers(folder: Path, *rows: dict[str, Any]) -> Manifest:
+    """The dataset with these examples to imitate."""
+    base = {"kind": "sft", "split": "train", "origin": "answer", "synthetic": False, "agent": "triage", "score": 0.9}
+    examples = [base | {"example_id": str(n), "interaction_ids": [f"i{n}"]} | row for n, row in enumerate(rows)]
+    table = pa.Table.from_pylist(examples, EXAMPLES).append_column("shard", [["sft/train/00000"] * len(rows)])
+    shards = [Shard(**row) for row in write_shards(table, folder).to_pylist()]
+    return replace(DATASET, shards=shards, path=str(folder))
+
+
+def test_only_answers_that_the_agent_gave_and_people_found_good_count(tmp_path: Path) -> None:
+    lesser = ({"score": 0.6}, {"origin": "correction"}, {"synthetic": True})
+    made = with_answers(tmp_path, {"interaction_ids": ["i1", "i2"]}, {"agent": "other"}, *lesser)
+    assert count_good(made, (), 0.7) == 3
+    assert count_good(made, ["triage"], 0.7) == 2
+
+
+def test_other_workspaces_do_not_count_and_trajectories_do(database: Engine) -> None:
+    run = replace(interaction(1, "q", "a", user="ada"), kind="trajectory", event_id="run-1", interaction_id=None)
+    said = [replace(feedback(n, "thumbs_up", 1.0, user="ada"), interaction_id="run-1") for n in (1, 2)]
+    EventLog(database).append([run, said[0], replace(said[1], workspace="lab")])
+    with database.begin() as connection:
+        connection.execute(
+            training_jobs.insert().values(
+                job_id="j", tenant="default", workspace="lab", agent="triage", kind="sft", config={},
+                state="completed", retries=0, created_at_us=0, finished_at_us=NOW,
+            )
+        )  # fmt: skip
+    rules = {rule.name: rule for rule in eligibility(SETTINGS, database, DATASET, method="sft", now=NOW)}
+    assert rules["positive feedback"].found == 1 and rules["rest"].passed
+
+
+def test_each_rule_says_by_how_much_it_fails(database: Engine, tmp_path: Path) -> None:
     log = EventLog(database)
     log.append([interaction(n, "q", "a", user="ada", agent="triage" if n < 3 else "other") for n in range(5)])
     log.append([feedback(n, "thumbs_up" if n else "thumbs_down", 1.0 if n else -1.0, user="ada") for n in range(5)])
-    rules = {rule.name: rule for rule in eligibility(SETTINGS, database, DATASET, method="dpo", now=NOW)}
+    enough = with_answers(tmp_path, {}, {})
+    rules = {rule.name: rule for rule in eligibility(SETTINGS, database, enough, method="dpo", now=NOW)}
     assert str(rules["positive feedback"]) == "positive feedback: 2 in 30 days, needs 3: 1 short"
     assert str(rules["pairs"]) == "pairs: 4 preference pairs, needs 5: 1 short"
     assert rules["good interactions"].passed and rules["rest"].passed

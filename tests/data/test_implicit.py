@@ -21,8 +21,9 @@ ONE_MINUTE = "word " * 238  # expected reading time: 60 s
 QUESTIONS = {"a": "Where is my parcel?", "b": "Who sells chairs?", "c": "Why so late?", "d": "How much?"}
 
 
-def turn(name: str, at_s: float, query: str = "", answer: str = ONE_MINUTE) -> Turn:
-    return Turn(name, query or QUESTIONS[name], answer, round(at_s * SECOND))
+def turn(name: str, at_s: float, query: str = "", answer: str = ONE_MINUTE, asked_s: float | None = None) -> Turn:
+    began_s = at_s if asked_s is None else asked_s
+    return Turn(name, query or QUESTIONS[name], answer, round(at_s * SECOND), round(began_s * SECOND))
 
 
 def act(
@@ -45,6 +46,12 @@ END = act("session_end", 100)
 def test_copy_within_three_seconds_is_a_quick_accept_too() -> None:
     assert types([turn("a", 0)], [act("copy", 3), END]) == {"a": ["quick_accept", "copy_response"]}
     assert types([turn("a", 0)], [act("copy", 3.1), END]) == {"a": ["copy_response"]}
+
+
+def test_a_session_begins_with_its_first_question() -> None:
+    brief = [act("copy", 2), act("session_end", 4)]
+    assert types([turn("a", 0)], brief) == {"a": ["copy_response"]}
+    assert types([turn("a", 0, asked_s=-6)], brief) == {"a": ["quick_accept", "copy_response"]}
 
 
 def test_time_measured_by_the_client_beats_the_clocks() -> None:

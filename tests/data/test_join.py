@@ -1,9 +1,10 @@
 import random
+from dataclasses import replace
 
 import orjson
 import pyarrow as pa
 
-from data.events import Event
+from data.events import ROUTER, Event, interaction_event_id
 from data.join import join_events
 from data.source import EVENTS
 from tests.data.traffic import feedback, interaction
@@ -20,6 +21,7 @@ def block(*events: Event) -> pa.Table:
                 "session_id": e.session_id,
                 "agent": e.agent,
                 "at_us": e.occurred_at_us,
+                "logged_us": e.occurred_at_us,
                 "body": orjson.dumps(e.body).decode() if e.body else None,
             }
             for e in events
@@ -40,6 +42,22 @@ def test_log_order_does_not_matter() -> None:
         random.Random(seed).shuffle(events)
         assert join_events(block(*events))[0].equals(expected)
     assert [s["type"] for s in orjson.loads(expected["signals"][0].as_py())] == ["rating", "thumbs_up"]
+
+
+def test_feedback_without_a_user_is_that_of_the_interaction_or_of_its_session() -> None:
+    anonymous = replace(interaction(2, "q", "a", user="bob"), user_id=None, session_id="s2")
+    said = [replace(feedback(n, "thumbs_up", 1.0, user="x"), user_id=None) for n in (1, 2)]
+    table, _ = join_events(block(interaction(1, "q", "a", user="ada"), anonymous, *said))
+    assert [orjson.loads(text)[0]["user"] for text in table["signals"].to_pylist()] == ["ada", "session:s2"]
+
+
+def test_the_routers_report_of_an_answer_counts_whatever_a_client_said_first() -> None:
+    claimed = replace(interaction(1, "q", "Better than it was.", user="mallory"), occurred_at_us=0)
+    routed = replace(interaction(1, "q", "a", user="ada", arm="stable"), event_id=interaction_event_id("i1", ROUTER))
+    table, dropped = join_events(block(claimed, routed))
+    (row,) = table.to_pylist()
+    assert (row["user_id"], row["arm"], orjson.loads(row["response"])["content"]) == ("ada", "stable", "a")
+    assert dropped == {"interaction repeated": 1}
 
 
 def test_what_is_lost_is_counted_by_reason() -> None:

@@ -1,3 +1,4 @@
+import random
 from typing import Any
 
 import orjson
@@ -5,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from cluster.settings.curation import BalanceSettings, CurationSettings, ExampleSettings
-from data.balance import balance, curriculum, topic_factors
+from data.balance import balance, curriculum, topic_factors, topic_weights
 from data.manifest import COLUMNS
 from data.pairs import Answer, make_examples, refusal
 from data.stages import with_column
@@ -69,7 +70,7 @@ def test_liked_answer_is_imitated_and_a_disliked_one_is_not() -> None:
 
 
 def test_correction_is_preferred_to_what_it_corrects() -> None:
-    said = say("wrong", score=0.2, explicit=-0.5, signals=[signal("correction", -0.5, text="right")])
+    said = say("wrong", score=0.2, explicit=-0.5, signals=[signal("correction", -0.5, text="right", weight=0.5)])
     table, _ = make_examples(judged(said), SETTINGS)
     (pair,) = of_kind(table, "preference")
     assert (content(pair["chosen"]), content(pair["rejected"]), pair["origin"]) == (
@@ -97,7 +98,7 @@ def test_a_pair_knows_the_kind_of_task_that_reviewers_named() -> None:
 
 
 def test_the_same_correction_of_two_answers_is_one_example_to_imitate() -> None:
-    said = [signal("correction", -0.5, text="right")]
+    said = [signal("correction", -0.5, text="right", weight=1.0)]
     answers = judged(say("wrong", score=0.2, signals=said), say("worse", score=0.1, signals=said, weight=0.5))
     table, dropped = make_examples(answers, SETTINGS)
     (example,) = of_kind(table, "sft")
@@ -143,7 +144,7 @@ def test_pairs_of_a_question_are_capped_and_widest_first() -> None:
 def test_pairs_are_refused_with_a_reason(
     chosen: tuple[str, float, bool], rejected: tuple[str, float, bool], reason: str | None
 ) -> None:
-    sides = [Answer({}, {"role": "assistant", "content": t}, s, "answer", cut) for t, s, cut in (chosen, rejected)]
+    sides = [Answer({}, {"role": "assistant", "content": t}, s, "answer", 1.0, cut) for t, s, cut in (chosen, rejected)]
     assert refusal(*sides, ExampleSettings()) == reason
 
 
@@ -168,9 +169,21 @@ def test_curriculum_goes_from_clear_and_short_to_doubtful_and_long() -> None:
     assert orders == {"clear": pytest.approx(0.0005), "doubt": pytest.approx(0.5 * 0.8 + 0.2)}
 
 
+def test_blocks_do_not_decide_what_an_overfull_topic_is_scaled_by() -> None:
+    rng = random.Random(1)
+    topics = pa.array([int(n % 7 == 0) for n in range(999)], pa.int32())
+    table = pa.table({"topic": topics, "weight": [rng.random() / 3 for _ in range(999)]})
+    settings = BalanceSettings(topics=2, topic_share=0.5)
+    found = {
+        tuple(topic_factors((topic_weights(table[n : n + size]) for n in range(0, 999, size)), settings).items())
+        for size in (1, 7, 100, 999)
+    }
+    assert len(found) == 1
+
+
 def test_an_overfull_topic_is_scaled_to_its_share() -> None:
-    factors = topic_factors([{0: 60.0, 1: 20.0}, {0: 30.0}], BalanceSettings(topics=2, topic_share=0.5))
+    factors = topic_factors([{0: 60, 1: 20}, {0: 30}], BalanceSettings(topics=2, topic_share=0.5))
     assert factors == {0: pytest.approx(20 / 90)}
-    assert topic_factors([{0: 60.0}], BalanceSettings(topics=2)) == {}
+    assert topic_factors([{0: 60}], BalanceSettings(topics=2)) == {}
     table, _ = make_examples(judged(say("good")), SETTINGS)
     assert balance(table, {})[0].equals(table)

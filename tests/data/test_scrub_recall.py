@@ -14,6 +14,7 @@ def test_structured_kinds_are_found_on_marked_sentences(shared_data: Path) -> No
     print(*result.lines(), *result.missed, sep="\n")
     for kind in KINDS:
         assert result.recall(kind) >= 0.99, (kind, result.missed)
+        assert result.precision(kind) >= 0.98, (kind, result.spans, result.right)
     assert sum(result.spurious.values()) <= 0.02 * sum(result.marks[kind] for kind in KINDS)
 
 

@@ -8,8 +8,9 @@ from sqlalchemy.engine import Engine
 from cluster.clock import DAY_US
 from cluster.settings import Settings, load_settings
 from data.log import EventLog
+from data.partitions.partition import read_partitions
 from data.seal import seal
-from data.source import Block, plan_blocks, read_block
+from data.source import Block, describe_sources, plan_blocks, read_block
 from tests.data.days import AFTER_US, asked, said, three_days
 
 
@@ -50,6 +51,21 @@ def test_sealed_and_open_events_give_the_rows_of_the_open_log(
     after = rows(database, settings, parallelism)
     assert [row for row in after if row["event_id"] != "late"] == before
     assert sum(row["event_id"] == "late" for row in after) == 1
+
+
+def test_sources_name_each_sealed_partition_with_its_hashes_and_the_tail(database: Engine, settings: Settings) -> None:
+    three_days(database)
+    seal(database, settings, AFTER_US)
+    EventLog(database).append([asked("today", 3), said("f", 3, about="today")])
+    last = EventLog(database).last_seq()
+    found = describe_sources(database, plan_blocks(database, last, 20, 3))
+    with database.connect() as connection:
+        sealed = read_partitions(connection)
+    assert [(p["name"], p["sha256"], p["root"]) for p in found["partitions"]] == [
+        (p.name, p.sha256, p.root) for p in sealed
+    ]
+    assert sum(p["num_events"] for p in found["partitions"]) == 60
+    assert found["tail"] == {"first_seq": max(p.upto_seq for p in sealed) + 1, "last_seq": last}
 
 
 def test_block_survives_its_way_through_ray() -> None:

@@ -17,6 +17,7 @@ from data.importers.source import file_source
 from data.join import join_events, name_trajectories, to_json
 from data.log import EventLog
 from data.manifest import read_examples
+from data.scrub_text import Looks, Placeholders, scrub_value
 from data.source import EVENTS
 from data.split import SPLITS
 from data.template import normalise, render, render_with_mask
@@ -58,7 +59,10 @@ def test_feedback_about_a_trajectory_joins_it() -> None:
 
 
 def test_a_trajectory_in_which_nobody_speaks_has_no_answer() -> None:
-    rows, _ = join_events(name_trajectories(pa.Table.from_pylist([event({"messages": STEPS[:4]})], EVENTS)))
+    table = name_trajectories(pa.Table.from_pylist([event({"messages": STEPS[:4]})], EVENTS))
+    rows, _ = join_events(table)
+    nothing, dropped = join_events(table, trajectories=False)
+    assert len(nothing) == 0 and dropped == {"trajectory_feedback_loop is off": 1}
     assert rows["response"][0].as_py() is None
 
 
@@ -86,8 +90,8 @@ def tool_tokenizer() -> Any:
 def test_real_runs_are_curated_into_examples_that_render_with_their_tools(
     ray_session: None, shared_data: Path, tmp_path: Path, tool_tokenizer: Any
 ) -> None:
-    curation = {"log_to_mlflow": False, "scrub": {"enabled": False}, "split": {"train": 0.6, "validation": 0.2}}
-    settings = load_settings(home=tmp_path, curation=curation)[0]
+    curation = {"log_to_mlflow": False, "split": {"train": 0.6, "validation": 0.2}}
+    settings = load_settings(home=tmp_path, curation=curation, trajectory_feedback_loop={"enabled": True})[0]
     engine = connect(settings)
     report = import_source(
         file_source(shared_data / "tool_call_trajectories.jsonl"), EventLog(engine), settings, ImportOptions()
@@ -97,7 +101,9 @@ def test_real_runs_are_curated_into_examples_that_render_with_their_tools(
     assert report.rejected == 0 and made.total("trajectory") > 0 and made.total("reward") > 0
     lines = (shared_data / "tool_call_trajectories.jsonl").read_text().splitlines()
     imported = [json.loads(line)["traj"] for line in lines]
-    known = {to_json(normalise(steps)) for steps in imported}
+    looks = Looks.of(settings.curation.scrub)
+    known = {to_json(scrub_value(normalise(steps), Placeholders(), looks=looks)) for steps in imported}
+    assert len(known - {to_json(normalise(steps)) for steps in imported}) > 10  # there is personal data in them
     calls = 0
     for split in SPLITS:
         for row in read_examples(made.path, "trajectory", split).to_pylist():
@@ -118,7 +124,7 @@ def test_real_runs_are_curated_into_examples_that_render_with_their_tools(
                 if message["role"] == "tool":
                     assert f"<tool>{message['content']}<end>" in text
     assert calls > 0
-    checks = {check.name: check for check in validate(made, settings.curation, tokenizer=tool_tokenizer)}
+    checks = {check.name: check for check in validate(made, settings, tokenizer=tool_tokenizer)}
     assert checks["tokens"].status == "passed"
 
 

@@ -20,8 +20,8 @@ def test_one_users_signals_are_one_vote() -> None:
         ]
     )
     assert votes == [
-        {"user": "ada", "day": 0, "weight": 1.0, "explicit": 0.75, "implicit": 0.4},
-        {"user": "bob", "day": 0, "weight": 1.0, "explicit": -1.0, "implicit": None},
+        {"user": "ada", "day": 0, "weight": 1.0, "explicit": 0.75, "implicit": 0.4, "wrote": 0},
+        {"user": "bob", "day": 0, "weight": 1.0, "explicit": -1.0, "implicit": None, "wrote": 0},
     ]
 
 
@@ -32,18 +32,32 @@ def test_implicit_signals_are_summed_and_clamped() -> None:
 
 def test_a_days_votes_beyond_the_cap_share_its_weight() -> None:
     table = rows(*({"interaction_id": f"i{n}", "signals": [signal("thumbs_up", 1.0)]} for n in range(40)))
-    totals = user_totals(count_votes(table), votes_per_day=20)
-    assert totals.to_pylist() == [{"user": "ada", "total": 20.0, "days": '{"0":0.5}'}]
+    totals = user_totals(count_votes(table, WeighSettings()), votes_per_day=20)
+    assert totals.to_pylist() == [{"user": "ada", "votes": 20.0, "answers": 20.0, "days": '{"0":0.5}'}]
     settings = WeighSettings(votes_per_day=20, dataset_share=1)
-    weighed, _ = weigh(table, settings, exceptions([totals], 20.0, 1.0))
+    weighed, _ = weigh(table, settings, exceptions([totals], 1.0))
     assert sum(weighed["weight"].to_pylist()) == pytest.approx(20.0)
 
 
 def test_a_user_has_at_most_a_share_of_all_votes() -> None:
     loud = [{"signals": [signal("thumbs_up", 1.0, at_us=n * DAY_US)]} for n in range(90)]
     quiet = [{"signals": [signal("thumbs_up", 1.0, user=f"u{n}")]} for n in range(10)]
-    totals = user_totals(count_votes(rows(*loud, *quiet)), votes_per_day=20)
-    assert exceptions([totals], 100.0, 0.05) == {"ada": {"*": pytest.approx(5 / 90)}}  # eleven users: no cap can hold
+    totals = user_totals(count_votes(rows(*loud, *quiet), WeighSettings()), votes_per_day=20)
+    assert exceptions([totals], 0.05) == {"ada": {"*": pytest.approx(5 / 90)}}  # eleven users: no cap can hold
+
+
+def test_a_votes_day_is_the_logs_and_not_the_clients() -> None:
+    spread = [signal("thumbs_up", 1.0, at_us=n * DAY_US, logged_us=5 * DAY_US) for n in range(3)]
+    table = rows(*({"interaction_id": f"i{n}", "signals": [said]} for n, said in enumerate(spread)))
+    assert count_votes(table, WeighSettings())["day"].to_pylist() == [5]
+    assert count_votes(table, WeighSettings(day="occurred"))["day"].to_pylist() == [0, 1, 2]
+
+
+def test_the_corrections_of_one_user_share_their_vote() -> None:
+    said = [signal("correction", -0.5, text=text) for text in ("a", "a", "b")]
+    said.append(signal("correction", -0.5, user="bob", text="a"))
+    weighed, _ = weigh(rows({"signals": said}), WeighSettings(), {"ada": {"*": 0.5}})
+    assert [s["weight"] for s in orjson.loads(weighed["signals"][0].as_py())] == [0.25, 0, 0.25, 1]
 
 
 def test_the_share_is_of_what_is_left_after_the_cut() -> None:

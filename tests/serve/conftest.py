@@ -29,6 +29,7 @@ LEARNING: dict[str, Any] = {
     "learning": {"enabled": True},
     "capture": {"enabled": True},
     "feedback": {"explicit": True, "implicit": True},
+    "trajectory_evaluation": {"enabled": True},
 }
 
 

@@ -28,7 +28,9 @@ def test_each_item_is_answered_on_its_own_and_a_retry_counts_once(live: Live) ->
     ]
     statuses = [[d["status"] for d in post(live, "/v1/feedback", {"items": items}).json()["data"]] for _ in range(2)]
     assert statuses == [["accepted", "rejected", "accepted"], ["duplicate", "rejected", "duplicate"]]
-    error = post(live, "/v1/feedback", items[1]).json()["data"][0]["error"]
+    alone = post(live, "/v1/feedback", items[1])
+    error = alone.json()["data"][0]["error"]
+    assert alone.status_code == 400 and alone.json()["error"] == error
     assert (error["type"], error["param"]) == ("invalid_request_error", "value")
     events = [r.event for r in EventLog(live.database).read(kinds=["feedback"])]
     assert [(e.event_id, e.body["reward"]) for e in events] == [("e1", 1.0), ("e3", -0.5)]

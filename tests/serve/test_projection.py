@@ -1,5 +1,6 @@
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from sqlalchemy.engine import Engine
 from cluster.settings import Settings, load_settings
 from cluster.settings.experiments import METRIC_NAMES
 from cluster.tables import arm_statistics, experiment_users
-from data.events import Event, parse_body
+from data.events import ROUTER, Event, interaction_event_id, parse_body
 from data.log import EventLog
 from serve.assignment import Assignment, alone, in_control_slice
 from serve.experiments import readings
@@ -118,6 +119,19 @@ def test_catching_up_ends_under_steady_traffic(sqlite_database: Engine, monkeypa
     monkeypatch.setattr(projection, "step", busy)
     assert projection.catch_up() == 6
     assert projection.catch_up(lambda: False) == 2
+
+
+def test_a_client_cannot_put_its_word_before_the_routers(database: Engine) -> None:
+    log, projection = EventLog(database), Projection(database, settings_with())
+    served = replace(interaction("a", CANDIDATE, user="ann"), event_id=interaction_event_id("a", ROUTER))
+    claimed = replace(interaction("a", None, user="mallory"), event_id=interaction_event_id("a"))
+    log.append([claimed])
+    projection.catch_up()
+    assert [verdict.status for verdict in log.append([served])] == ["accepted"]
+    assert [verdict.status for verdict in log.append([replace(claimed, event_id="again")])] == ["duplicate"]
+    log.append([feedback("a", "thumbs_up", 1.0)])
+    projection.catch_up()
+    assert statistics(database)["satisfaction", "ramp", "candidate", "ann"] == (1, 1)
 
 
 def test_above_one_half_a_period_of_its_own_begins(database: Engine) -> None:

@@ -70,6 +70,16 @@ def test_trainer_reads_the_same_ids_as_the_engine(toy_base: Path, toy_dataset: P
     assert chosen[-1] == tokenizer.eos_token_id
 
 
+def test_a_run_reads_rows_by_their_weight(config_of: Callable[..., TrainConfig], toy_dataset: Path) -> None:
+    data = read_data(toy_dataset, "sft")
+    capped = [0.1 if n % 2 else 1.0 for n in range(data.train.num_rows)]
+    table = data.train.set_column(data.train.column_names.index("weight"), "weight", [capped])
+    read = [prepare(config_of("sft", seed=seed), replace(data, train=table)).data.train for seed in (0, 0, 1)]
+    assert read[0].equals(read[1]) and not read[0].equals(read[2])
+    assert read[0]["weight"].to_pylist().count(1.0) == capped.count(1.0)
+    assert 0 < read[0]["weight"].to_pylist().count(0.1) < 0.3 * capped.count(0.1)
+
+
 def test_sft_learns_from_the_judged_answer_alone(toy_base: Path) -> None:
     tokenizer = load_tokenizer(str(toy_base))
     chat = [

@@ -17,13 +17,22 @@ from sqlalchemy.engine import Engine
 from cluster import tracking
 from cluster.clock import DAY_US
 from cluster.errors import ConflictError, NotFoundError, UnavailableError
-from cluster.registry import Registry
+from cluster.registry import Registry, Version
 from cluster.settings import Settings, load_settings
-from cluster.tables import arm_statistics, event_bodies, events, experiment_users, tombstones
+from cluster.tables import (
+    arm_statistics,
+    erasures,
+    event_bodies,
+    events,
+    experiment_users,
+    judged_answers,
+    tombstones,
+    tool_replies,
+)
 from data.erasure import erase as erasing
 from data.erasure import files, partitions, versions
 from data.erasure.erase import erase
-from data.erasure.person import Person
+from data.erasure.person import Person, erased_users
 from data.events import Event, parse_body
 from data.feedback import pseudonym, pseudonym_secret
 from data.group_commit import GroupCommit
@@ -34,12 +43,14 @@ from data.intake.items import Identity
 from data.log import EventLog
 from data.manifest import list_datasets, read_examples
 from data.partitions.partition import read_partitions
+from data.publish import publish
 from data.seal import seal
 from data.validate import check_files
 from data.verify.run import verify_log
 from tests.cluster.test_registry import make_adapter, make_base
 from tests.data.days import asked, at, said
 from tests.datasets import write_feedback_dataset
+from train.plan import resolve_base
 
 CANARY = "canary-5f1d7c20-jane-doe"
 ANN = Person("default", "u001")
@@ -96,6 +107,11 @@ def fill(engine: Engine, settings: Settings) -> int:
             seen = {"arm": "stable", "bucket": 0.5, "excluded": False, "segments": {}, "covariates": {}}
             seen |= {"experiment_id": "x", "user_id": user, "first_seen_us": 1}
             connection.execute(experiment_users.insert().values(**seen))
+        judged = {"grader_version": "1", "reward": 0.5, "scores": {"tone": 0.5}, "reason": f"says {CANARY}"}
+        connection.execute(judged_answers.insert().values(key="k", judged_at_us=1, **judged))
+        owner = {"tenant": "default", "workspace": "default", "tool": "note", "idempotency_key": "once"}
+        taken = {"arguments_digest": "d", "state": "done", "reply": {"reply": CANARY}, "begun_at_us": 1}
+        connection.execute(tool_replies.insert().values(**owner, **taken))
     return 18
 
 
@@ -164,13 +180,14 @@ def test_no_byte_of_the_person_is_left_and_the_rest_is_as_before(database: Engin
         "events/dt=2024-10-05",
     }
     assert {f"spool/{SPOOL}", "evaluation/abc.json"} <= before
-    assert "table event_bodies" in before
+    assert {"table event_bodies", "table judged_answers", "table tool_replies"} <= before
     if database.dialect.name == "sqlite" or _files_of_postgres(database):
         assert any(place.startswith("database:") for place in before)
     report = erase(database, settings, ANN)
     assert places_with_canary(database, settings) == set()
     assert sum(report["events"].values()) == count
     assert report["interactions"] == 6 and report["projected_rows"] == 2
+    assert report["write_ahead_log"].startswith("emptied" if database.dialect.name == "sqlite" else ("ended", "left"))
     left = [r for r in log.scan() if not r.erased and r.event.kind not in ("erasure", "partition.sealed")]
     assert left == [r for r in others if r.event.kind not in ("erasure", "partition.sealed")]
     with database.connect() as connection:
@@ -364,6 +381,48 @@ def test_versions_trained_on_the_person_are_marked_and_go_no_further(
     told = EventLog(sqlite_database).read(kinds=["model.updated"])
     changes = [(e.event.body["version"], e.event.body["change"], e.event.body.get("alias")) for e in told]
     assert changes == [(tainted.id, "alias_removed", "challenger"), (tainted.id, "blocked", None)]
+
+
+def test_versions_trained_further_from_such_a_version_are_marked_too(
+    sqlite_database: Engine, mlflow_settings: Settings, tmp_path: Path
+) -> None:
+    dataset = write_feedback_dataset(Path(mlflow_settings.datasets_root))
+    registry, base = Registry(mlflow_settings), make_base(tmp_path / "base")
+    tainted = registry.register_adapter(
+        "triage", make_adapter(tmp_path / "a"), base_model=base, dataset_id=dataset.dataset_id
+    )
+
+    def trained_from(version: Version, content: bytes) -> Version:
+        started = {"init_adapter": f"/elsewhere/adapters/{version.adapter_sha256}"}
+        adapter = make_adapter(tmp_path / content.decode(), content)
+        return registry.register_adapter("triage", adapter, base_model=base, dataset_id="ds", lineage=started)
+
+    child = trained_from(tainted, b"child")
+    grandchild = trained_from(child, b"grandchild")
+    EventLog(sqlite_database).append([asked("u001-0", user="u001")])
+    report = erase(sqlite_database, mlflow_settings, ANN)
+    assert report["versions"] == sorted([tainted.id, child.id, grandchild.id])
+    with pytest.raises(ConflictError, match="cannot be trained further: somebody in its training data was erased"):
+        resolve_base(mlflow_settings, child.id, "triage")
+    later = str(tmp_path / str(grandchild.adapter_sha256))
+    assert versions.erased_since(mlflow_settings, "another", later) != {}
+
+
+def test_a_dataset_of_before_an_erasure_gets_no_name_after_it(
+    sqlite_database: Engine, settings: Settings, tmp_path: Path
+) -> None:
+    before = erased_users(sqlite_database, "default")
+    made = write_feedback_dataset(tmp_path / "built")
+    EventLog(sqlite_database).append([asked("u001-0", user="u001")])
+    erase(sqlite_database, settings, ANN)
+    root = Path(settings.datasets_root)
+    with pytest.raises(ConflictError, match="somebody was erased while this dataset was made"):
+        publish(sqlite_database, settings, before, Path(made.path), root, made)
+    assert list_datasets(settings) == [] and EventLog(sqlite_database).read(kinds=["dataset.ready"]) == []
+    with sqlite_database.begin() as connection:
+        connection.execute(erasures.update().values(state="records_erased"))
+    with pytest.raises(ConflictError, match="the erasure of u001 is not finished"):
+        erased_users(sqlite_database, "default")
 
 
 def test_erasure_waits_for_a_seal_and_says_so_when_it_takes_too_long(database: Engine, settings: Settings) -> None:

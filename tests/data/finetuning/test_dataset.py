@@ -46,7 +46,7 @@ def test_dataset_is_whole_scrubbed_and_the_same_for_the_same_file(settings: Sett
     assert made.sources["files"][0]["sha256"] == training.stored.sha256
     texts = [json.loads(text) for text in read_examples(made.path, "sft", "train")["messages"].to_pylist()]
     assert "mail <EMAIL_1>, then <EMAIL_1> again" in [messages[0]["content"] for messages in texts]
-    assert {check.status for check in validate(made, settings.curation)} <= {"passed", "warning"}
+    assert {check.status for check in validate(made, settings)} <= {"passed", "warning"}
     again = part(settings, sqlite_database, "train", rows)
     assert package(settings, [again, validation], agent="ft-default").dataset_hash == made.dataset_hash
     assert package(settings, [again], agent="ft-default").dataset_hash != made.dataset_hash

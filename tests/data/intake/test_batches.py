@@ -25,6 +25,7 @@ ALL_ON = {
     "learning": {"enabled": True},
     "feedback": {"explicit": True, "implicit": True},
     "capture": {"enabled": True, "pseudonym_secret": SECRET},
+    "trajectory_evaluation": {"enabled": True},
 }
 THUMB = {"interaction_id": "i1", "type": "thumbs_up"}
 ASKED = {"interaction_id": "i1", "messages": [{"role": "user", "content": "hi"}]}
@@ -81,6 +82,8 @@ def test_feedback_becomes_an_event_with_reward_and_pseudonym() -> None:
         ("feedback", {**THUMB, "event_id": "x" * 129}, "event_id"),
         ("feedback", {**THUMB, "event_id": "nul\0"}, "event_id"),
         ("feedback", {**THUMB, "event_id": 7}, "event_id"),
+        ("feedback", {**THUMB, "event_id": "erasure:ada"}, "event_id"),
+        ("interaction", {**ASKED, "event_id": "router:i1"}, "event_id"),
         ("feedback", {**THUMB, "user": ""}, "user"),
         ("feedback", {**THUMB, "text": "x" * 100_001}, "text"),
         ("feedback", {**THUMB, "metadata": {"k": "x" * 513}}, "metadata.k"),
@@ -217,6 +220,16 @@ def test_switched_off_kind_is_refused(sqlite_database: Engine, settings: Setting
             intake.take_in_and_wait([{"session": "s", "action": "leave"}], "behaviour", ACME)
         both = [THUMB, {**THUMB, "type": "copy_response"}]
         assert [r.status for r in intake.take_in_and_wait(both, "feedback", ACME)] == ["accepted", "rejected"]
+        with pytest.raises(ConflictError, match=r"trajectory_evaluation\.enabled=false"):
+            intake.take_in_and_wait([ASKED], "trajectory", ACME)
+
+
+def test_a_trace_keeps_its_answers_while_trajectories_are_switched_off(database: Engine) -> None:
+    settings = load_settings(**ALL_ON | {"trajectory_evaluation": {"enabled": False}})[0]
+    with GroupCommit(EventLog(database), settings.log) as commit:
+        run = {"kind": "trajectory", "messages": ASKED["messages"]}
+        results = Intake(commit, settings).take_in_and_wait([ASKED, run], None, ACME)
+    assert [(r.status, r.error and r.error.field) for r in results] == [("accepted", None), ("rejected", "kind")]
 
 
 def test_read_items_takes_one_or_many() -> None:
@@ -230,7 +243,9 @@ def test_read_items_takes_one_or_many() -> None:
     ("body", "field"),
     [
         (b"", "body"),
-        (b'{"value": NaN}', "body"),
+        (b'{"value": NaN', "body"),
+        (b'{"value": NaN, "text": "\\ud800"}', "body"),
+        (b'{"value": NaN, "a": ' + b"[" * 5000 + b"]" * 5000 + b"}", "body"),
         (b"\xff", "body"),
         (b"[]", "body"),
         (b'{"items": 3}', "items"),
@@ -242,6 +257,15 @@ def test_read_items_refuses_other_bodies(body: bytes, field: str) -> None:
     with pytest.raises(InputError) as refused:
         read_items(body, PARSER.settings)
     assert refused.value.field == field
+
+
+def test_a_number_that_is_none_refuses_its_item_and_no_other(intake: Intake) -> None:
+    sale = b'{"interaction_id": "i1", "name": "sale", "value": %s}'
+    body = b'{"items": [' + b",".join(sale % value for value in (b"NaN", b"1", b"-Infinity")) + b"]}"
+    results = intake.take_in_and_wait(read_items(body, PARSER.settings), "outcome", ACME)
+    assert [(r.status, r.error and r.error.field) for r in results] == [
+        ("rejected", "value"), ("accepted", None), ("rejected", "value"),
+    ]  # fmt: skip
 
 
 json_values = st.recursive(

@@ -147,6 +147,7 @@ def test_skip_is_an_event_of_its_own(log: EventLog, parser: LabelParser) -> None
         ({"item_id": "ONE", "complexity": "huge", "corrected": "x"}, "complexity"),
         ({"item_id": "ONE", "corrected": "x", "version": "triage/1"}, "version"),
         ({"item_id": "ONE", "corrected": "x", "event_id": "a b"}, "event_id"),
+        ({"item_id": "ONE", "corrected": "x", "event_id": "erasure:ada"}, "event_id"),
     ],
 )
 def test_label_that_breaks_a_rule_names_the_field(log: EventLog, parser: LabelParser, given: Any, field: str) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from serve.sender import SenderLimits
 from tests.serve.client.conftest import Make, at, balanced, settle, warnings
 from tests.serve.conftest import Live
 from tests.services import Scripted, dripping, hanging, refused, scripted
+
+PAID_S = 0.02
+"""Most that one call may cost the agent on a busy machine; it costs some hundredths of a millisecond."""
+SLACK_S = 5.0
 
 
 def test_rejected_item_is_counted_and_told_of_once(
@@ -98,15 +103,19 @@ def test_dead_service_costs_one_warning_and_bounded_memory(
             assert threading.current_thread() is threading.main_thread()
             return "yes"
 
+        began = time.monotonic()
         for _ in range(500):
             assert answer("?") == "yes"
+        assert time.monotonic() - began < 500 * PAID_S
         stats = balanced(client)
         assert stats["waiting"] <= 50
         assert stats["waiting_bytes"] <= 50_000
         assert stats["dropped_by_reason"]["queue_full"] >= 450
         if kind != "dripping":
             settle(client, lambda s: s["breaker_open"])
+        began = time.monotonic()
         client.close()
+        assert time.monotonic() - began < limits.exit_s + limits.timeout_s + SLACK_S
         stats = balanced(client)
         assert (stats["waiting"], stats["dropped"]) == (0, 500)
     assert len(warnings(caplog)) == 1
