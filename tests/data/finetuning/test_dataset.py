@@ -111,7 +111,7 @@ def test_items_become_tasks_with_their_fields_scrubbed_like_their_prompts(
     assert json.loads(first["prompt"]) == [turn("system", "be short"), turn("user", "write to <EMAIL_1>")]
     assert json.loads(first["item"]) == {"answer": "<EMAIL_1>", "points": {"of": [1, 2.5]}}
     assert json.loads(second["item"]) == {}
-    assert {check.status for check in validate(made, settings.curation)} <= {"passed", "warning"}
+    assert {check.status for check in validate(made, settings)} <= {"passed", "warning"}
 
 
 def test_file_of_which_nothing_is_left_is_refused_with_the_reason(
