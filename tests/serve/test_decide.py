@@ -223,9 +223,11 @@ def test_promotion_needs_a_look_that_crossed() -> None:
 
 
 def test_the_last_stage_has_its_own_minimum() -> None:
-    few = evidence(primary=reading(users=200))
-    assert decide(state(3, looks=SIGNIFICANT), few, config(), NOW_US).outcome == "promote"
-    assert decide(state(2, looks=SIGNIFICANT), few, config(), NOW_US).code == "too_few_users"
+    few, automatic = evidence(primary=reading(users=200)), {"auto_rollout": True}
+    smaller = load_settings(automation=automatic, rollout={"final_min_users_per_arm": 200})[0]
+    assert decide(state(3, looks=SIGNIFICANT), few, RolloutConfig.of(smaller), NOW_US).outcome == "promote"
+    assert decide(state(2, looks=SIGNIFICANT), few, RolloutConfig.of(smaller), NOW_US).code == "too_few_users"
+    assert decide(state(3, looks=SIGNIFICANT), few, config(), NOW_US).code == "too_few_users"
 
 
 def test_without_auto_rollout_each_step_waits_for_a_person() -> None:
