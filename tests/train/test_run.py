@@ -274,10 +274,10 @@ def test_an_adapter_of_a_rank_that_no_engine_loads_is_refused(
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1024}))
     with pytest.raises(InputError, match=r"init_adapter=1024 is over engine\.max_rank"):
         config_of("sft", init_adapter=str(tmp_path))
-    config_of("sft", weights="full", lora={"r": 1024})
-    config_of("reward", lora={"r": 1024})
-    with pytest.raises(InputError, match=r"training\.lora\.r=1024 is over engine\.max_rank"):
-        config_of("sft", lora={"r": 1024})
+    config_of("sft", weights="full", lora={"r": 512})
+    config_of("reward", lora={"r": 512})
+    with pytest.raises(InputError, match=r"training\.lora\.r=512 is over engine\.max_rank"):
+        config_of("sft", lora={"r": 512})
 
 
 def test_missing_base_model_leaves_nothing_behind(config_of: Callable[..., TrainConfig], tmp_path: Path) -> None:
