@@ -34,7 +34,7 @@ demo: $(STAMP)  ## watch an agent get better from its own traffic (ARGS="--seed 
 	$(BIN)/rayloop demo $(ARGS)
 
 test: $(STAMP)  ## run the tests (ARGS="-k router")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m tests $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, imports, generated docs
 	$(BIN)/ruff format --check .

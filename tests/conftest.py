@@ -23,6 +23,29 @@ POSTGRES = os.environ.get("RAYLOOP_TEST_POSTGRES", "postgresql://postgres@127.0.
 SHARED_DATA = Path(os.environ.get("RAYLOOP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
+PARTS = ("ray", "rest")
+"""Halves of the tests that may run beside each other: at most one of them has a Ray cluster."""
+TRAINING = ("train", "tune")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=PARTS, help="only the tests that need Ray or train something, or only the rest")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("part")
+    if part is None:
+        return
+    others = [item for item in items if (part == "ray") != _is_heavy(item)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
+
+
+def _is_heavy(item: pytest.Item) -> bool:
+    folder = item.path.relative_to(Path(__file__).parent).parts[0]
+    return folder in TRAINING or item.get_closest_marker("ray") is not None
+
+
 def skip_or_fail(reason: str) -> None:
     """Skip where a server may be missing; in CI (`RAYLOOP_TEST_STRICT=1`) that is a failure."""
     if os.environ.get("RAYLOOP_TEST_STRICT") == "1":

@@ -145,12 +145,12 @@ def sections(findings: Findings) -> list[tuple[str, list[list[str]]]]:
 
 
 def _gate_table(findings: Findings) -> list[list[str]]:
+    """A gate a row, a version a column: there are many gates and few versions."""
     suites = list(dict.fromkeys(gate["suite"] for found in findings.gates for gate in found["gates"]))
-    rows = [["version", *suites, "passed"]]
-    for found in findings.gates:
-        by_suite = {gate["suite"]: gate for gate in found["gates"]}
-        rows.append([found["version"], *[_gate(by_suite.get(s)) for s in suites], "yes" if found["passed"] else "no"])
-    return rows
+    by_suite = [{gate["suite"]: gate for gate in found["gates"]} for found in findings.gates]
+    passed = ["all of them", *("passed" if found["passed"] else "failed" for found in findings.gates)]
+    rows = [[suite, *(_gate(gates.get(suite)) for gates in by_suite)] for suite in suites]
+    return [["gate", *(found["version"] for found in findings.gates)], *rows, passed] if rows else [[]]
 
 
 def _gate(gate: dict[str, Any] | None) -> str:
