@@ -60,14 +60,15 @@ def exit_code(found: "Findings") -> int:
 
 def _show(found: Any, paths: dict[str, Path], story: Any, outcome: str) -> None:
     """The table, where the time went, and what to look at."""
+    from rich.markup import escape
     from rich.table import Table
 
     from cluster.demo.report import sections
 
     for title, rows in sections(found):
-        table = Table(*rows[0], title=title, title_justify="left", title_style="bold", pad_edge=False)
+        table = Table(*map(escape, rows[0]), title=title, title_justify="left", title_style="bold", pad_edge=False)
         for row in rows[1:]:
-            table.add_row(*row)
+            table.add_row(*map(escape, row))
         story.console.print("", table)
     config = paths["md"].parent / "rayloop.yaml"
     print(f"\n{outcome}\n{found.simulated}\n\nreport: {paths['html']}")
