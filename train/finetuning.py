@@ -17,10 +17,11 @@ from cluster.jobs import Job, Jobs
 from cluster.registry import Registry
 from cluster.runners import Runners
 from cluster.settings import Settings
-from data.finetuning.dataset import Part, package, ready_event
+from data.finetuning.dataset import Part, package
 from data.finetuning.uploads import Uploads
 from data.log import EventLog
 from data.manifest import datasets_root, load_manifest
+from data.publish import ready_event
 from train.config import TrainConfig, resolve_config
 from train.jobs import run_training
 from train.plan import Request

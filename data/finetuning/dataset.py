@@ -21,7 +21,6 @@ from cluster.errors import DatasetError
 from cluster.settings import Settings
 from data import manifest
 from data.card import dataset_card
-from data.events import Event
 from data.finetuning.rows import Json, learned
 from data.finetuning.uploads import StoredFile
 from data.join import to_json
@@ -74,18 +73,6 @@ def _kind(stored: StoredFile) -> str:
     if stored.format not in KINDS:
         raise DatasetError(f"file {stored.filename!r} is no training file; no dataset can be made of it")
     return KINDS[stored.format]
-
-
-def ready_event(made: Manifest) -> Event:
-    """`dataset.ready`, once for each dataset."""
-    body = {
-        "dataset_id": made.dataset_id,
-        "dataset_hash": made.dataset_hash,
-        "path": made.path,
-        "counts": made.counts,
-    }
-    event_id = f"dataset.ready:{made.workspace}:{made.dataset_id}"
-    return Event("dataset.ready", made.tenant, made.workspace, body, event_id=event_id, agent=made.agent)
 
 
 class _Counted:
