@@ -1,6 +1,6 @@
 """One DPO step against TRL's DPOTrainer, as it comes and with a precomputed reference.
 
-    python -m tests.bench.dpo_step [--pairs 64] [--repeats 3] [--precision bf16] [--device cuda] [--shape 8b]
+    python -m tests.bench.dpo_step [--pairs 64] [--repeats 3] [--precision auto] [--device cuda] [--shape 8b]
 
 The same pairs, model, LoRA shape, batch (4 pairs, accumulated 4 times) and arithmetic on all sides, each in a
 process of its own, in turn. The model has the proportions of Qwen2.5-0.5B (its head costs 0.38 of its body) at a
@@ -247,6 +247,7 @@ def measure(side: str, base: Path, pairs: list[Row], setting: Setting, attention
         "reference_s": built - begun,
         "train_s": seconds,
         "steps": trainer.state.global_step,
+        "precision": setting.precision,
         "tokens_per_s": tokens / seconds,
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9 if setting.gpu else 0.0,
         "share": 4 * weights * tokens / seconds / matrix_rate(setting),
@@ -264,7 +265,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--pairs", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--precision", choices=["auto", "bf16", "fp32"], default="auto")
     parser.add_argument("--prompt", type=float, default=256, help="median tokens of a prompt")
     parser.add_argument("--answer", type=float, default=32, help="median tokens of an answer")
     parser.add_argument("--attention", default="eager", help="of our side; TRL's is its default, sdpa")
@@ -275,8 +276,10 @@ def main() -> int:
     asked = parser.parse_args()
     pairs = make_pairs(asked.pairs, asked.prompt, asked.answer)
     if asked.side:
+        from train.device import resolve_device
+
         attention = asked.attention if asked.side == "ours" else "sdpa"
-        setting = Setting(asked.shape, asked.device, asked.precision)
+        setting = Setting(asked.shape, asked.device, resolve_device(asked.device, asked.precision).precision)
         print(json.dumps(measure(asked.side, asked.base, pairs, setting, attention)))
         return 0
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
@@ -294,9 +297,10 @@ def main() -> int:
 def report(pairs: int, runs: dict[str, list[dict[str, Any]]]) -> int:
     """Print medians, ratios and how far the sides agree."""
     middle = {
-        side: {name: statistics.median(run[name] for run in found) for name in found[0] if name not in EXACT}
+        side: {name: statistics.median(run[name] for run in found) for name in found[0] if name not in NO_NUMBERS}
         for side, found in runs.items()
     }
+    print(f"steps in {runs['ours'][0]['precision']}")
     for side, found in middle.items():
         memory = f", {found['memory_gb']:.1f} GB" if found["memory_gb"] else ""
         print(
@@ -320,6 +324,7 @@ def report(pairs: int, runs: dict[str, list[dict[str, Any]]]) -> int:
 
 EXACT = ("logps", "gradient")
 """What a side computes in fp32, to be compared."""
+NO_NUMBERS = (*EXACT, "precision")
 
 
 def _furthest(one: list[float], other: list[float]) -> float:
