@@ -2,7 +2,7 @@
 
 A text is a set of shingles of `k` consecutive words, padded at both ends so that every word, also the
 first and the last, is in exactly `k` of them. Words are hashed eight bytes at a time and shingles are sums of
-word hashes. A sketch takes one pass over the shingles: each falls into one bin and each bin keeps its
+word hashes weighed by place. A sketch takes one pass over the shingles: each falls into one bin and each bin keeps its
 least value; empty bins borrow from others.
 
 Sources: Li, Owen and Zhang 2012, "One Permutation Hashing", https://arxiv.org/abs/1208.1259; Shrivastava 2017,
@@ -83,11 +83,10 @@ def shingle(texts: pa.Array, words_each: int) -> Shingles:
     words[pad:] = _hash_words(lower, starts, stops - starts)
     for stop in range(pad):  # the stops before a text are those after the one before it
         words[offsets[1:] + stop] = PAD
-    rolled = np.zeros(len(starts), np.uint64)
-    factor = MULTIPLIER
-    for shift in range(words_each):
-        rolled += words[shift : shift + len(starts)] * factor
-        factor = np.uint64(int(factor) * int(MULTIPLIER) & FULL | 1)
+    rolled = words[pad:] * MULTIPLIER
+    for shift in reversed(range(pad)):
+        rolled += words[shift : shift + len(starts)]
+        rolled *= MULTIPLIER
     return Shingles(mix(rolled), offsets)
 
 
@@ -119,12 +118,16 @@ def _words_in(raw: NDArray[np.uint8]) -> tuple[I64, I64, NDArray[np.uint8]]:
 def _hash_words(raw: NDArray[np.uint8], starts: I64, lengths: I64) -> U64:
     """A hash of the bytes of each word; `raw` has `WIDTH` bytes to spare at its end."""
     eights = np.lib.stride_tricks.as_strided(raw[:WIDTH].view("<u8"), (len(raw) - WIDTH + 1,), (1,))
-    words = mix((eights[starts] & MASKS[np.minimum(lengths, WIDTH)]) * MULTIPLIER + lengths.astype(np.uint64))
+    words = eights[starts]
+    words &= MASKS.take(lengths, mode="clip")
+    words *= MULTIPLIER
+    words += lengths.view(np.uint64)
+    words = mix(words)
     longer = np.flatnonzero(lengths > WIDTH)
     done = WIDTH
     while len(longer):
-        left = np.minimum(lengths[longer] - done, WIDTH)
-        words[longer] = mix(words[longer] * MULTIPLIER + (eights[starts[longer] + done] & MASKS[left]))
+        rest = eights[starts[longer] + done] & MASKS.take(lengths[longer] - done, mode="clip")
+        words[longer] = mix(words[longer] * MULTIPLIER + rest)
         done += WIDTH
         longer = longer[lengths[longer] > done]
     return words
@@ -176,10 +179,10 @@ def _densify(least: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]:
     row = place - column
     attempt = 0
     while len(place):
-        found = values[row + _draws(bins, seed, attempt)[column]]
+        found = values.take(_draws(bins, seed, attempt).take(column) + row)
         into[place] = found
         empty = np.flatnonzero(found == EMPTY)
-        place, row, column = place[empty], row[empty], column[empty]
+        place, row, column = (of.take(empty) for of in (place, row, column))
         attempt += 1
     return filled
 
