@@ -139,7 +139,7 @@ class _Curation:
         sketches, final = self._finished()
         return self._write(final, sketches)
 
-    def _judged(self) -> Blocks:
+    def _judged(self) -> list[Any]:
         """Interactions with weight and score that may become examples, scrubbed."""
         config = self.settings.curation
         asked = self._detectors()
@@ -269,7 +269,7 @@ class _Curation:
         totals = each(days, partial(weigh.user_totals, votes_per_day=config.votes_per_day), num_cpus=self.cpus)
         return weigh.exceptions(_read_each(totals), config.dataset_share)
 
-    def _best(self, rows: Blocks) -> Blocks:
+    def _best(self, rows: Blocks) -> list[Any]:
         """The best interactions of all agents, as many as are kept."""
         least = keep.least_kept(_read_each(self._each(rows, keep.ranks)), self.settings.curation.whole_kept)
         return self._map(rows, Stage("keep", partial(keep.keep_best, least=least)))
@@ -284,7 +284,7 @@ class _Curation:
         ray.wait([clusters])
         return own, clusters
 
-    def _with_topics(self, examples: Blocks) -> Blocks:
+    def _with_topics(self, examples: Blocks) -> list[Any]:
         """Examples with their topic, from one model fitted on a sample of all blocks."""
         config = self.settings.curation.balance
         sample = partial(balancing.sample_questions, most=config.topic_sample)
