@@ -135,7 +135,12 @@ class _Curation:
     topic_shares: dict[str, float] = field(default_factory=dict)
 
     def run(self) -> Manifest:
-        """The stages of the page, in its order."""
+        """The stages of the page, in its order. What a stage was made of leaves the object store with its method."""
+        sketches, final = self._finished()
+        return self._write(final, sketches)
+
+    def _judged(self) -> list[Any]:
+        """Interactions with weight and score that may become examples, scrubbed."""
         config = self.settings.curation
         asked = self._detectors()
         joined = self._joined()
@@ -143,7 +148,7 @@ class _Curation:
             raise DatasetError("no examples could be made (no interactions)")
         groups = self._groups(joined)
         factors = self._vote_factors(joined, groups)
-        rows = self._map(
+        return self._map(
             joined,
             Stage("weigh", partial(weigh.weigh, settings=config.weigh, factors=factors, groups=groups)),
             Stage("score", partial(score, settings=config.score)),
@@ -151,10 +156,19 @@ class _Curation:
             Stage("scrub", partial(scrub, settings=config.scrub)),
             Stage("fingerprint", partial(dedup.fingerprint, settings=config)),
         )
-        if self.agent is None and config.whole_kept:
+
+    def _clustered(self) -> tuple[list[Any], list[Any]]:
+        """Sketches of this dataset's texts, and its rows with those of a near-duplicate cluster in one block."""
+        rows = self._judged()
+        if self.agent is None and self.settings.curation.whole_kept:
             rows = self._best(rows)
         sketches, clusters = self._clusters(rows)
-        examples = self._together(rows, "cluster", Stage("cluster", partial(_assign, clusters=clusters)))
+        return sketches, self._together(rows, "cluster", Stage("cluster", partial(_assign, clusters=clusters)))
+
+    def _finished(self) -> tuple[list[Any], list[Any]]:
+        """Sketches of this dataset's texts, and its examples, one a row, each in its split."""
+        config = self.settings.curation
+        sketches, examples = self._clustered()
         made: tuple[Stage, ...] = (
             Stage("deduplicate", partial(dedup.deduplicate, settings=config)),
             Stage("examples", partial(make_examples, settings=config)),
@@ -175,7 +189,7 @@ class _Curation:
             Stage("curriculum", balancing.curriculum),
             Stage("split", resolve_clusters),
         )
-        return self._write(final, sketches)
+        return sketches, final
 
     def _joined(self) -> Blocks:
         """One interaction a row, with what its user did where implicit signals are on."""
@@ -196,7 +210,7 @@ class _Curation:
         traces = self._together(self.blocks, TRACE, read, add_trace)
         return self._together(traces, "interaction_id", join_traces, name_trajectories)
 
-    def _map(self, blocks: Blocks, *functions: Callable[[pa.Table], pa.Table]) -> Blocks:
+    def _map(self, blocks: Blocks, *functions: Callable[[pa.Table], pa.Table]) -> list[Any]:
         """What functions, one after the other in one task, make of each block; blocks without rows are left out."""
         if not blocks:
             return []
@@ -211,7 +225,7 @@ class _Curation:
         )
         return _with_rows(dataset)
 
-    def _together(self, blocks: Sequence[Any], key: str, *first: Callable[[Any], pa.Table]) -> Blocks:
+    def _together(self, blocks: Sequence[Any], key: str, *first: Callable[[Any], pa.Table]) -> list[Any]:
         """What functions make of each block, then all rows of a key in one block."""
         before = partial(_apply, functions=first) if first else None
         return exchange(blocks, key, len(self.blocks), self.cpus, before)
@@ -255,7 +269,7 @@ class _Curation:
         totals = each(days, partial(weigh.user_totals, votes_per_day=config.votes_per_day), num_cpus=self.cpus)
         return weigh.exceptions(_read_each(totals), config.dataset_share)
 
-    def _best(self, rows: Blocks) -> Blocks:
+    def _best(self, rows: Blocks) -> list[Any]:
         """The best interactions of all agents, as many as are kept."""
         least = keep.least_kept(_read_each(self._each(rows, keep.ranks)), self.settings.curation.whole_kept)
         return self._map(rows, Stage("keep", partial(keep.keep_best, least=least)))
@@ -270,7 +284,7 @@ class _Curation:
         ray.wait([clusters])
         return own, clusters
 
-    def _with_topics(self, examples: Blocks) -> Blocks:
+    def _with_topics(self, examples: Blocks) -> list[Any]:
         """Examples with their topic, from one model fitted on a sample of all blocks."""
         config = self.settings.curation.balance
         sample = partial(balancing.sample_questions, most=config.topic_sample)

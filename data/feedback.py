@@ -4,6 +4,7 @@ import contextlib
 import hmac
 import logging
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,16 @@ def pseudonym(secret: bytes, tenant: str, user: str) -> str:
     """
     name = tenant.encode()
     message = len(name).to_bytes(4, "big") + name + user.encode()
-    return hmac.digest(secret, message, "sha256").hex()[:32]
+    made = _keyed(secret).copy()
+    made.update(message)
+    return made.hexdigest()[:32]
+
+
+@lru_cache(maxsize=64)
+def _keyed(secret: bytes) -> hmac.HMAC:
+    """HMAC-SHA256 that has taken the key in. `hmac.digest` hands the interpreter's lock away at every call, and where
+    another thread is busy, as the log's writer is, gets it back late."""
+    return hmac.new(secret, digestmod="sha256")
 
 
 def reward(type: str, value: float | None, rewards: RewardSettings) -> float:

@@ -2,7 +2,7 @@
 
 A text is a set of shingles of `k` consecutive words, padded at both ends so that every word, also the
 first and the last, is in exactly `k` of them. Words are hashed eight bytes at a time and shingles are sums of
-word hashes. A sketch takes one pass over the shingles: each falls into one bin and each bin keeps its
+word hashes weighed by place. A sketch takes one pass over the shingles: each falls into one bin and each bin keeps its
 least value; empty bins borrow from others.
 
 Sources: Li, Owen and Zhang 2012, "One Permutation Hashing", https://arxiv.org/abs/1208.1259; Shrivastava 2017,
@@ -12,6 +12,7 @@ Sources: Li, Owen and Zhang 2012, "One Permutation Hashing", https://arxiv.org/a
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,6 @@ PAD = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLIER = np.uint64(0xBF58476D1CE4E5B9)  # an odd constant with well-mixed bits (splitmix64)
 SHIFT = np.uint64(31)
 HALF = np.uint64(32)
-LOW = np.uint64(0xFFFFFFFF)
 FULL = (1 << 64) - 1
 EMPTY = np.uint32(0xFFFFFFFF)
 CACHED_TEXTS = 512
@@ -35,6 +35,9 @@ WIDTH = 8
 """Bytes of a word hashed at once."""
 MASKS = np.array([(1 << 8 * n) - 1 for n in range(WIDTH + 1)], np.uint64)
 """The first `n` bytes of a little-endian number."""
+STOP = b"\xff "
+"""Stands for a word of padding until words are hashed; no text in UTF-8 has this byte."""
+CASE = np.uint8(ord("a") - ord("A"))
 ASCII_WORDS = bytes([ord(c.lower()) if c.isalnum() else 32 for c in map(chr, range(128))] + list(range(128, 256)))
 """What becomes of each byte: letters in lower case, digits, and a space for the rest of ASCII."""
 
@@ -51,25 +54,6 @@ def text_hashes(texts: Sequence[str]) -> U64:
     """64 bits of SHA-256 of each text."""
     digests = b"".join(hashlib.sha256(text.encode()).digest()[:8] for text in texts)
     return np.frombuffer(digests, dtype=">u8").astype(np.uint64)
-
-
-def word_arrays(texts: pa.Array) -> tuple[U64, I64]:
-    """Hash of every word of every text, and the offsets of the texts; case and punctuation are ignored."""
-    plain = pa.concat_arrays([_ascii_or_words(texts).cast(pa.large_string())])  # whole buffers, without an offset
-    offsets = np.frombuffer(plain.buffers()[1], np.int64)[: len(plain) + 1]
-    data = plain.buffers()[2]
-    size = int(offsets[-1]) if len(plain) else 0
-    raw = (data.to_pybytes()[:size] if data is not None else b"").translate(ASCII_WORDS)
-    starts, ends = _word_ends(np.frombuffer(raw, np.uint8), offsets)
-    words = _hash_words(np.frombuffer(raw + bytes(WIDTH), np.uint8), starts, ends)
-    return words, np.searchsorted(starts, offsets).astype(np.int64)
-
-
-def _ascii_or_words(texts: pa.Array) -> pa.Array:
-    """Texts of plain ASCII as they are; else in lower case, with spaces for all that is no letter and no digit."""
-    if pc.all(pc.string_is_ascii(texts)).as_py() is not False:
-        return texts
-    return only_words(texts)
 
 
 def only_words(texts: pa.Array) -> pa.Array:
@@ -89,66 +73,82 @@ def _translated(texts: pa.Array) -> pa.Array:
     return pa.Array.from_buffers(whole.type, len(whole), [valid, offsets, pa.py_buffer(words)], offset=whole.offset)
 
 
-def _word_ends(raw: NDArray[np.uint8], offsets: I64) -> tuple[I64, I64]:
-    """Where words begin and end; a word never reaches into the next text."""
-    inside = np.zeros(len(raw) + 2, bool)
-    inside[1:-1] = raw != 32
-    starts = inside[1:-1] & ~inside[:-2]
-    stops = inside[1:-1] & ~inside[2:]
-    edges = offsets[(offsets > 0) & (offsets < len(raw))]
-    starts[edges] = inside[1:-1][edges]
-    stops[edges - 1] = inside[1:-1][edges - 1]
-    return np.flatnonzero(starts), np.flatnonzero(stops) + 1
+def shingle(texts: pa.Array, words_each: int) -> Shingles:
+    """Hashes of the shingles of each text: words + `words_each` - 1 of them. Case and punctuation are ignored."""
+    pad = words_each - 1
+    raw, ends = _joined(texts, b" " + STOP * pad)
+    starts, stops, lower = _words_in(raw)
+    offsets = np.searchsorted(starts, ends).astype(np.int64)  # a text has its words and `pad` stops after them
+    words = np.full(pad + len(starts), PAD, np.uint64)
+    words[pad:] = _hash_words(lower, starts, stops - starts)
+    for stop in range(pad):  # the stops before a text are those after the one before it
+        words[offsets[1:] + stop] = PAD
+    rolled = words[pad:] * MULTIPLIER
+    for shift in reversed(range(pad)):
+        rolled += words[shift : shift + len(starts)]
+        rolled *= MULTIPLIER
+    return Shingles(mix(rolled), offsets)
 
 
-def _hash_words(raw: NDArray[np.uint8], starts: I64, ends: I64) -> U64:
+def _joined(texts: pa.Array, end: bytes) -> tuple[NDArray[np.uint8], I64]:
+    """The bytes of all texts, each with `end` after it, and the offsets of the texts in them."""
+    plain = texts if pc.all(pc.string_is_ascii(texts)).as_py() is not False else only_words(texts)
+    binary = pa.large_binary()
+    closed = [plain.cast(binary), pa.scalar(b"", binary), pa.scalar(end, binary)]
+    whole = pc.binary_join_element_wise(*closed, null_handling="replace")
+    offsets = np.frombuffer(whole.buffers()[1], np.int64)[: len(whole) + 1]
+    data = whole.buffers()[2]
+    return np.frombuffer(data if data is not None else b"", np.uint8)[: offsets[-1]], offsets
+
+
+def _words_in(raw: NDArray[np.uint8]) -> tuple[I64, I64, NDArray[np.uint8]]:
+    """Where words begin and end, and the bytes in lower case with `WIDTH` to spare. The last byte is in no word."""
+    lower = np.zeros(len(raw) + WIDTH, np.uint8)
+    small = lower[: len(raw)]
+    np.bitwise_or(raw, (~raw >> 2) & CASE, out=small)
+    inside = np.zeros(len(raw) + 1, bool)
+    within = inside[1:]
+    np.less(small - ord("a"), 26, out=within)
+    within |= raw - ord("0") < 10
+    within |= raw > 127
+    changes = np.flatnonzero(within != inside[:-1])
+    return changes[::2], changes[1::2], lower
+
+
+def _hash_words(raw: NDArray[np.uint8], starts: I64, lengths: I64) -> U64:
     """A hash of the bytes of each word; `raw` has `WIDTH` bytes to spare at its end."""
-    eights = np.lib.stride_tricks.as_strided(raw[:WIDTH].view("<u8"), (max(1, len(raw) - WIDTH + 1),), (1,))
-    lengths = ends - starts
-    words = mix((eights[starts] & MASKS[np.minimum(lengths, WIDTH)]) * MULTIPLIER + lengths.astype(np.uint64))
+    eights = np.lib.stride_tricks.as_strided(raw[:WIDTH].view("<u8"), (len(raw) - WIDTH + 1,), (1,))
+    words = eights[starts]
+    words &= MASKS.take(lengths, mode="clip")
+    words *= MULTIPLIER
+    words += lengths.view(np.uint64)
+    words = mix(words)
     longer = np.flatnonzero(lengths > WIDTH)
     done = WIDTH
     while len(longer):
-        left = np.minimum(lengths[longer] - done, WIDTH)
-        words[longer] = mix(words[longer] * MULTIPLIER + (eights[starts[longer] + done] & MASKS[left]))
+        rest = eights[starts[longer] + done] & MASKS.take(lengths[longer] - done, mode="clip")
+        words[longer] = mix(words[longer] * MULTIPLIER + rest)
         done += WIDTH
         longer = longer[lengths[longer] > done]
     return words
 
 
-def shingle(texts: pa.Array, words_each: int) -> Shingles:
-    """Hashes of the shingles of each text: words + `words_each` - 1 of them."""
-    words, offsets = word_arrays(texts)
-    pad = words_each - 1
-    lengths = np.diff(offsets)
-    starts = offsets[:-1] + pad * 2 * np.arange(len(lengths)) + pad  # where each text's words go
-    padded = np.full(len(words) + pad * 2 * len(lengths), PAD, dtype=np.uint64)
-    padded[np.arange(len(words)) + np.repeat(starts - offsets[:-1], lengths)] = words
-    size = len(padded) - pad
-    rolled = np.zeros(max(size, 0), dtype=np.uint64)
-    factor = MULTIPLIER
-    for shift in range(words_each if size > 0 else 0):
-        rolled += padded[shift : size + shift] * factor
-        factor = np.uint64(int(factor) * int(MULTIPLIER) & FULL | 1)
-    counts = lengths + pad
-    ends = np.cumsum(counts)
-    index = np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - pad - (ends - counts), counts)
-    return Shingles(mix(rolled[index]), np.concatenate([[0], ends]).astype(np.int64))
-
-
 def mix(values: U64) -> U64:
     """A bijection of 64 bits that spreads every input bit over all output bits."""
-    values = (values ^ (values >> SHIFT)) * MULTIPLIER
-    return values ^ (values >> SHIFT)
+    mixed = values >> SHIFT
+    mixed ^= values
+    mixed *= MULTIPLIER
+    mixed ^= mixed >> SHIFT
+    return mixed
 
 
 def sketch_column(texts: pa.Array, words_each: int, bins: int, seed: int) -> NDArray[np.uint32]:
     """Sketches [texts, bins] of a column, a part at a time that fits the processor's cache."""
-    parts = [
-        sketch(shingle(texts.slice(start, CACHED_TEXTS), words_each), bins, seed)
-        for start in range(0, len(texts), CACHED_TEXTS)
-    ]
-    return np.concatenate([np.zeros((0, bins), np.uint32), *parts])
+    sketches = np.empty((len(texts), bins), np.uint32)
+    for start in range(0, len(texts), CACHED_TEXTS):
+        part = slice(start, start + CACHED_TEXTS)
+        sketches[part] = sketch(shingle(texts[part], words_each), bins, seed)
+    return sketches
 
 
 def sketch(shingles: Shingles, bins: int, seed: int) -> NDArray[np.uint32]:
@@ -158,10 +158,14 @@ def sketch(shingles: Shingles, bins: int, seed: int) -> NDArray[np.uint32]:
     """
     number = len(shingles.offsets) - 1
     hashes = mix(shingles.hashes ^ np.uint64(seed * int(PAD) & FULL))
-    row = np.repeat(np.arange(number) * bins, np.diff(shingles.offsets))
-    place = row + ((hashes >> HALF) * np.uint64(bins) >> HALF).astype(np.int64)
+    values = np.minimum(hashes.astype(np.uint32), EMPTY - np.uint32(1))
+    hashes >>= HALF
+    hashes *= np.uint64(bins)
+    hashes >>= HALF
+    place = hashes.view(np.int64)
+    place += np.repeat(np.arange(number) * bins, np.diff(shingles.offsets))
     least = np.full(number * bins, EMPTY, np.uint32)
-    np.minimum.at(least, place, np.minimum(hashes & LOW, LOW - np.uint64(1)).astype(np.uint32))
+    np.minimum.at(least, place, values)
     return _densify(least.reshape(number, bins), seed)
 
 
@@ -171,19 +175,25 @@ def _densify(least: NDArray[np.uint32], seed: int) -> NDArray[np.uint32]:
     filled = least.copy()
     values, into = least.ravel(), filled.ravel()
     place = np.flatnonzero(values == EMPTY)
-    row = place // bins * bins
-    column = place - row
+    column = place % bins
+    row = place - column
     attempt = 0
     while len(place):
-        draws = mix(mix(np.arange(bins, dtype=np.uint64) + np.uint64(attempt * int(PAD) & FULL)) + np.uint64(seed))
-        drawn = (draws % np.uint64(bins)).astype(np.int64)
-        if attempt >= 8 * bins:  # the last resort of a tiny set: one after the other
-            drawn = (np.arange(bins) + attempt) % bins
-        into[place] = values[row + drawn[column]]
-        empty = into[place] == EMPTY
-        place, row, column = place[empty], row[empty], column[empty]
+        found = values.take(_draws(bins, seed, attempt).take(column) + row)
+        into[place] = found
+        empty = np.flatnonzero(found == EMPTY)
+        place, row, column = (of.take(empty) for of in (place, row, column))
         attempt += 1
     return filled
+
+
+@cache
+def _draws(bins: int, seed: int, attempt: int) -> I64:
+    """Which bin each bin borrows from."""
+    if attempt >= 8 * bins:  # the last resort of a tiny set: one after the other
+        return (np.arange(bins) + attempt) % bins
+    draws = mix(mix(np.arange(bins, dtype=np.uint64) + np.uint64(attempt * int(PAD) & FULL)) + np.uint64(seed))
+    return (draws % np.uint64(bins)).astype(np.int64)
 
 
 def band_keys(sketches: NDArray[np.uint32], bands: int, salt: U64) -> U64:

@@ -107,18 +107,14 @@ def _low_bytes(matrix: NDArray[np.uint32], rows: I64) -> NDArray[np.uint8]:
 
 
 def _shared(keys: U64) -> I64:
-    """Indexes of all keys that occur more than once, and of a few others: most keys are alone and need no sorting.
-
-    Keys write their index into a slot; whoever finds another's there, and whoever wrote last, shares the slot.
-    """
-    slots = (keys & np.uint64((1 << int(len(keys) * SLOTS_PER_KEY).bit_length()) - 1)).astype(np.int64)
-    owner = np.zeros(int(slots.max(initial=0)) + 1, np.int32)
-    numbers = np.arange(len(keys), dtype=np.int32)
-    owner[slots] = numbers
-    overwritten = owner[slots] != numbers
-    crowded = np.zeros(len(owner), bool)
-    crowded[slots[overwritten]] = True
-    return np.flatnonzero(crowded[slots])
+    """Indexes of all keys that occur more than once, and of a few others: most keys are alone, and to sort bare numbers
+    takes a fraction of what it takes to sort their places."""
+    ordered = np.sort(keys)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    slots = np.uint64((1 << int(len(keys) * SLOTS_PER_KEY).bit_length()) - 1)
+    taken = np.zeros(int(slots) + 1, bool)
+    taken[(twice & slots).astype(np.int64)] = True
+    return np.flatnonzero(taken[(keys & slots).astype(np.int64)])
 
 
 def _distinct_pairs(one: U64, other: U64) -> pa.Table:

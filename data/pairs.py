@@ -154,8 +154,13 @@ def _examples_of(rows: list[Row], settings: CurationSettings, dropped: Dropped) 
 def _without_repeats(examples: list[Row]) -> tuple[list[Row], int]:
     """Each example once: several people may write the same correction. The heaviest stays."""
     by_content: dict[tuple[Any, ...], Row] = {}
+    known: dict[str, str] = {}  # most texts are in several examples
+
+    def plain(text: str) -> str:
+        return known[text] if text in known else known.setdefault(text, normalise_text(text))
+
     for example in examples:
-        texts = (normalise_text(example.get(name) or "") for name in ("messages", "prompt", *ANSWERS))
+        texts = ((name, plain(text)) for name in ("messages", "prompt", *ANSWERS) if (text := example.get(name)))
         key = (example["kind"], example.get("label"), *texts)
         kept = by_content.setdefault(key, example)
         if example["weight"] > kept["weight"]:

@@ -87,7 +87,9 @@ def sum_counts(lines: Iterable[str], order: list[str]) -> list[StageCount]:
 def rows_of(table: pa.Table) -> Iterator[Row]:
     """The rows as dicts, a few at a time: memory that is soon used again costs no page fault."""
     for batch in table.to_batches(max_chunksize=ROWS_AT_ONCE):
-        yield from batch.to_pylist()
+        names = batch.schema.names
+        for values in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            yield dict(zip(names, values, strict=True))
 
 
 def table_of(rows: Iterable[Row], schema: pa.Schema) -> pa.Table:

@@ -53,9 +53,7 @@ def demo(
 def exit_code(found: "Findings") -> int:
     """0 when it ended as it should: promoted and the damaged version caught, or, on shuffled feedback, nothing
     promoted. Else 3: every part worked, but the statistics of this seed decided otherwise."""
-    if found.shuffled:
-        return 0 if found.promoted is None else INCONCLUSIVE
-    return 0 if found.promoted and found.rolled_back else INCONCLUSIVE
+    return INCONCLUSIVE if found.inconclusive else 0
 
 
 def _show(found: Any, paths: dict[str, Path], story: Any, outcome: str) -> None:

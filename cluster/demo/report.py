@@ -50,6 +50,8 @@ class Findings:
     rolled_back_reason: str = ""
     why_not: str = ""
     """Why nothing was promoted, where nothing was."""
+    why_kept: str = ""
+    """Why the damaged version was not rolled back, where it was not."""
     loop_seconds: float = 0.0
     stages: dict[str, float] = field(default_factory=dict)
     urls: dict[str, str] = field(default_factory=dict)
@@ -57,6 +59,15 @@ class Findings:
     def row(self, name: str) -> Row | None:
         """The line of the table with this name."""
         return next((row for row in self.rows if row.name == name), None)
+
+    @property
+    def inconclusive(self) -> str:
+        """Why the run shows nothing although every part worked; empty where it ended as it should."""
+        if self.shuffled:
+            return f"{self.promoted} was promoted on shuffled feedback" if self.promoted else ""
+        if self.promoted is None:
+            return f"nothing was promoted: {self.why_not}"
+        return "" if self.rolled_back else f"the damaged version was not rolled back: {self.why_kept}"
 
     def summary(self) -> dict[str, Any]:
         """The content of `summary.json`."""
@@ -75,6 +86,7 @@ class Findings:
             ],
             "why_not_promoted": self.why_not or None,
             "rolled_back_reason": self.rolled_back_reason or None,
+            "inconclusive": self.inconclusive or None,
             "simulated": self.simulated,
             "urls": self.urls,
         }
@@ -116,6 +128,8 @@ def outcome(findings: Findings) -> str:
         sentence += f": {100 * before:.1f} % → {100 * after:.1f} % right on alerts nothing had seen"
     if findings.rolled_back:
         sentence += f". The damaged {findings.rolled_back} was rolled back: {findings.rolled_back_reason}"
+    elif findings.why_kept:
+        sentence += f". The damaged version was not rolled back: {findings.why_kept}"
     return sentence + "."
 
 

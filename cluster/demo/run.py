@@ -205,6 +205,8 @@ class Demo:
             self.adapters["damaged"], self.versions["damaged"] = folder, damaged
             if end["state"] == "rolled_back":
                 self.findings.rolled_back, self.findings.rolled_back_reason = damaged, end["reason"]
+            else:
+                self.findings.why_kept = f"the rollout of {damaged} ended {end['state']}: {end['reason']}"
             stage.found(f"{damaged} {end['state']}: {end['reason']}")
 
     def measure_held_out(self) -> None:

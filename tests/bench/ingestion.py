@@ -70,6 +70,7 @@ def make_items(count: int) -> list[dict[str, Any]]:
 async def serve(url: str, home: str) -> None:
     """The intake behind a small HTTP server; prints its port."""
     settings = load_settings(home=home, database={"url": url}, **ON)[0]
+    sys.setswitchinterval(settings.serve.switch_interval_ms / 1000)  # as a router's process does
     intake = Intake(GroupCommit(EventLog(connect(settings)), settings.log), settings)
     identity = Identity("default", "default")
 

@@ -28,7 +28,7 @@ def run(seed: int, home: Path, *more: str) -> dict[str, Any]:
 def faults(found: dict[str, Any], points: float, within_s: float) -> list[str]:
     """What a run with true feedback misses."""
     if found["exit_code"]:
-        return [f"exit code {found['exit_code']}: {found.get('why_not_promoted')}"]
+        return [f"exit code {found['exit_code']}: {found.get('inconclusive')}"]
     gained = 100 * (found["promoted_accuracy"] - found["base_accuracy"])
     told = [] if gained >= points else [f"only {gained:.1f} points gained"]
     return told + ([] if found["loop_seconds"] <= within_s else [f"the loop took {found['loop_seconds']:.0f} s"])

@@ -91,10 +91,10 @@ def upstream() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def rayloop(upstream_url: str, home: Path, ingress: str) -> Iterator[Way]:
+def rayloop(upstream_url: str, home: Path, ingress: str, replicas: int = 1) -> Iterator[Way]:
     """Rayloop with everything on: keys, a sticky split, capture."""
     serve = {
-        "port": 0, "applications": ["gateway"], "ingress": ingress,
+        "port": 0, "applications": ["gateway"], "ingress": ingress, "router_replicas": replicas,
         "engines": {"local": {"base_url": upstream_url.removesuffix("/v1")}}, "allowed_hosts": ["127.0.0.1"],
         "open_metrics": True,
     }  # fmt: skip

@@ -33,12 +33,20 @@ def test_healthy_preference_run_is_quiet() -> None:
         healthy.observe(
             step, {"loss": 0.7 - step / 400, "rewards/chosen": -0.002 * step, "rewards/margins": 0.02 * step}
         )
+    first, last = healthy.history[:3], healthy.history[3:]
+    assert [row["chosen"] for row in first] == pytest.approx([0.0, -0.002, -0.004])
+    assert [row["margin"] for row in last] == pytest.approx([3.94, 3.96, 3.98])  # steps 197 to 199
+    with pytest.raises(HealthGateError, match=r"lost 1\.33 nats a token by step 200"):  # it had not stopped looking
+        healthy.observe(200, {"rewards/chosen": -3.2, "rewards/margins": 4.0})
 
 
 def test_falling_chosen_without_growing_margin_is_another_matter() -> None:
     stuck = watch()
     for step in range(20):
         stuck.observe(step, {"rewards/chosen": -5.0, "rewards/margins": 0.0})
+    assert stuck.history == [{"chosen": -5.0, "margin": 0.0}] * 6  # 5 nats a token lost, and no margin that grew
+    with pytest.raises(HealthGateError, match=r"lost 5\.00 nats a token by step 20 while the margin grew"):
+        stuck.observe(20, {"rewards/chosen": -5.0, "rewards/margins": 0.1})
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm", "eval_loss"])
@@ -69,6 +77,9 @@ def test_answers_that_were_long_from_the_start_are_no_drift() -> None:
     verbose = watch()
     verbose.observe_length(0, 30.0)
     verbose.observe_length(10, 32.0)
+    assert verbose.start_length_ratio == 3.0  # of the 10 tokens of the reference answers
+    with pytest.raises(HealthGateError, match=r"drifted to 6\.0 times .* \(3\.0 at the start\)"):
+        verbose.observe_length(20, 60.0)
 
 
 def test_unchanged_adapter_is_an_error_and_a_faint_one_a_warning() -> None:
@@ -104,12 +115,20 @@ def test_many_flat_groups_and_a_solved_task_are_healthy(share: float, reward: fl
     healthy = watch()
     for step in range(100):
         healthy.observe(step, group(share, reward))
+    assert healthy.groups == [{"flat": share, "abstained": 0.0, "reward": reward}] * 6
+    with pytest.raises(HealthGateError, match="no advantage left"):
+        for step in range(100, 106):
+            healthy.observe(step, group(1.0))
 
 
 def test_flat_batches_among_others_are_no_trend() -> None:
     uneven = watch()
     for step in range(100):
         uneven.observe(step, group(1.0 if step % 3 else 0.4))
+    assert [row["flat"] for row in uneven.groups] == [1.0, 1.0, 0.4, 1.0, 1.0, 0.4]  # steps 94 to 99: 0.8 in the mean
+    with pytest.raises(HealthGateError, match="no advantage left"):
+        for step in range(100, 106):
+            uneven.observe(step, group(1.0))
 
 
 def test_grader_that_keeps_abstaining_stops_the_run() -> None:

@@ -51,20 +51,29 @@ def test_summary_has_the_promised_fields(findings: Findings) -> None:
     )
 
 
+NOTHING = {"promoted": None, "rolled_back": None}
+
+
 @pytest.mark.parametrize(
-    ("change", "code"),
+    ("change", "code", "why"),
     [
-        ({}, 0),
-        ({"promoted": None}, 3),
-        ({"rolled_back": None}, 3),
-        ({"shuffled": True}, 3),
-        ({"shuffled": True, "promoted": None, "rolled_back": None}, 0),
+        ({}, 0, None),
+        ({**NOTHING, "why_not": "no version passed"}, 3, "nothing was promoted: no version passed"),
+        (
+            {"rolled_back": None, "why_kept": "the rollout of triage/5 ended undecided: the time was up"},
+            3,
+            "the damaged version was not rolled back: the rollout of triage/5 ended undecided: the time was up",
+        ),
+        ({"shuffled": True}, 3, "triage/2 was promoted on shuffled feedback"),
+        ({"shuffled": True, **NOTHING}, 0, None),
     ],
 )
-def test_exit_code_tells_an_undecided_demo_from_a_good_one(
-    findings: Findings, change: dict[str, Any], code: int
+def test_exit_code_and_summary_tell_an_undecided_demo_from_a_good_one(
+    findings: Findings, change: dict[str, Any], code: int, why: str | None
 ) -> None:
-    assert exit_code(replace(findings, **change)) == code
+    found = replace(findings, **change)
+    assert exit_code(found) == code
+    assert found.summary()["inconclusive"] == why
 
 
 def test_summary_of_a_run_that_promoted_nothing(findings: Findings) -> None:
