@@ -215,9 +215,9 @@ class _Curation:
         if not blocks:
             return []
         ray.wait(list(blocks), num_returns=len(blocks), fetch_local=False)  # a task that waits would hold a worker
-        numbers = [{"block": number} for number in range(len(blocks))]
-        dataset = ray.data.from_items(numbers, override_num_blocks=len(blocks)).map_batches(
-            partial(_apply_to, blocks=list(blocks), functions=functions),
+        # A reference inside of the function would keep its block until the whole job has ended.
+        dataset = ray.data.from_arrow_refs(list(blocks)).map_batches(
+            partial(_apply, functions=functions),
             batch_format="pyarrow",
             batch_size=None,
             zero_copy_batch=True,
@@ -384,11 +384,6 @@ def _apply(block: Any, functions: Sequence[Callable[[Any], Any]]) -> pa.Table:
         for function in functions:
             block = function(block)
         return block
-
-
-def _apply_to(table: pa.Table, blocks: Blocks, functions: Sequence[Callable[[Any], Any]]) -> pa.Table:
-    """`_apply` to the blocks whose numbers are in the rows."""
-    return pa.concat_tables([_apply(ray.get(blocks[number]), functions) for number in table["block"].to_pylist()])
 
 
 @contextmanager

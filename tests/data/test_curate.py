@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from cluster.database import connect
 from cluster.errors import DatasetError, InputError, NotFoundError
@@ -79,6 +81,12 @@ def dataset(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tupl
     EventLog(engine).append(events)
     engine.dispose()
     return settings, curate(settings, agent="triage", parallelism=2)
+
+
+def references() -> set[bytes]:
+    """The objects that this process keeps in Ray's store."""
+    gc.collect()
+    return set(ray._private.worker.global_worker.core_worker.get_all_reference_counts())
 
 
 @pytest.mark.ray
