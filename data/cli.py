@@ -182,7 +182,7 @@ def calibration(config: ConfigOption = None, json_output: JsonOption = False) ->
     settings = command_settings(config)
     found = calibrate(connect(settings), settings)
     if json_output:
-        print_json(found.as_dict() | {"rewards": found.ascommand_settings()})
+        print_json(found.as_dict() | {"rewards": found.as_settings()})
     else:
         print(to_text(found))
 

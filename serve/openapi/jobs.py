@@ -177,7 +177,7 @@ def _hyperparameters(kind: str) -> Schema:
         for name in HYPERPARAMETERS[kind]
         if name not in MEANINGLESS
     }
-    values = {name: {"anyOf": [{"const": AUTO}, number]} for name, number in numbers.items()}
+    values: dict[str, Schema] = {name: {"anyOf": [{"const": AUTO}, number]} for name, number in numbers.items()}
     values |= {name: {"const": AUTO} for name in HYPERPARAMETERS[kind] if name in MEANINGLESS}
     return {"type": "object", "properties": values, "additionalProperties": False}
 

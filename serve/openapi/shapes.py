@@ -110,7 +110,8 @@ def listed(one: Schema) -> Schema:
 def page(one: Schema) -> Schema:
     """One page of a list."""
     ends = {"has_more": FLAG, "first_id": maybe(TEXT), "last_id": maybe(TEXT)}
-    return closed({"object": {"const": "list"}, "data": {"type": "array", "items": one}} | ends)
+    properties: dict[str, Schema] = {"object": {"const": "list"}, "data": {"type": "array", "items": one}}
+    return closed(properties | ends)
 
 
 def maybe(schema: Schema) -> Schema:
