@@ -4,7 +4,7 @@ import fcntl
 import logging
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -211,73 +211,3 @@ def _file_lock(engine: Engine, name: str) -> Iterator[Any]:
             return True
 
         yield take
-
-
-def remove_traces(engine: Engine, tables: Sequence[str], wait_s: float) -> str:
-    """Take deleted bytes off the disk: no page and no write-ahead log of SQLite keeps them.
-
-    SQLite overwrites what is deleted (`secure_delete`), so its log is emptied into the file. PostgreSQL
-    leaves deleted rows in their pages: `tables` are rewritten, which locks each for as long as that takes, and its
-    write-ahead log begins a new segment, as far as the role may ask for that; archives and backups age by the
-    server's settings. Returns what became of the write-ahead log, for people.
-
-    Raises:
-        UnavailableError: within `wait_s`, readers of SQLite do not let go of its log, or transactions of
-            PostgreSQL that may still see what was deleted do not end.
-    """
-    deadline = time.monotonic() + wait_s
-    if is_postgres(engine):
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            if tables:
-                _wait_for_older_snapshots(connection, deadline)
-            for table in tables:
-                connection.execute(sa.text(f"VACUUM (FULL, ANALYZE) {table}"))
-            if tables:  # the planner's statistics quote common values; a role that may not do this gets a warning
-                _wait_for_older_snapshots(connection, deadline)
-                connection.execute(sa.text("VACUUM FULL pg_catalog.pg_statistic"))
-            return _end_segment(connection)
-    while not _empty_write_ahead_log(engine):
-        if time.monotonic() >= deadline:
-            raise UnavailableError(
-                f"the write-ahead log of {engine.url.database} is held by a reader and keeps deleted bytes; try again"
-            )
-        time.sleep(POLL_S)
-    return "emptied"
-
-
-def _end_segment(connection: sa.Connection) -> str:
-    """Have PostgreSQL need its write-ahead log up to here no more."""
-    try:
-        for statement in ("SELECT pg_switch_wal()", "CHECKPOINT"):
-            connection.execute(sa.text(statement))
-    except sa.exc.ProgrammingError as error:
-        return f"left to the server's settings ({str(error.orig).splitlines()[0]})"
-    return "ended; segments before it are overwritten as the server reuses them"
-
-
-OLDER_SNAPSHOTS = sa.text(
-    "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() "
-    "AND age(backend_xmin) > age(CAST(CAST(:now AS text) AS xid))"
-)
-
-
-def _wait_for_older_snapshots(connection: sa.Connection, deadline: float) -> None:
-    """Return when nobody sees the database as it was before this call: for them a rewrite would keep what is gone."""
-    now = connection.execute(sa.text("SELECT pg_snapshot_xmax(pg_current_snapshot())::xid::text")).scalar()
-    while pids := connection.execute(OLDER_SNAPSHOTS, {"now": now}).scalars().all():
-        if time.monotonic() >= deadline:
-            shown = ", ".join(map(str, pids))
-            raise UnavailableError(f"open transactions (process {shown} of PostgreSQL) keep deleted rows; try again")
-        time.sleep(POLL_S)
-
-
-def _empty_write_ahead_log(engine: Engine) -> bool:
-    connection = engine.raw_connection()
-    try:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        (busy, *_) = cursor.fetchall()[0]
-        cursor.close()
-        return not busy
-    finally:
-        connection.close()

@@ -11,7 +11,6 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -19,10 +18,13 @@ from cluster.errors import DatasetError, InputError
 from cluster.settings import Settings
 from cluster.settings.curation import ArchetypeSettings
 from data.detectors.topics import content_terms, fit_topics
-from data.events import Message
+from data.events import Event
+from data.interaction_bodies import Message
 from data.log import EventLog
 from data.template import content_text
 
+TOOL = "tool:"
+LEAST_AGENTS = 2  # of fewer nothing is alike
 Z = 1.96  # normal quantile of a 95 % interval
 
 
@@ -37,6 +39,13 @@ class Profile:
     judged: int = 0
     asked: list[str] = field(default_factory=list)
     """Some questions, the first ones."""
+    askers: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Who asked with a term; some of them, where many did."""
+
+    def keep_terms(self, least_users: int) -> None:
+        """Forget the terms that too few people used: they may be about one of them."""
+        self.terms = Counter({t: n for t, n in self.terms.items() if _is_tool(t) or len(self.askers[t]) >= least_users})
+        self.askers.clear()
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -76,17 +85,24 @@ def profiles(log: EventLog, settings: Settings) -> list[Profile]:
             continue
         if event.kind == "interaction" and event.agent is not None:
             agent_of[event.interaction_id] = event.agent
-            _asked(found.setdefault(event.agent, Profile(event.agent)), event.body, limits)
+            _asked(found.setdefault(event.agent, Profile(event.agent)), event, limits)
         elif event.kind == "feedback" and event.body.get("source") == "explicit" and event.body.get("reward"):
             agent = event.agent or agent_of.get(event.interaction_id)
             if agent is not None:
                 profile = found.setdefault(agent, Profile(agent))
                 profile.judged += 1
                 profile.good += event.body["reward"] > 0
+    for profile in found.values():
+        profile.keep_terms(limits.term_users)
     return [found[name] for name in sorted(found) if found[name].interactions >= limits.min_interactions]
 
 
-def _asked(profile: Profile, body: dict[str, Any], limits: ArchetypeSettings) -> None:
+def _is_tool(term: str) -> bool:
+    return term.startswith(TOOL)
+
+
+def _asked(profile: Profile, event: Event, limits: ArchetypeSettings) -> None:
+    body, asker = event.body, event.user_id or event.session_id or event.event_id
     profile.interactions += 1
     if len(profile.asked) >= limits.questions_per_agent:
         return
@@ -94,7 +110,11 @@ def _asked(profile: Profile, body: dict[str, Any], limits: ArchetypeSettings) ->
     question = " ".join(content_text(message) for message in messages if message["role"] == "user")
     tools = [tool.get("function", {}).get("name", "") for tool in body.get("tools") or []]
     profile.asked.append(question)
-    profile.terms.update([*set(content_terms(question)), *(f"tool:{name}" for name in tools if name)])
+    used = set(content_terms(question))
+    for term in used:
+        if len(profile.askers[term]) < limits.term_users:
+            profile.askers[term].add(asker)
+    profile.terms.update([*used, *(f"{TOOL}{name}" for name in tools if name)])
 
 
 def cluster_agents(found: Sequence[Profile], settings: ArchetypeSettings) -> list[Archetype]:
@@ -103,7 +123,7 @@ def cluster_agents(found: Sequence[Profile], settings: ArchetypeSettings) -> lis
     Raises:
         DatasetError: fewer than two agents are known well enough.
     """
-    if len(found) < 2:
+    if len(found) < LEAST_AGENTS:
         raise DatasetError(f"{len(found)} agents have enough interactions; archetypes need two or more")
     number = min(settings.number or max(1, round(math.sqrt(len(found) / 2))), len(found))
     texts = [" ".join(profile.terms.elements()) for profile in found]
@@ -172,14 +192,18 @@ def archetype_of(profile: Profile, rules: Sequence[Archetype]) -> str:
     return pinned or nearest({t: n / max(1, profile.interactions) for t, n in profile.terms.items()}, rules)
 
 
-def report(found: Sequence[Profile], rules: Sequence[Archetype]) -> str:
-    """Markdown: the agents of each archetype with their evidence, and transfers worth trying."""
+def groups_of(found: Sequence[Profile], rules: Sequence[Archetype]) -> dict[str, list[Profile]]:
+    """The agents of each archetype that has any, those first whose users are surely the most content."""
     groups: dict[str, list[Profile]] = defaultdict(list)
     for profile in found:
         groups[archetype_of(profile, rules)].append(profile)
+    return {name: sorted(groups[name], key=lambda p: (-p.interval[0], p.agent)) for name in sorted(groups)}
+
+
+def report(found: Sequence[Profile], rules: Sequence[Archetype]) -> str:
+    """Markdown: the agents of each archetype with their evidence, and transfers worth trying."""
     lines = ["# Archetypes"]
-    for name in sorted(groups):
-        members = sorted(groups[name], key=lambda p: (-p.interval[0], p.agent))
+    for name, members in groups_of(found, rules).items():
         lines += ["", f"## {name}", "", "| agent | interactions | judged | good | 95 % interval |"]
         lines.append("|---|---|---|---|---|")
         lines += [_member_line(profile) for profile in members]

@@ -7,9 +7,10 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.settings.curation import BalanceSettings
+from cluster.settings.curation import BalanceSettings, DetectorSettings
 from data.dedup import question_text
-from data.detectors.topics import TopicModel, fit_topics
+from data.detectors.make import topics_of
+from data.detectors.topics import TopicModel
 from data.stages import Dropped, with_column
 
 LONG_ANSWER_WORDS = 400  # an answer of this length counts as long
@@ -30,11 +31,11 @@ def least_nodes(rows: pa.Table, most: int) -> pa.Table:
     return once.take(pc.sort_indices(once, [("node", "ascending")])[:most])
 
 
-def fit(samples: Iterable[pa.Table], settings: BalanceSettings) -> TopicModel:
+def fit(samples: Iterable[pa.Table], settings: BalanceSettings, named: DetectorSettings) -> TopicModel:
     """The topics of all blocks, from each one's sample."""
     empty = pa.table({"node": pa.array([], pa.uint64()), "question": pa.array([], pa.string())})
     rows = least_nodes(pa.concat_tables([empty, *samples]), settings.topic_sample)
-    return fit_topics(rows["question"].to_pylist(), settings.topics)
+    return topics_of(rows["question"].to_pylist(), settings.topics, named)
 
 
 def add_topics(table: pa.Table, model: TopicModel) -> pa.Table:

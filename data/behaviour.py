@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cluster.settings import Settings
+from data.detectors.make import similarity_by
 from data.events import Event
 from data.feedback import reward
 from data.implicit import signals_of
@@ -57,9 +58,10 @@ def _signals(table: pa.Table, settings: Settings, weights: Mapping[str, float]) 
     for row in rows:
         sessions[row["session_key"]].append(row)
     found: dict[str, list[Any]] = {}
+    alike = similarity_by(settings.curation.detectors)
     for members in sessions.values():
         if any(row["behaviours"] != "[]" for row in members) or len(members) > 1:
-            found |= signals_of([event for row in members for event in events_of_row(row, settings)], settings)
+            found |= signals_of([event for row in members for event in events_of_row(row, settings)], settings, alike)
     return [_with_implicit(row, found.get(row["interaction_id"], []), settings, weights) for row in rows]
 
 

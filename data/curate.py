@@ -5,14 +5,11 @@ must be together for it, and carries the few small things that all blocks must k
 which questions are near duplicates, which topics are over-full.
 """
 
-import gc
 import logging
-import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,12 +23,13 @@ import ray.data
 from cluster.clock import now_us, to_iso
 from cluster.database import connect
 from cluster.errors import DatasetError
-from cluster.runtime import RaySession, ray_session
+from cluster.runtime import ray_session
 from cluster.settings import Settings
 from cluster.settings.curation import CurationSettings
 from data import augment, dedup, keep, manifest, voters, weigh
 from data import balance as balancing
 from data.behaviour import add_implicit_signals
+from data.blocks import apply, of_rows, read_each, with_rows, without_counts
 from data.calibration import fit
 from data.card import dataset_card, draw_plots
 from data.detectors.make import detectors
@@ -46,6 +44,7 @@ from data.mlflow_datasets import log_to_mlflow, mlflow_warming_up
 from data.near_parts import clusters_of
 from data.pairs import make_examples
 from data.publish import check_usable, publish
+from data.ray_data import quiet_ray_data, task_cpus
 from data.score import score
 from data.scrub import scrub
 from data.signal_pairs import PAIRS, from_table, pairs_of_rows, sample
@@ -102,7 +101,7 @@ def curate(
         sources = describe_sources(engine, blocks)
         sketch_files(settings)  # refuses before anything is computed
         root = manifest.datasets_root(settings, out)
-        with mlflow_warming_up(settings), ray_session(settings) as session, _quiet_ray_data():
+        with mlflow_warming_up(settings), ray_session(settings) as session, quiet_ray_data():
             traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
             named = partial(publish, engine, settings, erased)
             cpus = task_cpus(settings, session)
@@ -217,27 +216,27 @@ class _Curation:
         ray.wait(list(blocks), num_returns=len(blocks), fetch_local=False)  # a task that waits would hold a worker
         # A reference inside of the function would keep its block until the whole job has ended.
         dataset = ray.data.from_arrow_refs(list(blocks)).map_batches(
-            partial(_apply, functions=functions),
+            partial(apply, functions=functions),
             batch_format="pyarrow",
             batch_size=None,
             zero_copy_batch=True,
             num_cpus=self.cpus,
         )
-        return _with_rows(dataset)
+        return with_rows(dataset)
 
     def _together(self, blocks: Sequence[Any], key: str, *first: Callable[[Any], pa.Table]) -> list[Any]:
         """What functions make of each block, then all rows of a key in one block."""
-        before = partial(_apply, functions=first) if first else None
+        before = partial(apply, functions=first) if first else None
         return exchange(blocks, key, len(self.blocks), self.cpus, before)
 
     def _each(self, blocks: Blocks, function: Callable[..., Any], *shared: Any) -> list[Any]:
         """References to what a function makes of the rows of each block."""
-        return each(blocks, _of_rows, function, *shared, num_cpus=self.cpus)
+        return each(blocks, of_rows, function, *shared, num_cpus=self.cpus)
 
     def _calibrate(self, joined: Blocks) -> None:
         """What implicit signals are worth, from a sample of the interactions with both kinds of sign."""
         pairs = PAIRS.empty_table()
-        for table in _read_each(self._each(joined, partial(pairs_of_rows, settings=self.settings))):
+        for table in read_each(self._each(joined, partial(pairs_of_rows, settings=self.settings))):
             pairs = sample(pa.concat_tables([pairs, table]), self.settings.calibration.max_rows)
         if len(pairs):
             fitted = fit(from_table(pairs), self.settings)
@@ -255,10 +254,10 @@ class _Curation:
         config = self.settings.curation.weigh
         pairs = self._each(joined, partial(voters.pairs_of_voters, most=config.together_voters))
         met = exchange(pairs, "first", len(self.blocks), self.cpus)
-        tables = list(_read_each(each(met, voters.frequent, config, num_cpus=self.cpus)))
+        tables = list(read_each(each(met, voters.frequent, config, num_cpus=self.cpus)))
         if not (users := voters.users_in(tables)):
             return {}
-        counted = _read_each(self._each(joined, partial(voters.answers_voted_on, users=users)))
+        counted = read_each(self._each(joined, partial(voters.answers_voted_on, users=users)))
         return voters.groups_of(tables, sum(counted, Counter()), config)
 
     def _vote_factors(self, joined: Blocks, groups: dict[str, str]) -> dict[str, dict[str, float]]:
@@ -267,11 +266,11 @@ class _Curation:
         count = partial(weigh.count_votes, settings=config, groups=groups)
         days = exchange(self._each(joined, count), "user", len(self.blocks), self.cpus)
         totals = each(days, partial(weigh.user_totals, votes_per_day=config.votes_per_day), num_cpus=self.cpus)
-        return weigh.exceptions(_read_each(totals), config.dataset_share)
+        return weigh.exceptions(read_each(totals), config.dataset_share)
 
     def _best(self, rows: Blocks) -> list[Any]:
         """The best interactions of all agents, as many as are kept."""
-        least = keep.least_kept(_read_each(self._each(rows, keep.ranks)), self.settings.curation.whole_kept)
+        least = keep.least_kept(read_each(self._each(rows, keep.ranks)), self.settings.curation.whole_kept)
         return self._map(rows, Stage("keep", partial(keep.keep_best, least=least)))
 
     def _clusters(self, rows: Blocks) -> tuple[list[Any], Any]:
@@ -288,23 +287,24 @@ class _Curation:
         """Examples with their topic, from one model fitted on a sample of all blocks."""
         config = self.settings.curation.balance
         sample = partial(balancing.sample_questions, most=config.topic_sample)
-        model = balancing.fit(_read_each(self._each(examples, sample)), config)
+        named = self.settings.curation.detectors
+        model = balancing.fit(read_each(self._each(examples, sample)), config, named)
         self.topics = model.names
         return self._map(examples, partial(_add_topics, model=ray.put(model)))
 
     def _topic_factors(self, examples: Blocks) -> dict[int, float]:
-        blocks = list(_read_each(self._each(examples, balancing.topic_weights)))
+        blocks = list(read_each(self._each(examples, balancing.topic_weights)))
         self.topic_shares = balancing.topic_shares(blocks, self.topics)
         return balancing.topic_factors(blocks, self.settings.curation.balance)
 
     def _damage_limit(self, examples: Blocks) -> float:
         config = self.settings.curation.augment
         due = self._each(examples, partial(augment.pairs_due, settings=config))
-        return augment.damage_limit(_read_each(due), config)
+        return augment.damage_limit(read_each(due), config)
 
     def _write(self, final: Blocks, sketches: Sequence[Any]) -> Manifest:
         """Shards, card and manifest in a folder beside, then renamed into place."""
-        found = list(_read_each(each(final, summary_of, num_cpus=self.cpus)))
+        found = list(read_each(each(final, summary_of, num_cpus=self.cpus)))
         stages = sum_counts((line for one in found for line in one.counts), list(STAGES))
         sizes = dict(sorted(sum((one.sizes for one in found), Counter()).items()))
         counts = manifest.count_table([(kind, split, n) for (kind, split), n in sizes.items()])
@@ -317,7 +317,7 @@ class _Curation:
             plots = draw_plots(made, (one.histograms for one in found), building)
             (building / "card.md").write_text(dataset_card(made, plots))
             tested = np.concatenate([one.tested for one in found])
-            kept = _read_each(each(sketches, dedup.sketches_of_nodes, tested, num_cpus=self.cpus))
+            kept = read_each(each(sketches, dedup.sketches_of_nodes, tested, num_cpus=self.cpus))
             keep_sketches(self.settings, made.dataset_id, kept)
             return self.publish(building, self.root, made)
         finally:
@@ -325,9 +325,9 @@ class _Curation:
 
     def _write_shards(self, final: Blocks, folder: Path, sizes: dict[tuple[str, str], int]) -> list[Shard]:
         number = {key: -(-n // self.settings.curation.shard_rows) for key, n in sizes.items()}
-        named = self._together(final, "shard", _without_counts, partial(_name_shards, number=number))
+        named = self._together(final, "shard", without_counts, partial(_name_shards, number=number))
         written = each(named, manifest.write_shards, folder, num_cpus=self.cpus)
-        rows = [row for table in _read_each(written) for row in table.to_pylist()]
+        rows = [row for table in read_each(written) for row in table.to_pylist()]
         return sorted((Shard(**row) for row in rows), key=lambda shard: shard.path)
 
     def _manifest(
@@ -354,65 +354,8 @@ class _Curation:
         )
 
 
-def task_cpus(settings: Settings, session: RaySession) -> float:
-    """Logical CPUs of one task: a core's share of a cluster that is here for curation alone, else the setting."""
-    if not session.started:
-        return settings.curation.stage_cpus
-    return max(1.0, settings.ray.num_cpus / (os.cpu_count() or 1))
-
-
-@contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Ray Data without bars, and with blocks that are never cut: the rows of a key must stay together."""
-    context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.target_max_block_size
-    loggers = {"ray.data": logging.ERROR, "ray.data._internal.progress": logging.ERROR}
-    levels = {name: logging.getLogger(name).level for name in loggers}
-    context.enable_progress_bars, context.target_max_block_size = False, None
-    try:
-        for name, level in loggers.items():
-            logging.getLogger(name).setLevel(level)
-        yield
-    finally:
-        context.enable_progress_bars, context.target_max_block_size = before
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
-def _apply(block: Any, functions: Sequence[Callable[[Any], Any]]) -> pa.Table:
-    with _no_collection():
-        for function in functions:
-            block = function(block)
-        return block
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Rows are lists and dicts without cycles, by the hundred thousand: looking for cycles cost a third of the time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def _without_counts(table: pa.Table) -> pa.Table:
-    return split_counts(table)[0]
-
-
 def _filter(table: pa.Table, settings: CurationSettings, asked: Any) -> tuple[pa.Table, Any]:
     return filter_rows(table, settings, None if asked is None else ray.get(asked))
-
-
-def _with_rows(dataset: Any) -> list[Any]:
-    """References to the blocks that hold rows: Ray Data's empty ones have no columns either."""
-    bundles = dataset.iter_internal_ref_bundles()
-    return [block.ref for bundle in bundles for block in bundle.blocks if block.metadata.num_rows]
-
-
-def _of_rows(table: pa.Table, function: Callable[..., Any], *shared: Any) -> Any:
-    """The function's result for a block without its counting rows."""
-    return function(_without_counts(table), *shared)
 
 
 def _assign(table: pa.Table, clusters: Any) -> tuple[pa.Table, Any]:
@@ -430,11 +373,6 @@ def _name_shards(table: pa.Table, number: dict[tuple[str, str], int]) -> pa.Tabl
     columns = (table[name].to_pylist() for name in ("kind", "split", "example_id"))
     names = [f"{k}/{s}/{int(i[:8], 16) % number[k, s]:05d}" for k, s, i in zip(*columns, strict=True)]
     return with_column(table, "shard", names, pa.string())
-
-
-def _read_each(references: Sequence[Any]) -> Iterator[Any]:
-    """What references stand for, one in memory at a time."""
-    return map(ray.get, references)
 
 
 def _public_config(settings: Settings) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from cluster.settings.curation import CurationSettings, DeduplicationSettings
-from data.events import Message
+from data.interaction_bodies import Message
 from data.join import to_json
 from data.minhash import U64, mix, shingle, sketch_column, text_hashes
 from data.near import SKETCHES, Clusters, cluster_of

@@ -9,355 +9,29 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from cluster.clock import now_us
 from cluster.errors import InputError
 from data.event_body import Body
+from data.interaction_bodies import Interaction, ToolCall, Trajectory
 from data.label_bodies import Label, LabelRequested, LabelSkipped
-
-Arm = Literal["stable", "candidate", "shadow", "none"]
-Message = dict[str, Any]
-"""An OpenAI chat message: `role`, `content`, and where they apply `tool_calls`, `tool_call_id`."""
-
-
-Short = Annotated[str, Field(max_length=512)]
-Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Short | int | float | bool], Field(max_length=16)]
-"""What a client may attach to an item: at most 16 short values."""
-Modality = Annotated[str, Field(min_length=1, max_length=16)]
-"""`text`, `voice`, `sms`, or a word of your own; routes are keyed by it."""
-Tier = Annotated[str, Field(min_length=1, max_length=64)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-SpanId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-"""Of the OpenTelemetry span an item was made from. `parent_span_id` names the nearest span above it that is an item
-too, else the last one known: by these the parts of a trace find each other (`data.traces.join`)."""
-
-
-class ToolCall(Body):
-    """One call of a tool by an agent, and what came of it."""
-
-    name: str = Field(min_length=1, max_length=256)
-    call_id: str | None = Field(None, max_length=256)
-    """As in the assistant's message: `tool_calls[].id`."""
-    arguments: dict[str, Any] | str | None = None
-    """The object; text where the model wrote something that is no object."""
-    result: Any = None
-    """Whatever the tool answered, as JSON."""
-    error: str | None = Field(None, max_length=2_000)
-    """What went wrong, where something did."""
-    latency_s: float | None = Field(None, ge=0)
-    trace_id: str | None = Field(None, max_length=64)
-    span_id: SpanId | None = None
-    parent_span_id: SpanId | None = None
-    modality: Modality | None = None
-    user_tier: Tier | None = None
-    metadata: Metadata | None = None
-
-
-class InteractionFlags(Body):
-    """What was unusual about an interaction."""
-
-    fallback: bool = False
-    """The candidate was assigned but stable answered."""
-    shadow: bool = False
-    """Nobody saw this answer."""
-    disconnected: bool = False
-    """The client went away before the end."""
-    safety: bool = False
-    """A filter stopped the answer. That the model refused is in its `refusal`."""
-    quality: bool = False
-    """The answer is empty, or was cut off at its limit of tokens."""
-    timeout: bool = False
-    error: str | None = None
-    """OpenAI error code, when the request failed."""
-    rejected: str | None = None
-    """OpenAI error code, when the request was turned down for what it asks or for want of room: nobody's failure."""
-
-
-ASSIGNMENT_FIELDS = (
-    "assigned_version",
-    "adapter_digest",
-    "arm",
-    "experiment_id",
-    "propensity",
-    "bucket",
-    "assignment_unit",
-    "split",
-    "route_revision",
+from data.operation_bodies import (
+    AnomalyDetected,
+    ConfigRejected,
+    DatasetReady,
+    Erasure,
+    JobEnded,
+    ModelUpdated,
+    OperatorAlert,
+    PartitionSealed,
+    RolloutDecision,
+    RouteChanged,
+    ShadowPair,
 )
-"""Fields of an interaction that only the router may fill in: experiments are counted by them."""
-
-
-class Interaction(Body):
-    """One request and its response, through the router or as an agent elsewhere reports it."""
-
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
-    tool_calls: list[ToolCall] = Field([])
-    """Calls made for this answer, where the reporter knows them; others come as events of their own."""
-    context: list[str] = Field([])
-    """Passages the answer may rest on."""
-    response: Message | None = None
-    finish_reason: str | None = None
-    prompt_token_ids: list[TokenId] = Field([])
-    completion_token_ids: list[TokenId] = Field([])
-    completion_logprobs: list[float] = Field([])
-    """Natural-log probabilities as the engine produced them, one a completion token."""
-    parameters: dict[str, Any] = Field({})
-    """Sampling parameters of the request: temperature, max_tokens, …"""
-    requested: str = ""
-    """The `model` the client asked for: an agent or a version."""
-    assigned_version: str | None = None
-    served_version: str | None = None
-    adapter_digest: str | None = None
-    arm: Arm = "none"
-    """The arm assigned, which is the arm all analysis goes by."""
-    experiment_id: str | None = None
-    propensity: float | None = Field(None, gt=0, le=1)
-    """Probability of the assigned arm."""
-    bucket: float | None = Field(None, ge=0, lt=1)
-    assignment_unit: Literal["user", "session", "request"] | None = None
-    split: list[tuple[str | None, float, float]] | None = None
-    """Experiment, start and share of every candidate in force, where there are several; `propensity` tells of one."""
-    route_revision: int | None = None
-    latency_s: float = Field(0.0, ge=0)
-    ttft_s: float | None = Field(None, ge=0)
-    """Time to first token."""
-    modality: Modality = "text"
-    user_tier: Tier | None = None
-    metadata: Metadata = Field({})
-    trace_id: str | None = Field(None, max_length=64)
-    span_id: SpanId | None = None
-    parent_span_id: SpanId | None = None
-    flags: InteractionFlags = InteractionFlags()
-
-
-FeedbackType = Literal[
-    "thumbs_up",
-    "thumbs_down",
-    "rating",
-    "correction",
-    "follow_up",
-    "abandonment",
-    "draft_approved",
-    "draft_rejected",
-    "reformulation",
-    "quick_accept",
-    "copy_response",
-    "citation_click",
-    "thorough_read",
-    "abuse_flag",
-    "policy_violation",
-    "compliance_flag",
-]
-
-
-class Feedback(Body):
-    """One signal about one interaction."""
-
-    type: FeedbackType
-    value: float | None = None
-    """The rating, 1 to 5, where `type` is `rating`."""
-    text: str | None = Field(None, max_length=100_000)
-    """The better answer, where `type` is `correction`; else a comment."""
-    category: Literal["factual", "style", "tone"] | None = None
-    source: Literal["explicit", "implicit"] = "explicit"
-    reward: float = Field(0.0, ge=-1, le=1)
-    """Filled in by the server from the configured table, never by the client."""
-    reason: str | None = Field(None, max_length=2_000)
-    modality: Modality | None = None
-    user_tier: Tier | None = None
-    metadata: Metadata | None = None
-
-
-class Behaviour(Body):
-    """Something a user did after an answer, from which implicit signals are computed."""
-
-    action: Literal["message", "copy", "citation_click", "read", "leave", "session_end"]
-    duration_s: float | None = Field(None, ge=0)
-    """For `read`: how long; for the others: time since the answer."""
-    text: str | None = Field(None, max_length=100_000)
-    modality: Modality | None = None
-    user_tier: Tier | None = None
-    metadata: Metadata | None = None
-
-
-class Outcome(Body):
-    """What a product measures itself."""
-
-    name: str = Field(min_length=1, max_length=64)
-    value: float
-    modality: Modality | None = None
-    user_tier: Tier | None = None
-    metadata: Metadata | None = None
-
-
-class Trajectory(Body):
-    """Several steps of an agent with tool calls, graded as a whole."""
-
-    messages: list[Message]
-    tools: list[dict[str, Any]] | None = None
-    tool_calls: list[ToolCall] = Field([])
-    """Arguments, results, latency and errors of the calls, in order, where the reporter knows them."""
-    reward: float | None = Field(None, ge=0, le=1)
-    outcome: str | None = Field(None, max_length=512)
-    latency_s: float | None = Field(None, ge=0)
-    trace_id: str | None = Field(None, max_length=64)
-    span_id: SpanId | None = None
-    parent_span_id: SpanId | None = None
-    modality: Modality | None = None
-    user_tier: Tier | None = None
-    metadata: Metadata = Field({})
-
-
-class Grade(Body):
-    """A grader's verdict on one interaction."""
-
-    grader: str
-    grader_version: str
-    reward: float | None = Field(None, ge=0, le=1)
-    """`None` means the grader abstained."""
-    score_card: dict[str, float] = Field({})
-    reason: str | None = None
-
-
-class RouteChanged(Body):
-    """A write to a row of `routes`, by whom, with the row before and after."""
-
-    writer: str
-    """`config`, `person:<name>` or `controller`."""
-    reason: str | None = None
-    before: dict[str, Any] | None = None
-    after: dict[str, Any]
-    revision: int
-
-
-class ConfigRejected(Body):
-    """A deployment config that was refused; the old state stays."""
-
-    source: str
-    reason: str
-
-
-class ShadowPair(Body):
-    """A live answer and the answer of a version that nobody saw, to the same request.
-
-    The event is about the live interaction; the other one is an interaction too, with the arm `shadow`.
-    """
-
-    shadow_interaction_id: str
-    live_version: str
-    shadow_version: str
-    agreement: float = Field(ge=0, le=1)
-    """1: the same answer (see `serve.shadow.agreement`)."""
-    for_review: bool = False
-    """They disagree and were drawn for people to label."""
-
-
-class AnomalyDetected(Body):
-    """A version's live behaviour left the ordinary."""
-
-    version: str
-    signal: Literal["latency", "errors", "tool_errors", "safety"]
-    value: float
-    """p95 in seconds for `latency`, else a share."""
-    baseline: float
-    """The same of stable; for stable itself, of its requests before."""
-    limit: float
-    requests: int
-    """How many the value rests on."""
-    experiment_id: str | None = None
-
-
-class RolloutDecision(Body):
-    """A decision of the rollout controller with the evidence it rests on (aggregates only)."""
-
-    rollout_id: str
-    experiment_id: str
-    number: int
-    """1, 2, … within the rollout; `(rollout_id, number)` is decided once."""
-    outcome: str
-    """`start`, `advance`, `hold`, `await_approval`, `promote`, `rollback`, `freeze`, `fail`."""
-    reason: str
-    from_state: str
-    to_state: str
-    from_stage: int
-    to_stage: int
-    share_before: float
-    share_after: float
-    evidence: dict[str, Any] = Field({})
-    actor: str = "controller"
-
-
-class DatasetReady(Body):
-    """A dataset was written."""
-
-    dataset_id: str
-    dataset_hash: str
-    path: str
-    counts: dict[str, Any] = Field({})
-
-
-class ModelUpdated(Body):
-    """Something happened to a registered version."""
-
-    version: str
-    change: Literal["registered", "evaluated", "alias", "alias_removed", "servable", "blocked"]
-    alias: str | None = None
-    adapter_sha256: str | None = None
-    dataset_hash: str | None = None
-    details: dict[str, Any] = Field({})
-
-
-class JobEnded(Body):
-    """A training job came to its end."""
-
-    job_id: str
-    job: str
-    """`sft`, `dpo`, `kto`, …"""
-    state: Literal["completed", "failed"]
-    dataset_id: str | None = None
-    reason: str | None = None
-    """Why it failed."""
-    cause: str | None = None
-    """Name of the error: `HealthGateError` where a health gate stopped it."""
-
-
-class OperatorAlert(Body):
-    """Something that people who run this should look at, which is nobody's decision."""
-
-    name: Literal["drift", "spool", "queue_full", "interactions_lost", "capture_failed", "abstentions"]
-    source: str
-    """Where it was seen: host and process, or a version."""
-    reason: str
-    facts: dict[str, Any] = Field({})
-
-
-class PartitionSealed(Body):
-    """Events of a finished day were written to Parquet."""
-
-    day: str
-    after_seq: int
-    upto_seq: int
-    """The partition holds the events of the day with `after_seq < seq <= upto_seq`."""
-    num_events: int
-    root: str
-    """RFC 6962 Merkle root over their digests, in order of `seq`, hexadecimal."""
-    sha256: str
-    """Of the file as first written; an erasure writes another."""
-
-
-class Erasure(Body):
-    """A person's data was removed; the tombstone refuses its return."""
-
-    user_id: str
-    events: list[list[int]] = Field([])
-    """`[first, last]` ranges of the `seq` that were erased."""
-    affected: dict[str, Any] = Field({})
-    """Counts, and the names of the datasets, versions and exports that contained the person."""
-
+from data.reaction_bodies import Behaviour, Feedback, Grade, Outcome
 
 BODIES: dict[str, type[Body]] = {
     "interaction": Interaction,
@@ -486,6 +160,11 @@ def chosen_reports(reports: Iterable["RecordedEvent"]) -> list["RecordedEvent"]:
     ordered = sorted(reports, key=lambda r: (not from_router(r.event.event_id), r.seq))
     first = {(r.event.tenant, r.event.interaction_id): r for r in reversed(ordered)}
     return sorted(first.values(), key=lambda r: r.seq)
+
+
+def judges(grade: dict[str, Any], report_id: str) -> bool:
+    """Whether a grade's body is about the answer that this report of the interaction tells of, as far as it says."""
+    return grade.get("judged") in (None, report_id)
 
 
 def uuid7() -> str:

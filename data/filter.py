@@ -11,7 +11,7 @@ import pyarrow as pa
 from cluster.settings.curation import CurationSettings, FilterSettings
 from data.detectors.interface import YES, Item
 from data.detectors.make import Detectors, detectors
-from data.events import Message
+from data.interaction_bodies import Message
 from data.stages import Dropped, keep
 from data.template import content_text
 

@@ -17,7 +17,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.events import from_router
+from data.events import from_router, judges
 from data.stages import Dropped, rows_of, table_of, with_column
 from data.template import content_text
 from data.tool_turns import asked_for, with_tool_turns
@@ -88,6 +88,7 @@ def _joined(table: pa.Table, agent: str | None, dropped: Dropped) -> Iterator[di
         else:
             dropped["interaction repeated"] += len(kinds["interaction"]) + len(kinds["trajectory"]) - 1
             routed = next((event for event in found if from_router(event["event_id"])), found[0])
+            kinds["grade"] = _grades_of(routed, kinds["grade"], dropped)
             yield _row(_as_interaction(routed), kinds)
 
 
@@ -174,6 +175,13 @@ def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
         "grades": _list(_outcome(interaction) + _newest(kinds["grade"], "grader")),
         "tail": to_json(body["tail"]) if "tail" in body else None,
     }
+
+
+def _grades_of(report: Event, grades: list[Event], dropped: Dropped) -> list[Event]:
+    """The grades of the answer that this report tells of, and those that do not say which they judged."""
+    kept = [grade for grade in grades if judges(grade["body"], report["event_id"])]
+    dropped["grade of another report"] += len(grades) - len(kept)
+    return kept
 
 
 def _calls(body: dict[str, Any], events: list[Event]) -> list[dict[str, Any]]:

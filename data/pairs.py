@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from cluster.settings.curation import CurationSettings, ExampleSettings
 from data.dedup import normalise_text
-from data.events import Message
+from data.interaction_bodies import Message
 from data.join import to_json
 from data.stages import Dropped, Row, rows_of, table_of
 from data.template import content_text

@@ -1,7 +1,7 @@
 """Names and places by presidio's named-entity recognition, with our own rules for what it has no recogniser for.
 
-Needs `pip install 'rayloop[presidio]'` and a spaCy model with entities, which is no package of PyPI: install one from
-its makers, or name a folder (`curation.scrub.presidio_model`). Nothing is fetched from here.
+Needs `pip install 'rayloop[presidio]'` and a spaCy model with entities: install one from its makers, or name a folder
+(`curation.scrub.presidio_model`; docs/curation.md says where to get one from PyPI). Nothing is fetched from here.
 """
 
 from functools import cache
@@ -13,6 +13,10 @@ from data.names import add_span, find_names
 from data.recognisers import Span
 
 KINDS = ("PERSON", "LOCATION", "NRP", "DATE_TIME", "ORGANIZATION")
+UNWANTED = (
+    "CARDINAL", "EVENT", "FAC", "LANGUAGE", "LAW", "MONEY", "ORDINAL", "PERCENT", "PRODUCT", "QUANTITY", "WORK_OF_ART",
+)  # fmt: skip
+"""What spaCy's models also mark, and presidio has no name for: it would warn of each."""
 OUR_KINDS = frozenset({"ADDRESS", "AGE", "POSTCODE", "LICENCE", "TITLE"})
 
 
@@ -45,5 +49,10 @@ def analyser(model: str) -> Any:
     if not spacy.util.is_package(model) and not Path(model).is_dir():
         raise InputError("curation.scrub.presidio_model", model, "is no installed spaCy model", remedy)
     models = [{"lang_code": "en", "model_name": model}]
-    engine = NlpEngineProvider(nlp_configuration={"nlp_engine_name": "spacy", "models": models}).create_engine()
+    configuration = {
+        "nlp_engine_name": "spacy",
+        "models": models,
+        "ner_model_configuration": {"labels_to_ignore": list(UNWANTED)},
+    }
+    engine = NlpEngineProvider(nlp_configuration=configuration).create_engine()
     return AnalyzerEngine(nlp_engine=engine, supported_languages=["en"])

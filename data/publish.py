@@ -44,9 +44,26 @@ def publish(
     with exclusive(engine, PUBLISH, settings.erasure.wait_s):
         if erased_users(engine, settings.tenant) != erased:
             raise ConflictError("somebody was erased while this dataset was made; run `rayloop curate` again")
-        written = manifest.publish(building, root, made)
-        EventLog(engine).append([ready_event(written)])
-        return written
+        return _named(engine, building, root, made)
+
+
+def publish_upload(engine: Engine, settings: Settings, building: Path, root: Path, made: Manifest) -> Manifest:
+    """The same for a dataset of files that a client sent.
+
+    An erasure that looks for datasets meanwhile finds it announced, or waits until it is. Nobody of the log is in
+    it, so who was erased since does not make it out of date.
+
+    Raises:
+        ConflictError: an erasure looks for datasets for longer than `erasure.wait_s`.
+    """
+    with exclusive(engine, PUBLISH, settings.erasure.wait_s):
+        return _named(engine, building, root, made)
+
+
+def _named(engine: Engine, building: Path, root: Path, made: Manifest) -> Manifest:
+    written = manifest.publish(building, root, made)
+    EventLog(engine).append([ready_event(written)])
+    return written
 
 
 def ready_event(written: Manifest) -> Event:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cluster.errors import DatasetError
-from data.events import Message
+from data.interaction_bodies import Message
 
 Tools = Sequence[dict[str, Any]] | None
 PROBE: list[Message] = [

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from data.events import Message
+from data.interaction_bodies import Message
 
 Call = dict[str, Any]
 """A body of `data.events.ToolCall`, in order of time among its like."""

@@ -53,7 +53,7 @@ EVENT_STREAM: Headers = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-MODALITY_CHARACTERS, TIER_CHARACTERS = 16, 64
+USER_CHARACTERS, SESSION_CHARACTERS, MODALITY_CHARACTERS, TIER_CHARACTERS = 256, 128, 16, 64
 METERS_KEPT = 4_096
 PSEUDONYMS_KEPT = 50_000
 """A keyed hash lets go of the interpreter's lock and then waits for other threads to give it back: 90 us."""
@@ -122,9 +122,9 @@ class CompletionHandler:
         began = time.perf_counter()
         path: str = scope["path"]
         request = parse_chat(body) if path == CHAT else parse_completion(body)
-        raw_user = request.get("user") or text_header(scope, b"x-rayloop-user")
+        raw_user = request.get("user") or text_header(scope, b"x-rayloop-user", USER_CHARACTERS)
         user = self._pseudonym(key.tenant, raw_user) if raw_user else None
-        session = text_header(scope, b"x-rayloop-session", 128)
+        session = text_header(scope, b"x-rayloop-session", SESSION_CHARACTERS)
         modality = text_header(scope, b"x-rayloop-modality", MODALITY_CHARACTERS) or "text"
         interaction_id = new_interaction_id(path)
         planned = plan(
@@ -373,8 +373,8 @@ def _parsed(body: bytes) -> dict[str, Any]:
     if not isinstance(request.get("stream"), bool | None):
         raise _wrong("stream", request["stream"], "must be true or false")
     user = request.get("user")
-    if user is not None and (not isinstance(user, str) or len(user) > 256):
-        raise _wrong("user", user, "must be a text of at most 256 characters")
+    if user is not None and (not isinstance(user, str) or len(user) > USER_CHARACTERS):
+        raise _wrong("user", user, f"must be a text of at most {USER_CHARACTERS} characters")
     return request
 
 

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 SCOPE = "grade"
+ACTIONS = ("run", "validate")
 PREFIXES = ("/v1/graders/", "/v1/fine_tuning/alpha/graders/")
 ERRORS: dict[str, Any] = {
     "formula_parse_error": False,
@@ -104,7 +105,7 @@ class GraderApi(HttpApplication):
             replaced = self.grading.pool.replaced
             return {"status": "ok", "waiting": self.waiting, "replaced": replaced, "abstained": self.abstained}
         action = next((path.removeprefix(p) for p in PREFIXES if path.startswith(p)), None)
-        if action not in ("run", "validate"):
+        if action not in ACTIONS:
             raise ApiError(404, f"There is no {path} here; known is {PREFIXES[0]}run and validate.", code="not_found")
         require_method(scope, path, "POST")
         deadline = asyncio.get_running_loop().time() + self._settings.deadline_s

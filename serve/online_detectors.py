@@ -36,9 +36,8 @@ class OnlineDetectors:
             {name: value for name, value in (("toxic", one), ("ungrounded", other)) if value is not None}
             for one, other in zip(toxic, ungrounded, strict=True)
         ]
-        verdict = {"reason": ""}
         return [
-            verdict_event(event, NAME, self._version, verdict | {"score_card": card})
+            verdict_event(event, NAME, self._version, {"reason": "", "judged": event.event_id, "score_card": card})
             for event, card in zip(events, cards, strict=True)
             if card
         ]

@@ -143,4 +143,5 @@ def pair_sampled(recorded: RecordedEvent, share: float) -> bool:
 
 
 def _drawn(purpose: str, event: Event, share: float) -> bool:
-    return zlib.crc32(f"{purpose}:{event.event_id}".encode()) < share * 2**32
+    """All reports of an interaction are drawn, or none: one of them is the one that counts."""
+    return zlib.crc32(f"{purpose}:{event.interaction_id or event.event_id}".encode()) < share * 2**32

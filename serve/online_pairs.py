@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster import metrics
-from data.events import Event
+from data.events import Event, chosen_reports
 from data.grading.pair_model import PairModel, compared
 from data.grading.types import Grader, GradeResult
 from data.log import EventLog
@@ -38,11 +38,8 @@ class OnlinePairs:
 
     def _answers(self, pair: Event) -> tuple[Event, Event] | None:
         names = [pair.interaction_id or "", pair.body["shadow_interaction_id"]]
-        found = {
-            recorded.event.interaction_id: recorded.event
-            for recorded in self._log.about(pair.tenant, names, kinds=["interaction"])
-            if not recorded.erased and has_answer(recorded.event)
-        }
+        reports = chosen_reports(self._log.about(pair.tenant, names, kinds=["interaction"]))
+        found = {r.event.interaction_id: r.event for r in reports if not r.erased and has_answer(r.event)}
         return (found[names[0]], found[names[1]]) if found.keys() == set(names) else None
 
     async def _judge(self, live: Event, shadow: Event, deadline: float) -> tuple[float | None, str]:

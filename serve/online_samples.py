@@ -30,9 +30,8 @@ def grade_event(event: Event, grader: Grader, result: GradeResult) -> Event:
     """The grade of an interaction as an event."""
     reward = {} if result.reward is None else {"reward": result.reward}
     version = result.grader_version or grader.version
-    return verdict_event(
-        event, grader.name, version, {"score_card": result.score_card, "reason": result.reason} | reward
-    )
+    verdict = {"score_card": result.score_card, "reason": result.reason, "judged": event.event_id}
+    return verdict_event(event, grader.name, version, verdict | reward)
 
 
 def verdict_event(event: Event, name: str, version: str, verdict: dict[str, Any]) -> Event:

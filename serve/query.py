@@ -14,8 +14,16 @@ class Query:
         self._values = dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True))
 
     def text(self, name: str) -> str | None:
-        """A text, or `None` where it was not given."""
-        return self._values.get(name) or None
+        """A text, or `None` where it was not given.
+
+        Raises:
+            ApiError: 400 for one with a NUL character, which PostgreSQL cannot look for.
+        """
+        value = self._values.get(name)
+        if value and "\0" in value:
+            message = f"{name} must hold no NUL character, not {value[:40]!r}."
+            raise ApiError(400, message, code="invalid_value", param=name)
+        return value or None
 
     def number(self, name: str, default: int, highest: int) -> int:
         """A whole number from 1.

@@ -25,13 +25,14 @@ from data.feedback import pseudonym_secret
 from data.group_commit import GroupCommit
 from data.intake.batches import Intake
 from data.log import EventLog
-from serve import intake_http, labels_http, openapi, otlp_http, users_http
+from serve import intake_http, labels_http, otlp_http, users_http
 from serve.anomalies import AnomalyWatch
 from serve.capture import Capture
 from serve.chat import Companions, CompletionHandler
 from serve.engine_waking import EngineWaker
 from serve.engines.token import engine_token
 from serve.exchange import CHAT, TEXT, Engines, View
+from serve.finetuning.http import ROUTES as FINETUNING
 from serve.finetuning.http import FinetuningHandler, is_ours
 from serve.intake_http import IntakeHandler
 from serve.jwt_keys import JwtKeys
@@ -52,6 +53,8 @@ from serve.openai import (
     sending_within,
     text_header,
 )
+from serve.openapi.document import PATH as OPENAPI
+from serve.openapi.document import document as openapi_document
 from serve.prompts import PromptPolicy
 from serve.shadow import Shadow
 from serve.snapshot import Snapshot, Watcher
@@ -66,11 +69,17 @@ METHODS = {
     STATUS: "GET",
     "/healthz": "GET",
     "/metrics": "GET",
-    openapi.PATH: "GET",
+    OPENAPI: "GET",
     users_http.PATH: "DELETE",
     labels_http.QUEUE: "GET",
     labels_http.LABELS: "POST",
 } | dict.fromkeys(intake_http.KINDS, "POST")
+
+
+def operations() -> list[tuple[str, str]]:
+    """Method and path of everything that the router answers, as its OpenAPI document names them."""
+    plain = [(method, path) for path, method in METHODS.items()]
+    return sorted(plain + [(method, path) for _, path, methods in FINETUNING for method in methods])
 
 
 class RouterApp:
@@ -244,6 +253,9 @@ class RouterApp:
             return await self._labels.handle(path, scope, receive, send, key, headers)
         if path == users_http.PATH:
             return await self._users.handle(scope, send, self._key(scope, users_http.SCOPE), headers)
+        if path == OPENAPI:  # what it is made of takes seconds to import, once
+            await send_response(send, 200, await asyncio.to_thread(openapi_document), [JSON, *headers])
+            return 200
         status, body, kind = self._page(path, scope)
         await send_response(send, status, body, [kind, *headers])
         return status
@@ -323,8 +335,6 @@ class RouterApp:
             if not self.settings.serve.open_metrics:
                 self._require_operator(scope)
             return 200, metrics.exposition(), metrics.CONTENT_TYPE
-        if path == openapi.PATH:
-            return 200, openapi.document(), JSON
         if path == "/healthz":
             status, document = self._health()
             return status, orjson.dumps(document), JSON

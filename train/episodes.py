@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.settings.training import ToolWorldSettings
-from data.events import Message
+from data.interaction_bodies import Message
 from data.template import render
 from data.tool_calls import ToolCall, describe_call, parse_calls
 from train.generate import Sampling, decode, end_tokens

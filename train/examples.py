@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from cluster.errors import DatasetError
 from cluster.settings.training import HeadWeights
-from data.events import Message
+from data.interaction_bodies import Message
 from data.manifest import read_examples
 from data.template import content_text, render, render_pair, render_with_mask
 from data.tool_calls import describe_call, recorded_results

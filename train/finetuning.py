@@ -19,9 +19,7 @@ from cluster.runners import Runners
 from cluster.settings import Settings
 from data.finetuning.dataset import Part, package
 from data.finetuning.uploads import Uploads
-from data.log import EventLog
 from data.manifest import datasets_root, load_manifest
-from data.publish import ready_event
 from train.config import TrainConfig, resolve_config
 from train.jobs import run_training
 from train.plan import Request
@@ -86,8 +84,7 @@ def _package(settings: Settings, jobs: Jobs, job: Job) -> Job:
             except NotFoundError:
                 raise NotFoundError(f"{name} {asked[name]!r} was deleted before the job could read it") from None
             parts.append(Part(split, stored, uploads.path(stored)))
-    made = package(settings, parts, agent=asked["agent"])
-    EventLog(jobs.engine).append([ready_event(made)])
+    made = package(jobs.engine, settings, parts, agent=asked["agent"])
     for stage in made.stages:
         for reason, number in stage.dropped.items():
             note(jobs.engine, job.job_id, f"{number} lines were dropped: {reason}", level="warn")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cluster.errors import InputError
-from data.events import Message
+from data.interaction_bodies import Message
 from data.template import Tools, render, render_pair
 from train.config import check_model_dir
 from train.device import resolve_device

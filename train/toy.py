@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cluster.errors import DatasetError
 from cluster.settings.training import ToySettings
-from data.events import Message
+from data.interaction_bodies import Message
 from train.device import resolve_device
 from train.files import written_whole
 from train.progress import Progress

@@ -47,6 +47,9 @@ class ErasureSettings(Section):
     rewrite_tables: bool = True
     """Rewrite PostgreSQL's tables afterwards, so that no deleted row stays in a page. It locks each table;
     off means that deleted rows stay in free space until it is used again."""
+    overwrite_wal_mb: int = Field(1024, ge=0, le=65_536)
+    """How much of PostgreSQL's write-ahead log is written over afterwards, at most: the segments that the server put
+    aside for reuse keep what is in them until then."""
     wait_s: float = Field(60.0, ge=0)
     """How long to wait for a seal or another erasure, and for readers of SQLite's write-ahead log."""
 

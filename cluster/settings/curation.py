@@ -80,6 +80,13 @@ class DetectorSettings(Section):
     """Folder or hub id of an NLI cross-encoder that judges support instead of word overlap."""
     entailment_label: str = "entailment"
     """The label of that model that means a passage supports a claim."""
+    similarity_model: str | None = None
+    """Folder or hub id of a model of sentence embeddings that tells whether a user asked the same again, instead of
+    character n-grams. `implicit.reformulation_similarity` is then a cosine of that model's: set it anew."""
+    topic_model: str | None = None
+    """Folder or hub id of a model of sentence embeddings in whose space topics are found, instead of TF-IDF's."""
+    sentiment_model: str | None = None
+    """Folder or hub id of a text classifier with the labels positive, neutral and negative, instead of VADER."""
 
 
 class FilterSettings(Section):
@@ -253,6 +260,10 @@ class ArchetypeSettings(Section):
     """Questions of each agent whose words count."""
     terms: int = Field(20, ge=1)
     """Terms that describe an archetype."""
+    term_users: int = Field(3, ge=1, le=1000)
+    """Users of an agent who must have used a term before it can describe an archetype."""
+    reports_kept: int = Field(24, ge=1, le=1000)
+    """Monthly reports that are kept, the newest."""
 
 
 class CurationSettings(Section):

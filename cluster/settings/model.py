@@ -124,6 +124,11 @@ class Settings(BaseSettings):
         return Path(self.storage.files).expanduser().resolve() if self.storage.files else self.home / "files"
 
     @property
+    def archetypes_root(self) -> Path:
+        """Folder that holds the rules and monthly reports of archetypes."""
+        return self.home / "archetypes"
+
+    @property
     def events_root(self) -> str:
         """Folder or `pyarrow.fs` URI that holds the sealed days of the log."""
         return self.storage.events or str(self.home / "events")

@@ -1,5 +1,6 @@
 """Which detectors the settings ask for."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -7,6 +8,9 @@ from cluster.settings.curation import DetectorSettings
 from data.detectors.grounding import Grounding
 from data.detectors.interface import Detector
 from data.detectors.linear import shipped
+from data.detectors.sentiment import Sentiment, sentiment
+from data.detectors.topics import TopicModel, fit_topics
+from data.similarity import ngram_similarity
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +20,33 @@ class Detectors:
     toxicity: Detector
     refusal: Detector
     ungrounded: Detector
+
+
+def similarity_by(settings: DetectorSettings) -> Callable[[str, str], float]:
+    """What tells how alike two questions are: character n-grams, or the model the settings name."""
+    if settings.similarity_model is None:
+        return ngram_similarity
+    from data.detectors.embeddings import Embeddings
+
+    return Embeddings(settings.similarity_model).similarity
+
+
+def sentiment_by(settings: DetectorSettings) -> Callable[[str], Sentiment]:
+    """What tells how a text sounds: VADER, or the model the settings name."""
+    if settings.sentiment_model is None:
+        return sentiment
+    from data.detectors.model import SentimentModel
+
+    return SentimentModel(settings.sentiment_model)
+
+
+def topics_of(texts: Sequence[str], topics: int, settings: DetectorSettings, seed: int = 0) -> TopicModel:
+    """Topics of a sample of texts, by their words or in the space of the model the settings name."""
+    if settings.topic_model is None:
+        return fit_topics(texts, topics, seed)
+    from data.detectors.embeddings import Embeddings
+
+    return fit_topics(texts, topics, seed, Embeddings(settings.topic_model))
 
 
 @cache

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from cluster.settings import Settings
 from data.detectors.cases import FOLDER, cases
 from data.detectors.interface import YES, Detector, Item
-from data.detectors.make import detectors
+from data.detectors.make import detectors, sentiment_by, similarity_by, topics_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +44,8 @@ def measure_all(settings: Settings) -> list[Measure]:
         measure_binary("ungrounded", "grounding", chosen.ungrounded, settings, {"precision": 0.8, "recall": 0.7}),
         measure_binary("refusal", "refusal", chosen.refusal, settings, {"precision": 0.9, "recall": 0.9}),
         measure_binary("toxicity", "toxicity", chosen.toxicity, settings, {"precision": 0.85, "recall": 0.8}),
-        measure_sentiment(),
-        measure_topics(),
+        measure_sentiment(settings),
+        measure_topics(settings),
         measure_personal_data(),
     ]
 
@@ -75,37 +75,34 @@ def precision_recall(said: Sequence[bool], true: Sequence[bool]) -> dict[str, fl
 
 def measure_similarity(settings: Settings) -> Measure:
     """Whether two queries ask the same, at the threshold of reformulations."""
-    from data.similarity import ngram_similarity
-
+    alike = similarity_by(settings.curation.detectors)
     lines = (FOLDER / "reformulation.jsonl").read_text(encoding="utf-8").splitlines()
     known = [case for case in map(json.loads, lines) if case["part"] == "held_out"]
     least = settings.implicit.reformulation_similarity
-    said = [ngram_similarity(case["first"], case["second"]) >= least for case in known]
+    said = [alike(case["first"], case["second"]) >= least for case in known]
     bars = {"precision": 0.85, "recall": 0.85}
     return Measure("similar query", len(known), precision_recall(said, [c["same"] for c in known]), bars)
 
 
-def measure_sentiment() -> Measure:
+def measure_sentiment(settings: Settings) -> Measure:
     """Agreement of the three-way sentiment with people."""
-    from data.detectors.sentiment import sentiment
-
+    sentiment = sentiment_by(settings.curation.detectors)
     known = cases("sentiment", "held_out")
     names = {"yes": "positive", "no": "negative", "neutral": "neutral"}
     agreeing = sum(sentiment(case.text) == names[case.label] for case in known)
     return Measure("sentiment", len(known), {"agreement": agreeing / len(known)}, {"agreement": 0.8})
 
 
-def measure_topics(seeds: int = 5) -> Measure:
+def measure_topics(settings: Settings, seeds: int = 5) -> Measure:
     """The least adjusted Rand index between clusterings under different seeds, and with people's topics."""
     from itertools import combinations
 
     from sklearn.metrics import adjusted_rand_score
 
-    from data.detectors.topics import fit_topics
-
+    named = settings.curation.detectors
     known = cases("topics", "held_out")
     texts, true = [case.text for case in known], [case.label for case in known]
-    found = [fit_topics(texts, len(set(true)), seed).assign(texts) for seed in range(seeds)]
+    found = [topics_of(texts, len(set(true)), named, seed).assign(texts) for seed in range(seeds)]
     stable = min(float(adjusted_rand_score(one, two)) for one, two in combinations(found, 2))
     agreeing = min(float(adjusted_rand_score(true, one)) for one in found)
     return Measure("topic", len(known), {"ARI": stable, "ARI with people": agreeing}, {"ARI": 0.7})

@@ -10,6 +10,7 @@ from typing import Any
 from cluster.errors import InputError
 from data.detectors.grounding import SENTENCE
 from data.detectors.interface import Item
+from data.detectors.sentiment import SENTIMENTS, Sentiment
 
 BATCH = 32  # texts in one forward pass
 
@@ -17,12 +18,12 @@ BATCH = 32  # texts in one forward pass
 class _Model:
     """A sequence classifier and its tokenizer, loaded at first use."""
 
-    def __init__(self, name: str, label: str) -> None:
-        self.name, self.label = name, label
+    def __init__(self, name: str, *labels: str) -> None:
+        self.name, self.labels = name, labels
 
     @cached_property
-    def _loaded(self) -> tuple[Any, Any, int]:
-        """Tokenizer, model, and the index of the label.
+    def _loaded(self) -> tuple[Any, Any, list[int]]:
+        """Tokenizer, model, and the places of the labels.
 
         Raises:
             InputError: no such model, or it does not know the label.
@@ -37,25 +38,30 @@ class _Model:
             raise InputError(
                 "curation.detectors", self.name, f"cannot be loaded ({cause})", "name a model folder or hub id"
             ) from None
-        labels = {str(label).lower(): index for index, label in model.config.id2label.items()}
-        if self.label.lower() not in labels:
-            rule = f"has no label {self.label!r}, only {', '.join(sorted(labels))}"
-            raise InputError("curation.detectors", self.name, rule, "set the label's name")
-        return tokenizer, model, int(labels[self.label.lower()])
+        known = {str(label).lower(): index for index, label in model.config.id2label.items()}
+        for label in self.labels:
+            if label.lower() not in known:
+                rule = f"has no label {label!r}, only {', '.join(sorted(known))}"
+                raise InputError("curation.detectors", self.name, rule, "set the label's name")
+        return tokenizer, model, [int(known[label.lower()]) for label in self.labels]
 
     def probabilities(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[float]:
-        """Probability of the label for each text, or for each text with its pair."""
+        """Probability of the first label for each text, or for each text with its pair."""
+        return [row[0] for row in self.of_labels(texts, pairs)]
+
+    def of_labels(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[list[float]]:
+        """Probability of each label for each text, or for each text with its pair."""
         import torch
 
-        tokenizer, model, index = self._loaded
-        found: list[float] = []
+        tokenizer, model, places = self._loaded
+        found: list[list[float]] = []
         for start in range(0, len(texts), BATCH):
             part = slice(start, start + BATCH)
             second = None if pairs is None else list(pairs[part])
             encoded = tokenizer(list(texts[part]), second, truncation=True, padding=True, return_tensors="pt")
             with torch.inference_mode():
                 logits = model(**encoded).logits
-            found += torch.softmax(logits, dim=-1)[:, index].tolist()
+            found += torch.softmax(logits, dim=-1)[:, places].tolist()
         return found
 
 
@@ -67,6 +73,18 @@ class TextModel(_Model):
         spoken = [item.text for item in items if item.text.strip()]
         found = iter(self.probabilities(spoken))
         return [next(found) if item.text.strip() else None for item in items]
+
+
+class SentimentModel(_Model):
+    """A text classifier with three labels; what a text sounds like is the likeliest of them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, *SENTIMENTS)
+
+    def __call__(self, text: str) -> Sentiment:
+        """What a text sounds like."""
+        (chances,) = self.of_labels([text])
+        return SENTIMENTS[chances.index(max(chances))]
 
 
 class EntailmentModel(_Model):

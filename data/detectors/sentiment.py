@@ -5,9 +5,10 @@ Media Text"; the limits of ±0.05 on the compound score are theirs.
 """
 
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Sentiment = Literal["positive", "neutral", "negative"]
+SENTIMENTS: tuple[Sentiment, ...] = get_args(Sentiment)
 NEUTRAL = 0.05
 
 

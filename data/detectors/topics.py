@@ -14,6 +14,7 @@ import numpy as np
 
 WORD = re.compile(r"[^\W\d_]{3,}")
 STARTS = 20  # of k-means; the tightest clustering of them is kept
+DIGITS = 9  # to which vectors of different texts may agree
 NAMED_BY = 4  # terms in a topic's name
 
 
@@ -22,7 +23,7 @@ class TopicModel:
     """Vectoriser, reduction and centroids, fitted."""
 
     vectors: Any
-    """A fitted scikit-learn pipeline from texts to unit vectors; `None` where there is one topic only."""
+    """From texts to unit vectors: a fitted scikit-learn pipeline, or a model of embeddings; `None` for one topic."""
     centroids: Any
     """float [topics, dimensions]."""
     names: tuple[str, ...]
@@ -45,8 +46,12 @@ def content_terms(text: str) -> list[str]:
     return [word for word in WORD.findall(text.lower()) if word not in ENGLISH_STOP_WORDS]
 
 
-def fit_topics(texts: Sequence[str], topics: int, seed: int = 0) -> TopicModel:
-    """Topics of a sample of texts, at most as many as there are different texts."""
+def fit_topics(texts: Sequence[str], topics: int, seed: int = 0, space: Any = None) -> TopicModel:
+    """Topics of a sample of texts, at most as many as there are different texts.
+
+    They are found in the space of the texts' words, or in that of `space`, a model of embeddings; either way their
+    words name them.
+    """
     from sklearn.cluster import KMeans
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -61,11 +66,14 @@ def fit_topics(texts: Sequence[str], topics: int, seed: int = 0) -> TopicModel:
         return TopicModel(None, None, ("everything",))
     dimensions = max(1, min(topics * 2, 100, weights.shape[1] - 1, weights.shape[0] - 1))
     with threadpool_limits(1):  # sums in one order: the same texts give the same centroids on any machine
-        reduce = make_pipeline(TruncatedSVD(dimensions, random_state=seed), Normalizer())
-        vectors = reduce.fit_transform(weights)
-        number = min(topics, len(np.unique(vectors.round(9), axis=0)))
+        if space is None:
+            reduce = make_pipeline(TruncatedSVD(dimensions, random_state=seed), Normalizer())
+            vectors, space = reduce.fit_transform(weights), make_pipeline(words, reduce)
+        else:
+            vectors = space.transform(texts)
+        number = min(topics, len(np.unique(vectors.round(DIGITS), axis=0)))
         model = KMeans(number, n_init=STARTS, random_state=seed).fit(vectors)
-    return TopicModel(make_pipeline(words, reduce), model.cluster_centers_, _names(words, weights, model.labels_))
+    return TopicModel(space, model.cluster_centers_, _names(words, weights, model.labels_))
 
 
 def _least(texts: int) -> int:

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.clock import now_us, to_iso
-from cluster.database import exclusive, remove_traces, write
+from cluster.database import exclusive, write
+from cluster.deleted_bytes import remove_traces
 from cluster.settings import Settings
 from cluster.tables import erasures, events
 from data.erasure.partitions import rewrite_partitions
@@ -49,7 +50,9 @@ def erase(engine: Engine, settings: Settings, person: Person) -> Report:
         rewritten = list(rewrite_partitions(engine, seqs))
         report = _erase_files(engine, settings, person, seqs)
         tables = TABLES_WITH_TRACES if settings.erasure.rewrite_tables else ()
-        report["write_ahead_log"] = remove_traces(engine, tables, settings.erasure.wait_s)
+        report["write_ahead_log"] = remove_traces(
+            engine, tables, settings.erasure.wait_s, settings.erasure.overwrite_wal_mb * 2**20
+        )
         return _finish(engine, settings, person, report, rewritten)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 import pyarrow as pa
+from sqlalchemy.engine import Engine
 
 from cluster.clock import now_us, to_iso
 from cluster.errors import DatasetError
@@ -25,6 +26,7 @@ from data.finetuning.rows import Json, learned
 from data.finetuning.uploads import StoredFile
 from data.join import to_json
 from data.manifest import Manifest, Shard
+from data.publish import publish_upload
 from data.rows import read_rows
 from data.scrub import SCRUBBED, scrub
 from data.stages import StageCount
@@ -43,11 +45,12 @@ class Part:
     path: Path
 
 
-def package(settings: Settings, parts: Sequence[Part], *, agent: str | None) -> Manifest:
-    """Write the dataset of these files; the same files give the same dataset.
+def package(engine: Engine, settings: Settings, parts: Sequence[Part], *, agent: str | None) -> Manifest:
+    """Write the dataset of these files and tell of it; the same files give the same dataset.
 
     Raises:
         DatasetError: nothing is left to train on, with what became of the lines.
+        ConflictError: an erasure looks for datasets; try again.
     """
     kind = _kind(parts[0].stored)
     counted = _Counted()
@@ -64,7 +67,7 @@ def package(settings: Settings, parts: Sequence[Part], *, agent: str | None) -> 
         shards = _write(examples, kind, building)
         made = _manifest(settings, parts, agent, counted.stages(), counts, shards)
         (building / "card.md").write_text(dataset_card(made))
-        return manifest.publish(building, root, made)
+        return publish_upload(engine, settings, building, root, made)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

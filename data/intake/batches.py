@@ -15,10 +15,11 @@ import orjson
 from cluster.clock import now_us
 from cluster.errors import ConflictError, ErasedError, InputError
 from cluster.settings import Settings
-from data.events import ASSIGNMENT_FIELDS, Event
+from data.events import Event
 from data.feedback import EXPLICIT, pseudonym_secret
 from data.group_commit import GroupCommit
 from data.intake.items import Identity, Parser
+from data.interaction_bodies import ASSIGNMENT_FIELDS
 from data.log import Verdict
 
 KINDS = ("feedback", "behaviour", "outcome", "trajectory", "interaction", "tool_call")

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.events import Event, Message, parse_body
+from data.events import Event, parse_body
+from data.interaction_bodies import Message
 from data.label_bodies import Reason
 from data.log import EventLog
 from data.template import content_text

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from cluster.errors import InputError
-from data.events import Message
+from data.interaction_bodies import Message
 from data.traces.otlp import Attributes, Span
 
 DETAILS = "gen_ai.client.inference.operation.details"

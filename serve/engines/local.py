@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 
 from cluster.errors import ConfigError, NotFoundError
 from cluster.settings.engines import EngineSettings
-from data.events import Message
+from data.interaction_bodies import Message
 from data.template import Tools, render, template_digest
 from serve.engines.adapter_files import read_adapter, read_canary
 from serve.engines.adapter_source import AdapterError

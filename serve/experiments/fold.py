@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from cluster.settings.experiments import ExperimentSettings
-from data.events import RecordedEvent, chosen_reports
+from data.events import RecordedEvent, chosen_reports, judges
 from serve.experiments.exposures import Designs, Exposure, exposures_of, unit_of
 from serve.experiments.metrics import (
     METRICS,
@@ -98,6 +98,7 @@ def fold_groups(
         if not reports:
             continue
         interaction = reports[0]
+        group = [r for r in group if r.event.kind != "grade" or judges(r.event.body, interaction.event.event_id)]
         _fold_baselines(fold, interaction, group, after, settings)
         for exposure in exposures_of(interaction, designs):
             _fold_exposure(fold, exposure, group, after, settings)

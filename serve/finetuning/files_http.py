@@ -1,6 +1,7 @@
 """`/v1/files`: upload, list, get, content, delete."""
 
 import asyncio
+import re
 import shutil
 from dataclasses import dataclass, field
 
@@ -19,6 +20,8 @@ FORM_FIELDS = ("file", "purpose")
 SPARE_BYTES = 1 << 16  # of a form around its file
 MAX_PAGE = 10_000
 PIECE = 1 << 18
+UNNAMED = "upload.jsonl"
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(slots=True)
@@ -60,9 +63,9 @@ class FileRoutes:
             shutil.copyfileobj(sent.file, file, PIECE)
             file.flush()
             checked = check_file(path, min_rows=limits.min_examples, max_rows=limits.max_examples)
-            name = (sent.filename or "upload.jsonl").replace("%22", '"')  # as the HTML standard escapes it
+            name = CONTROL.sub("", sent.filename or "").replace("%22", '"')  # as the HTML standard escapes it
             return uploads.keep(
-                path, name, PURPOSE, format=checked.format, rows=checked.rows, max_files=limits.max_files
+                path, name or UNNAMED, PURPOSE, format=checked.format, rows=checked.rows, max_files=limits.max_files
             )
 
     async def list(self, uploads: Uploads, query: Query) -> Json:

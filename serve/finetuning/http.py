@@ -5,7 +5,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from urllib.parse import unquote
 
 from sqlalchemy.engine import Engine
 
@@ -25,16 +24,23 @@ from serve.snapshot import Snapshot
 
 SCOPE = "train"
 PREFIXES = ("/v1/files", "/v1/fine_tuning/jobs", "/v1/models/")
-ROUTES = (
-    ("files", re.compile(r"/v1/files"), ("GET", "POST")),
-    ("file", re.compile(r"/v1/files/([^/]+)"), ("GET", "DELETE")),
-    ("content", re.compile(r"/v1/files/([^/]+)/content"), ("GET",)),
-    ("jobs", re.compile(r"/v1/fine_tuning/jobs"), ("GET", "POST")),
-    ("job", re.compile(r"/v1/fine_tuning/jobs/([^/]+)"), ("GET",)),
-    ("act", re.compile(r"/v1/fine_tuning/jobs/([^/]+)/(pause|resume|cancel)"), ("POST",)),
-    ("events", re.compile(r"/v1/fine_tuning/jobs/([^/]+)/events"), ("GET",)),
-    ("checkpoints", re.compile(r"/v1/fine_tuning/jobs/([^/]+)/checkpoints"), ("GET",)),
-    ("model", re.compile(r"/v1/models/(.+)"), ("GET", "DELETE")),
+ACTIONS = ("pause", "resume", "cancel")
+ROUTES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("files", "/v1/files", ("GET", "POST")),
+    ("file", "/v1/files/{file_id}", ("GET", "DELETE")),
+    ("content", "/v1/files/{file_id}/content", ("GET",)),
+    ("jobs", "/v1/fine_tuning/jobs", ("GET", "POST")),
+    ("job", "/v1/fine_tuning/jobs/{job_id}", ("GET",)),
+    *((action, f"/v1/fine_tuning/jobs/{{job_id}}/{action}", ("POST",)) for action in ACTIONS),
+    ("events", "/v1/fine_tuning/jobs/{job_id}/events", ("GET",)),
+    ("checkpoints", "/v1/fine_tuning/jobs/{job_id}/checkpoints", ("GET",)),
+    ("model", "/v1/models/{model}", ("GET", "DELETE")),
+)
+"""Name, path and methods of each."""
+PARTS = {"{model}": r"([^\0]+)", "{file_id}": r"([^/\0]+)", "{job_id}": r"([^/\0]+)"}
+"""What may stand for a part of a path: a model's name may hold slashes, and no name holds a NUL character."""
+PATTERNS = tuple(
+    (name, re.compile(re.sub(r"\{\w+\}", lambda part: PARTS[part[0]], path)), methods) for name, path, methods in ROUTES
 )
 
 
@@ -108,8 +114,8 @@ class FinetuningHandler:
                 return await self._jobs.list(database, key, query)
             case "job":
                 return await self._jobs.retrieve(database, key, arguments[0])
-            case "act":
-                return await self._jobs.act(database, key, arguments[0], arguments[1])
+            case action if action in ACTIONS:
+                return await self._jobs.act(database, key, arguments[0], action)
             case "model":
                 return await asyncio.to_thread(_model, scope["method"], arguments[0], key, snapshot, database)
             case "events":
@@ -145,7 +151,7 @@ def _route(scope: Scope, headers: Headers) -> tuple[str, tuple[str, ...]]:
         ApiError: 404 or 405.
     """
     path, method = scope["path"], scope["method"]
-    for name, pattern, methods in ROUTES:
+    for name, pattern, methods in PATTERNS:
         match = pattern.fullmatch(path)
         if match is None:
             continue
@@ -153,7 +159,7 @@ def _route(scope: Scope, headers: Headers) -> tuple[str, tuple[str, ...]]:
             allowed = ", ".join(methods)
             headers.append((b"allow", allowed.encode()))
             raise ApiError(405, f"{path} takes {allowed}, not {method}.", code="method_not_allowed")
-        return name, tuple(unquote(part) for part in match.groups())
+        return name, match.groups()
     raise ApiError(404, f"There is nothing at {path}.", code="unknown_url")
 
 

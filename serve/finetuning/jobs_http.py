@@ -99,7 +99,7 @@ class JobRoutes:
             if name is None and field == "validation_file":
                 continue
             try:
-                stored[field] = uploads.get(str(name))
+                stored[field] = uploads.get(requests.file_id(field, name))
             except NotFoundError:
                 message = f"{field}: there is no file {name!r}; upload it with purpose fine-tune."
                 raise ApiError(400, message, code="invalid_file", param=field) from None

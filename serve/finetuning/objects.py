@@ -12,6 +12,7 @@ from data.finetuning.uploads import StoredFile
 
 Json = dict[str, Any]
 ENDED = ("succeeded", "failed", "cancelled")
+STATUSES = ("validating_files", "queued", "running", "paused", *ENDED)
 
 
 def file_object(stored: StoredFile) -> Json:

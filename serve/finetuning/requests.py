@@ -39,7 +39,7 @@ WHOLE = ("n_epochs", "batch_size", "eval_interval")
 SUFFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ITEM_FIELD = re.compile(r"\{\{\s*item\.([A-Za-z0-9_]+)")
 MAX_SEED = 2**31 - 1
-MAX_METADATA = 16
+MAX_METADATA, METADATA_NAME_CHARACTERS, METADATA_VALUE_CHARACTERS = 16, 64, 512
 AUTO = "auto"
 
 
@@ -93,10 +93,9 @@ def parse_method(document: Json, settings: Settings) -> Json:
     method = document.get("method")
     if method is None:
         method = {"type": "supervised", "supervised": {"hyperparameters": document.get("hyperparameters") or {}}}
-    if not isinstance(method, dict) or method.get("type") not in METHODS:
-        kind = method.get("type") if isinstance(method, dict) else method
+    kind = method.get("type") if isinstance(method, dict) else method
+    if not isinstance(method, dict) or not isinstance(kind, str) or kind not in METHODS:
         raise InputError("method.type", kind, f"must be one of {', '.join(METHODS)}", "name a known method")
-    kind = method["type"]
     own = method.get(kind) or {}
     _known(method, {"type", kind}, "method.")
     allowed = {"hyperparameters", "grader", "response_format"} if kind == "reinforcement" else {"hyperparameters"}
@@ -222,10 +221,28 @@ def _metadata(value: Any) -> dict[str, str] | None:
     if value is None:
         return None
     fits = isinstance(value, dict) and len(value) <= MAX_METADATA
-    if not fits or any(not isinstance(v, str) or len(k) > 64 or len(v) > 512 for k, v in value.items()):
-        rule = f"must be at most {MAX_METADATA} texts of 512 characters under names of 64"
+    if not fits or not all(_is_metadata(name, text) for name, text in value.items()):
+        rule = (
+            f"must be at most {MAX_METADATA} texts of {METADATA_VALUE_CHARACTERS} characters "
+            f"under names of {METADATA_NAME_CHARACTERS}"
+        )
         raise InputError("metadata", value, rule, "shorten it")
     return dict(value)
+
+
+def _is_metadata(name: str, text: Any) -> bool:
+    return isinstance(text, str) and len(text) <= METADATA_VALUE_CHARACTERS and len(name) <= METADATA_NAME_CHARACTERS
+
+
+def file_id(field: str, value: Any) -> str:
+    """What names a file.
+
+    Raises:
+        InputError: it is no text that could be an id.
+    """
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise InputError(field, value, "must be the id of a file", "upload it with purpose fine-tune")
+    return value
 
 
 def check_files(method: Json, training: StoredFile, validation: StoredFile | None, settings: Settings) -> None:

@@ -9,9 +9,10 @@ from pydantic import BaseModel, Field
 from cluster.clock import to_iso
 from cluster.errors import InputError, NotFoundError
 from cluster.tables import events
-from data.events import FeedbackType, RecordedEvent, chosen_reports
+from data.events import RecordedEvent, chosen_reports
 from data.intake.items import Identity
 from data.log import EventLog
+from data.reaction_bodies import FeedbackType
 from data.template import content_text
 from serve.tools.registry import Caller, tool
 

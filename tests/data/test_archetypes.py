@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import Engine
 
+from cluster.clock import from_iso
 from cluster.errors import DatasetError, InputError
 from cluster.settings import load_settings
 from cluster.settings.curation import ArchetypeSettings
@@ -16,6 +17,7 @@ from data.archetypes import (
     save_rules,
     transfers,
 )
+from data.archetypes_monthly import look_at_month
 from data.log import EventLog
 from tests.data.traffic import feedback, interaction
 
@@ -81,3 +83,35 @@ def test_too_few_agents_and_bad_rules_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("archetypes: [{name: x}]")
     with pytest.raises(InputError, match="must list archetypes"):
         load_rules(tmp_path / "bad.yaml")
+
+
+def test_a_term_that_too_few_users_know_describes_nobody(database: Engine) -> None:
+    log = EventLog(database)
+    fill(log)
+    log.append([interaction(900 + n, "canary parcel", "a", user=f"u{n % 2}", agent="parcels") for n in range(12)])
+    parcels = next(p for p in profiles(log, SETTINGS) if p.agent == "parcels")
+    assert "parcel" in parcels.terms and "canary" not in parcels.terms
+    log.append([interaction(990, "canary parcel", "a", user="u2", agent="parcels")])
+    assert next(p for p in profiles(log, SETTINGS) if p.agent == "parcels").terms["canary"] == 13
+
+
+def test_a_month_has_one_report_rules_stay_as_edited_and_old_reports_leave(database: Engine, tmp_path: Path) -> None:
+    settings = load_settings(
+        home=tmp_path, curation={"archetypes": {"min_interactions": 10, "number": 2, "reports_kept": 2}}
+    )[0]
+    months = [from_iso(f"2026-{month:02d}-01T04:00:00") for month in (10, 11, 12)]
+    early = look_at_month(database, settings, months[0])
+    assert (early.report, early.agents) == (None, 0) and not settings.archetypes_root.exists()
+    fill(EventLog(database))
+    first = look_at_month(database, settings, months[0])
+    assert (first.agents, first.archetypes, first.transfers) == (3, 2, 1)
+    assert "`post` could start from" in (settings.archetypes_root / "2026-10.md").read_text()
+    edited = first.rules.read_text().replace(load_rules(first.rules)[1].name, "deliveries")
+    first.rules.write_text(edited)
+    for at_us in (months[1], months[2], months[2] + 1):
+        last = look_at_month(database, settings, at_us)
+    assert (
+        first.rules.read_text() == edited and "## deliveries" in (settings.archetypes_root / "2026-12.md").read_text()
+    )
+    assert last.as_dict()["report"] == str(settings.archetypes_root / "2026-12.md")
+    assert sorted(f.name for f in settings.archetypes_root.iterdir()) == ["2026-11.md", "2026-12.md", "rules.yaml"]

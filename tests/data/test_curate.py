@@ -17,12 +17,13 @@ from cluster.errors import DatasetError, InputError, NotFoundError
 from cluster.runtime import RaySession
 from cluster.settings import Settings, load_settings
 from data.card import dataset_card
-from data.curate import curate, task_cpus
+from data.curate import curate
 from data.events import Event, parse_body
 from data.log import EventLog
 from data.manifest import COLUMNS, Manifest, find_dataset, load_manifest, read_examples
 from data.mlflow_datasets import log_to_mlflow
 from data.publish import check_usable
+from data.ray_data import task_cpus
 from data.split import SPLITS
 from data.validate import validate
 from tests.data.kill_worker import TASKS, workers_killed

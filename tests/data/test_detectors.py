@@ -1,15 +1,19 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
 from cluster.errors import InputError
 from cluster.settings import Settings, load_settings
+from cluster.settings.curation import DetectorSettings
 from data.detectors.cases import cases
+from data.detectors.embeddings import Embeddings
 from data.detectors.grounding import ungrounded_share
 from data.detectors.interface import Item
 from data.detectors.linear import LinearDetector, shipped
+from data.detectors.make import sentiment_by, similarity_by, topics_of
 from data.detectors.measure import Measure, measure_all, precision_recall
-from data.detectors.model import EntailmentModel, TextModel
+from data.detectors.model import EntailmentModel, SentimentModel, TextModel
 from data.detectors.sentiment import sentiment
 from data.detectors.topics import fit_topics
 
@@ -118,8 +122,44 @@ def test_a_model_judges_behind_the_same_interface(classifier: Path) -> None:
     assert shares[0] in (0.0, 0.5, 1.0) and shares[1] is None
 
 
+@pytest.fixture(scope="module")
+def feelings(classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the labels of a sentiment; its last one is always the likeliest."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("feelings")
+    shutil.copytree(classifier, folder, dirs_exist_ok=True)
+    labels = {0: "Neutral", 1: "Positive", 2: "Negative"}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        classifier, num_labels=3, id2label=labels, ignore_mismatched_sizes=True
+    )
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([0.0, 0.0, 50.0]))
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_models_judge_sentiment_likeness_and_topics(classifier: Path, feelings: Path) -> None:
+    named = DetectorSettings(
+        similarity_model=str(classifier), topic_model=str(classifier), sentiment_model=str(feelings)
+    )
+    assert sentiment_by(named)("a good pump") == "negative" and sentiment_by(DetectorSettings())("good") == "positive"
+    alike = similarity_by(named)
+    assert alike("the good pump", "the good pump") == pytest.approx(1, abs=1e-5)
+    assert alike("the good pump", "the bad pump") < 1
+    assert alike("a pump 5", "a pump 6") == pytest.approx(0.5, abs=1e-5)  # numbers are words it does not know
+    texts = ["good good good", "good good", "weighs kg weighs kg", "kg weighs kg weighs"]
+    one, two, three, four = topics_of(texts, 2, named).assign(texts)
+    assert one == two and three == four and one != three
+
+
 def test_a_model_that_is_missing_or_lacks_the_label_is_named(classifier: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be loaded"):
         TextModel(str(tmp_path), "toxic")([Item("a")])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        Embeddings(str(tmp_path)).transform(["a"])
+    with pytest.raises(InputError, match="has no label 'positive', only entailment, toxic"):
+        SentimentModel(str(classifier))("a")
     with pytest.raises(InputError, match="has no label 'rude', only entailment, toxic"):
         TextModel(str(classifier), "rude")([Item("a")])

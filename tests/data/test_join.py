@@ -60,6 +60,25 @@ def test_the_routers_report_of_an_answer_counts_whatever_a_client_said_first() -
     assert dropped == {"interaction repeated": 1}
 
 
+def test_a_grade_of_a_clients_report_is_none_of_the_routers_answer() -> None:
+    claimed = replace(interaction(1, "q", "Better than it was.", user="mallory"), occurred_at_us=0)
+    routed = replace(interaction(1, "q", "a", user="ada", arm="stable"), event_id=interaction_event_id("i1", ROUTER))
+
+    def grade(grader: str, reward: float, judged: str | None) -> Event:
+        body = {"grader": grader, "grader_version": "1", "reward": reward} | ({"judged": judged} if judged else {})
+        return Event("grade", "default", "default", body, event_id=f"g-{grader}-{reward}", interaction_id="i1")
+
+    grades = [grade("rubric", 1.0, claimed.event_id), grade("rubric", 0.2, routed.event_id), grade("people", 0.5, None)]
+    alone, nothing = join_events(block(claimed, grades[0]))
+    assert [g["reward"] for g in orjson.loads(alone["grades"][0].as_py())] == [1.0] and not nothing
+    table, dropped = join_events(block(claimed, routed, *grades))
+    assert [(g["grader"], g["reward"]) for g in orjson.loads(table["grades"][0].as_py())] == [
+        ("people", 0.5),
+        ("rubric", 0.2),
+    ]
+    assert dropped == {"interaction repeated": 1, "grade of another report": 1}
+
+
 def test_what_is_lost_is_counted_by_reason() -> None:
     erased = Event("feedback", "default", "default", {}, event_id="x", interaction_id="i1")
     table, dropped = join_events(

@@ -3,6 +3,7 @@
 import copy
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,25 @@ def test_rayjob_keeps_the_rules_the_schema_cannot_say(manifest: dict[str, Any]) 
         assert len(legacy) == 2 or "deletionRules" in strategy
         assert not (strategy.get("deletionRules") and spec.get("shutdownAfterJobFinishes"))
     assert spec["entrypoint"].startswith("python -m cluster ")
+
+
+CRONJOB = {
+    "schedule", "timeZone", "concurrencyPolicy", "startingDeadlineSeconds", "successfulJobsHistoryLimit",
+    "failedJobsHistoryLimit", "suspend", "jobTemplate",
+}  # fmt: skip
+"""Fields of a `CronJobSpec`. Source: https://kubernetes.io/docs/reference/kubernetes-api/workload-resources/cron-job-v1/"""
+
+
+@pytest.mark.parametrize("manifest", of_kind("CronJob"))
+def test_cronjob_submits_a_command_that_there_is(manifest: dict[str, Any]) -> None:
+    spec = manifest["spec"]
+    assert (manifest["apiVersion"], spec["timeZone"], spec["concurrencyPolicy"]) == ("batch/v1", "Etc/UTC", "Forbid")
+    assert set(spec) <= CRONJOB and len(spec["schedule"].split()) == 5
+    (container,) = spec["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"][:4] == ["python", "-m", "cluster", "submit"]
+    command = container["command"][container["command"].index("--") + 1 :]
+    done = subprocess.run([sys.executable, "-m", "cluster", *command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("manifest", of_kind("RayService"))

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from sqlalchemy.engine import Engine as Database
 
 from cluster.settings import load_settings
-from data.events import Event, parse_body
+from data.events import ROUTER, Event, interaction_event_id, parse_body
 from data.log import EventLog
 from serve.experiments.metrics import of_grade
 from serve.grading import Grading
@@ -93,6 +94,19 @@ def test_without_a_judge_of_pairs_the_rewards_are_compared(sqlite_database: Data
 def test_a_pair_that_lacks_an_answer_is_left_out(sqlite_database: Database) -> None:
     events = [interaction("live", "Ada."), interaction("shadow", None, "shadow"), pair(), pair("live", "gone")]
     assert not graded(sqlite_database, events, online={"grader": LONG, "share": 1e-9, "detectors": False})
+
+
+def test_each_report_of_an_answer_has_a_grade_of_its_own_and_the_routers_is_compared(sqlite_database: Database) -> None:
+    routed = replace(interaction("live", "Ada owns it."), event_id=interaction_event_id("live", ROUTER))
+    claimed = interaction("live", "Ada owns it, and more than she ever would.", "none")
+    events = [claimed, routed, interaction("shadow", "Ada.", "shadow"), pair()]
+    made = graded(sqlite_database, events, online={"grader": LONG, "share": 1.0, "detectors": False})
+    assert {g.body["judged"]: g.body["reward"] for g in made if "judged" in g.body} == {
+        routed.event_id: 0.12,
+        claimed.event_id: 0.42,
+    }
+    (compared,) = [g for g in made if "judged" not in g.body]
+    assert compared.body["reason"] == "triage/1 against triage/2: rewards 0.12 and 0.04"
 
 
 def test_detectors_look_at_the_sample(sqlite_database: Database) -> None:

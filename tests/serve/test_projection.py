@@ -262,6 +262,19 @@ def test_grades_and_outcomes_become_metrics(database: Engine) -> None:
     assert found["outcome:closed", "ramp", "candidate", "ann"] == (1, 1)
 
 
+def test_a_grade_of_a_clients_report_is_none_of_the_arms(database: Engine) -> None:
+    routed = interaction("a", CANDIDATE, user="ann")
+    routed = replace(routed, event_id=interaction_event_id("a", ROUTER))
+
+    def grade(reward: float, judged: str) -> Event:
+        body = parse_body("grade", {"grader": "rubric", "grader_version": "1", "reward": reward, "judged": judged})
+        return Event("grade", TENANT, "main", body, interaction_id="a")
+
+    EventLog(database).append([grade(1.0, "the client's"), routed, grade(0.25, routed.event_id)])
+    Projection(database, settings_with()).catch_up()
+    assert statistics(database)["grader_score", "ramp", "candidate", "ann"] == (1, 0.25)
+
+
 def test_any_page_size_and_a_rebuild_give_the_same_tables(database: Engine) -> None:
     log, population = EventLog(database), Population(users=40, seed=3)
     for round_ in range(4):

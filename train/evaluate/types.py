@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-from data.events import Message
+from data.interaction_bodies import Message
 
 Status = Literal["passed", "failed", "not_applicable", "no_data", "could_not_run", "waiting"]
 """`waiting`: people have been asked and not all have answered; only what is reported and not gated waits."""

@@ -10,7 +10,7 @@ import torch
 from cluster.errors import ConflictError, NotFoundError
 from cluster.registry import Version
 from cluster.settings import Settings
-from data.events import Message
+from data.interaction_bodies import Message
 from data.manifest import find_dataset
 from data.template import render, template_digest
 from train.evaluate.truth import read_truths

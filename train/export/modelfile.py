@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import DatasetError, InputError
-from data.events import Message
+from data.interaction_bodies import Message
 from data.template import render
 
 log = logging.getLogger(__name__)

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 from sqlalchemy.engine import Engine
 
-from cluster.errors import DatasetError
+from cluster.database import exclusive
+from cluster.errors import ConflictError, DatasetError
 from cluster.settings import Settings
+from data.erasure.person import PUBLISH
 from data.finetuning.dataset import Part, package
 from data.finetuning.rows import check_file
 from data.finetuning.uploads import Uploads
-from data.manifest import read_examples
+from data.log import EventLog
+from data.manifest import list_datasets, read_examples
 from data.validate import validate
 
 Json = dict[str, Any]
@@ -41,15 +44,15 @@ def test_dataset_is_whole_scrubbed_and_the_same_for_the_same_file(settings: Sett
     rows[2]["messages"][0]["content"] = "mail bob@example.com, then bob@example.com again"
     training = part(settings, sqlite_database, "train", rows)
     validation = part(settings, sqlite_database, "validation", chats(9)[7:])
-    made = package(settings, [training, validation], agent="ft-default")
+    made = package(sqlite_database, settings, [training, validation], agent="ft-default")
     assert made.counts["sft"] == {"train": 5, "validation": 2, "test": 0}
     assert made.sources["files"][0]["sha256"] == training.stored.sha256
     texts = [json.loads(text) for text in read_examples(made.path, "sft", "train")["messages"].to_pylist()]
     assert "mail <EMAIL_1>, then <EMAIL_1> again" in [messages[0]["content"] for messages in texts]
     assert {check.status for check in validate(made, settings)} <= {"passed", "warning"}
     again = part(settings, sqlite_database, "train", rows)
-    assert package(settings, [again, validation], agent="ft-default").dataset_hash == made.dataset_hash
-    assert package(settings, [again], agent="ft-default").dataset_hash != made.dataset_hash
+    assert package(sqlite_database, settings, [again, validation], agent="ft-default").dataset_hash == made.dataset_hash
+    assert package(sqlite_database, settings, [again], agent="ft-default").dataset_hash != made.dataset_hash
 
 
 def test_every_learned_turn_is_an_example_with_its_own_prompt(settings: Settings, sqlite_database: Engine) -> None:
@@ -67,7 +70,10 @@ def test_every_learned_turn_is_an_example_with_its_own_prompt(settings: Settings
     ]
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
     made = package(
-        settings, [part(settings, sqlite_database, "train", [{"messages": messages, "tools": tools}])], agent=None
+        sqlite_database,
+        settings,
+        [part(settings, sqlite_database, "train", [{"messages": messages, "tools": tools}])],
+        agent=None,
     )
     rows = read_examples(made.path, "sft", "train").to_pylist()
     conversations = sorted((json.loads(row["messages"]) for row in rows), key=len)
@@ -90,7 +96,7 @@ def test_pairs_keep_both_answers_and_leave_validation_questions_out(
 
     training = part(settings, sqlite_database, "train", [pair("a"), pair("b"), pair("c")])
     validation = part(settings, sqlite_database, "validation", [pair("b")])
-    made = package(settings, [training, validation], agent=None)
+    made = package(sqlite_database, settings, [training, validation], agent=None)
     assert made.counts["preference"] == {"train": 2, "validation": 1, "test": 0}
     assert made.stages[-1].dropped == {"question in validation": 1}
     row = read_examples(made.path, "preference", "train").to_pylist()[0]
@@ -104,7 +110,7 @@ def test_items_become_tasks_with_their_fields_scrubbed_like_their_prompts(
         return {"messages": [turn("developer", "be short"), turn("user", question)], **fields}
 
     rows = [item("write to bob@example.com", answer="bob@example.com", points={"of": [1, 2.5]}), item("hm")]
-    made = package(settings, [part(settings, sqlite_database, "train", rows)], agent=None)
+    made = package(sqlite_database, settings, [part(settings, sqlite_database, "train", rows)], agent=None)
     assert made.counts["task"] == {"train": 2, "validation": 0, "test": 0}
     table = {row["order"]: row for row in read_examples(made.path, "task", "train").to_pylist()}
     first, second = (table[line] for line in sorted(table))
@@ -120,5 +126,16 @@ def test_file_of_which_nothing_is_left_is_refused_with_the_reason(
     key = "-----BEGIN RSA PRIVATE KEY-----\nMIIabc"
     training = part(settings, sqlite_database, "train", chats(2, key))
     with pytest.raises(DatasetError, match=r"no line .* is left to train on \(scrub: quarantine: .* 2\)"):
-        package(settings, [training], agent=None)
+        package(sqlite_database, settings, [training], agent=None)
     assert not list((settings.home / "datasets").glob("upload*"))
+
+
+def test_dataset_gets_no_name_while_an_erasure_looks_for_datasets(settings: Settings, sqlite_database: Engine) -> None:
+    hasty = settings.model_copy(update={"erasure": settings.erasure.model_copy(update={"wait_s": 0.0})})
+    parts, log = [part(settings, sqlite_database, "train", chats(5))], EventLog(sqlite_database)
+    with exclusive(sqlite_database, PUBLISH), pytest.raises(ConflictError, match="holds the lock `publish`"):
+        package(sqlite_database, hasty, parts, agent=None)
+    assert list_datasets(settings) == [] and log.read(kinds=["dataset.ready"]) == []
+    made = package(sqlite_database, hasty, parts, agent=None)
+    assert [m.dataset_id for m in list_datasets(settings)] == [made.dataset_id]
+    assert [r.event.body["dataset_id"] for r in log.read(kinds=["dataset.ready"])] == [made.dataset_id]

@@ -145,3 +145,26 @@ def test_uploads_at_the_same_time_each_keep_their_own_bytes(api: Api) -> None:
     for thread in threads:
         thread.join()
     assert {seed: api.client.files.content(made[seed]).content for seed in sent} == sent
+
+
+def test_names_that_no_database_can_look_for_are_refused(api: Api) -> None:
+    headers = {"authorization": f"Bearer {api.client.api_key}"}
+    for method, path, status in [
+        ("GET", "/v1/files/%00", 404),
+        ("GET", "/v1/files/%2500", 404),
+        ("DELETE", "/v1/files/a%00b", 404),
+        ("GET", "/v1/files?after=%00", 400),
+        ("GET", "/v1/files?purpose=%00", 400),
+        ("GET", "/v1/fine_tuning/jobs/%00", 404),
+        ("POST", "/v1/fine_tuning/jobs/%00/cancel", 404),
+        ("GET", "/v1/fine_tuning/jobs?after=%00", 400),
+        ("GET", "/v1/models/%00", 404),
+    ]:
+        assert httpx.request(method, f"{api.url}{path}", headers=headers).status_code == status, path
+    asked = {"model": "toy", "training_file": "a\0b"}
+    refused = httpx.post(f"{api.url}/v1/fine_tuning/jobs", json=asked, headers=headers)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "training_file")
+    for wrong in ({"type": []}, {"type": {}}, []):
+        document = {"model": "toy", "training_file": "f", "method": wrong}
+        refused = httpx.post(f"{api.url}/v1/fine_tuning/jobs", json=document, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "method.type")
