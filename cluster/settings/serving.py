@@ -152,7 +152,7 @@ class AnomalySettings(Section):
     tool_error_excess: float = Field(0.1, gt=0, le=1)
     """So much more of the tool calls fail than of stable's."""
     safety_excess: float = Field(0.02, gt=0, le=1)
-    """So much more of its answers are refused or filtered than of stable's."""
+    """So much more of its answers are stopped by a filter than of stable's; refusals are none of them."""
 
 
 class ServeSettings(Section):
