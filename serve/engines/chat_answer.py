@@ -51,7 +51,7 @@ class ChatAnswer:
         )
         check_bias(request, len(engine.tokenizer))
         _check_grammar(engine, self._params)
-        self._header = Header.of(request, f"chatcmpl-{uuid.uuid4().hex}", prompt)
+        self._header = Header.of(request, f"chatcmpl-{uuid.uuid4().hex}", engine.fingerprint, prompt)
 
     async def answer(self, receive: Receive, send: Send) -> None:
         """Answer as the request wants it."""
