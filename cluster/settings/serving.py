@@ -112,7 +112,7 @@ class JwtSettings(Section):
 
 
 class ShadowSettings(Section):
-    """Copies of requests to a route's `shadow` version, whose answers nobody sees."""
+    """Copies of requests to a route's `shadow` version, or to the other arm's, whose answers nobody sees."""
 
     enabled: bool = False
     """Send copies; needs `capture.enabled`, as an answer that is not recorded helps nobody."""
