@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, UnavailableError
 from cluster.metrics_files import MetricsServer, Written
 from cluster.options import ConfigOption
 from cluster.settings import load_settings
@@ -23,6 +23,16 @@ def metrics(
     folder = settings.metrics.folder
     if folder is None:
         raise ConfigError("metrics.folder", None, "is not set", "name the folder that the applications write to")
-    with MetricsServer(host, port, Written(folder, settings.metrics.forget_after_s)) as server:
+    with _listening(host, port, Written(folder, settings.metrics.forget_after_s)) as server:
         print(f"metrics of {folder} at http://{host}:{server.server_address[1]}/metrics", flush=True)
         server.serve_forever()
+
+
+def _listening(host: str, port: int, written: Written) -> MetricsServer:
+    try:
+        return MetricsServer(host, port, written)
+    except OSError as error:
+        cause = error.strerror or error
+        raise UnavailableError(
+            f"cannot listen on {host}:{port}: {cause}; choose another `--host` or `--port`"
+        ) from None

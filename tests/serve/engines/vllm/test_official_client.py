@@ -97,7 +97,12 @@ def test_a_call_that_is_asked_for_is_made(
     """At any temperature: a random model must not be able to do otherwise."""
     for sampled in ({"temperature": 0}, {"temperature": 1.5, "seed": 1}, {"temperature": 1.5, "seed": 2}):
         answer = ask(client, tools=tools, tool_choice=choice, max_tokens=120, stream=stream, **sampled)
-        ((name, arguments),) = streamed_calls(answer) if stream else whole_calls(answer)
+        chunks = list(answer) if stream else []
+        ((name, arguments),) = streamed_calls(chunks) if stream else whole_calls(answer)
+        ended = (
+            [c.choices[0].finish_reason for c in chunks if c.choices][-1] if stream else answer.choices[0].finish_reason
+        )
+        assert ended == ("tool_calls" if choice == "required" else "stop")
         assert name in names and set(json.loads(arguments)) == FIELDS[name]
 
 
