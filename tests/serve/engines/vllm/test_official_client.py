@@ -97,22 +97,19 @@ def test_a_call_that_is_asked_for_is_made(
     """At any temperature: a random model must not be able to do otherwise."""
     for sampled in ({"temperature": 0}, {"temperature": 1.5, "seed": 1}, {"temperature": 1.5, "seed": 2}):
         answer = ask(client, tools=tools, tool_choice=choice, max_tokens=120, stream=stream, **sampled)
-        chunks = list(answer) if stream else []
-        ((name, arguments),) = streamed_calls(chunks) if stream else whole_calls(answer)
-        ended = (
-            [c.choices[0].finish_reason for c in chunks if c.choices][-1] if stream else answer.choices[0].finish_reason
-        )
-        assert ended == ("tool_calls" if choice == "required" else "stop")
-        assert name in names and set(json.loads(arguments)) == FIELDS[name]
+        choices = [c for chunk in answer for c in chunk.choices] if stream else answer.choices
+        calls = streamed_calls(choices) if stream else whole_calls(answer)
+        assert calls and all(name in names and set(json.loads(said)) == FIELDS[name] for name, said in calls)
+        assert [c.finish_reason for c in choices if c.finish_reason] == ["stop" if choice is NAMED else "tool_calls"]
 
 
 def whole_calls(answer: Any) -> list[tuple[str, str]]:
     return [(call.function.name, call.function.arguments) for call in answer.choices[0].message.tool_calls]
 
 
-def streamed_calls(chunks: Any) -> list[tuple[str, str]]:
+def streamed_calls(choices: Any) -> list[tuple[str, str]]:
     calls: dict[int, tuple[str, str]] = {}
-    for piece in [p for c in chunks for choice in c.choices for p in choice.delta.tool_calls or []]:
+    for piece in [piece for choice in choices for piece in choice.delta.tool_calls or []]:
         name, arguments = calls.get(piece.index, ("", ""))
         said = piece.function
         calls[piece.index] = (name + (said.name or ""), arguments + (said.arguments or ""))
@@ -124,10 +121,10 @@ def test_a_model_that_is_free_to_call_and_does_not_just_answers(client: openai.O
     for stream in (False, True):
         answer = ask(client, tools=[TOOL], tool_choice=choice, stream=stream)
         if stream:
-            chunks = [chunk.choices[0] for chunk in answer if chunk.choices]
-            said = "".join(c.delta.content or "" for c in chunks)
-            assert said and not any(c.delta.tool_calls for c in chunks)
-            assert chunks[-1].finish_reason == "length"
+            choices = [c for chunk in answer for c in chunk.choices]
+            assert "".join(c.delta.content or "" for c in choices)
+            assert not any(c.delta.tool_calls for c in choices)
+            assert [c.finish_reason for c in choices if c.finish_reason] == ["length"]
         else:
             assert answer.choices[0].message.content and not answer.choices[0].message.tool_calls
             assert answer.choices[0].finish_reason == "length"
