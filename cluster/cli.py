@@ -62,6 +62,7 @@ COMMANDS: dict[str, Mount] = {
     "loop": Mount("cluster.commands", "Run the jobs of one turn of the loop.", "loop"),
     "notify": Mount("cluster.notify_cli", "Channels to people, and a test of them."),
     "outlets": Mount("data.outlets.cli", "Events that leave: webhooks, brokers, notifications."),
+    "metrics": Mount("cluster.metrics_cli", "Serve the metrics of every process of this machine.", "metrics"),
     "submit": Mount("cluster.commands", "Send any of these commands to a Ray cluster as a job.", "submit"),
 }
 

@@ -1,7 +1,7 @@
 """Every metric, declared once; `docs/` and the dashboards are made from this list.
 
-Metrics live in one process. A router replica answers `/metrics` with its own, so a scraper reaches each
-replica by its own address, as it does with pods.
+Metrics live in one process, which answers `/metrics` with its own; `cluster.metrics_files` brings those of several to
+one address.
 """
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest

@@ -24,7 +24,7 @@ from serve.routes import Route
 
 Signal = Literal["latency", "errors", "tool_errors", "safety"]
 Seen = tuple[float | None, bool, int, int, bool]
-"""Latency in seconds (`None` where the version did not answer), failed, tool results, failed ones, unsafe."""
+"""Latency in seconds (`None` where the version did not answer), failed, tool results, failed ones, filtered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class AnomalyWatch:
             return
         results = list(tool_results(record.request.get("messages") or []))
         latency_s = record.latency_s if record.served_version == record.plan.version and not failed else None
-        seen = (latency_s, failed, len(results), sum(results), record.answer.refused)
+        seen = (latency_s, failed, len(results), sum(results), record.answer.filtered)
         with self._lock:
             window = self._windows.get(record.plan.version)
             if window is None:

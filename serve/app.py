@@ -13,6 +13,7 @@ import ray.serve
 
 from cluster.errors import UnavailableError
 from cluster.logs import configure_logging
+from cluster.metrics_files import publish_metrics
 from cluster.settings import Settings
 from serve.config import read_settings, router_deployment
 from serve.router import RouterApp
@@ -35,6 +36,7 @@ class Router:
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.logging)
+        publish_metrics(settings.metrics)
         sys.setswitchinterval(settings.serve.switch_interval_ms / 1000)
         self._app = RouterApp(settings, standalone=False)
 

@@ -94,6 +94,20 @@ def _pinned(
     )
 
 
+def opponent(route: Route, served: str, *, compares: bool) -> str | None:
+    """The version whose answer is held against one that `served` gave; `None` where nobody's is.
+
+    The route's shadow answers everybody's requests over again, and stable those of users who have the shadow as their
+    candidate: else only one side of an experiment would have wins. Where experiments `compares` wins, the only
+    candidate is stable's shadow though the route names none.
+    """
+    shadow = route.shadow or (route.live[0].version if compares and len(route.live) == 1 else None)
+    if shadow is None:
+        return None
+    wanted = route.stable if served == shadow else shadow
+    return None if wanted == served else wanted
+
+
 def not_served(version: str) -> ApiError:
     """503: the route names a version that no engine holds."""
     return ApiError(

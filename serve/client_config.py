@@ -6,8 +6,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from cluster.errors import ConfigError
+from serve.delivery import Delivery, FileDelivery, HttpDelivery
 from serve.remote import Remote
-from serve.sender import Delivery, FileDelivery, HttpDelivery, SenderLimits
+from serve.sender import SenderLimits
 
 DRY_RUN_FILE = "rayloop-dry-run.jsonl"
 YES = ("true", "1")

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Engine
 from cluster.database import connect
 from cluster.errors import RayloopError
 from cluster.logs import configure_logging
+from cluster.metrics_files import publish_metrics
 from cluster.settings import Settings
 from data.outlets.loop import OutletLoop
 from serve.asgi import HttpApplication, require_method, send_json
@@ -162,6 +163,7 @@ class ControlReplica:
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.logging)
+        publish_metrics(settings.metrics)
         self._settings = settings
         self._loop = ControlLoop(settings)
         self._loop.start()

@@ -22,6 +22,7 @@ from cluster import metrics
 from cluster.database import connect
 from cluster.errors import InputError, UnavailableError
 from cluster.logs import configure_logging
+from cluster.metrics_files import publish_metrics
 from cluster.settings import Settings
 from cluster.settings.engines import GraderSettings
 from data.feedback import pseudonym_secret
@@ -251,6 +252,7 @@ class GraderReplica:
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.logging)
+        publish_metrics(settings.metrics)
         self._settings = settings
 
     async def __serve_build_asgi_app__(self) -> GraderApi:

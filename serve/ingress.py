@@ -4,6 +4,7 @@
 HAProxy binary: `python -m serve.ingress PATH` writes it.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from cluster.settings import Settings
 
 METRICS_PORT, STATS_PORT = 9101, 8404
 """Ray Serve's own, where nobody shares the machine."""
+APPLICATIONS_FIRST_S = 1.0
 HAPROXY_SCRIPT = """#!/bin/sh
 # Ray Serve opens HAProxy's statistics and metrics on every interface: keep them on this machine.
 for argument; do
@@ -36,8 +38,20 @@ def ingress_environment(settings: Settings) -> dict[str, str]:
             "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
             "RAY_SERVE_HAPROXY_NBTHREAD": str(serve.haproxy_threads),
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "30",
+            "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": str(client_timeout_s(settings)),
         }
     return environment
+
+
+def client_timeout_s(settings: Settings) -> int:
+    """How long HAProxy waits for a client that should read or send, in place of Serve's hour.
+
+    Once the router has let go of a client that does not read, HAProxy still holds what it had taken over. It waits a
+    little longer than the applications do, whose answers say what is wrong. Who waits for an answer is not meant.
+    """
+    serve, others = settings.serve, (settings.engine, settings.grader, settings.tools)
+    longest_s = max(serve.write_timeout_s, serve.body_timeout_s, *(own.body_timeout_s for own in others))
+    return math.ceil(longest_s + APPLICATIONS_FIRST_S)
 
 
 def write_haproxy_script(path: Path, metrics_port: int = METRICS_PORT, stats_port: int = STATS_PORT) -> None:

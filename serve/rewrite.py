@@ -60,13 +60,8 @@ class Answer:
 
     @property
     def filtered(self) -> bool:
-        """A filter stopped it."""
+        """A filter stopped it: a safety incident, which a refusal is not."""
         return self.finish_reason == "content_filter"
-
-    @property
-    def refused(self) -> bool:
-        """The model refused, or a filter stopped it."""
-        return self.filtered or bool(self.message.get("refusal"))
 
     def add_message(self, choice: dict[str, Any]) -> None:
         """A whole choice."""

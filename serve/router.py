@@ -10,8 +10,6 @@ import functools
 import logging
 import os
 import random
-import time
-from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -58,10 +56,10 @@ from serve.openapi.document import document as openapi_document
 from serve.prompts import PromptPolicy
 from serve.shadow import Shadow
 from serve.snapshot import Snapshot, Watcher
+from serve.status_pages import STATUS, StatusPages
 
 log = logging.getLogger(__name__)
 
-STATUS = "/v1/agents/status"
 METHODS = {
     CHAT: "POST",
     TEXT: "POST",
@@ -118,6 +116,7 @@ class RouterApp:
         shadow = self._shadow(engines)
         companions = Companions(self._limits, self._anomalies, self._capture, shadow, policy)
         self._completions = CompletionHandler(settings.serve, engines, companions, pseudonym_secret(settings))
+        self._pages = StatusPages(self.watcher, self._anomalies, self._completions.breaker_states, settings.tenant)
 
     def _shadow(self, engines: Engines) -> Shadow | None:
         shadow, most = self.settings.shadow, self.settings.serve.max_ongoing_requests
@@ -127,7 +126,7 @@ class RouterApp:
         def busy() -> bool:
             return self._in_flight > shadow.max_load * most
 
-        return Shadow(shadow, engines, self._capture, lambda: self.watcher.current, busy)
+        return Shadow(self.settings, engines, self._capture, lambda: self.watcher.current, busy)
 
     def start(self) -> None:
         """Begin to read routes and keys."""
@@ -336,10 +335,10 @@ class RouterApp:
                 self._require_operator(scope)
             return 200, metrics.exposition(), metrics.CONTENT_TYPE
         if path == "/healthz":
-            status, document = self._health()
+            status, document = self._pages.health()
             return status, orjson.dumps(document), JSON
-        key = self._key(scope, "chat")
-        document = self._models(key) if path == "/v1/models" else self._status(key)
+        key, snapshot = self._key(scope, "chat"), self._snapshot()
+        document = self._pages.models(key, snapshot) if path == "/v1/models" else self._pages.status(key, snapshot)
         return 200, orjson.dumps(document), JSON
 
     def _require_operator(self, scope: Scope) -> None:
@@ -348,66 +347,9 @@ class RouterApp:
         if key.tenant != self.settings.tenant:
             raise ApiError(403, f"The key {key.name} is of another tenant.", code="insufficient_scope")
 
-    def _health(self) -> tuple[int, dict[str, Any]]:
-        snapshot = self.watcher.current
-        ready = bool(snapshot.read_at)
-        document: dict[str, Any] = {"status": "ok" if ready else "not ready"}
-        if ready:
-            document["snapshot_age_s"] = round(time.monotonic() - snapshot.read_at, 3)
-        if self.watcher.rejection is not None:
-            document["config_rejected"] = True  # the reason names agents, and nobody has shown a key
-        return (200 if ready else 503), document
-
-    def _models(self, key: Key) -> dict[str, Any]:
-        snapshot = self._snapshot()
-        models = [
-            {"id": name, "object": "model", "created": 0, "owned_by": key.tenant}
-            for name in snapshot.known_models(key.tenant)
-        ]
-        return {"object": "list", "data": models}
-
-    def _status(self, key: Key) -> dict[str, Any]:
-        snapshot = self._snapshot()
-        open_breakers = self._completions.breaker_states()
-        anomalies = self._anomalies.current
-        agents = [
-            {
-                "agent": route.agent,
-                "modality": route.modality,
-                "stable": route.stable,
-                "candidate": route.candidate,
-                "share": route.live_share,
-                "arms": [arm.as_json() for arm in route.live],
-                "max_share": route.max_share,
-                "shadow": route.shadow,
-                "pinned": route.pinned,
-                "experiment_id": route.experiment_id,
-                "revision": route.revision,
-                "updated_by": route.updated_by,
-                "versions": {v: _health_of(snapshot, v, open_breakers) for v in route.versions},
-                "anomalies": [
-                    {"version": a.version, "signal": a.signal, "value": a.value, "limit": a.limit}
-                    for a in anomalies
-                    if a.route.key == route_key
-                ],
-            }
-            for route_key, route in snapshot.routes.items()
-            if route_key.tenant == key.tenant
-        ]
-        own = key.tenant == self.settings.tenant  # whose deployment configs these are
-        return {"object": "list", "data": agents, "config_rejected": self.watcher.rejection if own else None}
-
 
 async def _refuse(scope: Scope, send: Send, error: ApiError, headers: Headers) -> None:
     if scope["path"] == otlp_http.PATH and otlp_http.is_protobuf(scope):
         await otlp_http.send_status(send, error, headers)
     else:
         await send_error(send, error, headers)
-
-
-def _health_of(snapshot: Snapshot, version: str, open_breakers: Mapping[str, bool]) -> dict[str, Any]:
-    return {
-        "served": version in snapshot.targets,
-        "replicas": dict(snapshot.health.get(version, {})),
-        "breaker_open": open_breakers.get(version, False),
-    }

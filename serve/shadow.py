@@ -19,9 +19,9 @@ import orjson
 
 from cluster import metrics
 from cluster.clock import now_us
-from cluster.settings.serving import ShadowSettings
+from cluster.settings import Settings
 from data.events import Event
-from serve.arms import Plan
+from serve.arms import Plan, opponent
 from serve.capture import Capture, Record
 from serve.exchange import Engines, Exchange, new_interaction_id
 from serve.openai import ApiError
@@ -64,24 +64,23 @@ class Shadow:
 
     def __init__(
         self,
-        settings: ShadowSettings,
+        settings: Settings,
         engines: Engines,
         capture: Capture,
         snapshot: Callable[[], Snapshot],
         busy: Callable[[], bool],
     ) -> None:
-        self._settings, self._engines, self._capture = settings, engines, capture
+        self._settings, self._engines, self._capture = settings.shadow, engines, capture
+        self._compares = settings.experiment.measures("win_rate")
         self._snapshot, self._busy = snapshot, busy
         self._tasks: set[asyncio.Task[None]] = set()
 
     def mirror(self, live: Exchange) -> None:
-        """Send a copy of a request that is over, if its route has a shadow and there is room; never waits."""
-        route = live.plan.route
-        if route is None or route.shadow is None or live.record.served_version in (None, route.shadow):
+        """Send a copy of a request that is over, if its answer has an opponent and there is room; never waits."""
+        version = self._opponent(live)
+        if version is None or random.random() >= self._settings.share:
             return
-        if random.random() >= self._settings.share:
-            return
-        target = self._snapshot().targets.get(route.shadow)
+        target = self._snapshot().targets.get(version)
         if target is None:
             _count(live, "not_served")
         elif len(self._tasks) >= self._settings.max_concurrent or self._busy():
@@ -90,6 +89,13 @@ class Shadow:
             task = asyncio.get_running_loop().create_task(self._copy(live, target))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    def _opponent(self, live: Exchange) -> str | None:
+        """Who answers over again. Where stable stood in, the assigned arm has no answer to compare."""
+        route, served = live.plan.route, live.record.served_version
+        if route is None or served is None or live.record.fallback is not None:
+            return None
+        return opponent(route, served, compares=self._compares)
 
     def close(self) -> None:
         """Give up the copies under way."""

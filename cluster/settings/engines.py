@@ -20,6 +20,10 @@ class VllmSettings(Section):
     """Adapters mixed in one batch; all that are loaded stay in memory."""
     tool_call_parser: str | None = "hermes"
     """vLLM's parser of the model's tool calls. `None`: requests with tools are refused."""
+    structural_tags: bool = False
+    """Hold every call to the parser's own form and to its tool's schema, also with `tool_choice: auto`. Off: `auto` is
+    the model's own, and a call that is asked for is compact JSON by its schema, which suits small models: in tags they
+    may write blanks for ever. Parsers of calls that are no JSON (`glm47`) keep to `tool_choice` only with it."""
     enforce_eager: bool = False
     """Compile nothing: starts sooner, answers slower."""
     start_timeout_s: float = Field(600.0, gt=0)

@@ -92,6 +92,10 @@ class ExperimentSettings(Section):
     bandit_update_s: float = Field(300.0, gt=0)
     """How often a bandit's share follows the evidence."""
 
+    def measures(self, metric: str) -> bool:
+        """Whether a decision rests on it."""
+        return metric in (self.primary, *self.further_primaries, *self.guardrails, *self.guardrails_when_present)
+
     @model_validator(mode="after")
     def _metrics_make_sense(self) -> "ExperimentSettings":
         guardrails = (*self.guardrails, *self.guardrails_when_present)

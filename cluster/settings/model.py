@@ -34,6 +34,7 @@ from cluster.settings.outlets import NotificationSettings, OutletSettings
 from cluster.settings.runtime import (
     DatabaseSettings,
     LoggingSettings,
+    MetricsSettings,
     MLflowSettings,
     RaySettings,
     StorageSettings,
@@ -67,6 +68,7 @@ class Settings(BaseSettings):
     mlflow: MLflowSettings = MLflowSettings()
     ray: RaySettings = RaySettings()
     logging: LoggingSettings = LoggingSettings()
+    metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
     seal: SealSettings = SealSettings()
     erasure: ErasureSettings = ErasureSettings()

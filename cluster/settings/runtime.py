@@ -1,8 +1,9 @@
 """Where things are kept and how Ray is reached."""
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.settings.base import Section
 
@@ -39,6 +40,23 @@ class StorageSettings(Section):
     the controller's copy, so they must be on its machine or see its disk."""
     endpoint_url: str | None = Field(None, pattern=r"^https?://[^/?#@]+/?$")
     """S3-compatible server that holds `adapters` where that is an s3:// URI without a query of its own."""
+
+
+class MetricsSettings(Section):
+    """Metrics as files, for one address that answers with those of every process (`rayloop metrics`)."""
+
+    folder: Path | None = None
+    """Where every application writes its own, on its machine. `None`: they are at the `/metrics` of each only."""
+    interval_s: float = Field(5.0, gt=0)
+    """How often they are written."""
+    forget_after_s: float = Field(30.0, gt=0)
+    """What is older was left behind by a process that was killed."""
+
+    @model_validator(mode="after")
+    def _is_written_before_it_is_forgotten(self) -> "MetricsSettings":
+        if self.forget_after_s <= 2 * self.interval_s:
+            raise ValueError("metrics.forget_after_s must be more than twice metrics.interval_s")
+        return self
 
 
 class MLflowSettings(Section):

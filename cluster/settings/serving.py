@@ -112,7 +112,7 @@ class JwtSettings(Section):
 
 
 class ShadowSettings(Section):
-    """Copies of requests to a route's `shadow` version, whose answers nobody sees."""
+    """Copies of requests to a route's `shadow` version, or to the other arm's, whose answers nobody sees."""
 
     enabled: bool = False
     """Send copies; needs `capture.enabled`, as an answer that is not recorded helps nobody."""
@@ -152,7 +152,7 @@ class AnomalySettings(Section):
     tool_error_excess: float = Field(0.1, gt=0, le=1)
     """So much more of the tool calls fail than of stable's."""
     safety_excess: float = Field(0.02, gt=0, le=1)
-    """So much more of its answers are refused or filtered than of stable's."""
+    """So much more of its answers are stopped by a filter than of stable's; refusals are none of them."""
 
 
 class ServeSettings(Section):

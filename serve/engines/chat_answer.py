@@ -51,7 +51,7 @@ class ChatAnswer:
         )
         check_bias(request, len(engine.tokenizer))
         _check_grammar(engine, self._params)
-        self._header = Header.of(request, f"chatcmpl-{uuid.uuid4().hex}", prompt)
+        self._header = Header.of(request, f"chatcmpl-{uuid.uuid4().hex}", engine.fingerprint, prompt)
 
     async def answer(self, receive: Receive, send: Send) -> None:
         """Answer as the request wants it."""
@@ -129,11 +129,16 @@ class ChatAnswer:
             "index": update.generation.index,
             "message": message,
             "logprobs": self._logprobs(update),
-            "finish_reason": "tool_calls" if calls else update.finish_reason,
+            "finish_reason": self._reason(update.finish_reason, calls),
         }
         if self._header.return_token_ids:
             choice["token_ids"] = update.token_ids
         return choice
+
+    def _reason(self, ended: str | None, calls: list[Json]) -> str | None:
+        """OpenAI's: an answer with calls ends for them, unless the request named the one it wanted."""
+        named = self.request.tool_choice is not None and self.request.tool_choice.type == "function"
+        return "tool_calls" if calls and not named else ended
 
     def _logprobs(self, update: Update) -> Json | None:
         if not self._params.logprobs:
@@ -171,7 +176,7 @@ class ChatAnswer:
                 delta["content"], calls = parse_tool_calls(held[index])
                 if calls:
                     delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
-                    reason = "tool_calls"
+                reason = self._reason(reason, calls)
         else:
             delta["content"] = update.text
         return {"index": index, "delta": delta, "logprobs": self._logprobs(update), "finish_reason": reason}

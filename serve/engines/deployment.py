@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from cluster.database import connect
 from cluster.errors import ConfigError, UnavailableError
 from cluster.logs import configure_logging
+from cluster.metrics_files import publish_metrics
 from cluster.settings import Settings
 from cluster.settings.engines import EngineSettings
 from serve.engines.autoscaling import scale
@@ -41,6 +42,7 @@ class EngineReplica:
         self._reconciler: Any = None
         self._stopping = threading.Event()
         configure_logging(settings.logging)
+        publish_metrics(settings.metrics)
         self._settings = settings
         self._engine, self._api = open_engine(settings)
         if not self._follow():

@@ -27,6 +27,7 @@ from serve.engines.base_model import BaseIdentity
 from serve.engines.cache import SlotCache, layer_shapes
 from serve.engines.canary import Canary
 from serve.engines.detokenise import AnswerText, TokenTexts
+from serve.engines.fingerprint import fingerprint
 from serve.engines.generation import Generation, SamplingParams, Update
 from serve.engines.host import BASE_NAME, ServedModel
 from serve.engines.lora import AdapterBank, LoadedAdapter
@@ -52,6 +53,7 @@ class LocalEngine:
         torch.set_num_threads(settings.torch_threads)
         self.tokenizer, model = _load(self.base_model, settings)
         self.base = BaseIdentity(self.base_model)
+        self.fingerprint = fingerprint(self.base, settings.dtype, settings.device)
         self.max_context_tokens = _context(model.config, settings)
         self.texts = TokenTexts(self._decode_raw, self.tokenizer.convert_ids_to_tokens)
         self.template_digest = template_digest(self.tokenizer)

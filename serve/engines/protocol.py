@@ -169,17 +169,19 @@ class Header:
     id: str
     model: str
     created: int
+    fingerprint: str
     prompt_ids: list[int]
     return_token_ids: bool
 
     @classmethod
-    def of(cls, request: ChatRequest, completion_id: str, prompt_ids: list[int]) -> "Header":
+    def of(cls, request: ChatRequest, completion_id: str, fingerprint: str, prompt_ids: list[int]) -> "Header":
         """The header of a request's answer."""
-        return cls(completion_id, request.model, int(time.time()), prompt_ids, request.return_token_ids)
+        return cls(completion_id, request.model, int(time.time()), fingerprint, prompt_ids, request.return_token_ids)
 
     def document(self, kind: str) -> Json:
         """The top level of a completion or a chunk."""
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        named = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return named | {"system_fingerprint": self.fingerprint}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:

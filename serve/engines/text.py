@@ -42,7 +42,7 @@ class TextAnswer(ChatAnswer):
         except ApiError as error:
             error.param = "prompt"
             raise
-        self._header = Header.of(request, f"cmpl-{uuid.uuid4().hex}", prompt)
+        self._header = Header.of(request, f"cmpl-{uuid.uuid4().hex}", engine.fingerprint, prompt)
 
     def _choice(self, update: Update) -> Json:
         choice: Json = {

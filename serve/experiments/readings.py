@@ -46,7 +46,7 @@ LAG = sa.select(sa.func.count()).where(
 )
 """Made once: building a statement takes longer than these take to run. The last one counts what is not folded yet."""
 ANOMALY = "anomaly.detected"
-METRIC_OF_SIGNAL = {"errors": "error_rate", "tool_errors": "tool_error_rate", "safety": "refusal_rate"}
+METRIC_OF_SIGNAL = {"errors": "error_rate", "tool_errors": "tool_error_rate", "safety": "safety_incident_rate"}
 """Signals of the routers and the metric that bears them out; `latency` is borne out by the p95 itself."""
 Arms = dict[str, Moments]
 """`candidate`, `control` and, where stable stood in for the candidate, `fallback` -> sums."""

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from cluster.database import connect
 from cluster.errors import ConfigError
 from cluster.logs import configure_logging
+from cluster.metrics_files import publish_metrics
 from cluster.settings import Settings
 from data.group_commit import GroupCommit
 from data.intake.batches import Intake
@@ -30,6 +31,7 @@ class ToolsReplica:
 
     def __init__(self, settings: Settings) -> None:
         configure_logging(settings.logging)
+        publish_metrics(settings.metrics)
         self._settings = settings
         self._commit: GroupCommit | None = None
 

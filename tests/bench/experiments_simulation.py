@@ -34,8 +34,8 @@ from tests.serve.simulation import (
     REQUESTS,
     ArmSums,
     Floats,
+    incidents,
     latency_misses,
-    refusals,
     share_of,
     sticks_out,
     tastes,
@@ -107,8 +107,8 @@ def count_alarms(arms: tuple[ArmSums, ArmSums], metric: Metric, settings: Experi
 def anomalies(
     arms: tuple[Floats, Floats], looks_L: npt.NDArray[np.int64], settings: ExperimentSettings
 ) -> tuple[float, float]:
-    """In how many experiments a router's window of refusals sticks out, and in how many of all it rolls back."""
-    metric = find_metric("refusal_rate", settings)
+    """In how many experiments a router's window of incidents sticks out, and in how many of all it rolls back."""
+    metric = find_metric("safety_incident_rate", settings)
     odd_EL = sticks_out(*arms, looks_L, AnomalySettings())
     sums = [user_sums(np.full_like(arm, REQUESTS), arm, looks_L) for arm in arms]
     rolled_back = 0
@@ -124,7 +124,7 @@ def anomalies(
 def bernoulli_misses(random: np.random.Generator, runs: int, rate: float, users: int = 300) -> float:
     """In how many runs the interval of a rate misses it at some of ten looks; ten correlated requests a user."""
     looks_L = np.linspace(users // 10, users, 10).astype(np.int64)
-    happened = refusals(random, (runs, users), rate)
+    happened = incidents(random, (runs, users), rate)
     sums = user_sums(np.full_like(happened, REQUESTS), happened, looks_L)
 
     def misses(run: int, number: int) -> bool:
@@ -191,9 +191,9 @@ def main() -> int:
         print(f"A/B {name}: a harm of 20 points is rolled back in {caught:.3f}")
         failed |= caught < 0.95
     for rate in (0.02, 0.2):
-        arms = tuple(refusals(random, (number, options.users), refused) for refused in (rate, 0.02))
+        arms = tuple(incidents(random, (number, options.users), share) for share in (rate, 0.02))
         odd, taken = anomalies((arms[0], arms[1]), looks_L, settings)
-        print(f"anomalies at {rate:.0%} refusals against 2 %: windows stick out in {odd:.3f}, rolled back {taken:.4f}")
+        print(f"anomalies at {rate:.0%} incidents against 2 %: windows stick out in {odd:.3f}, rolled back {taken:.4f}")
         failed |= taken > ALPHA if rate == 0.02 else taken < 0.95
     runs = max(100, number // 2)
     missed = {

@@ -137,6 +137,34 @@ def test_every_alert_has_a_rule_on_metrics_that_exist_and_a_runbook() -> None:
     assert told == {name: severity for name, (severity, _) in ALERTS.items() if name not in without_metric}
 
 
+def scraped() -> Any:
+    return next(yaml.safe_load_all((K8S / "components" / "alerts" / "podmonitor.yaml").read_text()))
+
+
+@pytest.mark.parametrize("pods", [0, 1], ids=["head", "workers"])
+def test_prometheus_reaches_ports_that_the_pods_have_with_what_their_processes_write(pods: int) -> None:
+    service = next(d for _, d in documents() if d["kind"] == "RayService")["spec"]["rayClusterConfig"]
+    template = [service["headGroupSpec"], service["workerGroupSpecs"][0]][pods]["template"]
+    wanted = scraped()["spec"]["selector"]["matchLabels"].items()
+    assert wanted <= template["metadata"]["labels"].items()
+    containers = template["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for c in containers for port in c["ports"]}
+    assert {e["port"] for e in scraped()["spec"]["podMetricsEndpoints"]} <= ports.keys()
+    ray, exporter = containers
+    config = next(d for _, d in documents() if d["metadata"]["name"] == "rayloop-config")["data"]["rayloop.yaml"]
+    folder = yaml.safe_load(config)["metrics"]["folder"]
+    for container in (ray, exporter):
+        assert folder in [mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "metrics"]
+    assert exporter["command"][:2] == ["rayloop", "metrics"] and ports["rayloop-metrics"] == 9464
+
+
+def test_the_network_lets_prometheus_to_every_port_that_it_scrapes() -> None:
+    monitor, policy = yaml.safe_load_all((K8S / "components" / "alerts" / "podmonitor.yaml").read_text())
+    assert policy["spec"]["podSelector"] == monitor["spec"]["selector"]
+    (rule,) = policy["spec"]["ingress"]
+    assert {port["port"] for port in rule["ports"]} == {9464, 8080}
+
+
 def test_every_resource_is_listed_and_every_listed_file_exists() -> None:
     listed = yaml.safe_load((K8S / "base" / "kustomization.yaml").read_text())["resources"]
     present = {f.name for f in (K8S / "base").glob("*.yaml")} - {"kustomization.yaml"}

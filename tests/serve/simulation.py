@@ -77,15 +77,15 @@ def thumbs(
     return (up_EU + down_EU).astype(float), up_EU.astype(float)
 
 
-def refusals(random: np.random.Generator, shape: tuple[int, int], rate: float) -> Floats:
-    """How many of each user's ten requests are refused; users differ as they do in taste."""
+def incidents(random: np.random.Generator, shape: tuple[int, int], rate: float) -> Floats:
+    """How many of each user's ten answers a filter stopped; users differ as they do in taste."""
     return random.binomial(REQUESTS, tastes(random, shape, rate)).astype(float)
 
 
 def sticks_out(
     candidate_EU: Floats, control_EU: Floats, looks_L: npt.NDArray[np.int64], settings: AnomalySettings
 ) -> npt.NDArray[np.bool_]:
-    """[E, L]: whether a router finds the candidate's latest window of refusals out of the ordinary at each look.
+    """[E, L]: whether a router finds the candidate's latest window of incidents out of the ordinary at each look.
 
     Users ask one after another, so that a window holds those of the latest users.
     """
@@ -93,8 +93,8 @@ def sticks_out(
     start_L = np.maximum(looks_L - width, 0)
     enough_L = (looks_L - start_L) * REQUESTS >= settings.min_requests
 
-    def rate(refused_EU: Floats) -> Floats:
-        upto = np.concatenate([np.zeros((len(refused_EU), 1)), np.cumsum(refused_EU, axis=1)], axis=1)
+    def rate(stopped_EU: Floats) -> Floats:
+        upto = np.concatenate([np.zeros((len(stopped_EU), 1)), np.cumsum(stopped_EU, axis=1)], axis=1)
         found: Floats = (upto[:, looks_L] - upto[:, start_L]) / ((looks_L - start_L) * REQUESTS)
         return found
 

@@ -8,7 +8,7 @@ from cluster.settings.serving import AnomalySettings
 from serve.experiments.comparisons import Moments, proportion, user_mean, welch
 from serve.experiments.evidence import Reading, UserValues, read_metric
 from serve.experiments.metrics import find_metric
-from tests.serve.simulation import REQUESTS, refusals, share_of, sticks_out, user_sums
+from tests.serve.simulation import REQUESTS, incidents, share_of, sticks_out, user_sums
 
 ALPHA = 0.05
 SETTINGS = load_settings(experiment={"tuning_users": 400, "tuning_trials": 1000, "alpha": ALPHA})[0].experiment
@@ -70,9 +70,13 @@ def test_equal_arms_seldom_look_worse_for_certain_however_often_one_looks(name: 
 
 
 def test_equal_arms_whose_windows_stick_out_are_seldom_rolled_back_for_it() -> None:
-    """2 % refusals in both arms: among windows of 200 requests looked at forty times, one differs by chance."""
-    random, looks_L, metric = np.random.default_rng(11), np.arange(1, 41) * 10, find_metric("refusal_rate", SETTINGS)
-    arms = [refusals(random, (200, 400), 0.02) for _ in range(2)]
+    """2 % incidents in both arms: among windows of 200 requests looked at forty times, one differs by chance."""
+    random, looks_L, metric = (
+        np.random.default_rng(11),
+        np.arange(1, 41) * 10,
+        find_metric("safety_incident_rate", SETTINGS),
+    )
+    arms = [incidents(random, (200, 400), 0.02) for _ in range(2)]
     odd_EL = sticks_out(arms[0], arms[1], looks_L, AnomalySettings())
     sums = [user_sums(np.full_like(arm, REQUESTS), arm, looks_L) for arm in arms]
 

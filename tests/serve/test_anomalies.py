@@ -33,6 +33,8 @@ ROUTE = Route("default", "triage", "text", "triage/1", (Arm(0.0, 0.5, "triage/2"
 SETTINGS = AnomalySettings(window=20, min_requests=10, latency_min_s=0.1)
 FAILED_TOOL = {"role": "tool", "content": '{"error": "no such host"}'}
 GOOD_TOOL = {"role": "tool", "content": "ok"}
+REFUSAL = {"role": "assistant", "refusal": "I must not help with that."}
+REFUSED = Answer(message=REFUSAL, finish_reason="stop")
 
 
 def record(version: str, **changes: Any) -> Record:
@@ -78,11 +80,12 @@ def test_candidate_that_differs_from_stable_is_told_of_once(
     assert seen.check([ROUTE], now=SETTINGS.repeat_s + 5) == [found]
 
 
-def test_ordinary_versions_too_few_requests_and_clients_that_left_are_no_anomaly() -> None:
+def test_ordinary_versions_too_few_requests_refusals_and_clients_that_left_are_no_anomaly() -> None:
     assert watch(stable={}, candidate={}).check([ROUTE], now=0) == []
     assert watch(stable={}, candidate={"error": "x"}, count=9).check([ROUTE], now=0) == []
     assert watch(stable={}, candidate={"error": "x", "disconnected": True}).check([ROUTE], now=0) == []
     assert watch(stable={"error": "x"}, candidate={"error": "x"}).check([ROUTE], now=0) == []
+    assert watch(stable={}, candidate={"answer": REFUSED}).check([ROUTE], now=0) == []
     assert watch(stable={}, candidate={"rejected": "invalid_value", "served_version": None}).check([ROUTE], now=0) == []
 
 
@@ -141,7 +144,8 @@ def test_controller_reads_the_candidates_anomalies_of_its_experiment(database: D
         ("latency", {}, {}, False),
         ("errors", {}, {"flags": {"error": "engine_error"}}, True),
         ("errors", {"flags": {"error": "x"}}, {"flags": {"error": "x"}}, False),
-        ("safety", {}, {"finish_reason": "content_filter"}, True),
+        ("safety", {}, {"finish_reason": "content_filter", "flags": {"safety": True}}, True),
+        ("safety", {}, {"response": REFUSAL}, False),
         ("tool_errors", {"messages": [GOOD_TOOL]}, {"messages": [FAILED_TOOL]}, True),
         ("tool_errors", {"messages": [GOOD_TOOL]}, {"messages": [GOOD_TOOL]}, False),
     ],

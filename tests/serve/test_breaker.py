@@ -1,5 +1,7 @@
 import pytest
 
+from cluster.errors import ConfigError
+from cluster.settings import load_settings
 from cluster.settings.serving import BreakerSettings, FallbackSettings
 from serve.breaker import Breaker, StableLatency
 
@@ -94,6 +96,19 @@ def test_budget_is_twice_the_p95_within_its_bounds(answer_s: float, budget_s: fl
     for _ in range(20):
         latency.record(answer_s)
     assert latency.budget_s() == budget_s
+
+
+@pytest.mark.parametrize(("least_s", "budget_s"), [(0.0, 0.02), (0.5, 0.5)])
+def test_least_budget_is_what_the_setting_says(least_s: float, budget_s: float) -> None:
+    latency = StableLatency(FallbackSettings(min_budget_s=least_s))
+    for _ in range(20):
+        latency.record(0.01)
+    assert latency.budget_s() == budget_s
+
+
+def test_least_budget_above_the_most_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"serve\.fallback\.min_budget_s must not exceed"):
+        load_settings(serve={"fallback": {"budget_s": 0.5}})
 
 
 def test_budget_ignores_the_slowest_twentieth() -> None:

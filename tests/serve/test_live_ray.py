@@ -40,6 +40,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PROJECT = Path(__file__).parents[2]
 REPLICAS = 2
 CANDIDATE = "triage-2-abababababab"
+PATIENCE_S = 4.0
+"""With clients that neither read nor send."""
 ROW_BOUND_S = 2.0
 """From the write of a route's row until every replica follows it, whoever wrote it."""
 
@@ -103,8 +105,8 @@ class Up:
         with httpx.stream("POST", f"{self.api}/chat/completions", json=request, headers=self.headers) as reply:
             return reply.headers["x-rayloop-arm"]
 
-    def chat(self, user: str = "ann") -> httpx.Response:
-        request = {"model": "triage", "messages": [{"role": "user", "content": "?"}], "user": user}
+    def chat(self, model: str = "triage") -> httpx.Response:
+        request = {"model": model, "messages": [{"role": "user", "content": "?"}], "user": "ann"}
         return httpx.post(f"{self.api}/chat/completions", json=request, headers=self.headers, timeout=30)
 
 
@@ -116,9 +118,11 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         serve = {
             "port": 0, "applications": ["gateway"], "router_replicas": REPLICAS,
             "engines": {"local": {"base_url": engine_url}}, "allowed_hosts": ["127.0.0.1"],
+            "body_timeout_s": PATIENCE_S, "write_timeout_s": PATIENCE_S,
         }  # fmt: skip
         config = home.with_name("rayloop.yaml")
-        config.write_text(yaml.safe_dump({"home": str(home), "serve": serve} | LEARNING))
+        patience = {name: {"body_timeout_s": PATIENCE_S} for name in ("engine", "grader", "tools")}
+        config.write_text(yaml.safe_dump({"home": str(home), "serve": serve} | LEARNING | patience))
         settings, _ = load_settings(config)
         database = connect(settings)
         serve_version(database, "triage/1", "base")
@@ -343,6 +347,39 @@ def test_client_that_leaves_in_mid_stream_stops_the_engine_through_the_ingress(u
             break
         time.sleep(0.05)
     assert found[0].event.body["flags"]["disconnected"] is True
+
+
+def test_client_that_does_not_read_is_let_go_by_the_ingress_too(up: Up) -> None:
+    host, port = up.api.removeprefix("http://").removesuffix("/v1").split(":")
+    behaviour = up.engine.behaviours["base"]
+    behaviour.raw_pieces = [b'data: {"choices": [{"delta": {"content": "' + b"x" * 400_000 + b'"}}]}\n\n'] * 80
+    body = json.dumps({"model": "triage/1", "messages": [{"role": "user", "content": "?"}], "stream": True}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {up.secret}\r\n"
+    before = len(up.engine.requests)
+    try:
+        with socket.create_connection((host, int(port)), timeout=20) as client:
+            client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+            until(lambda: len(up.engine.requests) > before)
+            assert is_held(client)
+            until(lambda: not is_held(client))
+    finally:
+        behaviour.raw_pieces = None
+
+
+def is_held(client: socket.socket) -> bool:
+    """Whether somebody here keeps the other end of a connection open."""
+    own = client.getsockname()[1]
+    found = psutil.net_connections("tcp")
+    return any(c.raddr and c.raddr.port == own and c.status == psutil.CONN_ESTABLISHED for c in found)
+
+
+def test_client_that_waits_for_a_slow_answer_is_not_let_go(up: Up) -> None:
+    behaviour = up.engine.behaviours["base"]
+    behaviour.delay_s = 2 * PATIENCE_S
+    try:
+        assert up.chat("triage/1").status_code == 200
+    finally:
+        behaviour.delay_s = 0.0
 
 
 def test_huge_body_is_413_through_the_ingress(up: Up) -> None:

@@ -2,15 +2,24 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from data.events import parse_body
+from cluster.database import write
+from data.events import Event, parse_body
+from data.log import EventLog
+from serve.arms import opponent
+from serve.experiments.projection import Projection
+from serve.experiments.readings import read_all
+from serve.experiments.store import create_experiment
+from serve.routes import Route
 from serve.shadow import agreement, stubbed_calls
-from tests.serve.conftest import Live, live_router
+from serve.split import Arm
+from tests.serve.conftest import KEY, Live, live_router
 from tests.serve.upstream import Behaviour
 
 SHADOW = "triage-2-abababababab"
@@ -147,3 +156,67 @@ def test_agreement_of_calls_is_by_name_and_arguments() -> None:
 def test_odd_calls_make_no_stub() -> None:
     assert stubbed_calls({"tool_calls": [None, {}, {"function": {"name": ""}}, {"function": {"name": 7}}]}) == []
     assert stubbed_calls({"tool_calls": "x"}) == []
+
+
+def route(*, shadow: str | None = None, shares: dict[str, float] | None = None) -> Route:
+    arms = tuple(Arm(0.3 * n, share, version) for n, (version, share) in enumerate((shares or {}).items()))
+    return Route("default", "triage", "text", "v1", arms, shadow=shadow)
+
+
+@pytest.mark.parametrize(
+    ("on", "compares", "expected"),
+    [
+        (route(shadow="v2"), False, {"v1": "v2", "v2": "v1"}),
+        (route(shadow="v2", shares={"v2": 0.3}), False, {"v1": "v2", "v2": "v1"}),
+        (route(shadow="v9", shares={"v2": 0.3}), True, {"v1": "v9", "v2": "v9"}),
+        (route(shares={"v2": 0.3}), True, {"v1": "v2", "v2": "v1"}),
+        (route(shares={"v2": 0.3}), False, {"v1": None, "v2": None}),
+        (route(shares={"v2": 0.3, "v3": 0.2}), True, {"v1": None, "v2": None}),
+        (route(shadow="v2", shares={"v2": 0.3, "v3": 0.2}), True, {"v1": "v2", "v2": "v1", "v3": "v2"}),
+        (replace(route(shares={"v2": 0.3}), pinned=True), True, {"v1": None}),
+        (route(shadow="v1"), False, {"v1": None}),
+    ],
+)
+def test_who_answers_over_again(on: Route, compares: bool, expected: dict[str, str | None]) -> None:
+    assert {served: opponent(on, served, compares=compares) for served in expected} == expected
+
+
+def test_wins_of_both_arms_are_told_apart_by_an_experiment_on_them(tmp_path: Path) -> None:
+    """The route names no shadow: each arm's requests are answered by the other's version over again."""
+    experiment = {"primary": "win_rate", "tuning_users": 40, "breach_min_users_per_arm": 5}
+    settings = {"enabled": True, "max_load": 1.0, "max_concurrent": 64}
+    for live in live_router(tmp_path / "home", shadow=settings, experiment=experiment):
+        with write(live.database).begin() as connection:
+            made = create_experiment(
+                connection, KEY, stable="triage/1", candidate="triage/2", shares={"triage/1": 0.5, "triage/2": 0.5},
+                find_version=str, config={},
+            )  # fmt: skip
+        live.route(candidate="triage/2", share=0.5, salt=made.salt, experiment_id=made.experiment_id)
+        client, count = live.client(), 60
+        for number in range(count):
+            client.chat.completions.create(model="triage", messages=MESSAGES, user=f"user-{number}")  # type: ignore[arg-type]
+        pairs = [recorded.event for recorded in live.events("shadow.pair", count)]
+        met = {(pair.body["live_version"], pair.body["shadow_version"]) for pair in pairs}
+        assert met == {("triage/1", "triage/2"), ("triage/2", "triage/1")}
+        EventLog(live.database).append([verdict(pair, won=pair.body["live_version"] == "triage/2") for pair in pairs])
+        Projection(live.database, live.settings).catch_up()
+        found = read_all(live.database, made.experiment_id, live.settings.experiment, period="ramp")
+        (wins,) = [reading for reading in found if reading.metric == "win_rate"]
+        assert (wins.candidate.mean, wins.control.mean, wins.effect) == (1.0, 0.0, 1.0)
+        assert wins.candidate.users + wins.control.users == count and wins.harm_high is not None and wins.harm_high < 0
+
+
+def verdict(pair: Event, *, won: bool) -> Event:
+    card = {"grader": "better-pairs", "grader_version": "1", "score_card": {"win": float(won)}}
+    return Event("grade", pair.tenant, pair.workspace, parse_body("grade", card), interaction_id=pair.interaction_id)
+
+
+def test_an_answer_that_stable_gave_in_place_of_the_candidate_is_not_compared(shadowed: Live) -> None:
+    shadowed.route(candidate="triage/2", share=1.0)
+    shadowed.engine.behaviours[SHADOW].status = 500
+    assert ask(shadowed).choices[0].message.content
+    shadowed.engine.behaviours[SHADOW].status = 200
+    assert ask(shadowed).choices[0].message.content
+    (pair,) = [recorded.event for recorded in shadowed.events("shadow.pair", 1)]
+    assert (pair.body["live_version"], pair.body["shadow_version"]) == ("triage/2", "triage/1")
+    assert [r["model"] for r in shadowed.engine.requests] == [SHADOW, "base", SHADOW, "base"]

@@ -21,6 +21,8 @@ from serve.openai import JSON, ApiError, Receive, Scope, Send, from_engine, send
 
 log = logging.getLogger(__name__)
 
+Json = dict[str, Any]
+
 LIMITED = {"n": "max_choices", "top_logprobs": "max_top_logprobs"}
 """Fields of a request, and the settings that bound them."""
 REFUSED = ("prompt_logprobs", "echo", "logprob_token_ids")
@@ -73,7 +75,7 @@ class VllmApi(EngineRoutes):
         finally:
             self.in_flight -= 1
 
-    def _checked(self, document: dict[str, Any]) -> dict[str, Any]:
+    def _checked(self, document: Json) -> Json:
         """The request as vLLM gets it.
 
         Raises:
@@ -89,9 +91,12 @@ class VllmApi(EngineRoutes):
             value, limit = document.get(param), getattr(self.engine.settings, setting)
             if isinstance(value, int) and value > limit:
                 raise ApiError(400, f"{param}={value} must be at most {limit}", param=param, code="invalid_value")
+        added: Json = {}
         if document.get("max_tokens") is None and document.get("max_completion_tokens") is None:
-            return document | {"max_tokens": self.engine.settings.default_max_tokens}
-        return document
+            added["max_tokens"] = self.engine.settings.default_max_tokens
+        if document.get("tool_choice") == "required" and document.get("parallel_tool_calls") is None:
+            added["parallel_tool_calls"] = False  # else a list without an end, of which a small model reaches none
+        return document | added
 
     async def _until_gone(self, answering: Any, receive: Receive) -> None:
         """Answer, unless the client leaves first: then vLLM hears of it and frees the rows."""

@@ -151,6 +151,7 @@ def arguments(settings: EngineSettings, base_model: str, base_name: str, unix_so
         "max-cpu-loras": adapters,
         "max-model-len": settings.max_context_tokens,
         "tool-call-parser": vllm.tool_call_parser,
+        "tool-strict-level": "parameter" if vllm.structural_tags else None,
         # Without it a small model may write blanks between two tokens of JSON until its answer is full.
         "structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',
         "gpu-memory-utilization": vllm.gpu_memory_share if settings.gpus else None,
@@ -177,8 +178,7 @@ def environment(settings: EngineSettings) -> dict[str, str]:
     """The server's environment: ours without what is meant for the replica, adapters unlocked, nobody told."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
     fixed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    # A call that is asked for is JSON by its schema; vLLM's other way writes it in tags, blanks and all.
-    fixed |= {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0"}
+    fixed["VLLM_ENFORCE_STRICT_TOOL_CALLING"] = str(int(settings.vllm.structural_tags))
     if settings.gpus:
         return kept | fixed
     space = f"{settings.vllm.kv_cache_gb:g}"

@@ -7,6 +7,7 @@ import pytest
 from cluster.settings.engines import EngineSettings
 from serve.engines.adapter_source import AdapterError
 from serve.engines.vllm.engine import VllmEngine
+from serve.engines.vllm.http_api import VllmApi
 
 
 def not_started(settings: EngineSettings) -> VllmEngine:
@@ -27,3 +28,11 @@ def test_limit_that_was_lowered_rises_again_up_to_what_vllm_was_started_with() -
     for wanted, in_force in ((2, 2), (5, 5), (20, 8)):
         engine.apply(EngineSettings(max_adapters=wanted))
         assert engine.settings.max_adapters == in_force
+
+
+def test_several_required_calls_are_for_those_who_ask_for_them() -> None:
+    vllm_api = VllmApi(not_started(EngineSettings()))
+    for given, passed in ((None, False), (False, False), (True, True)):
+        asked = {"model": "base", "tool_choice": "required", "parallel_tool_calls": given}
+        assert vllm_api._checked(asked)["parallel_tool_calls"] is passed
+    assert "parallel_tool_calls" not in vllm_api._checked({"model": "base", "tool_choice": "auto"})

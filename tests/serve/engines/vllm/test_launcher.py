@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import ConfigError, UnavailableError
 from cluster.settings.engines import EngineSettings, VllmSettings
-from serve.engines.vllm.process import LAUNCHER, VllmProcess, arguments, lora_rank
+from serve.engines.vllm.process import LAUNCHER, VllmProcess, arguments, environment, lora_rank
 
 FAMILY = """
 import os, subprocess, sys, time
@@ -72,6 +72,14 @@ def test_an_interpreter_without_vllm_is_one_clear_line(tmp_path: Path) -> None:
         silent.wait_until_up()
     silent.close()
     assert not silent.folder.exists()
+
+
+@pytest.mark.parametrize("tags", [False, True])
+def test_calls_are_held_to_their_form_by_schema_or_by_the_parsers_tags(tags: bool) -> None:
+    settings = EngineSettings(vllm=VllmSettings(structural_tags=tags))
+    line = arguments(settings, "/model", "base", Path("/s"))
+    assert environment(settings)["VLLM_ENFORCE_STRICT_TOOL_CALLING"] == ("1" if tags else "0")
+    assert dict(itertools.pairwise(line)).get("--tool-strict-level") == ("parameter" if tags else None)
 
 
 def test_the_command_line_keeps_every_adapter_in_memory() -> None:

@@ -190,6 +190,19 @@ def test_structured_output_keeps_to_its_schema(vllm_url: str, local_url: str) ->
         assert found["finish_reason"] == "stop"
 
 
+def test_a_call_that_the_model_makes_of_its_own_accord_is_taken_out_of_its_text(vllm_url: str) -> None:
+    """`tool_choice` is `auto`; the text of a model that has learnt to call is put into a random one's mouth."""
+    tool = {"type": "function", "function": {"name": "page", "parameters": {"type": "object", "properties": {}}}}
+    said = r'<tool_call>\n\{"name": "page", "arguments": \{"host": "db-[78]"\}\}\n</tool_call>'
+    asked = {"tools": [tool], "structured_outputs": {"regex": said}, "max_tokens": 200}
+    for choice in (None, "auto"):
+        found = ask(vllm_url, **asked, **({"tool_choice": choice} if choice else {}))["choices"][0]
+        (call,) = found["message"]["tool_calls"]
+        assert call["function"]["name"] == "page"
+        assert json.loads(call["function"]["arguments"])["host"] in ("db-7", "db-8")
+        assert (found["message"].get("content"), found["finish_reason"]) == (None, "tool_calls")
+
+
 def test_adapters_that_would_kill_the_engine_are_refused(
     vllm_engine: VllmEngine, vllm_url: str, wide_base: Path, wide_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
