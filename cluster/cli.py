@@ -20,6 +20,7 @@ from typing import TextIO
 import typer
 
 from cluster.errors import RayloopError
+from cluster.interruption import last_line
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Mount] = {
     "config": Mount("cluster.commands", "The settings in force and where each came from.", "config"),
     "keys": Mount("serve.keys_cli", "Create, list and revoke API keys."),
     "route": Mount("serve.routes_cli", "Read or change a traffic split."),
+    "prompt": Mount("data.prompts_cli", "The versioned prompts of agents, with what they must refuse."),
     "import": Mount("data.cli", "Bring events in from a file or a table.", "import"),
     "audit": Mount("data.cli", "Describe a source before it is imported.", "audit"),
     "curate": Mount("data.cli", "Turn events into a dataset.", "curate"),
@@ -151,9 +153,13 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None, prog_name:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(last_line("interrupted", error), file=sys.stderr)
         sys.exit(130)
+    except SystemExit as error:
+        if error.code == TERMINATED and getattr(error, "__notes__", None):
+            print(last_line("terminated", error), file=sys.stderr)
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -30,6 +30,7 @@ Modality = Annotated[str, Field(min_length=1, max_length=16)]
 """`text`, `voice`, `sms`, or a word of your own; routes are keyed by it."""
 Tier = Annotated[str, Field(min_length=1, max_length=64)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 SpanId = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
 """Of the OpenTelemetry span an item was made from. `parent_span_id` names the nearest span above it that is an item
 too, else the last one known: by these the parts of a trace find each other (`data.traces.join`)."""
@@ -86,6 +87,7 @@ ASSIGNMENT_FIELDS = (
     "assignment_unit",
     "split",
     "route_revision",
+    "prompt_digest",
 )
 """Fields of an interaction that only the router may fill in: experiments are counted by them."""
 
@@ -122,6 +124,8 @@ class Interaction(Body):
     split: list[tuple[str | None, float, float]] | None = None
     """Experiment, start and share of every candidate in force, where there are several; `propensity` tells of one."""
     route_revision: int | None = None
+    prompt_digest: Digest | None = None
+    """Of the agent's prompt (`data.prompt`) that `messages` begin with."""
     latency_s: float = Field(0.0, ge=0)
     ttft_s: float | None = Field(None, ge=0)
     """Time to first token."""
@@ -232,6 +236,17 @@ class RouteChanged(Body):
     before: dict[str, Any] | None = None
     after: dict[str, Any]
     revision: int
+
+
+class PromptChanged(Body):
+    """An agent has another prompt; the event is about the agent."""
+
+    number: int = Field(ge=1)
+    digest: Digest
+    system: str
+    refusals: list[dict[str, Any]] = Field([])
+    """What must be refused: `rule`, and `cases` that evaluation asks."""
+    writer: str
 
 
 class ConfigRejected(Body):
@@ -371,6 +386,7 @@ BODIES: dict[str, type[Body]] = {
     "label.requested": LabelRequested,
     "label.skipped": LabelSkipped,
     "route.changed": RouteChanged,
+    "prompt.changed": PromptChanged,
     "shadow.pair": ShadowPair,
     "anomaly.detected": AnomalyDetected,
     "config.rejected": ConfigRejected,
