@@ -362,7 +362,7 @@ def _yyww(at_ms: int) -> str:
 
 
 def _present(values: Mapping[str, str | None]) -> dict[str, str]:
-    return {key: str(value) for key, value in values.items() if value is not None}
+    return {key: str(value) for key, value in values.items() if value not in (None, "")}
 
 
 def _list_known(versions: list[Version], models: list[str]) -> str:

@@ -53,6 +53,8 @@ SHOWN = {
 """Values of the trainer's log on the progress line, and their names there."""
 WHERE = {"pid": os.getpid(), "host": socket.gethostname()}
 RECORD_TRIES, RECORD_WAIT_S = 8, 10.0  # about half a minute to write down that a run began or ended
+NO_PARAMETERS: dict[str, Any] = {"health": True, "limits": True, "prompt": {"text", "recorded"}}
+"""Fields that are no parameters in MLflow, or too long for one."""
 LOGGED_POINTS = 100  # MLflow gets about so many points of a curve
 Opening = Literal["create", "adopt", "beside", "resume"]
 """Where a run's row in the job table comes from; `beside` a job of the API, it runs in that one's place."""
@@ -222,7 +224,7 @@ class Record:
         if self.mlflow is None:
             tags = lineage(self.run, self.manifest)
             self.mlflow = self.stack.enter_context(tracking.run(self.settings, self.run.job_id, tags=tags))
-        self.mlflow.log_params(self.run.config.model_dump(mode="json", exclude={"health", "limits"}))
+        self.mlflow.log_params(self.run.config.model_dump(mode="json", exclude=NO_PARAMETERS))
         self.mlflow.log_dataset(
             name=self.manifest.dataset_id,
             digest=self.manifest.dataset_hash,
