@@ -20,7 +20,7 @@ from typing import TextIO
 import typer
 
 from cluster.errors import RayloopError
-from cluster.interruption import last_line
+from cluster.interruption import terminated
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -141,6 +141,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None, prog_name:
     Exit codes: 0 success, 1 failure, 2 wrong input, 130 interrupted, 143 terminated.
     """
     line = list(sys.argv[1:] if arguments is None else arguments)
+    terminated.clear()
     own = line[: line.index("--")] if "--" in line else line
     try:
         with contextlib.ExitStack() as stack:
@@ -153,12 +154,12 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None, prog_name:
         logging.getLogger(__name__).debug("failed", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt as error:
-        print(last_line("interrupted", error), file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     except SystemExit as error:
-        if error.code == TERMINATED and getattr(error, "__notes__", None):
-            print(last_line("terminated", error), file=sys.stderr)
+        if terminated.is_set():
+            error.code = TERMINATED
         raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -167,6 +168,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None, prog_name:
 
 def _terminated(*_: object) -> None:
     """SIGTERM unwinds the stack, so that MLflow and the job table learn of the end."""
+    terminated.set()
     raise SystemExit(TERMINATED)
 
 

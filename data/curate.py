@@ -185,8 +185,8 @@ class _Curation:
     def _joined(self) -> Blocks:
         """One interaction a row, with what its user did where implicit signals are on."""
         rows, runs = self._read(), self.settings.trajectory_feedback_loop.enabled
-        shared = {"agent": self.agent, "trajectories": runs, "prompts": self.prompts}
-        join: tuple[Stage, ...] = (Stage("join", partial(join_events, **shared)),)
+        together = partial(join_events, agent=self.agent, trajectories=runs, prompts=self.prompts)
+        join: tuple[Stage, ...] = (Stage("join", together),)
         if self.settings.feedback.implicit:
             rows, join = self._together(rows, "session_key", *join), ()
             if self.settings.calibration.apply:
@@ -305,7 +305,7 @@ class _Curation:
         building.mkdir(parents=True)
         try:
             shards = self._write_shards(final, building, sizes)
-            used = sum((one.prompts for one in found), Counter())
+            used: Counter[str] = sum((one.prompts for one in found), Counter())
             made = self._manifest([at for one in found for at in one.times], stages, counts, shards, used)
             plots = draw_plots(made, (one.histograms for one in found), building)
             (building / "card.md").write_text(dataset_card(made, plots))

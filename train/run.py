@@ -175,18 +175,9 @@ def _device_of(config: TrainConfig) -> Device:
 
 
 READ_BY = (
-    "method",
-    "base_model",
-    "dataset",
-    "prompt",
-    "max_length",
-    "sft_loss",
-    "health",
-    "prompts",
-    "tools",
-    "weights",
+    "method", "base_model", "dataset", "prompt", "max_length", "sft_loss", "health", "prompts", "tools", "weights",
     "seed",
-)
+)  # fmt: skip
 """Fields that decide which rows are drawn, which token ids a run learns from, and whether it may."""
 
 

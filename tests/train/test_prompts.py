@@ -21,6 +21,7 @@ from train.models import load_tokenizer
 from train.plan import Request, plan_runs
 from train.prompts import trained_prompt
 from train.register import register_runs
+from train.remote import as_lines
 from train.run import prepare
 
 PROMPT = TrainedPrompt(digest="n" * 64, text="Sort alerts.", recorded={"o" * 64: "Old rules."})
@@ -89,3 +90,12 @@ def test_a_version_and_its_lineage_name_the_prompt(
     assert chain["version"]["prompt_digest"] == made.digest
     assert chain["dataset"]["prompts"] == {made.digest: 3}
     assert to_text(chain).count(f"prompt    {made.digest}") == 2
+
+
+@pytest.mark.parametrize("kind", ["sft", "preference"])
+def test_lines_for_another_endpoint_begin_with_the_prompt(kind: str, toy_dataset: Path) -> None:
+    for split in ("train", "validation"):
+        lines = list(as_lines(toy_dataset, kind, split, PROMPT))
+        asked = [(line if kind == "sft" else line["input"])["messages"] for line in lines]
+        assert asked
+        assert all(messages[0] == {"role": "system", "content": "Sort alerts."} for messages in asked)

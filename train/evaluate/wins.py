@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -97,7 +96,7 @@ def _judged(evidence: Evidence, judge: PairwiseJudge) -> list[tuple[Truth, int]]
     return rows
 
 
-def _dealt(evidence: Evidence, judge: PairwiseJudge, truths: Sequence[Truth]) -> list[list[int]]:
+def _dealt(evidence: Evidence, judge: PairwiseJudge, truths: list[Truth]) -> list[list[int]]:
     """The outcomes of the truths under each permutation of the references within their origin."""
 
     @functools.cache
@@ -114,7 +113,7 @@ def _dealt(evidence: Evidence, judge: PairwiseJudge, truths: Sequence[Truth]) ->
         for origin in np.unique(origins):
             places = np.flatnonzero(origins == origin)
             order[places] = generator.permutation(places)
-        dealt.append([judged(i, truths[j].reference) for i, j in enumerate(order)])
+        dealt.append([judged(i, truths[j].reference) for i, j in enumerate(order.tolist())])
     return dealt
 
 
