@@ -20,6 +20,7 @@ from typing import TextIO
 import typer
 
 from cluster.errors import RayloopError
+from cluster.interruption import terminated
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Mount] = {
     "config": Mount("cluster.commands", "The settings in force and where each came from.", "config"),
     "keys": Mount("serve.keys_cli", "Create, list and revoke API keys."),
     "route": Mount("serve.routes_cli", "Read or change a traffic split."),
+    "prompt": Mount("data.prompts_cli", "The versioned prompts of agents, with what they must refuse."),
     "import": Mount("data.cli", "Bring events in from a file or a table.", "import"),
     "audit": Mount("data.cli", "Describe a source before it is imported.", "audit"),
     "curate": Mount("data.cli", "Turn events into a dataset.", "curate"),
@@ -140,6 +142,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None, prog_name:
     Exit codes: 0 success, 1 failure, 2 wrong input, 130 interrupted, 143 terminated.
     """
     line = list(sys.argv[1:] if arguments is None else arguments)
+    terminated.clear()
     own = line[: line.index("--")] if "--" in line else line
     try:
         with contextlib.ExitStack() as stack:
@@ -155,6 +158,10 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None, prog_name:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except SystemExit as error:
+        if terminated.is_set():
+            error.code = TERMINATED
+        raise
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -162,6 +169,7 @@ def run_app(app: typer.Typer, arguments: Sequence[str] | None = None, prog_name:
 
 def _terminated(*_: object) -> None:
     """SIGTERM unwinds the stack, so that MLflow and the job table learn of the end."""
+    terminated.set()
     raise SystemExit(TERMINATED)
 
 

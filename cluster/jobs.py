@@ -254,6 +254,14 @@ class Jobs:
         with self.engine.connect() as connection:
             return [Job(**row) for row in connection.execute(query.limit(limit)).mappings()]
 
+    def beside(self, job_id: str) -> "Iterator[Job]":
+        """Jobs that were made for comparison with this one: they are named `<job_id>.<method>`."""
+        query = sa.select(training_jobs).where(
+            *self._mine(), training_jobs.c.job_id.startswith(f"{job_id}.", autoescape=True)
+        )
+        with self.engine.connect() as connection:
+            yield from (Job(**row) for row in connection.execute(query).mappings().all())
+
     def requested(self, *, after: str | None = None, metadata: Mapping[str, str] | None = None) -> Iterator[Job]:
         """The API's jobs, newest first, behind the one named.
 

@@ -10,6 +10,7 @@ Ray Data stage that cannot be placed would otherwise hang in silence.
 
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -175,11 +176,21 @@ def _init(arguments: Mapping[str, Any], address: str | None) -> None:
 
     _keep_messages_off_stdout()
     try:
-        ray.init(**arguments, log_to_driver=False, logging_level=logging.WARNING, configure_logging=False)
+        with _keeping_sigterm():
+            ray.init(**arguments, log_to_driver=False, logging_level=logging.WARNING, configure_logging=False)
     except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
         if address:
             raise _unreachable(address, error) from None
         raise UnavailableError(f"Ray cannot start here ({error}); see /tmp/ray/session_latest/logs") from None
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, to print a stack trace of its own; whoever handled it before goes on to."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _keep_messages_off_stdout() -> None:

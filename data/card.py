@@ -33,6 +33,10 @@ def _lines(manifest: Manifest, plots: Sequence[str]) -> Iterator[str]:
     yield from ("", "## Examples", "", f"| kind | {' | '.join(SPLITS)} |", f"|---|{'---|' * len(SPLITS)}")
     for kind, counts in manifest.counts.items():
         yield f"| {kind} | {' | '.join(str(counts[split]) for split in SPLITS)} |"
+    if manifest.prompts:
+        yield from ("", "## Prompts", "", "Versions of the agents' prompts that examples begin with.", "")
+        yield from ("| digest | examples |", "|---|---|")
+        yield from (f"| {digest[:12]} | {used.examples} |" for digest, used in manifest.prompts.items())
     if manifest.topics:
         yield from ("", "## Topics", "", "Share of the weight before balancing.", "", "| topic | share |", "|---|---|")
         yield from (f"| {name} | {share:.1%} |" for name, share in manifest.topics.items())

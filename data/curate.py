@@ -39,10 +39,12 @@ from data.filter import filter_rows
 from data.join import join_events, name_trajectories
 from data.kept_tests import keep_sketches, read_sketches, sketch_files
 from data.log import EventLog
-from data.manifest import Manifest, Shard
+from data.manifest import Manifest, PromptUsed, Shard
 from data.mlflow_datasets import log_to_mlflow, mlflow_warming_up
 from data.near_parts import clusters_of
 from data.pairs import make_examples
+from data.prompt_versions import texts_by_digest
+from data.prompted_rows import put_back
 from data.publish import check_usable, publish
 from data.ray_data import quiet_ray_data, task_cpus
 from data.score import score
@@ -104,8 +106,8 @@ def curate(
         with mlflow_warming_up(settings), ray_session(settings) as session, quiet_ray_data():
             traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
             named = partial(publish, engine, settings, erased)
-            cpus = task_cpus(settings, session)
-            written = _Curation(settings, agent, blocks, root, sources, named, traced, cpus).run()
+            cpus, prompts = task_cpus(settings, session), texts_by_digest(engine, settings.tenant)
+            written = _Curation(settings, agent, blocks, root, sources, named, prompts, traced, cpus).run()
         if settings.curation.log_to_mlflow:
             log_to_mlflow(settings, written)
         return written
@@ -125,6 +127,8 @@ class _Curation:
     """What the blocks are read from."""
     publish: Callable[[Path, Path, Manifest], Manifest]
     """Gives a finished folder its name below `root`."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """Digest -> text of every prompt that the agents ever had."""
     traced: bool = True
     """The log holds parts of traces that may belong together."""
     cpus: float = 0.5
@@ -168,8 +172,9 @@ class _Curation:
         """Sketches of this dataset's texts, and its examples, one a row, each in its split."""
         config = self.settings.curation
         sketches, examples = self._clustered()
-        made: tuple[Stage, ...] = (
+        made: tuple[Callable[[pa.Table], pa.Table], ...] = (
             Stage("deduplicate", partial(dedup.deduplicate, settings=config)),
+            partial(put_back, prompts=self.prompts),
             Stage("examples", partial(make_examples, settings=config)),
         )
         topic_factors: dict[int, float] = {}
@@ -193,7 +198,8 @@ class _Curation:
     def _joined(self) -> Blocks:
         """One interaction a row, with what its user did where implicit signals are on."""
         rows, runs = self._read(), self.settings.trajectory_feedback_loop.enabled
-        join: tuple[Stage, ...] = (Stage("join", partial(join_events, agent=self.agent, trajectories=runs)),)
+        together = partial(join_events, agent=self.agent, trajectories=runs, prompts=self.prompts)
+        join: tuple[Stage, ...] = (Stage("join", together),)
         if self.settings.feedback.implicit:
             rows, join = self._together(rows, "session_key", *join), ()
             if self.settings.calibration.apply:
@@ -313,7 +319,8 @@ class _Curation:
         building.mkdir(parents=True)
         try:
             shards = self._write_shards(final, building, sizes)
-            made = self._manifest([at for one in found for at in one.times], stages, counts, shards)
+            used: Counter[str] = sum((one.prompts for one in found), Counter())
+            made = self._manifest([at for one in found for at in one.times], stages, counts, shards, used)
             plots = draw_plots(made, (one.histograms for one in found), building)
             (building / "card.md").write_text(dataset_card(made, plots))
             tested = np.concatenate([one.tested for one in found])
@@ -331,7 +338,12 @@ class _Curation:
         return sorted((Shard(**row) for row in rows), key=lambda shard: shard.path)
 
     def _manifest(
-        self, times: Sequence[int], stages: Sequence[Any], counts: dict[str, dict[str, int]], shards: list[Shard]
+        self,
+        times: Sequence[int],
+        stages: Sequence[Any],
+        counts: dict[str, dict[str, int]],
+        shards: list[Shard],
+        prompts: Counter[str],
     ) -> Manifest:
         digest = manifest.dataset_hash(shards)
         return Manifest(
@@ -351,6 +363,7 @@ class _Curation:
             shards=shards,
             topics=self.topic_shares,
             calibration=self.calibration,
+            prompts={digest: PromptUsed(self.prompts[digest], n) for digest, n in sorted(prompts.items())},
         )
 
 

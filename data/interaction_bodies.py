@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from data.event_body import Body
-from data.item_fields import Metadata, Modality, SpanId, Tier, TokenId
+from data.item_fields import Digest, Metadata, Modality, SpanId, Tier, TokenId
 
 Arm = Literal["stable", "candidate", "shadow", "none"]
 Message = dict[str, Any]
@@ -63,6 +63,7 @@ ASSIGNMENT_FIELDS = (
     "assignment_unit",
     "split",
     "route_revision",
+    "prompt_digest",
 )
 """Fields of an interaction that only the router may fill in: experiments are counted by them."""
 
@@ -99,6 +100,8 @@ class Interaction(Body):
     split: list[tuple[str | None, float, float]] | None = None
     """Experiment, start and share of every candidate in force, where there are several; `propensity` tells of one."""
     route_revision: int | None = None
+    prompt_digest: Digest | None = None
+    """Of the agent's prompt (`data.prompt`) that `messages` begin with."""
     latency_s: float = Field(0.0, ge=0)
     ttft_s: float | None = Field(None, ge=0)
     """Time to first token."""

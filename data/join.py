@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from operator import itemgetter
+from types import MappingProxyType
 from typing import Any
 
 import orjson
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.events import from_router, judges
+from data.prompted_rows import Prompts, take_off
 from data.stages import Dropped, rows_of, table_of, with_column
 from data.template import content_text
 from data.tool_turns import asked_for, with_tool_turns
@@ -33,7 +35,8 @@ ROWS = pa.schema(
         ("agent", pa.string()),
         ("at_us", pa.int64()),
         ("logged_us", pa.int64()),  # when the log took it
-        ("messages", pa.string()),  # JSON list of messages: the prompt
+        ("messages", pa.string()),  # JSON list of messages: what was asked, without the agent's prompt
+        ("prompt_digest", pa.string()),  # of the agent's prompt, which `messages` began with
         ("tools", pa.string()),  # JSON list or null
         ("context", pa.string()),  # JSON list of passages
         ("response", pa.string()),  # JSON message or null
@@ -56,8 +59,17 @@ ROWS = pa.schema(
 SIGNAL_FIELDS = ("type", "source", "reward", "reason", "value", "text", "category")
 
 
-def join_events(table: pa.Table, agent: str | None = None, *, trajectories: bool = True) -> tuple[pa.Table, Dropped]:
+def join_events(
+    table: pa.Table,
+    agent: str | None = None,
+    *,
+    trajectories: bool = True,
+    prompts: Prompts = MappingProxyType({}),
+) -> tuple[pa.Table, Dropped]:
     """Rows of `ROWS` from all events of some interactions.
+
+    `prompts` are the texts of agents' prompts by digest: they are taken off, so that questions are compared without
+    them, and come back in the examples (`data.prompted_rows`).
 
     Events that are part of a row are not dropped; the tally counts those that are lost: erased, repeated,
     of another agent, or about an interaction that is not in the log. Without `trajectories` these are left out
@@ -69,10 +81,10 @@ def join_events(table: pa.Table, agent: str | None = None, *, trajectories: bool
         runs = pc.equal(table["kind"], "trajectory")
         dropped["trajectory_feedback_loop is off"] = pc.sum(runs).as_py() or 0
         table = table.filter(pc.invert(runs))
-    return table_of(_joined(table, agent, dropped), ROWS), +dropped
+    return table_of(_joined(table, agent, dropped, prompts), ROWS), +dropped
 
 
-def _joined(table: pa.Table, agent: str | None, dropped: Dropped) -> Iterator[dict[str, Any]]:
+def _joined(table: pa.Table, agent: str | None, dropped: Dropped, prompts: Prompts) -> Iterator[dict[str, Any]]:
     """The rows, in order of their interaction."""
     events = rows_of(_in_order(table, dropped))
     for interaction_id, group in groupby(events, key=itemgetter("interaction_id")):
@@ -89,7 +101,8 @@ def _joined(table: pa.Table, agent: str | None, dropped: Dropped) -> Iterator[di
             dropped["interaction repeated"] += len(kinds["interaction"]) + len(kinds["trajectory"]) - 1
             routed = next((event for event in found if from_router(event["event_id"])), found[0])
             kinds["grade"] = _grades_of(routed, kinds["grade"], dropped)
-            yield _row(_as_interaction(routed), kinds)
+            chosen = _as_interaction(routed)
+            yield _row(chosen | {"body": take_off(chosen["body"], prompts)}, kinds)
 
 
 def _in_order(table: pa.Table, dropped: Dropped) -> pa.Table:
@@ -158,6 +171,7 @@ def _row(interaction: Event, kinds: dict[str, list[Event]]) -> dict[str, Any]:
         "at_us": interaction["at_us"],
         "logged_us": interaction["logged_us"],
         "messages": to_json(messages),
+        "prompt_digest": body.get("prompt_digest"),
         "tools": to_json(body["tools"]) if body.get("tools") else None,
         "context": _list(body.get("context")),
         "response": to_json(body["response"]) if body.get("response") else None,

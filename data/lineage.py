@@ -14,7 +14,8 @@ from sqlalchemy.engine import Engine
 
 from cluster.database import connect
 from cluster.errors import NotFoundError
-from cluster.registry import Registry, Version, adapter_digest
+from cluster.model_files import adapter_digest
+from cluster.registry import Registry, Version
 from cluster.settings import Settings
 from cluster.tables import experiments, rollouts
 from data.events import chosen_reports
@@ -62,6 +63,7 @@ def _version(version: Version) -> Chain:
         "adapter_sha256": version.adapter_sha256,
         "adapter_matches": None if local is None else adapter_digest(local) == version.adapter_sha256,
         "dataset_hash": version.dataset_hash,
+        "prompt_digest": version.tags.get("prompt_digest"),
         "gates": version.gates,
     }
 
@@ -105,6 +107,7 @@ def _dataset(version: Version, settings: Settings) -> tuple[Chain | None, list[s
         "sources": manifest.sources,
         "time_range": manifest.time_range,
         "counts": manifest.counts,
+        "prompts": {digest: used.examples for digest, used in manifest.prompts.items()},
         "shards": [{"path": s.path, "rows": s.rows, "sha256": s.sha256} for s in manifest.shards],
     }
     return link, sorted(found)
@@ -213,6 +216,8 @@ def to_text(chain: Chain) -> str:
     lines.append(f"  base      {version['base_model']}")
     if version["adapter_sha256"]:
         lines.append(f"  adapter   sha256 {version['adapter_sha256']}{_match(version['adapter_matches'])}")
+    if version["prompt_digest"]:
+        lines.append(f"  prompt    {version['prompt_digest']}")
     if run is not None:
         lines.append(f"run       {run['run_id']}  {run['name']}  {run['status']}")
     lines += _dataset_lines(dataset, chain) if dataset else ["dataset   none: no training data behind this version"]
@@ -227,6 +232,8 @@ def _dataset_lines(dataset: Chain, chain: Chain) -> Iterator[str]:
         return
     for kind, splits in dataset["counts"].items():
         yield f"  {kind:<12}" + ", ".join(f"{split} {n}" for split, n in splits.items())
+    for digest, examples in dataset["prompts"].items():
+        yield f"  prompt    {digest}, {examples} examples"
     interactions, feedback = chain["interactions"], chain["feedback"]
     yield f"from      {interactions['count']} interactions, {interactions['in_log']} of them in the log"
     served = ", ".join(f"{name} {n}" for name, n in interactions["served_by"].items())

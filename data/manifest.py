@@ -29,8 +29,18 @@ from data.pairs import EXAMPLES, KINDS
 from data.split import SPLITS
 from data.stages import StageCount, rows_of
 
-SCHEMA_VERSION = 4
-COMMON = ("example_id", "user_id", "interaction_ids", "cluster_id", "agent", "order", "origin", "synthetic")
+SCHEMA_VERSION = 5
+COMMON = (
+    "example_id",
+    "user_id",
+    "interaction_ids",
+    "cluster_id",
+    "agent",
+    "order",
+    "origin",
+    "synthetic",
+    "prompt_digest",
+)
 DRAWN = ("logprob", "answer_tokens")
 """How likely an answer was, where it is known (`data.propensity`), and its tokens."""
 COLUMNS = {
@@ -61,6 +71,14 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class PromptUsed:
+    """An agent's prompt in a dataset."""
+
+    text: str
+    examples: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a dataset is and how it came about."""
 
@@ -84,6 +102,8 @@ class Manifest:
     """Topic -> share of the weight before balancing; empty where topics are off."""
     calibration: dict[str, Any] = field(default_factory=dict)
     """What implicit signals were found to be worth (`data.calibration.Calibration`); empty where none were weighed."""
+    prompts: dict[str, PromptUsed] = field(default_factory=dict)
+    """Digest -> an agent's prompt that examples begin with."""
     erased_rows: int = 0
     """Examples that erasures have taken out since; the hash is still that of the dataset as it was made."""
     path: str = ""
@@ -162,6 +182,7 @@ def load_manifest(path: Path | str) -> Manifest:
         )
     document["stages"] = [StageCount(**stage) for stage in document["stages"]]
     document["shards"] = [Shard(**shard) for shard in document["shards"]]
+    document["prompts"] = {digest: PromptUsed(**used) for digest, used in document.get("prompts", {}).items()}
     return Manifest(**document, path=str(file.parent))
 
 

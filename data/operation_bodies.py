@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from data.event_body import Body
+from data.item_fields import Digest
 
 
 class RouteChanged(Body):
@@ -16,6 +17,17 @@ class RouteChanged(Body):
     before: dict[str, Any] | None = None
     after: dict[str, Any]
     revision: int
+
+
+class PromptChanged(Body):
+    """An agent has another prompt; the event is about the agent."""
+
+    number: int = Field(ge=1)
+    digest: Digest
+    system: str
+    refusals: list[dict[str, Any]] = Field([])
+    """What must be refused: `rule`, and `cases` that evaluation asks."""
+    writer: str
 
 
 class ConfigRejected(Body):

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 LOCK = "sealed-partitions"
 """Held by whoever writes partitions: a seal or an erasure."""
 
-KEPT_KINDS = ("rollout.decision", "dataset.ready", "model.updated")
+KEPT_KINDS = ("rollout.decision", "dataset.ready", "model.updated", "prompt.changed")
 """Bodies of these stay in the database: they are few, and decisions are rebuilt from them."""
 
 DAYS = events.c.occurred_at_us // DAY_US

@@ -27,6 +27,8 @@ class Summary:
     tested: U64
     """Nodes of the examples in test."""
     histograms: Histograms
+    prompts: Counter[str]
+    """Examples behind each agent's prompt, by its digest."""
 
 
 def summary_of(table: pa.Table) -> Summary:
@@ -41,4 +43,5 @@ def summary_of(table: pa.Table) -> Summary:
         [at for at in ends.values() if at is not None],
         np.unique(rows.filter(pc.equal(rows["split"], "test"))["node"].to_numpy()).astype(np.uint64),
         Histograms.of(rows),
+        Counter(rows["prompt_digest"].drop_null().to_pylist()),
     )

@@ -5,7 +5,8 @@ from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
 from cluster.errors import UnavailableError
-from cluster.registry import ADAPTER_FILES, CANARY_FILE, Registry, Version
+from cluster.model_files import ADAPTER_FILES, CANARY_FILE
+from cluster.registry import Registry, Version
 from cluster.settings.runtime import StorageSettings
 from serve.engines.adapter_source import AdapterError, is_uri, open_store, shown
 

@@ -53,6 +53,8 @@ class Record:
     trace_id: str | None
     user_tier: str | None = None
     """As the request says; else the key's."""
+    prompt_digest: str | None = None
+    """Of the agent's prompt, where `request` begins with one."""
     answer: Answer = field(default_factory=Answer)
     served_version: str | None = None
     adapter_digest: str | None = None
@@ -118,6 +120,7 @@ class Record:
             "assignment_unit": plan.unit,
             "split": plan.route.split if plan.route and plan.propensity is not None else None,
             "route_revision": plan.route.revision if plan.route else None,
+            "prompt_digest": self.prompt_digest,
             "latency_s": self.latency_s,
             "ttft_s": self.ttft_s,
             "modality": self.modality,

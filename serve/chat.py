@@ -39,7 +39,7 @@ from serve.openai import (
     shown,
     text_header,
 )
-from serve.prompts import PromptPolicy
+from serve.prompts import PromptPolicy, prompted
 from serve.proxy import UpstreamError
 from serve.rewrite import DONE, error_event
 from serve.routes import RouteKey
@@ -128,16 +128,16 @@ class CompletionHandler:
         modality = text_header(scope, b"x-rayloop-modality", MODALITY_CHARACTERS) or "text"
         interaction_id = new_interaction_id(path)
         planned = plan(
-            view.snapshot,
-            key.tenant,
-            request["model"],
-            modality=modality,
-            user=user,
-            session=session,
-            request=interaction_id,
-        )
-        tier = text_header(scope, b"x-rayloop-user-tier", TIER_CHARACTERS)
-        record = Record(interaction_id, key, planned, request, modality, user, session, _trace_id(scope), tier)
+            view.snapshot, key.tenant, request["model"],
+            modality=modality, user=user, session=session, request=interaction_id,
+        )  # fmt: skip
+        prompt = view.snapshot.prompts.get((key.tenant, planned.agent))
+        if prompt is not None:
+            request = prompted(request, prompt, is_chat=path == CHAT)
+        record = Record(
+            interaction_id, key, planned, request, modality, user, session, _trace_id(scope),
+            text_header(scope, b"x-rayloop-user-tier", TIER_CHARACTERS), prompt.digest if prompt else None,
+        )  # fmt: skip
         exchange = Exchange(
             path, request, record, began, request_id, view.endpoints,
             wants_token_ids=self._with.capture is not None,

@@ -1,6 +1,7 @@
-"""Where an agent's learned policy enters a request: as text in the system prompt.
+"""Where an agent's prompt enters a request, and its learned policy: as text in the system prompt.
 
-The router knows no traits. Whoever learns them implements `PromptPolicy`; what it rendered is recorded with the
+The prompt (`data.prompt`) comes first and is the same for everybody; the record has it as the engine reads it. Of the
+policy the router knows no traits. Whoever learns them implements `PromptPolicy`; what it rendered is recorded with the
 interaction, so a later reward can be credited to it.
 """
 
@@ -8,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from data.interaction_bodies import Message
+from data.prompt import SYSTEM_ROLES, AgentPrompt, with_prompt
 from serve.arms import Plan
-
-Message = dict[str, Any]
-SYSTEM_ROLES = ("system", "developer")
+from serve.openai import ApiError, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,18 @@ class Rendered:
     def metadata(self) -> dict[str, str | int | float]:
         """As it is recorded."""
         return {"policy_version": self.version} | dict(self.details)
+
+
+def prompted(request: dict[str, Any], prompt: AgentPrompt, *, is_chat: bool) -> dict[str, Any]:
+    """A request with the agent's prompt at its head.
+
+    Raises:
+        ApiError: 400 for a completion of plain text, where no prompt has a place.
+    """
+    if not is_chat:
+        message = f"{shown(request['model'])} has a prompt and answers chats only; use /v1/chat/completions."
+        raise ApiError(400, message, code="chat_only", param="model")
+    return request | {"messages": with_prompt(request["messages"], prompt.text)}
 
 
 class PromptPolicy(Protocol):

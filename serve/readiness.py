@@ -1,4 +1,5 @@
-"""Who may answer users: a version that every live replica of its engine holds, or that an endpoint is configured for.
+"""Who may answer users: a version that every live replica of its engine holds and that was trained with the agent's
+prompt, or that an endpoint is configured for.
 
 Routes are checked when they are written, by whoever lets a person or a deployment config write them; the rollout
 controller waits for its candidate by itself.
@@ -10,6 +11,7 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import ConflictError
 from cluster.settings.serving import EngineEndpoint
+from serve.prompt_parity import why_other_prompt
 from serve.routes import Check, Route
 from serve.servables import why_not_ready
 
@@ -28,6 +30,7 @@ def only_ready(database: Engine, endpoints: Mapping[str, EngineEndpoint], *, liv
     def check(before: Route | None, after: Route) -> None:
         for version in sorted(_answering(after) - _answering(before) - configured):
             reason = why_not_ready(database, version, live_after_s=live_after_s)
+            reason = reason or why_other_prompt(database, after.key, version)
             if reason is not None:
                 raise NotReadyError(f"version {version} may not answer for {after.key}: {reason}")
 

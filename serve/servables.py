@@ -39,6 +39,8 @@ class Servable:
     adapter_sha256: str | None
     base_revision: str | None
     template_digest: str | None
+    prompt_digest: str | None
+    """Of the agent's prompt that it was trained with; `None` where there was none."""
     alias: str | None
     """A second name, `ft:…`."""
     tenant: str | None
@@ -94,6 +96,7 @@ def want(
         adapter_sha256=version.adapter_sha256,
         base_revision=version.tags.get("base_revision"),
         template_digest=version.tags.get("template_digest"),
+        prompt_digest=version.tags.get("prompt_digest"),
         alias=alias,
         tenant=version.tags.get("rayloop.tenant"),
         wanted=True,

@@ -146,7 +146,7 @@ def _copied(live: Exchange, target: Target) -> Exchange:
     planned = Plan(of.plan.requested, of.plan.agent, target.version, target, "shadow", route=of.plan.route)
     record = Record(
         new_interaction_id(live.path), of.key, planned, of.request, of.modality, of.user, of.session,
-        of.trace_id, of.user_tier, details={"shadow_of": of.interaction_id},
+        of.trace_id, of.user_tier, of.prompt_digest, details={"shadow_of": of.interaction_id},
     )  # fmt: skip
     return Exchange(
         live.path, live.request, record, time.perf_counter(), live.request_id, live.endpoints,

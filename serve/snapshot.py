@@ -27,6 +27,8 @@ from cluster.settings.serving import EngineEndpoint
 from cluster.tables import servable_replicas, servables
 from data.events import Event
 from data.log import EventLog
+from data.prompt import AgentPrompt
+from data.prompt_versions import prompts_in_force
 from serve.accepted_config import keep_accepted, last_accepted
 from serve.applications.document import is_ours
 from serve.deployment_config import RouterConfig, apply_config, parse_config
@@ -64,6 +66,8 @@ class Snapshot:
     """Monotonic time; 0 when nothing has been read yet."""
     owners: Mapping[str, str] = field(default_factory=dict)
     """Version, and its second name `ft:…` where it has one -> the tenant it belongs to; `targets` has both too."""
+    prompts: Mapping[tuple[str, str], AgentPrompt] = field(default_factory=dict)
+    """Tenant and agent -> the prompt in front of its requests."""
 
     def known_models(self, tenant: str) -> list[str]:
         """Agents with a route, then the versions that are served and visible."""
@@ -105,8 +109,9 @@ def read_snapshot(engine: Engine, endpoints: Mapping[str, EngineEndpoint]) -> Sn
         )
         for version, state, number in connection.execute(counts):
             health.setdefault(version, {})[state] = number
+        prompts = prompts_in_force(connection)
     routes = {route.key: route for route in read_routes(engine)}
-    return Snapshot(routes, targets, KeyRing.read(engine), health, time.monotonic(), owners)
+    return Snapshot(routes, targets, KeyRing.read(engine), health, time.monotonic(), owners, prompts)
 
 
 def known_versions(engine: Engine, endpoints: Mapping[str, EngineEndpoint]) -> frozenset[str]:

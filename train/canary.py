@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cluster.registry import CANARY_FILE
+from cluster.model_files import CANARY_FILE
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field, ValidationError, model_validator
 
 from cluster.errors import InputError
-from cluster.registry import read_adapter_config
+from cluster.model_files import read_adapter_config
 from cluster.settings import Settings
 from cluster.settings.base import Section
 from cluster.settings.training import (
@@ -38,6 +38,16 @@ KL_METHODS = ("dpo", "kto", "grpo")
 """Methods that hold the model near its start, with the coefficient `beta`."""
 
 
+class TrainedPrompt(Section):
+    """The agent's prompt that examples are trained behind, whatever they were recorded behind."""
+
+    digest: str
+    """Of `text`; that of an empty text where the agent has none."""
+    text: str
+    recorded: dict[str, str] = Field(default_factory=dict)
+    """Digest -> text of the prompts that examples of the dataset begin with."""
+
+
 class TrainConfig(Section):
     """One run: a method, a base model, a dataset, and every number of it."""
 
@@ -48,6 +58,8 @@ class TrainConfig(Section):
     """Adapter to go on from; for DPO and KTO it is then the reference as well."""
     dataset: Path
     """Folder of a curated dataset."""
+    prompt: TrainedPrompt | None = None
+    """The agent's prompt now; `None` leaves examples as they were recorded."""
     out: Path
     """Folder that holds checkpoints while it runs and the result at the end."""
     weights: Literal["lora", "qlora", "full"] = "lora"

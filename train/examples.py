@@ -15,8 +15,10 @@ from cluster.errors import DatasetError
 from cluster.settings.training import HeadWeights
 from data.interaction_bodies import Message
 from data.manifest import read_examples
+from data.prompt import with_other_prompt
 from data.template import content_text, render, render_pair, render_with_mask
 from data.tool_calls import describe_call, recorded_results
+from train.config import TrainedPrompt
 
 IGNORED = -100  # label outside the loss
 HEADS = tuple(HeadWeights.model_fields)
@@ -242,6 +244,31 @@ def read_data(dataset: Path, kind: str) -> TrainData:
     """Train and validation rows of one kind, straight from the files."""
     liked = read_split(dataset, "sft", "train") if kind == "preference" else None
     return TrainData(read_split(dataset, kind, "train"), read_split(dataset, kind, "validation"), liked)
+
+
+def under_prompt(data: TrainData, prompt: TrainedPrompt | None) -> TrainData:
+    """The tables with the agent's prompt of now in front of every conversation."""
+    if prompt is None:
+        return data
+    liked = None if data.liked is None else behind(data.liked, prompt)
+    return TrainData(behind(data.train, prompt), behind(data.validation, prompt), liked)
+
+
+def behind(table: pa.Table, prompt: TrainedPrompt) -> pa.Table:
+    """One table with the prompt in front; its examples keep the digest of the one they were recorded behind."""
+    name = "messages" if "messages" in table.column_names else "prompt"
+    digests = table["prompt_digest"].to_pylist() if "prompt_digest" in table.column_names else [None] * len(table)
+    cells = [_behind(cell, digest, prompt) for cell, digest in zip(table[name].to_pylist(), digests, strict=True)]
+    return table.set_column(table.column_names.index(name), name, pa.array(cells, pa.string()))
+
+
+def _behind(cell: str, digest: str | None, prompt: TrainedPrompt) -> str:
+    """A cell that holds no conversation stays: whoever encodes it says so, with its example's id."""
+    try:
+        messages = _messages(cell)
+    except ValueError:
+        return cell
+    return json.dumps(with_other_prompt(messages, prompt.recorded.get(digest or ""), prompt.text))
 
 
 def check_data(method: str, kind: str, data: TrainData, dataset: Path) -> None:

@@ -6,6 +6,7 @@ registration that was missing.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,29 @@ def _train(settings: Settings, jobs: Jobs, job: Job) -> None:
         name=job.job_id,
         adopt=True,
         ray=settings.finetuning.use_ray,
-        sft_baseline=False,
         overrides=asked["overrides"],
     )
-    run_training(settings, request, jobs.engine)
+    _note_comparison(jobs, job.job_id, run_training(settings, request, jobs.engine))
+
+
+COMPARED = {"heldout/liked_nats_per_token": "nats a token of liked answers", "heldout/pair_accuracy": "pair accuracy"}
+
+
+def _note_comparison(jobs: Jobs, job_id: str, report: Mapping[str, Any]) -> None:
+    """What SFT on the same feedback came to, where it was trained beside the method that was asked for."""
+    own = next(run for run in report["runs"] if run["job_id"] == job_id)
+    for other in (run for run in report["runs"] if not run["asked"]):
+        shown = [
+            f"{name} {other['metrics'][key]:.4f} ({own['method']} {own['metrics'][key]:.4f})"
+            for key, name in COMPARED.items()
+            if key in other["metrics"] and key in own["metrics"]
+        ]
+        measured = ", ".join(shown) or "no held-out feedback to compare on; upload a validation file"
+        data = {run["method"]: run["metrics"] for run in (other, own)}
+        note(jobs.engine, job_id, f"{other['method'].upper()} on the same feedback: {measured}", data=data)
+    for failed in report["failed"]:
+        text = f"{failed['method'].upper()} on the same feedback failed: {failed['error']}"
+        note(jobs.engine, job_id, text, level="warn")
 
 
 def _package(settings: Settings, jobs: Jobs, job: Job) -> Job:

@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,11 @@ from cluster import tracking
 from cluster.errors import (
     ConflictError,
     HealthGateError,
+    NotFoundError,
     RayloopError,
     UnavailableError,
 )
+from cluster.interruption import goes_on_with
 from cluster.job_events import Kind, note
 from cluster.jobs import Jobs
 from cluster.settings import Settings
@@ -51,9 +53,11 @@ SHOWN = {
 """Values of the trainer's log on the progress line, and their names there."""
 WHERE = {"pid": os.getpid(), "host": socket.gethostname()}
 RECORD_TRIES, RECORD_WAIT_S = 8, 10.0  # about half a minute to write down that a run began or ended
+NO_PARAMETERS: dict[str, Any] = {"health": True, "limits": True, "prompt": {"text", "recorded"}}
+"""Fields that are no parameters in MLflow, or too long for one."""
 LOGGED_POINTS = 100  # MLflow gets about so many points of a curve
-Opening = Literal["create", "adopt", "resume"]
-"""Where a run's row in the job table comes from."""
+Opening = Literal["create", "adopt", "beside", "resume"]
+"""Where a run's row in the job table comes from; `beside` a job of the API, it runs in that one's place."""
 
 
 def run_training(settings: Settings, request: Request, database: Engine) -> dict[str, Any]:
@@ -64,14 +68,26 @@ def run_training(settings: Settings, request: Request, database: Engine) -> dict
     """
     jobs = Jobs(database, settings.tenant, settings.workspace)
     planned, manifest = plan_runs(settings, request, jobs)
-    opening: Opening = "adopt" if request.adopt else "resume" if request.resume else "create"
-    with ExitStack() as stack:
-        records = [Record(settings, jobs, run, manifest, opening) for run in planned]
+    with going_on(request, planned), ExitStack() as stack:
+        records = [Record(settings, jobs, run, manifest, _opening(request, run)) for run in planned]
         stack.callback(_abandon, records)
         for record in records:
             record.open()
         _run(settings, request, [run.config for run in planned], records)
     return report(records, manifest)
+
+
+def going_on(request: Request, planned: Sequence[Planned]) -> AbstractContextManager[None]:
+    """How an interrupted training is taken up again; a job of the API is by the API."""
+    last = planned[-1]
+    name = last.job_id.removesuffix(f".{last.config.method}")
+    return nullcontext() if request.adopt else goes_on_with(f"rayloop train run --resume {name}")
+
+
+def _opening(request: Request, run: Planned) -> Opening:
+    if request.adopt:
+        return "adopt" if run.asked else "beside"
+    return "resume" if request.resume else "create"
 
 
 def _run(settings: Settings, request: Request, configs: Sequence[TrainConfig], records: Sequence["Record"]) -> None:
@@ -141,26 +157,38 @@ class Record:
 
     def open(self) -> None:
         """The row of the job and the MLflow run."""
-        config = self.run.config
         if self.opening == "resume":
             self.jobs.retry(self.run.job_id)
         elif self.opening == "adopt":
+            config = self.run.config.model_dump(mode="json")
             self.jobs.adopt(
-                self.run.job_id,
-                agent=self.manifest.agent,
-                dataset_id=self.manifest.dataset_id,
-                config=config.model_dump(mode="json"),
+                self.run.job_id, agent=self.manifest.agent, dataset_id=self.manifest.dataset_id, config=config
             )
+        elif self.opening == "beside":
+            self._open_beside()
         else:
-            self.jobs.create(
-                config.method,
-                job_id=self.run.job_id,
-                agent=self.manifest.agent,
-                dataset_id=self.manifest.dataset_id,
-                config=config.model_dump(mode="json"),
-                max_concurrent=config.limits.max_concurrent_jobs,
-                silent_s=self.settings.training.job_silent_s,
-            )
+            self._create(self.run.config.limits.max_concurrent_jobs)
+
+    def _open_beside(self) -> None:
+        """A row of its own that takes no place; it has one already where the job beside it was interrupted."""
+        try:
+            state = self.jobs.get(self.run.job_id).state
+        except NotFoundError:
+            self._create(None)
+            return
+        if state in ("failed", "running"):
+            self.jobs.retry(self.run.job_id)
+
+    def _create(self, max_concurrent: int | None) -> None:
+        self.jobs.create(
+            self.run.config.method,
+            job_id=self.run.job_id,
+            agent=self.manifest.agent,
+            dataset_id=self.manifest.dataset_id,
+            config=self.run.config.model_dump(mode="json"),
+            max_concurrent=max_concurrent,
+            silent_s=self.settings.training.job_silent_s,
+        )
 
     def take(self, event: Event) -> None:
         """Something happened in a worker."""
@@ -183,11 +211,11 @@ class Record:
 
     def _begin(self, values: Mapping[str, float]) -> None:
         if self.jobs.get(self.run.job_id).state == "pending":
-            most = self.settings.training.limits.max_concurrent_jobs
+            most, api = self.settings.training.limits.max_concurrent_jobs, self.opening in ("adopt", "beside")
             self.jobs.start(
                 self.run.job_id,
                 gpus=values.get("gpus", 0),
-                max_concurrent=None if self.opening == "adopt" else most,  # the API's wait for a place before
+                max_concurrent=None if api else most,  # the API's wait for a place before
                 silent_s=self.settings.training.job_silent_s,
             )
             self.jobs.progress(self.run.job_id, WHERE)
@@ -196,7 +224,7 @@ class Record:
         if self.mlflow is None:
             tags = lineage(self.run, self.manifest)
             self.mlflow = self.stack.enter_context(tracking.run(self.settings, self.run.job_id, tags=tags))
-        self.mlflow.log_params(self.run.config.model_dump(mode="json", exclude={"health", "limits"}))
+        self.mlflow.log_params(self.run.config.model_dump(mode="json", exclude=NO_PARAMETERS))
         self.mlflow.log_dataset(
             name=self.manifest.dataset_id,
             digest=self.manifest.dataset_hash,
@@ -283,6 +311,7 @@ def lineage(run: Planned, manifest: Manifest) -> dict[str, str]:
         "base_model": run.config.base_model,
         "base_revision": run.base_revision,
         "init_adapter": run.config.init_adapter or "",
+        "prompt_digest": run.config.prompt.digest if run.config.prompt else "",
         "rayloop.weights": run.config.weights,
         "rayloop.grader": run.grader_version,
         "seed": str(run.config.seed),

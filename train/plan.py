@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from sqlalchemy.engine import Engine
 
 from cluster.errors import ConflictError, DatasetError, InputError, NotFoundError
 from cluster.jobs import Job, Jobs
+from cluster.model_files import describe_base
 from cluster.quota import check_quota
-from cluster.registry import RETRAIN, Registry, Version, describe_base
+from cluster.registry import RETRAIN, Registry, Version
 from cluster.settings import Settings
 from data.grading import AtHand, make_grader
 from data.manifest import Manifest, find_dataset, load_manifest
 from train.config import METHOD_NAMES, TrainConfig, check_model_dir, resolve_config
 from train.examples import check_data, read_data
+from train.prompts import trained_prompt
 from train.rewards import open_scorer
 
 log = logging.getLogger(__name__)
@@ -68,14 +71,14 @@ def plan_runs(settings: Settings, request: Request, jobs: Jobs) -> tuple[list[Pl
     elif request.resume:
         planned, manifest = plan_again(jobs, request.resume)
     else:
-        planned, manifest = plan(settings, request)
+        planned, manifest = plan(settings, request, jobs.engine)
     workers = (request.workers or settings.training.workers) if request.ray else 1
     for run in planned:
         run.config.steps(manifest.counts.get(run.config.kind, {}).get("train", 0), workers)
     return planned, manifest
 
 
-def plan(settings: Settings, request: Request) -> tuple[list[Planned], Manifest]:
+def plan(settings: Settings, request: Request, database: Engine) -> tuple[list[Planned], Manifest]:
     """The runs of a request, checked as far as that goes without computing.
 
     Raises:
@@ -96,19 +99,24 @@ def plan(settings: Settings, request: Request) -> tuple[list[Planned], Manifest]
     name = request.name or f"{request.methods[-1]}-{uuid.uuid4().hex[:8]}"
     planned = []
     for method in methods:
-        job_id = name if len(methods) == 1 else f"{name}.{method}"
+        asked = method in request.methods
+        job_id = name if len(methods) == 1 or (request.adopt and asked) else f"{name}.{method}"
+        overrides = dict(request.overrides or {})
+        if request.adopt and not asked:
+            overrides.pop("learning_rate", None)  # chosen for the method that was asked for
         config = resolve_config(
             settings,
             method,
             base_model=base,
             init_adapter=adapter,
             dataset=dataset,
+            prompt=trained_prompt(database, settings.tenant, agent, manifest),
             out=settings.home / "training" / job_id,
             prompts="tasks" if manifest.total("task") else None,
-            **dict(request.overrides or {}),
+            **overrides,
         )
         check_data(method, config.kind, read_data(dataset, config.kind), dataset)
-        planned.append(Planned(job_id, config, revision, method in request.methods, grader_version(config)))
+        planned.append(Planned(job_id, config, revision, asked, grader_version(config)))
     return planned, manifest
 
 
@@ -157,19 +165,19 @@ def check_stopped(job: Job) -> None:
         raise ConflictError(f"job {job.job_id!r} still runs, as process {where['pid']}")
 
 
-def _as_it_was(job: Job) -> Planned:
+def _as_it_was(job: Job, *, asked: bool = True) -> Planned:
     config = TrainConfig.model_validate(job.config)
     revision = describe_base(config.base_model)[1]
-    return Planned(job.job_id, config, revision, asked=True, grader_version=grader_version(config))
+    return Planned(job.job_id, config, revision, asked, grader_version=grader_version(config))
 
 
 def _adopted(settings: Settings, request: Request, jobs: Jobs) -> tuple[list[Planned], Manifest]:
-    """The run of a job of the API: as it was planned in an earlier life, else planned anew."""
+    """The run of a job of the API and the SFT run beside it: as planned in an earlier life, else planned anew."""
     job = jobs.get(str(request.name))
     if not job.config:
-        return plan(settings, request)
-    planned = _as_it_was(job)
-    return [planned], load_manifest(planned.config.dataset)
+        return plan(settings, request, jobs.engine)
+    planned = [*(_as_it_was(other, asked=False) for other in jobs.beside(job.job_id)), _as_it_was(job)]
+    return planned, load_manifest(planned[-1].config.dataset)
 
 
 def _with_baseline(settings: Settings, request: Request, manifest: Manifest) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cluster.registry import adapter_digest, describe_base
+from cluster.model_files import adapter_digest, describe_base
 from train.config import TrainConfig
 from train.device import Device
 

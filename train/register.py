@@ -9,7 +9,8 @@ from sqlalchemy.engine import Engine
 
 from cluster.errors import ConflictError, InputError, NotFoundError
 from cluster.jobs import Jobs
-from cluster.registry import Registry, Version, read_adapter_config
+from cluster.model_files import read_adapter_config
+from cluster.registry import Registry, Version
 from cluster.settings import Settings
 from data.erasure.versions import erased_since
 from data.events import Event, parse_body
@@ -70,7 +71,7 @@ def register_adapter(
 
 LINEAGE = (
     "dataset_id", "dataset_hash", "rayloop.job_id", "rayloop.method", "rayloop.grader", "init_adapter", "seed",
-    "libraries", "template_digest",
+    "libraries", "template_digest", "prompt_digest",
 )  # fmt: skip
 """Tags of a run that its version keeps."""
 

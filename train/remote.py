@@ -9,7 +9,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from cluster.jobs import REMOTE, Job, Jobs
 from cluster.registry import Registry
 from cluster.settings import Settings
 from data.manifest import Manifest, find_dataset, load_manifest, read_examples
+from train.config import TrainedPrompt
 from train.draw import drawn
+from train.examples import behind
 from train.progress import Progress
+from train.prompts import trained_prompt
 from train.register import append_update
 
 log = logging.getLogger(__name__)
@@ -78,7 +81,11 @@ def train_remotely(
                 run_id=run.run_id,
                 dataset_hash=manifest.dataset_hash,
                 dataset_id=manifest.dataset_id,
-                lineage={"rayloop.job_id": job.job_id, "rayloop.method": asked["method"]},
+                lineage={
+                    "rayloop.job_id": job.job_id,
+                    "rayloop.method": asked["method"],
+                    "prompt_digest": asked.get("prompt_digest", ""),
+                },
             )
     except RayloopError as error:
         if jobs.get(job.job_id).state == "running":
@@ -123,7 +130,9 @@ def _send(settings: Settings, jobs: Jobs, request: RemoteRequest, client: openai
     dataset = find_dataset(settings, request.dataset, agent=None)
     manifest = load_manifest(dataset)
     _check_size(manifest, METHODS[request.method][1], settings)
+    prompt = trained_prompt(jobs.engine, jobs.tenant, request.agent, manifest)
     config = {
+        "prompt_digest": prompt.digest if prompt else "",
         "dataset": str(dataset),
         "agent": request.agent,
         "method": request.method,
@@ -132,7 +141,7 @@ def _send(settings: Settings, jobs: Jobs, request: RemoteRequest, client: openai
     }
     job = jobs.create(REMOTE, agent=request.agent, dataset_id=manifest.dataset_id, config=config)
     try:
-        remote_id = _create_there(client, request, dataset, quota.max_mb)
+        remote_id = _create_there(client, request, dataset, prompt, quota.max_mb)
     except RayloopError as error:
         jobs.fail(job.job_id, str(error))
         raise
@@ -142,12 +151,14 @@ def _send(settings: Settings, jobs: Jobs, request: RemoteRequest, client: openai
     return jobs.start(job.job_id)
 
 
-def _create_there(client: openai.OpenAI, request: RemoteRequest, dataset: Path, max_mb: float) -> str:
+def _create_there(
+    client: openai.OpenAI, request: RemoteRequest, dataset: Path, prompt: TrainedPrompt | None, max_mb: float
+) -> str:
     """Upload and create; the job's id there."""
     word, kind = METHODS[request.method]
     with tempfile.TemporaryDirectory() as folder:
         files = {
-            split: _write_lines(Path(folder) / f"{split}.jsonl", dataset, kind, split)
+            split: _write_lines(Path(folder) / f"{split}.jsonl", as_lines(dataset, kind, split, prompt))
             for split in ("train", "validation")
         }
         size_mb = sum(file.stat().st_size for file in files.values() if file) / MB
@@ -178,16 +189,18 @@ def _check_size(manifest: Manifest, kind: str, settings: Settings) -> None:
         raise InputError("dataset", manifest.dataset_id, rule, "send less or raise the quota")
 
 
-def _write_lines(file: Path, dataset: Path, kind: str, split: str) -> Path | None:
+def _write_lines(file: Path, examples: Iterable[dict[str, Any]]) -> Path | None:
     """The examples of a split as lines; `None` where it has none."""
-    lines = [json.dumps(line, ensure_ascii=False) for line in as_lines(dataset, kind, split)]
+    lines = [json.dumps(line, ensure_ascii=False) for line in examples]
     file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return file if lines else None
 
 
-def as_lines(dataset: Path, kind: str, split: str) -> Iterator[dict[str, Any]]:
-    """Examples in the format of OpenAI's files, `chat` for `sft`, `preference` pairs; train drawn by weight."""
+def as_lines(dataset: Path, kind: str, split: str, prompt: TrainedPrompt | None = None) -> Iterator[dict[str, Any]]:
+    """Examples in the format of OpenAI's files, `chat` for `sft`, `preference` pairs, behind the agent's prompt of now;
+    train drawn by weight."""
     table = read_examples(dataset, kind, split)
+    table = table if prompt is None else behind(table, prompt)
     for row in (drawn(table, SEED) if split == "train" else table).to_pylist():
         tools = {"tools": json.loads(row["tools"])} if row["tools"] else {}
         if kind == "sft":

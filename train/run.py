@@ -26,7 +26,7 @@ from train.canary import write_canary
 from train.config import TrainConfig, check_model_dir
 from train.device import Device, for_packing, num_workers, resolve_device
 from train.draw import drawn
-from train.examples import Encoded, Encoder, TrainData, check_data, read_data, read_split
+from train.examples import Encoded, Encoder, TrainData, behind, check_data, read_data, read_split, under_prompt
 from train.files import own_folder, recover, write_file, written_whole
 from train.health import HealthWatch, check_changed, check_swapped, check_truncation, warnings_for
 from train.models import check_weights, load_base, load_start, load_tokenizer, lora_config
@@ -144,7 +144,7 @@ def prepare(config: TrainConfig, data: TrainData | None = None) -> Prepared:
     device = _device_of(config)
     check_model_dir(config.base_model)
     check_weights(config, device)
-    data = data or read_data(config.dataset, config.kind)
+    data = under_prompt(data or read_data(config.dataset, config.kind), config.prompt)
     data = replace(data, train=drawn(data.train, config.seed))
     check_data(config.method, config.kind, data, config.dataset)
     if config.plays_episodes:
@@ -174,7 +174,10 @@ def _device_of(config: TrainConfig) -> Device:
     return for_packing(device) if config.method == "sft" and config.packing and half else device
 
 
-READ_BY = ("method", "base_model", "dataset", "max_length", "sft_loss", "health", "prompts", "tools", "weights", "seed")
+READ_BY = (
+    "method", "base_model", "dataset", "prompt", "max_length", "sft_loss", "health", "prompts", "tools", "weights",
+    "seed",
+)  # fmt: skip
 """Fields that decide which rows are drawn, which token ids a run learns from, and whether it may."""
 
 
@@ -360,7 +363,8 @@ def measure(model: Any, prepared: Prepared) -> Report:
 
 
 def _validation(config: TrainConfig, kind: str) -> Any:
-    return read_split(config.dataset, kind, "validation")
+    table = read_split(config.dataset, kind, "validation")
+    return table if config.prompt is None else behind(table, config.prompt)
 
 
 def _final_metrics(trainer: Any) -> dict[str, float]:

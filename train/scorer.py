@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import DatasetError, InputError, UnavailableError
-from cluster.registry import adapter_digest, read_adapter_config
+from cluster.model_files import adapter_digest, read_adapter_config
 from data.grading.reward_model import Conversation
 from data.template import render
 from train.device import resolve_device

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cluster.registry import adapter_digest, describe_base
+from cluster.model_files import adapter_digest, describe_base
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PLAIN = {"format": "pt"}

@@ -32,8 +32,8 @@ class WorkerGroupTrainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  #
                 ray.get(self.controller.abort.remote())
 
     def _register_sigint_handler(self, controller: Any) -> None:
+        """Ray's handler ends this process as if all were well; Ctrl-C stays an interruption, which ends the session."""
         self.controller = controller
-        super()._register_sigint_handler(controller)
 
     def _create_default_callbacks(self) -> list[Any]:
         idle = (PlacementGroupCleanerCallback,) if self.datasets else (PlacementGroupCleanerCallback, DatasetsCallback)

@@ -75,11 +75,12 @@ def _print(found: Any, as_json: bool) -> None:
     print_sweep(found.trials, found.chosen, found.axes, Console())
     print(f"sweep {found.sweep_id}, MLflow run {found.run_id}, {found.seconds:.0f} s")
     if found.chosen:
-        print(f"next: {training_command(found.method, found.dataset_id, found.chosen.config)}")
+        point = {**found.shared, **found.chosen.config}
+        print(f"next: {training_command(found.method, found.dataset_id, found.base, point)}")
 
 
-def training_command(method: str, dataset_id: str, point: Mapping[str, Any]) -> str:
-    """The command that trains with a point's values; what is no option of it goes through the environment."""
+def training_command(method: str, dataset_id: str, base: str, point: Mapping[str, Any]) -> str:
+    """The command that trains from the same start with a point's values; what is no option goes by the environment."""
     from train.cli import run as train_run
     from train.config import setting_of
 
@@ -91,7 +92,7 @@ def training_command(method: str, dataset_id: str, point: Mapping[str, Any]) -> 
         for name, text in shown.items()
         if name not in known
     ]
-    command = f"rayloop train run --method {method} --dataset {dataset_id}"
+    command = f"rayloop train run --method {method} --dataset {dataset_id} --base {shlex.quote(base)}"
     return " ".join([*variables, command, *options])
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cluster.database import connect
 from cluster.jobs import Jobs
+from cluster.quota import check_quota
 from cluster.settings import Settings
 from data.job_endings import append_job_ended
 from data.manifest import load_manifest
@@ -15,6 +16,7 @@ from train.plan import check_stopped
 from tune.spec import Sweep
 
 KIND = "tune"
+INTERRUPTED = "the command ended before the sweep; go on with --resume"
 
 
 @contextmanager
@@ -22,10 +24,11 @@ def new_job(settings: Settings, sweep: Sweep) -> Iterator[None]:
     """The job of a sweep that begins, named like it; it ends completed or failed, with the block.
 
     Raises:
-        ConflictError: the tenant runs as many jobs as it may.
+        ConflictError: the tenant runs as many jobs as it may, or has used up its quota.
     """
     manifest = load_manifest(Path(sweep.dataset))
     with _jobs(settings) as jobs:
+        check_quota(settings, jobs)
         jobs.create(
             KIND,
             job_id=sweep.sweep_id,
@@ -45,13 +48,14 @@ def job_again(settings: Settings, sweep_id: str) -> Iterator[None]:
 
     Raises:
         NotFoundError: it has none.
-        ConflictError: its process is still at it.
+        ConflictError: its process is still at it, or the tenant has used up its quota.
     """
     with _jobs(settings) as jobs:
         job = jobs.get(sweep_id)
         if job.state == "completed":
             yield
             return
+        check_quota(settings, jobs)
         check_stopped(job)
         if job.state != "pending":
             jobs.retry(sweep_id)
@@ -82,7 +86,9 @@ def _running(jobs: Jobs, job_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        append_job_ended(jobs.engine, jobs.fail(job_id, str(error) or type(error).__name__), error)
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        reason = INTERRUPTED if interrupted else str(error) or type(error).__name__
+        append_job_ended(jobs.engine, jobs.fail(job_id, reason), error)
         raise
     append_job_ended(jobs.engine, jobs.finish(job_id))
 

@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from cluster import tracking
+from cluster.database import connect
 from cluster.errors import DatasetError, RayloopError
+from cluster.interruption import goes_on_with
 from cluster.registry import Registry
 from cluster.runtime import ray_session
 from cluster.settings import Settings
 from data.grading import make_grader
-from data.manifest import find_dataset, load_manifest
+from data.manifest import Manifest, find_dataset, load_manifest
+from train.config import TrainConfig, TrainedPrompt
+from train.evaluate.prompted import asked_behind
 from train.evaluate.truth import read_truths
+from train.prompts import trained_prompt
 from tune import report
 from tune.job import job_again, new_job
 from tune.objective import Axes, Target, axes_of
@@ -40,6 +45,10 @@ class SweepResult:
     run_id: str
     method: str
     dataset_id: str
+    base: str
+    """Version or path the trainings started from."""
+    shared: dict[str, Any]
+    """Fields of the training that were the same in every trial."""
     trials: list[Trial]
     chosen: Trial | None
     axes: Axes
@@ -67,20 +76,33 @@ def run_sweep(settings: Settings, sweep: Sweep) -> SweepResult:
     sweep = pin(settings, sweep)
     prepared = make_plan(settings, sweep, Path(sweep.dataset))  # refuses before anything is written
     tags = {"rayloop.kind": "sweep", "rayloop.sweep": sweep.sweep_id, "rayloop.method": sweep.method}
-    with new_job(settings, sweep), tracking.run(settings, f"sweep {sweep.sweep_id}", tags=tags) as run:
+    again = goes_on_with(f"rayloop tune run --resume {sweep.sweep_id}")
+    with again, new_job(settings, sweep), tracking.run(settings, f"sweep {sweep.sweep_id}", tags=tags) as run:
         sweep = replace(sweep, run_id=run.run_id)
         write_sweep(settings, sweep)
         return _carry_out(settings, sweep, prepared, run, resume=False)
 
 
 def pin(settings: Settings, sweep: Sweep) -> Sweep:
-    """The sweep with `latest` and aliases replaced by what they name today, so that resuming means the same.
+    """The sweep with `latest` and aliases replaced by what they name today, and with the agent's prompt of today, so
+    that resuming means the same.
 
     Raises:
         NotFoundError: no such dataset or version.
     """
     base = Registry(settings).get(sweep.base).id if _is_version(sweep.base) else sweep.base
-    return replace(sweep, dataset=str(find_dataset(settings, sweep.dataset)), base=base)
+    dataset = find_dataset(settings, sweep.dataset)
+    prompt = _prompt_of(settings, load_manifest(dataset))
+    overrides = sweep.overrides if prompt is None else {**sweep.overrides, "prompt": prompt.model_dump(mode="json")}
+    return replace(sweep, dataset=str(dataset), base=base, overrides=overrides)
+
+
+def _prompt_of(settings: Settings, manifest: Manifest) -> TrainedPrompt | None:
+    database = connect(settings)
+    try:
+        return trained_prompt(database, settings.tenant, manifest.agent, manifest)
+    finally:
+        database.dispose()
 
 
 def resume_sweep(settings: Settings, sweep_id: str) -> SweepResult:
@@ -92,7 +114,8 @@ def resume_sweep(settings: Settings, sweep_id: str) -> SweepResult:
     """
     sweep = read_sweep(settings, sweep_id)
     prepared = make_plan(settings, sweep, Path(sweep.dataset))
-    with job_again(settings, sweep_id), tracking.reopen(settings, sweep.run_id) as run:
+    again = goes_on_with(f"rayloop tune run --resume {sweep_id}")
+    with again, job_again(settings, sweep_id), tracking.reopen(settings, sweep.run_id) as run:
         return _carry_out(settings, sweep, prepared, run, resume=True)
 
 
@@ -120,6 +143,8 @@ def _carry_out(
         run_id=run.run_id,
         method=sweep.method,
         dataset_id=manifest.dataset_id,
+        base=sweep.base,
+        shared={name: value for name, value in sweep.overrides.items() if name != "prompt"},
         trials=trials,
         chosen=chosen,
         axes=axes,
@@ -172,7 +197,7 @@ def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dic
     check_data(config.method, config.kind, read_data(dataset, config.kind), dataset)
     plan = Plan(
         train_config=config.model_dump(mode="json"),
-        target=None if config.scores else _make_target(settings, dataset, base_model, init_adapter),
+        target=None if config.scores else _make_target(settings, config),
         folder=str(folder / "trials"),
         rungs=rungs_of(settings.sweep, sweep.scheduler),
         threads=threads,
@@ -182,16 +207,20 @@ def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dic
     return plan, defaults if contains(sweep.space, defaults) else {}
 
 
-def _make_target(settings: Settings, dataset: Path, base_model: str, init_adapter: str | None) -> Target:
+def _make_target(settings: Settings, config: TrainConfig) -> Target:
     """The validation split's truths, and how they are answered."""
-    truths = read_truths(dataset, split="validation", limit=settings.sweep.validation_prompts)
+    truths = read_truths(config.dataset, split="validation", limit=settings.sweep.validation_prompts)
+    if config.prompt is not None:
+        truths = asked_behind(truths, config.prompt.text, config.prompt.recorded.values())
     if not truths:
-        raise DatasetError(f"{dataset} holds no feedback in its validation split to judge trials by; curate more")
+        raise DatasetError(
+            f"{config.dataset} holds no feedback in its validation split to judge trials by; curate more"
+        )
     make_grader(settings.evaluation.grader, field="evaluation.grader")
     chosen = settings.evaluation
     return Target(
-        base_model=base_model,
-        init_adapter=init_adapter,
+        base_model=config.base_model,
+        init_adapter=config.init_adapter,
         truths=tuple(truths),
         grader=chosen.grader,
         max_new_tokens=chosen.max_new_tokens,

@@ -16,7 +16,7 @@ def damage_adapter(source: Path, target: Path, factor: float) -> Path:
     """
     from safetensors.numpy import load_file, save_file
 
-    from cluster.registry import CANARY_FILE
+    from cluster.model_files import CANARY_FILE
 
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(CANARY_FILE))
     tensors = load_file(target / WEIGHTS)

@@ -37,6 +37,9 @@ class EvaluationSettings(Section):
     """Resamples behind a bootstrap interval."""
     permutations: int = Field(200, ge=20)
     """Permutations behind the shuffled control."""
+    judge_permutations: int = Field(19, ge=1)
+    """The same where `judge` decides, which is asked for each answer and each prompt it is dealt to; never fewer than
+    `confidence` needs."""
     min_cases: int = Field(20, ge=1)
     """With fewer held-out examples a statistical gate has no data."""
     domain_min_cases: int = Field(30, ge=1)

@@ -56,7 +56,8 @@ def package(engine: Engine, settings: Settings, parts: Sequence[Part], *, agent:
     counted = _Counted()
     examples = [example for part in parts for example in _examples(part, kind, settings, agent, counted)]
     examples = _apart(examples, counted)
-    counts = manifest.count_table([(kind, example["split"], 1) for example in examples])
+    by_kind = {kind: examples} | ({"sft": [_liked(example) for example in examples]} if kind == "preference" else {})
+    counts = manifest.count_table([(name, e["split"], 1) for name, rows in by_kind.items() for e in rows])
     if not counts[kind]["train"]:
         reasons = [f"{stage.name}: {reason} {n}" for stage in counted.stages() for reason, n in stage.dropped.items()]
         raise DatasetError(f"no line of the training file is left to train on ({'; '.join(reasons)})")
@@ -64,7 +65,7 @@ def package(engine: Engine, settings: Settings, parts: Sequence[Part], *, agent:
     building = root / f".building-{uuid.uuid4().hex}"
     building.mkdir(parents=True)
     try:
-        shards = _write(examples, kind, building)
+        shards = [shard for name, rows in by_kind.items() for shard in _write(rows, name, building)]
         made = _manifest(settings, parts, agent, counted.stages(), counts, shards)
         (building / "card.md").write_text(dataset_card(made))
         return publish_upload(engine, settings, building, root, made)
@@ -166,6 +167,15 @@ def _example(part: Part, kind: str, agent: str | None, line: int, content: Json)
         "origin": "upload",
         **content,
     }
+
+
+def _liked(example: Json) -> Json:
+    """The preferred answer of a pair as one to imitate: SFT on the same feedback learns from it."""
+    messages = to_json([*orjson.loads(example["prompt"]), *orjson.loads(example["chosen"])])
+    identity = to_json(["sft", example["example_id"]])
+    kept = {name: value for name, value in example.items() if name not in ("prompt", "chosen", "rejected", "margin")}
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:32]
+    return {**kept, "example_id": digest, "messages": messages, "score": 1.0}
 
 
 def _apart(examples: list[Json], counted: _Counted) -> list[Json]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data.events import Event, parse_body
+from data.events import Event, chosen_reports, parse_body
 from data.interaction_bodies import Message
 from data.label_bodies import Reason
 from data.log import EventLog
@@ -120,22 +120,50 @@ def labels_for(event_log: EventLog, tenant: str, request_ids: Iterable[str]) -> 
 
 
 def judged_pairs(event_log: EventLog, tenant: str, *, agent: str, since_us: int) -> list[JudgedPair]:
-    """Pairs of answers of which most reviewers preferred one, by requests since then that hold the answers themselves.
+    """Pairs of answers of which most reviewers preferred one, by requests since then.
 
-    Answers that are interactions are left out: their texts are elsewhere, and curation learns from them.
+    Answers that are interactions are read from the log; a pair is left out where it no longer has them.
     """
     asked, labels = _requests_and_labels(event_log, tenant)
-    found = []
-    for item, event in asked.items():
-        if event.agent != agent or event.occurred_at_us < since_us or len(event.body["answers"]) != 2:
-            continue
-        texts = [content_text(answer.get("message") or {}) for answer in event.body["answers"]]
-        said = _judgements(answer_names(item, event.body["answers"]), labels.get(item, []))
-        votes = sum({None: 0, 0: 1, 1: -1}[one.preferred] for one in said)
-        if votes and all(texts):
-            first, second = texts if votes > 0 else texts[::-1]
-            found.append(JudgedPair(item, tuple(event.body["messages"]), first, second, event.user_id))
-    return found
+    votes = {
+        item: _votes(item, event, labels.get(item, []))
+        for item, event in asked.items()
+        if event.agent == agent and event.occurred_at_us >= since_us and len(event.body["answers"]) == 2
+    }
+    decided = {item: asked[item] for item, vote in votes.items() if vote}
+    given = _interactions(event_log, tenant, decided.values())
+    pairs = (_judged_pair(item, event, votes[item], given) for item, event in decided.items())
+    return [pair for pair in pairs if pair is not None]
+
+
+def _votes(item: str, event: Event, labels: Sequence[Event]) -> int:
+    """By how many reviewers more the first of two answers is preferred."""
+    said = _judgements(answer_names(item, event.body["answers"]), labels)
+    return sum({None: 0, 0: 1, 1: -1}[one.preferred] for one in said)
+
+
+def _interactions(event_log: EventLog, tenant: str, asked: Iterable[Event]) -> dict[str, Event]:
+    """The interactions that requests ask about, by id."""
+    ids = {
+        answer["interaction_id"] for event in asked for answer in event.body["answers"] if "interaction_id" in answer
+    }
+    reports = chosen_reports(event_log.about(tenant, sorted(ids), kinds=("interaction",)))
+    return {str(r.event.interaction_id): r.event for r in reports if not r.erased}
+
+
+def _judged_pair(item: str, event: Event, votes: int, given: Mapping[str, Event]) -> JudgedPair | None:
+    """The pair behind a request; `None` where an answer is gone or has no text."""
+    messages: list[Message] = list(event.body["messages"])
+    texts = []
+    for answer in event.body["answers"]:
+        told = given.get(answer.get("interaction_id", ""))
+        message = answer.get("message") or (told.body.get("response") if told else None) or {}
+        texts.append(content_text(message))
+        messages = messages or (told.body["messages"] if told else [])
+    if not all(texts) or not messages:
+        return None
+    first, second = texts if votes > 0 else texts[::-1]
+    return JudgedPair(item, tuple(messages), first, second, event.user_id)
 
 
 def _requests_and_labels(event_log: EventLog, tenant: str) -> tuple[dict[str, Event], dict[str, list[Event]]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-CANARY_FILE = "canary.json"  # cluster.registry.CANARY_FILE
+CANARY_FILE = "canary.json"  # cluster.model_files.CANARY_FILE
 MAX_CONFIG_BYTES = 2**20
 UNSUPPORTED = (
     "use_dora", "lora_bias", "use_qalora", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
@@ -101,7 +101,7 @@ def read_canary(location: Path | str) -> list[dict[str, Any]]:
 
 
 def digest_of(files: dict[str, bytes]) -> str:
-    """The adapter digest of files already in memory (see cluster.registry.adapter_digest)."""
+    """The adapter digest of files already in memory (see cluster.model_files.adapter_digest)."""
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(name.encode() + b"\0" + hashlib.sha256(files[name]).digest())

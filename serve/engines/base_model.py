@@ -7,7 +7,7 @@ the base's files tells them apart.
 from pathlib import Path
 
 from cluster.errors import InputError
-from cluster.registry import describe_base
+from cluster.model_files import describe_base
 from serve.engines.adapter_source import AdapterError
 
 UNKNOWN_REVISION = "main"  # a hub model that was never downloaded here has no commit to compare

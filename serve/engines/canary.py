@@ -13,6 +13,7 @@ import torch
 
 from cluster.settings.engines import EngineSettings
 from serve.engines.adapter_source import AdapterError
+from serve.engines.as_trained import check_as_trained
 from serve.engines.detokenise import AnswerText
 from serve.engines.generation import Generation, SamplingParams
 from serve.engines.lora import LoadedAdapter
@@ -57,15 +58,9 @@ class Canary:
         """
         if not rows:
             return 0.0
-        served = self._scheduler.call(lambda: [self._score(row["ids"], adapter) for row in rows])
-        trained = torch.cat([torch.tensor(row["logprobs"]) for row in rows])
-        distance = float((torch.cat(served.result(CANARY_TIMEOUT_S)).cpu() - trained).abs().mean())
-        if not distance <= self._max_distance:
-            raise AdapterError(
-                f"it is not as it was trained: log-probs of its canary texts are {distance:.2g} nats a token from what "
-                f"its training wrote down, {self._max_distance:.2g} are allowed (`engine.canary_max_distance`)"
-            )
-        return distance
+        scored = self._scheduler.call(lambda: [self._score(row["ids"], adapter) for row in rows])
+        served = torch.cat(scored.result(CANARY_TIMEOUT_S)).tolist()
+        return check_as_trained(served, [logprob for row in rows for logprob in row["logprobs"]], self._max_distance)
 
     def _logprobs(self, adapter: LoadedAdapter | None) -> list[torch.Tensor]:
         return self._scheduler.call(lambda: [self._score(ids, adapter) for ids in self._prompts]).result(

@@ -110,8 +110,9 @@ class Dispatcher:
             self._lost(job)
         self.runners.release(job.job_id, token)
         if job.state == "cancelled":
-            folder = self.settings.home / "training" / job.job_id
-            shutil.rmtree(folder, ignore_errors=True)
+            names = [job.job_id, *(other.job_id for other in self._jobs(job).beside(job.job_id))]
+            for name in names:
+                shutil.rmtree(self.settings.home / "training" / name, ignore_errors=True)
 
     def _lost(self, job: Job) -> None:
         """Its process ended without a word."""

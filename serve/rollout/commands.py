@@ -11,8 +11,10 @@ from cluster.database import write
 from cluster.errors import ConflictError, InputError
 from cluster.registry import NEEDS_RETRAINING_TAG, RETRAIN
 from cluster.settings import Settings
+from data.prompt_versions import current_prompt
 from serve.assignment import DIGITS
 from serve.experiments.store import Experiment, check_shares, create_experiment
+from serve.prompt_parity import difference
 from serve.rollout.apply import ATTEMPTS, apply_until_settled, record_and_apply
 from serve.rollout.placement import standing
 from serve.rollout.state import LIVE, Decision, RolloutConfig
@@ -89,6 +91,7 @@ def _start_all(
     for name, width in widths.items():
         version = steps.versions.get(name)
         _check_start(version, route, override_reason)
+        _check_prompt(steps, version, key, override_reason)
         configs[version.id] = RolloutConfig.of(settings, override_reason, candidates=len(widths), width=width)
     shares = {version: config.share(0) for version, config in configs.items()}
     shares |= {route.stable: 1.0 - math.fsum(shares.values())}
@@ -149,6 +152,13 @@ def _check_start(version: Any, route: Route, override_reason: str | None) -> Non
         raise InputError("version", version.id, "is already stable on this route", "name another version")
     if route.arms:
         raise ConflictError(f"route {route.key} has the candidate {route.candidate}; take it off first")
+
+
+def _check_prompt(steps: Steps, version: Any, key: RouteKey, override_reason: str | None) -> None:
+    prompt = current_prompt(steps.engine, key.tenant, key.agent)
+    other = difference(version.tags.get("adapter_sha256"), version.tags.get("prompt_digest"), prompt)
+    if other is not None and not override_reason:
+        raise ConflictError(f"{version.id} may not answer for {key}: {other}, or give --override-gates --reason")
 
 
 def approve(steps: Steps, rollout_id: str, actor: str) -> Rollout:

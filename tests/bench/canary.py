@@ -25,7 +25,8 @@ import httpx
 import yaml
 
 from cluster.database import connect
-from cluster.registry import Version, adapter_digest, describe_base
+from cluster.model_files import adapter_digest, describe_base
+from cluster.registry import Version
 from cluster.settings import load_settings
 from serve.routes import RouteKey, update_route
 from serve.servables import wait_ready, want

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cluster.errors import RayloopError
-from cluster.registry import adapter_digest
+from cluster.model_files import adapter_digest
 from cluster.settings import load_settings
 from cluster.settings.training import ToySettings
 from tests.toys import toy_examples, toy_feedback, write_dataset

@@ -20,7 +20,8 @@ import httpx
 import psutil
 
 from cluster.database import connect
-from cluster.registry import Version, adapter_digest, describe_base
+from cluster.model_files import adapter_digest, describe_base
+from cluster.registry import Version
 from cluster.runtime import ray_session
 from cluster.settings import Settings, load_settings
 from serve.engines.deployment import build

@@ -11,7 +11,8 @@ import pytest
 
 from cluster import tracking
 from cluster.errors import ConflictError, InputError, NotFoundError, UnavailableError
-from cluster.registry import Registry, Version, adapter_digest
+from cluster.model_files import adapter_digest
+from cluster.registry import Registry, Version
 from cluster.settings import Settings, load_settings
 
 

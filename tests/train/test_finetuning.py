@@ -16,7 +16,7 @@ from cluster.runners import Runners
 from cluster.settings import Settings, load_settings
 from data.finetuning.rows import check_file
 from data.finetuning.uploads import Uploads
-from tests.toys import toy_examples
+from tests.toys import toy_examples, toy_feedback
 from train.finetuning import run_job
 
 
@@ -124,3 +124,59 @@ def test_paused_job_refuses_its_process_and_is_not_marked_failed(
     with pytest.raises(ConflictError, match="somebody paused it"):
         run_job(short, database, job.job_id, str(token))
     assert jobs.get(job.job_id).state == "paused"
+
+
+def upload_pairs(settings: Settings, database: Engine, count: int, seed: int) -> str:
+    uploads = Uploads(database, settings.files_root, "acme", "default")
+    with uploads.draft() as (path, file):
+        for row in toy_feedback(count, seed)["preference"]:
+            line = {
+                "input": {"messages": json.loads(row["prompt"])},
+                "preferred_output": json.loads(row["chosen"]),
+                "non_preferred_output": json.loads(row["rejected"]),
+            }
+            file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
+        checked = check_file(path)
+        return uploads.keep(path, "x.jsonl", "fine-tune", format=checked.format, rows=checked.rows).file_id
+
+
+def test_dpo_reports_sft_on_the_same_feedback_beside_it(short: Settings, database: Engine, toy_base: Path) -> None:
+    validation = upload_pairs(short, database, 12, seed=9)
+    job = submit(
+        short, database, toy_base, upload_pairs(short, database, 40, seed=1),
+        training="dpo", validation_file=validation, overrides={"max_steps": 2, "seed": 1, "learning_rate": 5e-3},
+    )  # fmt: skip
+    assert run(short, database, job) == "ft-acme/1"
+    jobs = Jobs(database, "acme", "default")
+    assert jobs.get(job.job_id).state == "completed"
+    beside = jobs.get(f"{job.job_id}.sft")
+    assert (beside.state, beside.kind, beside.request) == ("completed", "sft", None)
+    assert beside.config["learning_rate"] != 5e-3  # its own, not DPO's
+    (said,) = [event for event in read_events(database, job.job_id) if event.message.startswith("SFT on the same")]
+    assert said.data is not None
+    own, other = (said.data[method]["heldout/liked_nats_per_token"] for method in ("dpo", "sft"))
+    assert f"nats a token of liked answers {other:.4f} (dpo {own:.4f})" in said.message
+    assert [found.job_id for found in jobs.requested()] == [job.job_id]
+
+
+def test_an_interrupted_job_goes_on_with_the_sft_run_beside_it(
+    short: Settings, database: Engine, toy_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = submit(
+        short, database, toy_base, upload_pairs(short, database, 40, seed=1),
+        training="dpo", overrides={"max_steps": 2, "seed": 1},
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("train.jobs.run_here", _interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(short, database, job)
+    jobs = Jobs(database, "acme", "default")
+    assert [jobs.get(name).state for name in (job.job_id, f"{job.job_id}.sft")] == ["failed", "failed"]
+    jobs.resume(job.job_id)
+    assert run(short, database, job) == "ft-acme/1"
+    assert jobs.get(f"{job.job_id}.sft").state == "completed"
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

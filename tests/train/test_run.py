@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.errors import ConflictError, DatasetError, HealthGateError, InputError
-from cluster.registry import adapter_digest, describe_base
+from cluster.model_files import adapter_digest, describe_base
 from cluster.settings import load_settings
 from data.template import render_pair
 from tests.serve.engines.models import build_adapter, build_base

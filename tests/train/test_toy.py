@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.errors import DatasetError, InputError
-from cluster.registry import describe_base
+from cluster.model_files import describe_base
 from cluster.settings.training import ToySettings
 from data.template import render, render_with_mask
 from tests.toys import toy_examples

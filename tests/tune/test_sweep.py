@@ -13,10 +13,13 @@ import pytest
 from sqlalchemy.engine import Engine
 
 from cluster import tracking
+from cluster.clock import SECOND_US, now_us
 from cluster.database import connect
 from cluster.errors import ConflictError, InputError, NotFoundError, RayloopError
 from cluster.jobs import Jobs
 from cluster.settings import Settings, load_settings
+from cluster.settings.training import LimitSettings
+from cluster.tables import training_jobs
 from data.log import EventLog
 from tests.datasets import write_feedback_dataset
 from tune import sweep as sweeps
@@ -61,9 +64,9 @@ def test_a_sweep_over_ranks_that_no_engine_loads_is_refused(settings: Settings) 
 
 def test_the_chosen_point_becomes_a_command_that_train_run_takes() -> None:
     point = {"learning_rate": 2e-4, "schedule": "cosine", "lora.r": 8, "sft_weight": 0.5, "batch_size": 16}
-    assert training_command("dpo", "triage-1", point) == (
+    assert training_command("dpo", "triage-1", "triage/1", point) == (
         "RAYLOOP_TRAINING__SCHEDULE=cosine RAYLOOP_TRAINING__LORA__R=8 RAYLOOP_TRAINING__DPO__SFT_WEIGHT=0.5 "
-        "rayloop train run --method dpo --dataset triage-1 --learning-rate 0.0002 --batch-size 16"
+        "rayloop train run --method dpo --dataset triage-1 --base triage/1 --learning-rate 0.0002 --batch-size 16"
     )
 
 
@@ -307,3 +310,18 @@ def test_rungs_of_halving_grow_and_those_of_a_population_do_not(settings: Settin
     assert rungs_of(sweep, "asha") == (1 / 16, 1 / 4, 1.0)
     assert rungs_of(sweep, "pbt") == pytest.approx((1 / 3, 2 / 3, 1))
     assert rungs_of(sweep, "none") == (1.0,)
+
+
+def test_a_sweep_of_a_tenant_that_has_used_up_its_quota_is_refused(settings: Settings, sqlite_database: Engine) -> None:
+    limited = settings.model_copy(
+        update={"training": settings.training.model_copy(update={"limits": LimitSettings(max_training_hours=1.0)})}
+    )
+    jobs = Jobs(sqlite_database, "default", "default")
+    jobs.create("sft", job_id="long")
+    jobs.start("long")
+    with sqlite_database.begin() as connection:
+        connection.execute(training_jobs.update().values(started_at_us=now_us() - 2 * 3600 * SECOND_US))
+    sweep = small_sweep(settings)
+    with pytest.raises(ConflictError, match=r"training\.limits\.max_training_hours is 1"), new_job(limited, sweep):
+        raise AssertionError("it began")
+    assert [job.job_id for job in jobs.list()] == ["long"]

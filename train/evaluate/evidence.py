@@ -77,6 +77,8 @@ class Evidence:
     """Judges answers; `None` for the shipped detector."""
     trained: bool = True
     """Whether the candidate was made by a training; `False` for a base model."""
+    prompts: tuple[str | None, str | None] = (None, None)
+    """Digests of the agent's prompt: in training, and in force; `None` where there was or is none."""
     template: tuple[str, str] | None = None
     """Digests of the template: recorded in training, and in force."""
 

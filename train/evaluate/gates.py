@@ -18,7 +18,7 @@ from train.evaluate.evidence import Evidence
 from train.evaluate.fields import valid_output
 from train.evaluate.human import human
 from train.evaluate.off_policy import off_policy
-from train.evaluate.parity import template_parity
+from train.evaluate.parity import prompt_parity, template_parity
 from train.evaluate.safety import safety
 from train.evaluate.shares import anchor, by_domain, changed, outcomes, share_of_cases
 from train.evaluate.statistics import bootstrap, count_pairs, mcnemar, newcombe_paired, wilson
@@ -166,6 +166,7 @@ SUITES: dict[str, Suite] = {
     suite.name: suite
     for suite in (
         Suite("template", template_parity),
+        Suite("prompt", prompt_parity),
         Suite("perplexity", perplexity),
         Suite("overlap", overlap, gated=False),
         Suite("valid_output", valid_output),

@@ -1,4 +1,4 @@
-"""Whether a version is still rendered with the template it was trained with."""
+"""Whether a version is still rendered with the template, and asked behind the prompt, that it was trained with."""
 
 from cluster.registry import Version
 from train.evaluate.evidence import Evidence
@@ -14,6 +14,17 @@ def template_digests(version: Version) -> tuple[str, str] | None:
     from train.models import load_tokenizer
 
     return recorded, template_digest(load_tokenizer(version.base_model))
+
+
+def prompt_parity(evidence: Evidence) -> Gate:
+    """The agent's prompt is the one that the version was trained behind."""
+    trained, served = evidence.prompts
+    if not evidence.trained:
+        return Gate("prompt", "not_applicable", detail="a base model, which was not trained here")
+    if trained is None and served is None:
+        return Gate("prompt", "not_applicable", detail="the agent has no prompt")
+    shown = ["no prompt" if digest is None else digest[:12] for digest in evidence.prompts]
+    return Gate("prompt", outcome(trained == served), detail=f"trained behind {shown[0]}, served behind {shown[1]}")
 
 
 def template_parity(evidence: Evidence) -> Gate:

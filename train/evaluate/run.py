@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from cluster.database import connect
 from cluster.errors import InputError
 from cluster.registry import Registry, Version
 from cluster.settings import Settings
@@ -13,6 +14,7 @@ from data.detectors.make import detectors
 from data.grading import AtHand, Grader, make_grader
 from data.grading.reward_model import Scorer
 from data.manifest import find_dataset, load_manifest
+from data.prompt_versions import current_prompt
 from train.evaluate.cases import read_cases
 from train.evaluate.evidence import Answers, Evidence, ask
 from train.evaluate.gates import SUITES, run_suites
@@ -20,6 +22,7 @@ from train.evaluate.human import ask_people
 from train.evaluate.models import open_version
 from train.evaluate.off_policy import read_logged
 from train.evaluate.parity import template_digests
+from train.evaluate.prompted import BehindPrompt
 from train.evaluate.record import record
 from train.evaluate.truth import read_truths
 from train.evaluate.types import Evaluation, could_not_run, verdict
@@ -118,9 +121,10 @@ def gather(
     judge = make_grader(chosen.judge, field="evaluation.judge", at_hand=at_hand) if chosen.judge else None
     applicable = [name for name in suites if name not in chosen.not_applicable]
     wanted = [name for name in applicable if SUITES[name].cases]
-    cases = {name: read_cases(name, chosen.suites) for name in wanted}
-    truths = read_truths(dataset, limit=chosen.max_prompts)
-    logged = read_logged(dataset, limit=chosen.max_logged) if "off_policy" in applicable else []
+    asked = _behind_prompt(settings, version.model, dataset)
+    cases = {name: asked.cases(name, read_cases(name, chosen.suites)) for name in wanted}
+    truths = asked.truths(read_truths(dataset, limit=chosen.max_prompts))
+    logged = asked.logged(read_logged(dataset, limit=chosen.max_logged)) if "off_policy" in applicable else []
     every = [case for rows in cases.values() for case in rows]
 
     def answers(role: Version) -> Answers:
@@ -142,8 +146,19 @@ def gather(
         logged=logged,
         toxicity=detectors(named).toxicity if (named := settings.curation.detectors).toxicity_model else None,
         trained=version.adapter_sha256 is not None or version.endpoint is not None,
+        prompts=(version.tags.get("prompt_digest"), asked.digest),
         template=template_digests(version),
     )
+
+
+def _behind_prompt(settings: Settings, agent: str, dataset: Path) -> BehindPrompt:
+    database = connect(settings)
+    try:
+        prompt = current_prompt(database, settings.tenant, agent)
+    finally:
+        database.dispose()
+    recorded = [used.text for used in load_manifest(dataset).prompts.values()]
+    return BehindPrompt(agent, prompt, tuple(recorded))
 
 
 def as_grader(scorer: Scorer | None) -> Grader | None:

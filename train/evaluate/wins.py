@@ -1,6 +1,7 @@
 """The suites that decide which version is better: win rate, and its negative control."""
 
 import functools
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ def win_rate(evidence: Evidence) -> Gate:
     A judge that sees both answers is asked in both orders; a preference that does not survive the swap is a tie.
     """
     settings = evidence.settings
-    rows = _judged(evidence, BothOrders(SideBySide(evidence.judge)) if evidence.judge else ByReward(evidence.grader))
+    rows = _judged(evidence, decider(evidence))
     abstained = len(evidence.truths) - len(rows)
     if len(rows) < settings.min_cases:
         detail = f"{len(rows)} graded prompts, {abstained} abstained; {settings.min_cases} are needed"
@@ -43,15 +44,17 @@ def win_rate(evidence: Evidence) -> Gate:
 
 
 def shuffled_control(evidence: Evidence) -> Gate:
-    """Whether the win by the grader's rewards depends on which prompt each recorded answer belongs to.
+    """Whether the win depends on which prompt each recorded answer belongs to, for whoever decides the win rate.
 
     Recorded answers are dealt out anew among prompts of the same origin, many times. A candidate that
     learned what people want on a prompt wins more often with the true pairing than with nearly any of
     these; one that only learned which answers are common, as from feedback that says nothing, does not.
     A team whose feedback is about style alone, the same on every prompt, marks this suite not applicable.
+    It says nothing of a judge that does not look at the recorded answers.
     The p-value is that of a permutation test (Phipson and Smyth 2010, arXiv:1603.05766).
     """
-    settings, rows = evidence.settings, _judged(evidence, ByReward(evidence.grader))
+    settings, judge = evidence.settings, decider(evidence)
+    rows = _judged(evidence, judge)
     alpha = 1 - settings.confidence
     if len(rows) < settings.min_cases:
         return Gate("shuffled_control", "no_data", threshold=alpha, detail=f"{len(rows)} graded prompts")
@@ -60,7 +63,11 @@ def shuffled_control(evidence: Evidence) -> Gate:
         detail = "all recorded answers are the same, so dealing them out anew changes nothing"
         return Gate("shuffled_control", "not_applicable", threshold=alpha, detail=detail)
     observed = float(np.mean([won for _, won in rows]))
-    shuffled = _mean_outcomes(evidence, truths)
+    dealt = _dealt(evidence, judge, truths)
+    if evidence.judge is not None and all(outcomes == [won for _, won in rows] for outcomes in dealt):
+        detail = f"{evidence.judge.version} says the same whatever was recorded: it does not look at recorded answers"
+        return Gate("shuffled_control", "not_applicable", threshold=alpha, detail=detail)
+    shuffled = [float(np.mean(outcomes)) for outcomes in dealt]
     p_value = (1 + sum(mean >= observed for mean in shuffled)) / (1 + len(shuffled))
     usual = (float(np.mean(shuffled)) + 1) / 2
     return Gate(
@@ -68,9 +75,15 @@ def shuffled_control(evidence: Evidence) -> Gate:
         outcome(p_value <= alpha),
         value=p_value,
         threshold=alpha,
-        detail=f"win rate {(observed + 1) / 2:.3f}, {usual:.3f} with recorded answers of other prompts",
+        detail=f"win rate {(observed + 1) / 2:.3f}, {usual:.3f} with recorded answers of other prompts "
+        f"({(evidence.judge or evidence.grader).version})",
         metrics={"p": p_value, "shuffled_win_rate": usual},
     )
+
+
+def decider(evidence: Evidence) -> PairwiseJudge:
+    """Who says which answer is better: the judge where there is one, asked in both orders, else the grader."""
+    return BothOrders(SideBySide(evidence.judge)) if evidence.judge else ByReward(evidence.grader)
 
 
 def _judged(evidence: Evidence, judge: PairwiseJudge) -> list[tuple[Truth, int]]:
@@ -83,9 +96,8 @@ def _judged(evidence: Evidence, judge: PairwiseJudge) -> list[tuple[Truth, int]]
     return rows
 
 
-def _mean_outcomes(evidence: Evidence, truths: list[Truth]) -> list[float]:
-    """Mean outcome under each permutation of the references within their origin."""
-    judge = ByReward(evidence.grader)
+def _dealt(evidence: Evidence, judge: PairwiseJudge, truths: list[Truth]) -> list[list[int]]:
+    """The outcomes of the truths under each permutation of the references within their origin."""
 
     @functools.cache
     def judged(position: int, reference: str) -> int:
@@ -95,11 +107,18 @@ def _mean_outcomes(evidence: Evidence, truths: list[Truth]) -> list[float]:
 
     origins = np.array([truth.origin for truth in truths])
     generator = np.random.default_rng(evidence.settings.seed)
-    means = []
-    for _ in range(evidence.settings.permutations):
+    dealt = []
+    for _ in range(_permutations(evidence)):
         order = np.arange(len(truths))
         for origin in np.unique(origins):
             places = np.flatnonzero(origins == origin)
             order[places] = generator.permutation(places)
-        means.append(float(np.mean([judged(i, truths[j].reference) for i, j in enumerate(order)])))
-    return means
+        dealt.append([judged(i, truths[j].reference) for i, j in enumerate(order.tolist())])
+    return dealt
+
+
+def _permutations(evidence: Evidence) -> int:
+    """So many that the smallest p-value there can be lies at or below what is asked."""
+    settings = evidence.settings
+    chosen = settings.permutations if evidence.judge is None else settings.judge_permutations
+    return max(chosen, math.ceil(1 / (1 - settings.confidence) - 1e-9) - 1)

@@ -1,4 +1,5 @@
-"""Proof of an export: it is loaded, and its greedy answers are those of base and adapter, token by token."""
+"""Proof of an export: it is loaded, and its greedy answers are those of the engine that serves the version, token by
+token; where none can be asked, those of base and adapter in this process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from data.manifest import find_dataset
 from data.template import render, template_digest
 from train.evaluate.truth import read_truths
 from train.evaluate.types import Prompt
+from train.export.engine import engine_answers
 from train.export.merge import with_adapter
 from train.generate import Sampling, decode, end_tokens
 from train.models import load_tokenizer
@@ -33,6 +35,8 @@ class Agreement:
 
     identical: int
     prompts: int
+    by_engine: bool = False
+    """Held against an engine's answers."""
 
     @property
     def share(self) -> float:
@@ -42,23 +46,34 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Expected:
-    """Prompts and what base and adapter answer to them, as ids."""
+    """Prompts and what the version answers to them where it is served, as ids."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
     max_new_tokens: int
+    by_engine: bool = False
+    """Said by an engine, and not by base and adapter here."""
 
     def compare(self, model: Any, ends: Sequence[int]) -> Agreement:
         """Ask an exported model the same."""
         answers = decode(model, self.prompts, ends, Sampling(self.max_new_tokens, batch_size=64))
-        same = sum(ours == theirs for ours, theirs in zip(answers, self.answers, strict=True))
-        return Agreement(same, len(self.prompts))
+        pairs = zip(answers, self.answers, strict=True)
+        same = sum(_said(ours, ends) == _said(theirs, ends) for ours, theirs in pairs)
+        return Agreement(same, len(self.prompts), self.by_engine)
+
+
+def _said(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """Without end tokens: engines differ in whether they tell them."""
+    return [token for token in ids if token not in ends]
 
 
 def expect(settings: Settings, version: Version, adapter: Path | None) -> Expected:
-    """Greedy answers of the base under its adapter, not merged: what an engine computes."""
+    """Greedy answers of the engine that serves the version, else of the base under its adapter, not merged."""
     chosen, tokenizer = settings.export, load_tokenizer(version.base_model)
     asked = _prompts(settings, version)
+    told = engine_answers(settings, version, asked)
+    if told is not None:
+        return Expected(*told, chosen.check_tokens, by_engine=True)
     prompts = [render(tokenizer, p.messages, p.tools, add_generation_prompt=True) for p in asked]
     model, _ = with_adapter(version.base_model, adapter)
     answers = decode(model, prompts, end_tokens(model, tokenizer), Sampling(chosen.check_tokens, batch_size=64))

@@ -74,10 +74,25 @@ def conversations(roles: Any) -> list[list[Message]]:
 
 
 def modelfile(
-    source: str, template: RoleTemplate, stops: Sequence[str], *, temperature: float, top_p: float, name: str
+    source: str,
+    template: RoleTemplate,
+    stops: Sequence[str],
+    *,
+    temperature: float,
+    top_p: float,
+    name: str,
+    adapter: str | None = None,
+    system: str = "",
 ) -> str:
-    """The text of a Modelfile."""
-    lines = [f"# {name}", f"FROM {source}", f'TEMPLATE """{template.go()}"""']
+    """The text of a Modelfile; with `adapter`, the folder of one on top of `source`.
+
+    Raises:
+        InputError: `system`, the agent's prompt, cannot be written in one.
+    """
+    if '"""' in system:
+        raise InputError("to", "ollama", "cannot write a prompt that holds three quotes", "take them out of the prompt")
+    lines = [f"# {name}", f"FROM {source}", *([f"ADAPTER {adapter}"] if adapter else [])]
+    lines += [f'TEMPLATE """{template.go()}"""', *([f'SYSTEM """{system}"""'] if system else [])]
     lines += [f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in stops]
     lines += [f"PARAMETER temperature {temperature:g}", f"PARAMETER top_p {top_p:g}"]
     return "\n".join(lines) + "\n"

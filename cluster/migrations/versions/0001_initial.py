@@ -1,4 +1,4 @@
-"""The first schema. Frozen: a later change of `cluster/tables.py` is a new migration."""
+"""The first schema. Frozen: a later change of `cluster/tables/` is a new migration."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -128,6 +128,17 @@ def _create_live_side() -> None:
         sa.Column("accepted_at_us", sa.BigInteger(), nullable=False),
     )
     op.create_table(
+        "agent_prompts",
+        sa.Column("tenant", sa.String(63), primary_key=True),
+        sa.Column("agent", sa.String(128), primary_key=True),
+        sa.Column("number", sa.Integer(), primary_key=True, autoincrement=False),
+        sa.Column("digest", sa.String(64), nullable=False),
+        sa.Column("system", sa.Text(), nullable=False),
+        sa.Column("refusals", sa.JSON(), nullable=False),
+        sa.Column("created_at_us", sa.BigInteger(), nullable=False),
+        sa.Column("created_by", sa.String(128), nullable=False),
+    )
+    op.create_table(
         "api_keys",
         sa.Column("digest", sa.String(64), primary_key=True),
         sa.Column("key_id", sa.String(32), nullable=False, unique=True),
@@ -158,6 +169,7 @@ def _create_live_side() -> None:
         sa.Column("adapter_sha256", sa.String(64)),
         sa.Column("base_revision", sa.String(128)),
         sa.Column("template_digest", sa.String(64)),
+        sa.Column("prompt_digest", sa.String(64)),
         sa.Column("alias", sa.String(256)),
         sa.Column("tenant", sa.String(63)),
         sa.Column("wanted", sa.Boolean(), nullable=False),
@@ -428,6 +440,7 @@ TABLES = (
     "tombstones",
     "routes",
     "router_configs",
+    "agent_prompts",
     "api_keys",
     "key_usage",
     "servables",

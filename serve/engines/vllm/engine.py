@@ -12,7 +12,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,9 @@ from typing import Any
 from cluster.errors import ConfigError, NotFoundError, UnavailableError
 from cluster.settings.engines import EngineSettings
 from data.template import template_digest
-from serve.engines.adapter_files import AdapterFiles, read_adapter, read_bytes
+from serve.engines.adapter_files import AdapterFiles, read_adapter, read_bytes, read_canary
 from serve.engines.adapter_source import AdapterError
+from serve.engines.as_trained import check_as_trained
 from serve.engines.base_model import BaseIdentity
 from serve.engines.host import BASE_NAME, ServedModel
 from serve.engines.vllm.process import VllmProcess
@@ -151,6 +152,7 @@ class VllmEngine:
                 self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
                 try:
                     self._check_canaries(name)
+                    self._check_as_trained(name, read_canary(str(path)))
                 except BaseException:
                     self._post("/v1/unload_lora_adapter", {"lora_name": name})
                     raise
@@ -205,6 +207,12 @@ class VllmEngine:
                 f"{least:.2g} is asked (`engine.canary_min_shift`)"
             )
 
+    def _check_as_trained(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Compare with what the adapter's training found, on as many tokens of each text as are scored."""
+        served = [self._score(name, row["ids"], ADAPTER_TIMEOUT_S) for row in rows]
+        trained = [row["logprobs"][-len(found) :] for row, found in zip(rows, served, strict=True) if found]
+        check_as_trained(_flat(served), _flat(trained), self.settings.canary_max_distance)
+
     def _score(self, name: str, ids: list[int], timeout_s: float) -> list[float]:
         """Log-prob of each of the last `SCORED_TOKENS` tokens, given what is before it.
 
@@ -233,6 +241,10 @@ class VllmEngine:
             return json.loads(body)
         except ValueError:
             return None  # the adapter calls answer with a sentence
+
+
+def _flat(rows: Iterable[Sequence[float]]) -> list[float]:
+    return [value for row in rows for value in row]
 
 
 def _tokenizer(base_model: str) -> Any:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.registry import Version, adapter_digest, describe_base
+from cluster.model_files import adapter_digest, describe_base
+from cluster.registry import Version
 from cluster.settings.engines import EngineSettings
 from serve.engines.http_api import EngineApi
 from serve.engines.local import LocalEngine

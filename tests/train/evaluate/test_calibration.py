@@ -10,6 +10,7 @@ from sqlalchemy.engine import Engine
 
 from cluster.clock import now_us
 from cluster.settings import Settings
+from data.events import Event
 from data.grading import AtHand, load_grader, make_grader
 from data.labelling.requests import (
     AnswerToLabel,
@@ -22,6 +23,7 @@ from data.labelling.requests import (
 )
 from data.log import EventLog
 from tests.data.labelling.test_requests import label
+from tests.data.traffic import interaction
 from tests.train.evaluate.fakes import prompt
 from train.evaluate.calibration import calibration, refitted
 from train.evaluate.evidence import Evidence
@@ -110,3 +112,22 @@ def test_judged_pairs_are_recent_ones_of_the_agent_with_a_winner(sqlite_database
     assert sorted((pair.preferred, pair.other) for pair in found) == [("left", "right"), ("right", "left")]
     assert found[0].messages == prompt("q").messages
     assert judged_pairs(log, "default", agent="triage", since_us=now_us() + 1) == []
+
+
+def test_judged_pairs_of_interactions_have_the_texts_that_the_log_has(sqlite_database: Engine) -> None:
+    log = EventLog(sqlite_database)
+    log.append([interaction(1, "q", "left", user="ada"), interaction(2, "q", "right", user="ada")])
+    asked = LabelRequest("", "default", "default", "disagreement", (), agent="triage")
+    known = (AnswerToLabel("t/1", interaction_id="i1"), AnswerToLabel("t/2", interaction_id="i2"))
+    gone = (AnswerToLabel("t/1", interaction_id="i1"), AnswerToLabel("t/2", interaction_id="i9"))
+    request_labels(
+        log, [replace(asked, request_id="known", answers=known), replace(asked, request_id="g", answers=gone)]
+    )
+    for name, answers in (("known", known), ("g", gone)):
+        item = item_id("default", request_event_id(name))
+        for answer in answers:
+            body = {"reviewer": "rita", "preferred": "i2" if name == "known" else "i1", "item_id": item}
+            log.append([Event("label", "default", "default", body, interaction_id=answer.interaction_id)])
+    (pair,) = judged_pairs(log, "default", agent="triage", since_us=0)
+    assert (pair.preferred, pair.other) == ("right", "left")
+    assert pair.messages[-1] == {"role": "user", "content": "q"}

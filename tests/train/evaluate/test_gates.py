@@ -356,6 +356,35 @@ def test_a_judge_that_sees_both_answers_decides_the_win_rate(make_evidence: Make
     assert measure("win_rate", replace(alike, judge=Longer())).metrics["ties"] == 40  # its bias is no win
 
 
+class AsRecorded:
+    """A judge that prefers the answer that is what was recorded."""
+
+    name, version = "as-recorded", "as-recorded-1"
+
+    def grade(self, item: Mapping[str, Any], sample: Mapping[str, Any]) -> GradeResult:
+        mine, other = (text == item["reference"] for text in (sample["output_text"], item["other"]))
+        return GradeResult((1 + mine - other) / 2, {}, "", self.version)
+
+
+def test_shuffled_control_asks_the_judge_that_decides_the_win_rate(make_evidence: Make) -> None:
+    truths = make_truths(120, wanted)
+    made = make_evidence(lambda text: answer_json(wanted(text)), lambda text: answer_json("benign"), truths)
+    gate = measure("shuffled_control", replace(made, judge=AsRecorded()))
+    assert gate.status == "passed" and gate.value == pytest.approx(1 / 20)
+    assert "as-recorded-1" in gate.detail
+    blind = measure("shuffled_control", replace(made, judge=Longer()))
+    assert blind.status == "not_applicable" and "does not look at recorded answers" in blind.detail
+
+
+def test_shuffled_control_under_a_judge_still_fails_a_candidate_that_learned_the_marginal(make_evidence: Make) -> None:
+    made = make_evidence(
+        lambda text: answer_json("malicious"),
+        lambda text: answer_json("benign" if number(text) % 3 else "malicious"),
+        shuffled_truths(0, 0.7),
+    )
+    assert measure("shuffled_control", replace(made, judge=AsRecorded())).status == "failed"
+
+
 class LikesTheFirst:
     """A judge with nothing but a position bias."""
 

@@ -3,24 +3,31 @@
 import asyncio
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from cluster.cli import run_app
-from cluster.errors import ConflictError, InputError
+from cluster.database import connect
+from cluster.errors import ConflictError, InputError, UnavailableError
 from cluster.registry import Registry
 from cluster.settings import Settings, load_settings
 from cluster.settings.engines import EngineSettings
+from data.prompt_versions import parse_prompt, set_prompt
 from data.template import render, template_digest
 from serve.engines.generation import SamplingParams
+from serve.engines.http_api import EngineApi
 from serve.engines.local import LocalEngine
 from tests.serve.engines.models import build_adapter, build_base
+from tests.serve.upstream import Server
 from tests.toys import toy_examples, toy_feedback
 from train.evaluate.truth import make_truths
+from train.export import engine
 from train.export.check import load_exported
 from train.export.cli import app
 from train.export.gguf import chat_template_of
@@ -110,6 +117,95 @@ def test_gguf_file_answers_as_the_engine_does(world: World, tmp_path: Path) -> N
     text = (tmp_path / "out" / "Modelfile").read_text()
     assert "FROM ./model.gguf" in text and 'PARAMETER stop "<|end|>"' in text
     assert "PARAMETER temperature 0.7" in text and "PARAMETER top_p 0.9" in text
+
+
+def test_ollama_gets_base_and_adapter_apart_where_it_reads_them(world: World, tmp_path: Path) -> None:
+    asked = {"quantisation": "f32", "ollama_adapter": True}
+    found = export(load_settings(home=world.settings.home, export=asked)[0], "triage/2", "ollama", tmp_path / "out")
+    assert found.identical == found.prompts > 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "adapter", "model.gguf"]
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "out" / "adapter" / name).read_bytes() == (world.adapter / name).read_bytes()
+    text = (tmp_path / "out" / "Modelfile").read_text()
+    assert "FROM ./model.gguf\nADAPTER ./adapter\n" in text
+    model = load_exported(tmp_path / "out", "model.gguf")
+    plain = load_exported(world.base)
+    for name, weight in plain.state_dict().items():  # the base's weights, nothing merged into them
+        assert torch.allclose(model.state_dict()[name], weight, atol=1e-6), name
+
+
+def test_an_architecture_whose_adapters_ollama_cannot_read_is_merged(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.export import run
+
+    monkeypatch.setattr(run, "WITH_ADAPTER", ("mistral",))
+    asked = {"quantisation": "f32", "ollama_adapter": True}
+    export(load_settings(home=world.settings.home, export=asked)[0], "triage/2", "ollama", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
+    assert "ADAPTER" not in (tmp_path / "out" / "Modelfile").read_text()
+
+
+def test_modelfile_holds_the_prompt_of_the_training(world: World, tmp_path: Path) -> None:
+    settings = world.settings
+    database = connect(settings)
+    declared = parse_prompt({"system": "Sort alerts."})
+    made = set_prompt(database, "default", "default", "prompted", declared, writer="person:test")
+    registry = Registry(settings)
+    lineage = {"prompt_digest": made.digest}
+    version = registry.register_adapter("prompted", world.adapter, base_model=world.base, lineage=lineage)
+    export(settings, version.id, "ollama", tmp_path / "out")
+    assert 'SYSTEM """Sort alerts."""' in (tmp_path / "out" / "Modelfile").read_text()
+    lost = registry.register_adapter("lost", world.adapter, base_model=world.base, lineage={"prompt_digest": "0" * 64})
+    with pytest.raises(ConflictError, match="trained behind the prompt 000000000000, which this database has not"):
+        export(settings, lost.id, "ollama", tmp_path / "lost")
+
+
+@pytest.fixture
+def served(world: World) -> Iterator[str]:
+    """An engine that holds `triage/2` under its own name."""
+    engine = LocalEngine(EngineSettings(base_model=str(world.base)))
+    engine.load_adapter("triage/2", world.adapter)
+    with Server(EngineApi(engine)) as url:
+        yield url
+    engine.close()
+
+
+def asking(world: World, url: str, **export: Any) -> Settings:
+    return load_settings(home=world.settings.home, evaluation={"router_url": url}, export=export)[0]
+
+
+def test_export_is_held_against_the_engine_that_serves_the_version(
+    world: World, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYLOOP_API_KEY", "rl-test")
+    found = export(asking(world, served), "triage/2", "merged", tmp_path / "out")
+    assert found.by_engine and found.identical == found.prompts > 0
+    other = build_adapter(world.base, tmp_path / "adapter", seed=77)
+    made = Registry(world.settings).register_adapter("triage", other, base_model=world.base)
+    monkeypatch.setattr("train.export.check.engine_answers", _as_version(world, "triage/2"))
+    with pytest.raises(ConflictError, match="same greedy tokens on only"):
+        export(asking(world, served), made.id, "merged", tmp_path / "other")
+
+
+def _as_version(world: World, name: str) -> Any:
+    """Asks for another version than is exported, as behind an engine that holds the wrong one."""
+    version = Registry(world.settings).get(name)
+    return lambda settings, _, prompts: engine.engine_answers(settings, version, prompts)
+
+
+def test_an_engine_that_does_not_serve_the_version_is_done_without_unless_it_is_asked_for(
+    world: World, served: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Registry(world.settings).register_adapter("unserved", world.adapter, base_model=world.base)
+    monkeypatch.setenv("RAYLOOP_API_KEY", "rl-test")
+    assert not export(asking(world, served), made.id, "merged", tmp_path / "out").by_engine
+    with pytest.raises(UnavailableError, match=r"unserved/1 cannot be asked .* set export\.check_with to `here`"):
+        export(asking(world, served, check_with="engine"), made.id, "merged", tmp_path / "strict")
+    monkeypatch.delenv("RAYLOOP_API_KEY")
+    assert not export(asking(world, served), "triage/2", "merged", tmp_path / "keyless").by_engine
+    with pytest.raises(InputError, match="must hold a key for the routers"):
+        export(asking(world, served, check_with="engine"), "triage/2", "merged", tmp_path / "refused")
 
 
 def test_changed_template_of_the_base_blocks_the_export(world: World, tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from serve.engines.adapter_source import AdapterError
 from serve.engines.local import LocalEngine
@@ -16,6 +18,7 @@ from serve.engines.vllm.engine import VllmEngine
 from serve.engines.vllm.http_api import VllmApi
 from tests.serve.engines import models
 from tests.serve.upstream import Server
+from train.canary import write_canary
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 MESSAGES: list[Any] = [{"role": "user", "content": "disk full on host db-7"}]
@@ -179,6 +182,24 @@ def test_canary_log_probs_are_the_embedded_engines(vllm_engine: VllmEngine, loca
     for ids, whole in zip(vllm_engine._canaries, expected, strict=True):
         forced = vllm_engine._score("red", ids, timeout_s=60)
         assert forced == pytest.approx(whole.tolist()[-len(forced) :], abs=1e-3)
+
+
+def test_adapter_is_held_to_what_its_training_found(
+    vllm_engine: VllmEngine, wide_base: Path, wide_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "trained"
+    shutil.copytree(wide_adapters["late"], folder)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(wide_base), folder)
+    write_canary(folder, model, AutoTokenizer.from_pretrained(wide_base))
+    vllm_engine.load_adapter("trained", folder)
+    vllm_engine.unload_adapter("trained")
+    config = folder / "adapter_config.json"
+    scaled = json.loads(config.read_text())
+    config.write_text(json.dumps(scaled | {"lora_alpha": scaled["lora_alpha"] * 20}))
+    with pytest.raises(AdapterError, match=r"not as it was trained: log-probs .* nats a token"):
+        vllm_engine.load_adapter("trained", folder)
+    assert "trained" not in [model.name for model in vllm_engine.models()]
+    assert vllm_engine.alive
 
 
 def test_structured_output_keeps_to_its_schema(vllm_url: str, local_url: str) -> None:
