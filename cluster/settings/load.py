@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,10 +141,24 @@ def _config_error(error: ValidationError, origin: Origin) -> ConfigError:
     """The first broken rule as one line; the count of the others follows."""
     problems = error.errors(include_url=False)
     first = problems[0]
+    if isinstance(whole := first.get("ctx", {}).get("error"), ConfigError):  # of a rule between sections
+        return whole
     field = ".".join(str(part) for part in first["loc"]) or "config"
-    rule = "is not a known setting" if first["type"] == "extra_forbidden" else first["msg"]
+    value, rule = _broken(first)
     where = origin.get(field, CONFIG_FILE)
     remedy = f"set `{field}` in {where}" if first["type"] != "extra_forbidden" else f"remove it from {where}"
     if len(problems) > 1:
         remedy += f" ({len(problems) - 1} more)"
-    return ConfigError(field, first["input"], rule[0].lower() + rule[1:], remedy)
+    return ConfigError(field, value, rule[0].lower() + rule[1:], remedy)
+
+
+def _broken(problem: Any) -> tuple[Any, str]:
+    """The value and the rule it breaks; of a rule over several fields of a section, those that it names."""
+    value = problem["input"]
+    if problem["type"] == "extra_forbidden":
+        return value, "is not a known setting"
+    if problem["type"] != "value_error":
+        return value, problem["msg"]
+    rule = str(problem["ctx"]["error"])
+    named = set(re.findall(r"\w+", rule))
+    return {name: value[name] for name in value if name in named} if isinstance(value, dict) else value, rule

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from cluster.errors import ConfigError
 from cluster.settings.capture import (
     AuditSettings,
     CalibrationSettings,
@@ -103,6 +104,16 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _home_is_absolute(self) -> "Settings":
         object.__setattr__(self, "home", self.home.expanduser().resolve())
+        return self
+
+    @model_validator(mode="after")
+    def _wins_have_opponents(self) -> "Settings":
+        chosen = self.experiment
+        named = {"primary": (chosen.primary,), "further_primaries": chosen.further_primaries}
+        for field, metrics in (named | {"guardrails": chosen.guardrails}).items():
+            if "win_rate" in metrics and not self.shadow.enabled:
+                rule = "needs shadow answers to be compared with"
+                raise ConfigError(f"experiment.{field}", "win_rate", rule, "set `shadow.enabled: true`")
         return self
 
     @property

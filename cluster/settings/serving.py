@@ -202,7 +202,8 @@ class ServeSettings(Section):
     body_timeout_s: float = Field(30.0, gt=0)
     """How long a client may take to send its body."""
     write_timeout_s: float = Field(30.0, gt=0)
-    """How long a client may take over each piece of its answer; one that stops reading is let go."""
+    """How long a client may take over each piece of its answer; one that stops reading is let go, by the router and by
+    the ingress before it."""
     connect_timeout_s: float = Field(2.0, gt=0)
     """How long a connection to an engine may take."""
     connect_attempts: int = Field(2, ge=1, le=10)

@@ -34,6 +34,14 @@ def test_environment_beats_file_and_origin_names_both(tmp_path: Path, monkeypatc
         ("ray: [1\n", "is not valid YAML"),
         ("- 1\n", "must be a mapping of sections"),
         ("tenant: .nan\n", "tenant=nan input should be a valid string"),
+        (
+            "rollout:\n  tick_s: 2\n  stages: [0.5, 0.1]\n",
+            "rollout={'stages': [0.5, 0.1]} rollout.stages must grow; set `rollout` in rayloop.yaml:1",
+        ),
+        (
+            "experiment:\n  guardrails: [win_rate]\n",
+            "experiment.guardrails='win_rate' needs shadow answers to be compared with; set `shadow.enabled: true`",
+        ),
     ],
 )
 def test_broken_file_gives_one_line_with_field_value_rule_remedy(tmp_path: Path, text: str, message: str) -> None:

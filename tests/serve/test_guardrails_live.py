@@ -128,6 +128,7 @@ class Site:
         settings = load_settings(
             home=self.settings.home,
             automation={"auto_rollout": True},
+            shadow={"enabled": True},
             experiment={
                 "primary": "win_rate" if case.metric != "win_rate" else "grader_score", "guardrails": [case.metric],
                 "guardrails_when_present": [], "tuning_users": USERS, "tuning_trials": 2 * USERS, "alpha": 0.1,
