@@ -322,6 +322,7 @@ def test_a_rollback_during_a_drain_reaches_the_draining_router_and_open_streams_
     """A third router is told to end while a stream of the candidate is open: it drains, and still follows the route."""
     trial = site.begin(PAUSED)
     app = RouterApp(site.settings, default_engine_url=site.engine.url)
+    app.watcher.refresh()
     draining = Server(app, lifespan="on", drain_s=60)
     with draining as url:
         stream = OpenStream(trial, url)

@@ -17,6 +17,7 @@ from cluster.errors import NotFoundError
 from serve.asgi import send_json
 from serve.engines.engine_routes import STREAM_HEADERS, EngineRoutes, until_disconnect
 from serve.engines.vllm.engine import VllmEngine
+from serve.engines.vllm.process import IDLE_S
 from serve.openai import JSON, ApiError, Receive, Scope, Send, from_engine, send_response, unknown_model
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class VllmApi(EngineRoutes):
     def _connections(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                connector=aiohttp.UnixConnector(str(self.engine.process.socket), limit=0),
+                connector=aiohttp.UnixConnector(str(self.engine.process.socket), limit=0, keepalive_timeout=IDLE_S),
                 timeout=aiohttp.ClientTimeout(total=None),
                 headers={"content-type": "application/json"},
                 read_bufsize=2**20,

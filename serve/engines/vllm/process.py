@@ -26,6 +26,8 @@ RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Largest ranks that vLLM can be started with."""
 POLL_S = 0.25
 END_S = 15.0
+IDLE_S = 30
+"""How long we keep a connection to the child for the next request."""
 DROPPED = ("RAY_", "RAYLOOP_", "PYTHONPATH")
 """What the replica's environment holds for itself."""
 
@@ -178,6 +180,7 @@ def environment(settings: EngineSettings) -> dict[str, str]:
     """The server's environment: ours without what is meant for the replica, adapters unlocked, nobody told."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(DROPPED)}
     fixed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    fixed["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = str(2 * IDLE_S)  # so that it is never the server that closes
     fixed["VLLM_ENFORCE_STRICT_TOOL_CALLING"] = str(int(settings.vllm.structural_tags))
     if settings.gpus:
         return kept | fixed

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.errors import ConfigError, UnavailableError
 from cluster.settings.engines import EngineSettings, VllmSettings
-from serve.engines.vllm.process import LAUNCHER, VllmProcess, arguments, environment, lora_rank
+from serve.engines.vllm.process import IDLE_S, LAUNCHER, VllmProcess, arguments, environment, lora_rank
 
 FAMILY = """
 import os, subprocess, sys, time
@@ -72,6 +72,10 @@ def test_an_interpreter_without_vllm_is_one_clear_line(tmp_path: Path) -> None:
         silent.wait_until_up()
     silent.close()
     assert not silent.folder.exists()
+
+
+def test_the_child_closes_no_connection_that_we_may_still_write_to() -> None:
+    assert int(environment(EngineSettings())["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) > IDLE_S
 
 
 @pytest.mark.parametrize("tags", [False, True])
