@@ -8,11 +8,13 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from data.memory import give_back
 from data.stages import split_counts
 
 
 def apply(block: Any, functions: Sequence[Callable[[Any], Any]]) -> pa.Table:
     """What functions, one after the other, make of a block."""
+    give_back()
     with _no_collection():
         for function in functions:
             block = function(block)

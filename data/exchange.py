@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import ray
 from numpy.typing import NDArray
 
+from data.memory import give_back
 from data.minhash import mix
 
 Blocks = Sequence[Any]
@@ -64,6 +65,7 @@ def parts_of(column: pa.ChunkedArray, parts: int) -> NDArray[np.int16]:
 
 
 def _cut(block: Any, key: str, parts: int, before: Callable[[Any], pa.Table] | None) -> list[pa.Table]:
+    give_back()
     table = block if before is None else before(block)
     if not table.column_names:  # Ray Data's block without rows, which has no columns either
         return [table] * parts
@@ -79,4 +81,5 @@ def _joined(*pieces: pa.Table) -> pa.Table:
 
 
 def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    give_back()
     return function(*arguments)

@@ -8,7 +8,7 @@ rows, already joined, to a Parquet file: `map` with eight `re` substitutions, `m
 datasketch MinHash and LSH over the questions, one file. It does less; both must find the same number of
 distinct questions, up to the sketches' error. Both run in processes of their own with the same number of CPUs.
 Cost is per row, so the peer may run on fewer. Memory is the highest sum of private memory of all processes, beside
-an object store of 1 GB, which the fewest rows fill too (Ray moves to disk what does not fit); its use is the largest
+an object store of 512 MB, which the fewest rows fill too (Ray moves to disk what does not fit); its use is the largest
 shared memory of a process. CPU seconds are those of all processes, start of Ray included, for machines that are
 shared.
 """
@@ -34,7 +34,7 @@ FLAT = 1.2
 """Most that the memory may grow from the fewest rows to the most, that of the object store apart."""
 PEER = "datasketch==2.0.0"
 CPUS = 2
-STORE_MB = 1024
+STORE_MB = 512
 COPIES, WORDS, USERS = 0.2, 60, 5000
 
 PEER_CODE = """
