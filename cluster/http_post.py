@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from cluster.errors import UnavailableError
 
 MAX_ANSWER_BYTES = 4_000_000
+IDLE_CONNECTION_S = 4.0
+"""How long clients that keep connections keep one for the next request: Uvicorn and Node close theirs after 5 s, and a
+request that is written just then is lost."""
 
 
 @dataclass(frozen=True, slots=True)

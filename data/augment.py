@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
+from cluster.http_post import IDLE_CONNECTION_S
 from cluster.settings.curation import AugmentSettings
 from data.join import to_json
 from data.scrub_text import scrub_text
@@ -156,7 +157,8 @@ async def _ask_all(texts: Sequence[str], settings: AugmentSettings, model: str) 
     headers = {"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {}
     timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
     gate = asyncio.Semaphore(settings.concurrency)
-    async with aiohttp.ClientSession(headers=headers, timeout=timeout) as session:
+    connector = aiohttp.TCPConnector(keepalive_timeout=IDLE_CONNECTION_S)
+    async with aiohttp.ClientSession(headers=headers, timeout=timeout, connector=connector) as session:
 
         async def ask(text: str) -> str | None:
             body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": REQUEST + text}]}

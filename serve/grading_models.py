@@ -5,6 +5,7 @@ from typing import Any
 
 import aiohttp
 
+from cluster.http_post import IDLE_CONNECTION_S
 from data.grading.endpoint import MAX_REPLY_BYTES, SERVER_ERROR, JudgeEndpoint, parse_reply
 from data.grading.types import AbstainError, Question
 
@@ -24,9 +25,8 @@ class ModelCalls:
         """
         if self._session is None:
             # No timeout of its own: the deadline of the grade cancels the call.
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=self._limit), timeout=aiohttp.ClientTimeout(total=None)
-            )
+            connector = aiohttp.TCPConnector(limit=self._limit, keepalive_timeout=IDLE_CONNECTION_S)
+            self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
         url = endpoint.url.rstrip("/") + question.path
         try:
             async with self._session.post(url, json=endpoint.body(question), headers=endpoint.headers()) as reply:

@@ -6,6 +6,7 @@ of the router. One exchange at a time on a connection; connections that are idle
 
 import asyncio
 import logging
+import re
 import select
 import ssl
 from collections.abc import Collection
@@ -14,12 +15,14 @@ from typing import cast
 
 import httptools
 
+from cluster.http_post import IDLE_CONNECTION_S
 from serve.egress import Destination, ForbiddenAddressError
 
 log = logging.getLogger(__name__)
 
 PAUSE_BYTES = 256 * 1024  # unread bytes at which the engine is made to wait
 CONNECT_PAUSE_S = 0.05  # before a refused connection is tried again
+KEEP_ALIVE_TIMEOUT = re.compile(rb"timeout\s*=\s*(\d+)")
 
 
 class UpstreamError(Exception):
@@ -38,6 +41,9 @@ class Limits:
     silence_timeout_s: float = 120.0
     """Longest pause between two pieces of an answer, the first included."""
     max_idle: int = 256
+    idle_timeout_s: float = IDLE_CONNECTION_S
+    """How long a connection is kept for the next request, unless the engine says that it waits for less than 1 s more
+    (`Keep-Alive: timeout=3`)."""
     max_response_bytes: int = 32_000_000
     connect_attempts: int = 2
     """How often a connection is tried. Nothing was sent yet, so trying again repeats no work."""
@@ -88,7 +94,7 @@ class Upstream:
     def _kept(self) -> "_Connection | None":
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable:
+            if connection.usable and not connection.expired:
                 return connection
             connection.abort()
         return None
@@ -212,6 +218,7 @@ class _Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
         self._failure: Exception | None = None
         self._paused = False
+        self._idle_until = 0.0
 
     @property
     def usable(self) -> bool:
@@ -261,12 +268,25 @@ class _Connection(asyncio.Protocol):
             self.abort()
             raise
 
+    @property
+    def expired(self) -> bool:
+        """It has been idle for so long that the engine may be closing it."""
+        return self._loop.time() >= self._idle_until
+
     def release(self) -> None:
         """The exchange is over: wait for another, or close."""
-        if self._answer.keep_alive and self.usable:
+        idle_s = self._idle_s()
+        if self._answer.keep_alive and idle_s > 0 and self.usable:
+            self._idle_until = self._loop.time() + idle_s
             self.upstream.keep(self)
         else:
             self.abort()
+
+    def _idle_s(self) -> float:
+        """How long this connection may wait: less than the engine says that it will, if it says so."""
+        most = self.upstream.limits.idle_timeout_s
+        said = KEEP_ALIVE_TIMEOUT.search(self._answer.headers.get(b"keep-alive", b""))
+        return min(most, int(said[1]) - 1.0) if said else most
 
     def abort(self) -> None:
         """Close at once."""

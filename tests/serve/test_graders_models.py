@@ -16,9 +16,12 @@ from cluster.database import connect
 from cluster.settings import Settings, load_settings
 from data.events import Event
 from data.feedback import pseudonym_secret
+from data.grading.endpoint import JudgeEndpoint
+from data.grading.types import Question
 from data.log import EventLog
 from serve.graders import GraderApi
 from serve.grading import Grading
+from serve.grading_models import ModelCalls
 from serve.judged import JudgedAnswers
 from serve.keys import create_key
 from serve.known_keys import KnownKeys
@@ -35,6 +38,7 @@ class Judge:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.clients: set[Any] = set()
         self.scores = iter(range(1, 100))
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -45,6 +49,7 @@ class Judge:
             if not message.get("more_body"):
                 break
         self.asked += 1
+        self.clients.add(tuple(scope["client"]))
         model = json.loads(body)["model"]
         status, reply = 200, json.dumps({"result": 0.75})
         if model == "hangs":
@@ -127,6 +132,25 @@ def test_a_judge_that_fails_abstains_inside_the_deadline(world: World, model: st
     assert [name for name, raised in grade["metadata"]["errors"].items() if raised is True] == [flag]
     assert grades("score_model", flag) == before + 1
     assert world.run(SCORE)["reward"] == 0.75  # the service goes on
+
+
+@pytest.mark.parametrize(("idle_s", "connections"), [(4.0, 1), (0.05, 2)])
+def test_a_connection_to_a_judge_is_left_before_the_judge_may_close_it(
+    judge: tuple[str, Judge], monkeypatch: pytest.MonkeyPatch, idle_s: float, connections: int
+) -> None:
+    monkeypatch.setattr("serve.grading_models.IDLE_CONNECTION_S", idle_s)
+    asked = Question("/v1/chat/completions", {"model": "good"})
+
+    async def main() -> None:
+        calls = ModelCalls(4)
+        for _ in range(2):
+            await calls.ask(JudgeEndpoint(judge[0]), asked)
+            await asyncio.sleep(0.2)
+        await calls.close()
+
+    judge[1].clients.clear()
+    asyncio.run(main())
+    assert len(judge[1].clients) == connections
 
 
 def test_a_slow_judge_does_not_keep_others_waiting(world: World) -> None:

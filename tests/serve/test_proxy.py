@@ -15,13 +15,15 @@ ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 
 
 class Server:
-    """Answers one request a connection and then does with it what it is told, from a thread."""
+    """Answers one request a connection, or all of them, and then does with it what it is told, from a thread."""
 
     def __init__(self) -> None:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.requests = 0
+        self.requests, self.connections = 0, 0
+        self.answer = ANSWER
         self.leaves_after_one = False
+        self.answers_all = False
         self.may_leave, self.left = threading.Event(), threading.Event()
 
     def run(self) -> None:
@@ -30,12 +32,15 @@ class Server:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
+            self.connections += 1
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         with connection:
             self._take(connection)
-            connection.sendall(ANSWER)
+            connection.sendall(self.answer)
+            while self.answers_all and self._take(connection):
+                connection.sendall(self.answer)
             if self.leaves_after_one:
                 self.may_leave.wait(5)
                 connection.shutdown(socket.SHUT_RDWR)
@@ -100,6 +105,32 @@ def test_connection_that_the_engine_closed_is_left_although_the_loop_has_not_hea
         assert kept._failure is None
         assert await ask(upstream) == b"ok"
         assert server.requests == 2
+        upstream.close()
+
+    with running() as server:
+        asyncio.run(main(server))
+
+
+@pytest.mark.parametrize(
+    ("limits", "keep_alive", "connections"),
+    [
+        (Limits(), b"", 1),
+        (Limits(idle_timeout_s=0.05), b"", 2),
+        (Limits(), b"keep-alive: timeout=1\r\n", 2),
+        (Limits(idle_timeout_s=0.05), b"keep-alive: timeout=60, max=9\r\n", 2),
+        (Limits(), b"keep-alive: max=9\r\n", 1),
+    ],
+    ids=["kept", "idle for too long", "engine closes soon", "engine waits longer than we", "engine names no time"],
+)
+def test_connection_is_left_before_the_engine_may_close_it(limits: Limits, keep_alive: bytes, connections: int) -> None:
+    async def main(server: Server) -> None:
+        upstream = Upstream(server.url, limits)
+        server.answers_all = True
+        server.answer = ANSWER.replace(b"\r\n", b"\r\n" + keep_alive, 1)
+        for _ in range(2):
+            assert await ask(upstream) == b"ok"
+            await asyncio.sleep(0.1)
+        assert (server.requests, server.connections) == (2, connections)
         upstream.close()
 
     with running() as server:

@@ -208,7 +208,11 @@ class Server:
     """An ASGI application on a free loopback port, in a thread."""
 
     def __init__(self, app: Any, lifespan: str = "off", *, drain_s: int = 1) -> None:
-        config = uvicorn.Config(app, port=0, log_level="error", lifespan=lifespan, timeout_graceful_shutdown=drain_s)  # type: ignore[arg-type]
+        config = uvicorn.Config(
+            app, port=0, log_level="error", lifespan=lifespan,  # type: ignore[arg-type]
+            timeout_graceful_shutdown=drain_s,
+            timeout_keep_alive=60,  # tests' clients keep theirs for 5 s, as uvicorn would
+        )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
 
