@@ -1,14 +1,7 @@
-"""Keeps the training libraries from printing, phoning home, drawing bars, and importing what nobody uses."""
+"""Keeps the training libraries from printing, phoning home and drawing bars."""
 
 import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-UNUSED = ("sklearn", "scipy")
-"""transformers imports these where they are installed, for object detection and for drafts of answers. That is a fifth
-of what a training process imports before its first step."""
 
 
 def quiet_libraries() -> None:
@@ -21,21 +14,3 @@ def quiet_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-
-
-def import_trainers() -> None:
-    """Import the trainers of all methods, as quickly as that goes."""
-    with hidden(UNUSED):
-        import train.methods  # noqa: F401
-
-
-@contextmanager
-def hidden(packages: tuple[str, ...]) -> Iterator[None]:
-    """Make packages look as if they were not installed; those that are imported already stay."""
-    absent = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]  # `None` is how Python spells "not there"
-    try:
-        yield
-    finally:
-        for name in absent:
-            del sys.modules[name]

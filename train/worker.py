@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import InputError, RayloopError, UnavailableError
 from train.config import TrainConfig
+from train.imports import import_trainers
 from train.mailbox import Event, Mailbox, WorkerReporter, emptied_regularly
-from train.quiet import import_trainers
 
 if TYPE_CHECKING:
     from train.run import Reporter

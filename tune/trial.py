@@ -24,7 +24,7 @@ import ray.tune
 
 from cluster.errors import DatasetError, HealthGateError
 from cluster.settings.training import SweepSettings
-from train.quiet import import_trainers
+from train.imports import import_trainers
 from tune.objective import Axes, Measurement, Start, Target, load_start, measure, measure_scorer
 from tune.space import with_point
 

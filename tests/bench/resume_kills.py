@@ -42,7 +42,7 @@ CHILD = """
 import sys
 from pathlib import Path
 from train.config import TrainConfig
-from train.quiet import import_trainers
+from train.imports import import_trainers
 from train.worker import run_here
 
 import_trainers()

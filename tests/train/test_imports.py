@@ -3,7 +3,7 @@ import importlib.util
 
 import pytest
 
-from train.quiet import hidden
+from train.imports import hidden
 
 
 def test_hidden_packages_cannot_be_found_until_the_block_ends() -> None:
