@@ -32,6 +32,8 @@ SERVER_FIELDS = ("reward", "source")
 """Fields of a feedback body that no client may set."""
 
 SECRET_FILE = "secret.key"
+PSEUDONYMS_KEPT = 50_000
+"""Of one process; whoever uses an agent at all uses it many times an hour."""
 
 
 def pseudonym_secret(settings: Settings) -> bytes:
@@ -74,6 +76,7 @@ def _make_secret(path: Path) -> None:
         draft.unlink()
 
 
+@lru_cache(PSEUDONYMS_KEPT)
 def pseudonym(secret: bytes, tenant: str, user: str) -> str:
     """The name under which `user` appears in the log: 32 hex digits of a keyed hash.
 
