@@ -3,7 +3,6 @@
 import copy
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from cluster.settings import load_settings
 from data.outlets.notices import ALERTS
 from serve.ingress import ingress_environment, write_haproxy_script
 from tests.k8s.schemas import closed
+from tests.processes import rayloop
 
 K8S = Path(__file__).parents[2] / "k8s"
 CRDS = {
@@ -89,7 +89,7 @@ def test_cronjob_submits_a_command_that_there_is(manifest: dict[str, Any]) -> No
     (container,) = spec["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     assert container["command"][:4] == ["python", "-m", "cluster", "submit"]
     command = container["command"][container["command"].index("--") + 1 :]
-    done = subprocess.run([sys.executable, "-m", "cluster", *command, "--help"], capture_output=True, text=True)
+    done = rayloop(*command, "--help")
     assert done.returncode == 0, done.stderr
 
 

@@ -22,6 +22,7 @@ from serve.prompts import PromptPolicy
 from serve.router import RouterApp
 from serve.routes import RouteKey, update_route
 from serve.servables import PRESENCE
+from tests.databases import place_database
 from tests.serve.upstream import Engine, Server
 
 KEY = RouteKey("default", "triage")
@@ -87,6 +88,7 @@ class Live:
 
 def live_router(home: Path, *, policy: PromptPolicy | None = None, **overrides: Any) -> Iterator[Live]:
     settings, _ = load_settings(home=home, **(LEARNING | overrides))
+    place_database(settings)
     database = connect(settings)
     secret = create_key(database, "test", "default", "default", ["chat", "feedback", "label"])
     serve_version(database, "triage/1", "base")
