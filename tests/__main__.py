@@ -2,8 +2,8 @@
 
     python -m tests [arguments of pytest]
 
-One process has what needs a Ray cluster and what trains, so there is one cluster; the others have the live side and
-the rest, which wait for sockets, databases and clocks for much of their time. A line is printed when its file is done.
+One process has what needs a Ray cluster, so there is one; the others have the live side, which waits for sockets,
+databases and clocks for much of its time, and the rest. A line is printed when its file is done.
 The exit code is that of the worst part; a part in which the arguments select nothing does not count, unless all do.
 """
 

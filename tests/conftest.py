@@ -23,12 +23,20 @@ SHARED_DATA = Path(os.environ.get("RAYLOOP_TEST_DATA", Path(__file__).parents[2]
 
 
 PARTS = ("ray", "serve", "rest")
-"""Parts of the tests that may run beside each other: at most one of them has a Ray cluster."""
-TRAINING = ("train", "tune")
+"""Parts of the tests that may run beside each other: only the first has a Ray cluster."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", choices=PARTS, help="only what needs Ray or trains, what serves, or the rest")
+    parser.addoption("--part", choices=PARTS, help="only what needs Ray, what serves, or the rest")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file without a test of this part is not even imported, with all that it imports in turn."""
+    part = config.getoption("part")
+    if part is None or collection_path.suffix != ".py":
+        return None
+    is_ours = _own_part(collection_path) == part or (part == "ray" and _says_ray(collection_path))
+    return None if is_ours else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -40,10 +48,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _part_of(item: pytest.Item) -> str:
-    folder = item.path.relative_to(Path(__file__).parent).parts[0]
-    if folder in TRAINING or item.get_closest_marker("ray") is not None:
-        return "ray"
-    return "serve" if folder == "serve" else "rest"
+    if item.get_closest_marker("ray") is None:
+        return _own_part(item.path)
+    if not _says_ray(item.path):  # no part would find it
+        raise pytest.UsageError(f"{item.nodeid} must have its marker `ray` in its own file")
+    return "ray"
+
+
+def _own_part(file: Path) -> str:
+    """Of the tests in a file that need no Ray."""
+    return "serve" if Path(__file__).with_name("serve") in file.parents else "rest"
+
+
+def _says_ray(file: Path) -> bool:
+    return "mark.ray" in file.read_text(encoding="utf-8")
 
 
 def skip_or_fail(reason: str) -> None:

@@ -3,6 +3,7 @@
 import functools
 import tempfile
 import uuid
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import sqlalchemy as sa
 
 from cluster.database import connect
 from cluster.settings import Settings, load_settings
+
+CONNECT_TIMEOUT_S = 3
+SPARE = 2
+"""Databases that wait for a test."""
 
 
 @functools.cache
@@ -37,17 +42,17 @@ def place_database(settings: Settings) -> None:
 class PostgresCopies:
     """Databases of one server, copied from one that is migrated.
 
-    The next is made while a test runs, and those of tests that ended are dropped beside the others.
+    The next ones are made while a test runs, and those of tests that ended are dropped beside the others: PostgreSQL
+    takes tenths of a second for either.
     """
 
     def __init__(self, server: str) -> None:
         self._server = sa.make_url(server)
-        self._admin = psycopg.connect(server, autocommit=True, connect_timeout=3)
-        self._worker = ThreadPoolExecutor(1)
         self._template = _fresh_name()
-        self._admin.execute(f"CREATE DATABASE {self._template}")
+        self._run(f"CREATE DATABASE {self._template}")
         connect(load_settings(database={"url": self.url(self._template)})[0]).dispose()
-        self._next = self._worker.submit(self._copy)
+        self._maker, self._dropper = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._made = deque(self._maker.submit(self._copy) for _ in range(SPARE))
         self._drops: list[Future[None]] = []
 
     def url(self, name: str) -> str:
@@ -56,30 +61,31 @@ class PostgresCopies:
 
     def take(self) -> str:
         """The name of one that nobody had."""
-        name = self._next.result()
-        self._next = self._worker.submit(self._copy)
-        return name
+        self._made.append(self._maker.submit(self._copy))
+        return self._made.popleft().result()
 
     def drop(self, name: str) -> None:
         """Remove it soon."""
-        self._drops.append(self._worker.submit(self._drop, name))
+        self._drops.append(self._dropper.submit(self._run, f"DROP DATABASE {name} WITH (FORCE)"))
 
     def close(self) -> None:
         """Remove all that is left."""
-        self.drop(self._next.result())
-        self.drop(self._template)
-        self._worker.shutdown()
-        self._admin.close()
+        for name in [*(made.result() for made in self._made), self._template]:
+            self.drop(name)
+        self._maker.shutdown()
+        self._dropper.shutdown()
         for dropped in self._drops:
             dropped.result()
 
     def _copy(self) -> str:
         name = _fresh_name()
-        self._admin.execute(f"CREATE DATABASE {name} TEMPLATE {self._template}")
+        self._run(f"CREATE DATABASE {name} TEMPLATE {self._template}")
         return name
 
-    def _drop(self, name: str) -> None:
-        self._admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    def _run(self, statement: str) -> None:
+        url = self._server.render_as_string(hide_password=False)
+        with psycopg.connect(url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S) as connection:
+            connection.execute(statement)
 
 
 def _fresh_name() -> str:
