@@ -13,22 +13,23 @@ from pathlib import Path
 
 LOADED = ("pytest", "cluster.commands", "data.cli", "data.outlets.cli", "serve.keys_cli", "serve.routes_cli")
 """What most commands need, pytest because every child looks for the main module of its parent; no torch and no Ray."""
+TIMEOUT_S = 120.0
 
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(list(LOADED))
 
 
-def rayloop(*arguments: str, timeout_s: float = 120.0, **environment: str) -> "subprocess.CompletedProcess[str]":
+def rayloop(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """A command line with additions to the environment, and what came of it."""
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("out", "err")]
         process = fork.Process(target=_run, args=(arguments, os.environ | environment, streams))
         process.start()
-        process.join(timeout_s)
+        process.join(TIMEOUT_S)
         if process.exitcode is None:
             process.kill()
             process.join()
-            raise subprocess.TimeoutExpired(arguments, timeout_s)
+            raise subprocess.TimeoutExpired(arguments, TIMEOUT_S)
         out, err = (stream.read_text(encoding="utf-8") for stream in streams)
         return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
 

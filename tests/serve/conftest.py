@@ -77,7 +77,7 @@ class Live:
         update_route(self.database, KEY, change, writer="person:test")
         self.app.watcher.refresh()
 
-    def events(self, kind: str, count: int, within_s: float = 10.0) -> list[RecordedEvent]:
+    def events(self, kind: str, count: int, within_s: float = 30.0) -> list[RecordedEvent]:
         """The first events of a kind, waited for."""
         deadline = time.monotonic() + within_s
         while len(found := EventLog(self.database).read(kinds=[kind])) < count:

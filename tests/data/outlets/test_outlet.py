@@ -267,7 +267,7 @@ def configured(home: Path, **document: Any) -> Settings:
 
 
 def wait_for(met: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60  # a process may have to start
     while not met():
         assert time.monotonic() < deadline
         threading.Event().wait(0.02)
