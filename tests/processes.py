@@ -1,6 +1,7 @@
 """Processes that begin with our modules loaded: forked from one that has done nothing but import them.
 
-They have their own environment, streams and signals like those that `python -m` starts, without its second of imports.
+They have their own streams and signals and the environment of their caller, like those that `python -m` starts, without
+its second of imports.
 """
 
 import multiprocessing
@@ -8,23 +9,40 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 LOADED = ("pytest", "cluster.commands", "data.cli", "data.outlets.cli", "serve.keys_cli", "serve.routes_cli")
 """What most commands need, pytest because every child looks for the main module of its parent; no torch and no Ray."""
 TIMEOUT_S = 120.0
 
-fork = multiprocessing.get_context("forkserver")
-fork.set_forkserver_preload(list(LOADED))
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(list(LOADED))
+
+
+def start(
+    function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] = os.environ
+) -> ForkServerProcess:
+    """Call a function of a module in a process of its own."""
+    process = _server.Process(target=_begin, args=(dict(environment), os.getcwd(), function, arguments))
+    process.start()
+    return process
+
+
+def _begin(environment: Mapping[str, str], folder: str, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    os.environ.clear()  # that of whoever came first is still there
+    os.environ.update(environment)
+    os.chdir(folder)
+    function(*arguments)
 
 
 def rayloop(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     """A command line with additions to the environment, and what came of it."""
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder) / name for name in ("out", "err")]
-        process = fork.Process(target=_run, args=(arguments, os.environ | environment, streams))
-        process.start()
+        process = start(_command, streams, arguments, environment=os.environ | environment)
         process.join(TIMEOUT_S)
         if process.exitcode is None:
             process.kill()
@@ -34,11 +52,9 @@ def rayloop(*arguments: str, **environment: str) -> "subprocess.CompletedProcess
         return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
 
 
-def _run(arguments: Sequence[str], environment: Mapping[str, str], streams: Sequence[Path]) -> None:
+def _command(streams: Sequence[Path], arguments: Sequence[str]) -> None:
     for number, stream in enumerate(streams, 1):
         redirect(number, stream)
-    os.environ.clear()
-    os.environ.update(environment)
     sys.argv = ["rayloop", *arguments]
     from cluster.cli import main
 

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Engine
 from data.log import EventLog
 from tests.data import appender
 from tests.data.appender import ITEMS, THREADS
-from tests.processes import fork, redirect
+from tests.processes import redirect, start
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60
@@ -71,8 +71,7 @@ def run_cycles(engine: Engine, folder: Path, *, kills: int, min_events: int, lon
 
 def _append_until_killed(url: str, nexts: list[int], out: Path, seconds: float, seed: str) -> None:
     out.touch()
-    child = fork.Process(target=_append, args=(out, url, json.dumps(nexts), seed))
-    child.start()
+    child = start(_append, out, url, json.dumps(nexts), seed)
     deadline = time.monotonic() + START_TIMEOUT_S
     while not out.stat().st_size and time.monotonic() < deadline and child.is_alive():
         time.sleep(0.01)

@@ -336,8 +336,7 @@ def test_killed_process_loses_nothing_and_repeats_at_most_the_delivery_under_way
         append(engine, *[f"e{i}" for i in range(total)])
         for number in range(kills + 1):
             had = len(service.requests)
-            process = processes.fork.Process(target=deliver_until_killed, args=(tmp_path, url))
-            process.start()
+            process = processes.start(deliver_until_killed, tmp_path, url)
             goal = total if number == kills else min(total, had + 10)
             wait_for(lambda goal=goal: len({r[2]["webhook-id"] for r in service.requests}) >= goal)
             assert process.pid is not None
