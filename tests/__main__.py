@@ -1,10 +1,10 @@
-"""`make test`: all tests, in two processes beside each other.
+"""`make test`: all tests, in three processes beside each other.
 
     python -m tests [arguments of pytest]
 
-One process has what needs a Ray cluster and what trains, so there is one cluster; the other has the rest, most of
-which waits for sockets, databases and clocks. A line is printed when its file is done. The exit code is that of the
-worse part; a part in which the arguments select nothing does not count, unless it is both.
+One process has what needs a Ray cluster, so there is one; the others have the live side, which waits for sockets,
+databases and clocks for much of its time, and the rest. A line is printed when its file is done.
+The exit code is that of the worst part; a part in which the arguments select nothing does not count, unless all do.
 """
 
 import subprocess
@@ -18,7 +18,7 @@ from tests.conftest import PARTS
 
 
 def main(arguments: list[str]) -> int:
-    """Run both parts to their end and print what each said."""
+    """Run all parts to their end and print what each said."""
     command = [sys.executable, "-m", "pytest", "--durations=15", *arguments]
     running = {
         part: subprocess.Popen(
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
 
 def _print_lines(part: str, lines: IO[str] | None) -> None:
     for line in lines or ():
-        print(f"{part:>4} | {line}", end="", flush=True)
+        print(f"{part:>5} | {line}", end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,17 @@
 
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import psycopg
 import pytest
-import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.database import connect
 from cluster.settings import Settings, load_settings
+from tests.databases import PostgresCopies, place_database, place_sqlite
 
 hypothesis.settings.register_profile(
     "busy machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -23,27 +22,46 @@ POSTGRES = os.environ.get("RAYLOOP_TEST_POSTGRES", "postgresql://postgres@127.0.
 SHARED_DATA = Path(os.environ.get("RAYLOOP_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-PARTS = ("ray", "rest")
-"""Halves of the tests that may run beside each other: at most one of them has a Ray cluster."""
-TRAINING = ("train", "tune")
+PARTS = ("ray", "serve", "rest")
+"""Parts of the tests that may run beside each other: only the first has a Ray cluster."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", choices=PARTS, help="only the tests that need Ray or train something, or only the rest")
+    parser.addoption("--part", choices=PARTS, help="only what needs Ray, what serves, or the rest")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A file without a test of this part is not even imported, with all that it imports in turn."""
+    part = config.getoption("part")
+    if part is None or collection_path.suffix != ".py":
+        return None
+    is_ours = _own_part(collection_path) == part or (part == "ray" and _says_ray(collection_path))
+    return None if is_ours else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part = config.getoption("part")
     if part is None:
         return
-    others = [item for item in items if (part == "ray") != _is_heavy(item)]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in set(others)]
+    config.hook.pytest_deselected(items=[item for item in items if _part_of(item) != part])
+    items[:] = [item for item in items if _part_of(item) == part]
 
 
-def _is_heavy(item: pytest.Item) -> bool:
-    folder = item.path.relative_to(Path(__file__).parent).parts[0]
-    return folder in TRAINING or item.get_closest_marker("ray") is not None
+def _part_of(item: pytest.Item) -> str:
+    if item.get_closest_marker("ray") is None:
+        return _own_part(item.path)
+    if not _says_ray(item.path):  # no part would find it
+        raise pytest.UsageError(f"{item.nodeid} must have its marker `ray` in its own file")
+    return "ray"
+
+
+def _own_part(file: Path) -> str:
+    """Of the tests in a file that need no Ray."""
+    return "serve" if Path(__file__).with_name("serve") in file.parents else "rest"
+
+
+def _says_ray(file: Path) -> bool:
+    return "mark.ray" in file.read_text(encoding="utf-8")
 
 
 def skip_or_fail(reason: str) -> None:
@@ -61,26 +79,31 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-@pytest.fixture
-def postgres_url() -> Iterator[str]:
-    """URL of a fresh PostgreSQL database, dropped afterwards."""
-    name = f"rayloop_test_{uuid.uuid4().hex[:12]}"
+@pytest.fixture(scope="session")
+def postgres_copies() -> Iterator[PostgresCopies]:
+    """Migrated databases of the PostgreSQL server."""
     try:
-        admin = psycopg.connect(POSTGRES, autocommit=True, connect_timeout=3)
+        copies = PostgresCopies(POSTGRES)
     except psycopg.OperationalError as error:
         cause = str(error).splitlines()[0]
         skip_or_fail(f"no PostgreSQL at {POSTGRES} ({cause}); start one or set RAYLOOP_TEST_POSTGRES")
-    with admin:
-        admin.execute(f"CREATE DATABASE {name}")
-        yield sa.make_url(POSTGRES).set(database=name).render_as_string(hide_password=False)
-        admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
-    admin.close()
+    yield copies
+    copies.close()
+
+
+@pytest.fixture
+def postgres_url(postgres_copies: PostgresCopies) -> Iterator[str]:
+    """URL of a PostgreSQL database with the newest schema and no row, dropped afterwards."""
+    name = postgres_copies.take()
+    yield postgres_copies.url(name)
+    postgres_copies.drop(name)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A fresh database; each test that asks for it runs on SQLite and on PostgreSQL."""
+    """A database with the newest schema and no row; each test that asks for it runs on SQLite and on PostgreSQL."""
     if request.param == "sqlite":
+        place_sqlite(tmp_path / "test.db")
         return f"sqlite:///{tmp_path / 'test.db'}"
     url: str = request.getfixturevalue("postgres_url")
     return url
@@ -112,7 +135,7 @@ def mlflow_settings(settings: Settings, empty_mlflow: Path) -> Settings:
 
 @pytest.fixture
 def database(database_url: str, tmp_path: Path) -> Iterator[Engine]:
-    """A migrated engine on SQLite, then on PostgreSQL."""
+    """An engine on SQLite, then on PostgreSQL, with the newest schema."""
     engine = connect(load_settings(home=tmp_path / "home", database={"url": database_url})[0])
     yield engine
     engine.dispose()
@@ -120,7 +143,8 @@ def database(database_url: str, tmp_path: Path) -> Iterator[Engine]:
 
 @pytest.fixture
 def sqlite_database(settings: Settings) -> Iterator[Engine]:
-    """A migrated engine on SQLite, for tests whose point is not the database."""
+    """An engine on SQLite with the newest schema, for tests whose point is not the database."""
+    place_database(settings)
     engine = connect(settings)
     yield engine
     engine.dispose()

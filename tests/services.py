@@ -16,6 +16,16 @@ def refused() -> str:
 
 
 @contextmanager
+def listening() -> Iterator[socket.socket]:
+    """A socket that listens; a thread that waits for its next connection is told when it ends."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        try:
+            yield server
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
 def hanging() -> Iterator[str]:
     """Connections are accepted by the kernel; no byte ever comes back."""
     with socket.create_server(("127.0.0.1", 0), backlog=64) as server:
@@ -26,7 +36,7 @@ def hanging() -> Iterator[str]:
 def dripping(gap_s: float = 0.05) -> Iterator[str]:
     """A header byte every `gap_s`, for ever: no single wait is long."""
     stop = threading.Event()
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with listening() as server:
 
         def serve() -> None:
             while not stop.is_set():
@@ -130,7 +140,7 @@ def smtp(mailbox: Mailbox) -> Iterator[int]:
             else:
                 say("250 ok")
 
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with listening() as server:
 
         def serve() -> None:
             while True:

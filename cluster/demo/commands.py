@@ -71,16 +71,16 @@ class Commands:
 @contextlib.contextmanager
 def _ended_on_failure() -> Iterator[None]:
     """End the commands in other threads when the block raises, so that nobody waits for them."""
+    before = psutil.Process().children(recursive=True)
     try:
         yield
     except BaseException:
-        end_children()
+        _end_children(but=before)
         raise
 
 
-def end_children() -> None:
-    """End the commands that this process still runs: all its children are its own commands."""
-    children = psutil.Process().children(recursive=True)
+def _end_children(but: Collection[psutil.Process]) -> None:
+    children = [child for child in psutil.Process().children(recursive=True) if child not in but]
     for child in children:
         with contextlib.suppress(psutil.NoSuchProcess):
             child.terminate()

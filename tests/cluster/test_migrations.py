@@ -1,6 +1,5 @@
 """The migrations give exactly the tables that the code uses."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from cluster.database import MIGRATIONS, connect, is_current, upgrade
 from cluster.errors import ConfigError
 from cluster.settings import Settings, load_settings
 from cluster.tables import metadata
+from tests.processes import rayloop
 
 
 def differences(engine: Engine) -> list[object]:
@@ -111,12 +111,7 @@ def test_command_on_an_old_database_says_one_line(tmp_path: Path, database_url: 
     with engine.begin() as connection:
         connection.execute(sa.text("ALTER TABLE events DROP COLUMN workspace"))
     engine.dispose()
-    done = subprocess.run(
-        [sys.executable, "-m", "cluster", command],
-        env=os.environ | {"RAYLOOP_HOME": str(tmp_path), "RAYLOOP_DATABASE__URL": database_url},
-        capture_output=True,
-        text=True,
-    )
+    done = rayloop(command, RAYLOOP_HOME=str(tmp_path), RAYLOOP_DATABASE__URL=database_url)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: database.url='") and database_url.rpartition("/")[2] in line

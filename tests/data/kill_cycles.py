@@ -2,8 +2,6 @@
 
 import json
 import random
-import subprocess
-import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,7 +10,9 @@ from pathlib import Path
 from sqlalchemy.engine import Engine
 
 from data.log import EventLog
+from tests.data import appender
 from tests.data.appender import ITEMS, THREADS
+from tests.processes import redirect, start
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 60
@@ -70,15 +70,20 @@ def run_cycles(engine: Engine, folder: Path, *, kills: int, min_events: int, lon
 
 
 def _append_until_killed(url: str, nexts: list[int], out: Path, seconds: float, seed: str) -> None:
-    command = [sys.executable, "-m", "tests.data.appender", url, json.dumps(nexts), seed]
-    with out.open("wb") as stdout:
-        child = subprocess.Popen(command, stdout=stdout, cwd=ROOT)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not out.stat().st_size and time.monotonic() < deadline and child.poll() is None:
-            time.sleep(0.01)
-        time.sleep(seconds)
-        child.kill()
-        child.wait()
+    out.touch()
+    child = start(_append, out, url, json.dumps(nexts), seed)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not out.stat().st_size and time.monotonic() < deadline and child.is_alive():
+        time.sleep(0.01)
+    time.sleep(seconds)
+    child.kill()
+    child.join()
+    child.close()
+
+
+def _append(out: Path, *arguments: str) -> None:
+    redirect(1, out)
+    appender.main(*arguments)
 
 
 def _take_in(outcome: Outcome, out: Path, nexts: list[int]) -> list[int]:

@@ -1,26 +1,19 @@
 """The commands `import`, `audit`, `verify` and `lineage` as a person or a script runs them."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 
 from cluster.settings import Settings, load_settings
+from tests import processes
 from tests.data.importers.test_run import THUMB, jsonl
 
 
-def rayloop(home: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "cluster", *arguments],
-        env={**os.environ, "RAYLOOP_HOME": str(home), **environment},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
+def rayloop(home: Path, *arguments: str, **environment: str) -> "CompletedProcess[str]":
+    return processes.rayloop(*arguments, RAYLOOP_HOME=str(home), **environment)
 
 
 def test_import_verify_and_import_again(database_url: str, tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_a_prompt_that_nobody_knows_stays_where_it_is() -> None:
 
 
 @pytest.fixture(scope="module")
-def curated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manifest]:
+def curated(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manifest]:
     """A dataset of traffic of which the second half of the interactions was answered behind a prompt."""
     options = {"filter": {"min_answer_tokens": 2}, "split": {"train": 0.6, "validation": 0.2}, "log_to_mlflow": False}
     settings: Settings = load_settings(home=tmp_path_factory.mktemp("home"), curation=options)[0]
@@ -63,6 +63,7 @@ def curated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Manifest]:
     yield curate(settings, parallelism=1)
 
 
+@pytest.mark.ray
 def test_examples_begin_with_the_prompt_they_were_answered_behind(curated: Manifest) -> None:
     splits = ("train", "validation", "test")
     rows = [row for split in splits for row in read_examples(curated.path, "sft", split).to_pylist()]
@@ -74,6 +75,7 @@ def test_examples_begin_with_the_prompt_they_were_answered_behind(curated: Manif
         assert begins == (row["prompt_digest"] == PROMPT.digest)
 
 
+@pytest.mark.ray
 def test_manifest_and_card_say_which_prompts_a_dataset_holds(curated: Manifest) -> None:
     (used,) = curated.prompts.values()
     assert list(curated.prompts) == [PROMPT.digest]

@@ -172,6 +172,7 @@ class Forwarder:
 
     def close(self) -> None:
         self.cut()
+        self._listener.shutdown(socket.SHUT_RDWR)  # or a thread would wait for its next connection
         self._listener.close()
 
     def _accept(self) -> None:

@@ -22,6 +22,7 @@ from serve.prompts import PromptPolicy
 from serve.router import RouterApp
 from serve.routes import RouteKey, update_route
 from serve.servables import PRESENCE
+from tests.databases import place_database
 from tests.serve.upstream import Engine, Server
 
 KEY = RouteKey("default", "triage")
@@ -76,7 +77,7 @@ class Live:
         update_route(self.database, KEY, change, writer="person:test")
         self.app.watcher.refresh()
 
-    def events(self, kind: str, count: int, within_s: float = 10.0) -> list[RecordedEvent]:
+    def events(self, kind: str, count: int, within_s: float = 30.0) -> list[RecordedEvent]:
         """The first events of a kind, waited for."""
         deadline = time.monotonic() + within_s
         while len(found := EventLog(self.database).read(kinds=[kind])) < count:
@@ -87,6 +88,7 @@ class Live:
 
 def live_router(home: Path, *, policy: PromptPolicy | None = None, **overrides: Any) -> Iterator[Live]:
     settings, _ = load_settings(home=home, **(LEARNING | overrides))
+    place_database(settings)
     database = connect(settings)
     secret = create_key(database, "test", "default", "default", ["chat", "feedback", "label"])
     serve_version(database, "triage/1", "base")

@@ -68,7 +68,7 @@ def logged(database: Database) -> list[str | None]:
     return [r.event.interaction_id for r in EventLog(database).scan(kinds=["interaction"])]
 
 
-def wait(condition, within_s: float = 10.0) -> None:  # type: ignore[no-untyped-def]
+def wait(condition, within_s: float = 30.0) -> None:  # type: ignore[no-untyped-def]
     deadline = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < deadline

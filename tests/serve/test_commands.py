@@ -12,6 +12,7 @@ import yaml
 
 from cluster.cli import run_app
 from serve import routes_cli
+from tests.processes import rayloop
 
 PROJECT = Path(__file__).parents[2]
 
@@ -26,8 +27,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str, config: Path) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "cluster.cli", *arguments, "--config", str(config)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=120)
+    return rayloop(*arguments, "--config", str(config))
 
 
 def run_json(*arguments: str, config: Path) -> Any:

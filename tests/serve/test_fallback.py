@@ -1,6 +1,5 @@
 """What happens to the users of a candidate that fails: stable answers, and the record says so."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,16 @@ CANDIDATE = "triage-2-abababababab"
 
 @pytest.fixture
 def canary(tmp_path: Path) -> Iterator[Live]:
-    for live in live_router(tmp_path / "home", serve={"fallback": {"budget_s": 0.3, "min_budget_s": 0.2}}):
+    yield from with_candidate(tmp_path, budget_s=30)
+
+
+@pytest.fixture
+def hurried(tmp_path: Path) -> Iterator[Live]:
+    yield from with_candidate(tmp_path, budget_s=0.3)
+
+
+def with_candidate(folder: Path, budget_s: float) -> Iterator[Live]:
+    for live in live_router(folder / "home", serve={"fallback": {"budget_s": budget_s, "min_budget_s": budget_s}}):
         live.route(candidate="triage/2", share=1.0, experiment_id="exp-1")
         yield live
 
@@ -40,7 +48,6 @@ def ask(live: Live, **extra: Any) -> Any:
             Behaviour(status=404, error={"error": {"message": "no", "code": "model_not_found"}}),
             "model_not_found",
         ),
-        (Behaviour(delay_s=1.0), "engine_timeout"),
         (Behaviour(raw=b'data: {"error": {"message": "no", "code": "engine_error"}}\n\n'), "engine_error"),
         (Behaviour(raw=b"data: <html>\n\n"), "engine_error"),
         (Behaviour(raw=b""), "engine_error"),
@@ -50,13 +57,23 @@ def test_stable_answers_for_a_candidate_that_fails(
     canary: Live, behaviour: Behaviour, cause: str, stream: bool
 ) -> None:
     canary.engine.behaviours[CANDIDATE] = behaviour
-    raw = ask(canary, stream=stream)
+    assert_stable_stands_in(canary, stream, cause)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stable_answers_for_a_candidate_that_is_over_its_budget(hurried: Live, stream: bool) -> None:
+    hurried.engine.behaviours[CANDIDATE].delay_s = 60
+    assert_stable_stands_in(hurried, stream, "engine_timeout")
+
+
+def assert_stable_stands_in(live: Live, stream: bool, cause: str) -> None:
+    raw = ask(live, stream=stream)
     if stream:
         assert {chunk.model for chunk in raw.parse()} == {"triage/1"}
     else:
         assert raw.parse().model == "triage/1"
     assert (raw.headers["x-rayloop-version"], raw.headers["x-rayloop-arm"]) == ("triage/1", "candidate")
-    body = canary.events("interaction", 1)[0].event.body
+    body = live.events("interaction", 1)[0].event.body
     assert (body["arm"], body["assigned_version"], body["served_version"]) == (
         "candidate",
         "triage/2",
@@ -126,10 +143,9 @@ def test_breaker_opens_on_streams_that_break_off(canary: Live) -> None:
 def test_both_arms_failing_is_a_5xx_soon(canary: Live) -> None:
     canary.engine.behaviours[CANDIDATE].status = 500
     canary.engine.behaviours["base"].status = 503
-    began = time.monotonic()
     with pytest.raises(openai.InternalServerError) as caught:
-        ask(canary)
-    assert (caught.value.status_code, time.monotonic() - began < 2) == (503, True)
+        ask(canary)  # the client waits for 20 s, and either arm may take 30
+    assert caught.value.status_code == 503
     body = canary.events("interaction", 1)[0].event.body
     assert (body["flags"]["fallback"], body["flags"]["error"]) == (True, "engine_error")
     assert "served_version" not in body
@@ -164,11 +180,11 @@ def test_clients_that_leave_in_mid_stream_close_no_breaker_and_open_none(canary:
 
 
 def test_client_that_leaves_before_the_first_byte_is_no_error(canary: Live) -> None:
-    canary.engine.behaviours[CANDIDATE].delay_s = 0.15
-    with pytest.raises(httpx.TimeoutException):
+    canary.engine.behaviours[CANDIDATE].delay_s = 20
+    with pytest.raises(httpx.ReadTimeout):
         httpx.post(
-            f"{canary.url}/v1/chat/completions", timeout=0.05, json={"model": "triage", "messages": MESSAGES},
-            headers={"authorization": f"Bearer {canary.secret}"},
+            f"{canary.url}/v1/chat/completions", timeout=httpx.Timeout(20, read=0.05),
+            json={"model": "triage", "messages": MESSAGES}, headers={"authorization": f"Bearer {canary.secret}"},
         )  # fmt: skip
     flags = canary.events("interaction", 1)[0].event.body["flags"]
     assert (flags["disconnected"], flags.get("error")) == (True, None)

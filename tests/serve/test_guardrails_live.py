@@ -185,13 +185,15 @@ class Trial:
     async def batch(self) -> None:
         """Every user asks once, by turns at both routers, and reacts; returns when all of it is in the log."""
         limits = asyncio.Semaphore(40)
-        async with httpx.AsyncClient(headers=self.site.headers, timeout=60) as client:
 
-            async def one(number: int) -> None:
-                async with limits:
-                    await self._turn(client, self.site.urls[number % len(self.site.urls)], f"user-{number}")
+        async def one(client: httpx.AsyncClient, number: int) -> None:
+            async with limits:
+                await self._turn(client, self.site.urls[number % len(self.site.urls)], f"user-{number}")
 
-            await asyncio.gather(*(one(number) for number in range(USERS)))
+        headers = self.site.headers
+        async with httpx.AsyncClient(headers=headers, timeout=60) as client, asyncio.TaskGroup() as turns:
+            for number in range(USERS):
+                turns.create_task(one(client, number))
         self.asked += USERS
         while self._captured() < self.asked:
             await asyncio.sleep(0.01)

@@ -68,7 +68,7 @@ def live(mlflow_settings: Settings, tmp_path: Path) -> Iterator[tuple[Settings, 
     FakeRouter.broken = False
     FakeRouter.asked.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeRouter)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
     rollout = {

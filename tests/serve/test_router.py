@@ -131,17 +131,16 @@ def test_other_tenant_sees_neither_route_nor_versions(live: Live) -> None:
             live.client(secret).chat.completions.create(model=model, messages=MESSAGES)
 
 
-def test_revoked_key_stops_within_two_seconds(live: Live) -> None:
+def test_revoked_key_stops_with_the_next_reading_which_is_within_two_seconds(live: Live) -> None:
     ask(live)
     revoke_key(live.database, list_keys(live.database)[0].key_id)
-    deadline = time.monotonic() + 2
-    while time.monotonic() < deadline:
-        try:
-            ask(live)
-        except openai.AuthenticationError:
-            return
-        time.sleep(0.05)
-    pytest.fail("the key still works")
+    for _ in range(2):  # the first may have begun before
+        known = live.app.watcher.current
+        while live.app.watcher.current is known:
+            time.sleep(0.01)
+    with pytest.raises(openai.AuthenticationError):
+        ask(live)
+    assert live.settings.serve.poll_ms <= 2000
 
 
 @pytest.mark.parametrize(
@@ -265,12 +264,11 @@ def small(tmp_path: Path) -> Iterator[Live]:
 
 
 def test_overload_is_answered_at_once_with_retry_after(small: Live) -> None:
-    small.engine.behaviours["base"].gap_s = 1.0
-    with small.client().chat.completions.create(model="triage", messages=MESSAGES, stream=True):
-        began = time.monotonic()
+    small.engine.behaviours["base"].paused = True  # the place is not free before its client leaves
+    with small.client().chat.completions.create(model="triage", messages=MESSAGES, stream=True) as stream:
+        next(iter(stream))
         with pytest.raises(openai.RateLimitError) as caught:
             ask(small)
-        assert time.monotonic() - began < 1.0
     assert caught.value.response.headers["retry-after"] == "1"
 
 

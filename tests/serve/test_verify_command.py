@@ -1,9 +1,8 @@
 """`rayloop verify` and `rayloop experiment` as a person runs them."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -11,9 +10,8 @@ import yaml
 
 from cluster.database import connect
 from cluster.settings import load_settings
+from tests import processes
 from tests.serve.rollout_world import DEMO, TENANT, Population, World
-
-PROJECT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +28,8 @@ def decided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, World]:
     return file, world
 
 
-def rayloop(file: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "cluster.cli", *arguments, "--config", str(file)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, timeout=120)
+def rayloop(file: Path, *arguments: str) -> "CompletedProcess[str]":
+    return processes.rayloop(*arguments, "--config", str(file))
 
 
 def test_verify_rebuilds_every_decision(decided: tuple[Path, World]) -> None:

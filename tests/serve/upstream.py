@@ -5,6 +5,7 @@ stream was cut off, and speaks token ids and log-probabilities the way our engin
 """
 
 import asyncio
+import socket
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ class Behaviour:
 
     status: int = 200
     delay_s: float = 0.0
-    """Before the first byte."""
+    """Before the first byte; a client that leaves ends it."""
     gap_s: float = 0.0
     """Between the pieces of a stream."""
     paused: bool = False
@@ -66,7 +67,8 @@ class Engine:
         self.requests.append(request)
         self.paths.append(scope["path"])
         behaviour = self.behaviours[request["model"]]
-        await asyncio.sleep(behaviour.delay_s)
+        if behaviour.delay_s and await _has_left(receive, behaviour.delay_s):
+            return
         if behaviour.status != 200:
             document = behaviour.error or {"object": "error", "message": "it broke", "code": behaviour.status}
             await _respond(send, behaviour.status, orjson.dumps(document))
@@ -108,6 +110,13 @@ class Engine:
         last = _last_chunk(request)
         await send({"type": "http.response.body", "body": _event(last) + b"data: [DONE]\n\n"})
         gone.cancel()
+
+
+async def _has_left(receive: Any, within_s: float) -> bool:
+    gone = asyncio.ensure_future(receive())
+    await asyncio.wait([gone], timeout=within_s)
+    gone.cancel()
+    return gone.done() and not gone.cancelled()
 
 
 def _event(document: dict[str, Any]) -> bytes:
@@ -204,6 +213,42 @@ async def _respond_in_pieces(send: Any, pieces: list[bytes]) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
+class _Uvicorn(uvicorn.Server):
+    """uvicorn's server looks ten times a second whether it is to end; this one is told, and waits for nothing else."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._told = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def tell(self) -> None:
+        """End, once the requests under way have their answers; from any thread."""
+        self._loop.call_soon_threadsafe(self._told.set)
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await self._told.wait()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        try:
+            async with asyncio.timeout(self.config.timeout_graceful_shutdown):
+                while self.server_state.connections or self.server_state.tasks:
+                    await asyncio.sleep(0.002)
+                for server in self.servers:
+                    await server.wait_closed()
+        except TimeoutError:
+            for task in self.server_state.tasks:
+                task.cancel()
+        await self.lifespan.shutdown()
+
+
 class Server:
     """An ASGI application on a free loopback port, in a thread."""
 
@@ -213,22 +258,25 @@ class Server:
             timeout_graceful_shutdown=drain_s,
             timeout_keep_alive=60,  # tests' clients keep theirs for 5 s, as uvicorn would
         )  # fmt: skip
-        self._server = uvicorn.Server(config)
+        self._server = _Uvicorn(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._ending = False
 
     def __enter__(self) -> str:
         self._thread.start()
         while not self._server.started:
             if not self._thread.is_alive():
                 raise RuntimeError("the server did not start")
-            self._thread.join(0.01)
+            self._thread.join(0.002)
         port = self._server.servers[0].sockets[0].getsockname()[1]
         return f"http://127.0.0.1:{port}"
 
     def stop(self) -> None:
         """Take no more connections, and end once those that are open have ended."""
-        self._server.should_exit = True
+        if not self._ending:
+            self._ending = True
+            self._server.tell()
 
     def __exit__(self, *_: object) -> None:
-        self._server.should_exit = True
+        self.stop()
         self._thread.join(timeout=10)

@@ -102,7 +102,7 @@ def alert_of(line: str) -> world.Alert:
 @pytest.fixture
 def router() -> Iterator[Router]:
     server = Router()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield server
     server.shutdown()

@@ -29,11 +29,14 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def shop(database_url: str) -> Engine:
-    """Somebody's own tables: answers, votes on them, and one that is empty."""
+    """Somebody's own tables and no others: answers, votes on them, and one that is empty."""
     url = sa.make_url(database_url)
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
     engine = sa.create_engine(url, poolclass=sa.NullPool)
+    found = sa.MetaData()
+    found.reflect(engine)
+    found.drop_all(engine)
     with engine.begin() as connection:
         for statement in (
             "CREATE TABLE answers (id INTEGER PRIMARY KEY, asked TEXT, said TEXT, at TIMESTAMP, cost NUMERIC(8,3))",

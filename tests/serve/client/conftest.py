@@ -15,7 +15,7 @@ from serve.sender import SenderLimits
 from tests.serve.conftest import Live
 
 ASK = [{"role": "user", "content": "Is this an incident?"}]
-QUICK = SenderLimits(linger_s=0.0, timeout_s=0.5, retry_s=0.01, exit_s=0.5, half_open_s=30.0)
+QUICK = SenderLimits(linger_s=0.0, retry_s=0.01, exit_s=0.5, half_open_s=30.0)
 Make = Callable[..., Client]
 
 

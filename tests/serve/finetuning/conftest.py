@@ -14,6 +14,7 @@ from cluster.database import connect
 from cluster.settings import Settings, load_settings
 from serve.keys import create_key
 from serve.router import RouterApp
+from tests.databases import place_database
 from tests.serve.upstream import Server
 from tests.toys import toy_answer, toy_examples
 
@@ -62,6 +63,7 @@ class Api:
 
 
 def live_api(settings: Settings, engine_url: str = "http://127.0.0.1:9") -> Iterator[Api]:
+    place_database(settings)
     database = connect(settings)
     secret = create_key(database, "test", "default", "default", ["train", "chat"])
     app = RouterApp(settings, default_engine_url=engine_url)

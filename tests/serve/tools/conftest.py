@@ -131,7 +131,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         "learning": {"enabled": True},
         "capture": {"enabled": True},
         "feedback": {"explicit": True},
-        "serve": {"breaker": {"consecutive": 3, "half_open_s": 0.5}},
+        "serve": {"breaker": {"consecutive": 3, "half_open_s": 60}},
     }
     settings = load_settings(home=tmp_path_factory.mktemp("tools"), **learning)[0]
     RELEASE.clear()

@@ -55,8 +55,10 @@ def vllm_settings(vllm_python: str, wide_base: Path) -> EngineSettings:
 
 @pytest.fixture(scope="session")
 def vllm_engine(vllm_settings: EngineSettings, wide_adapters: dict[str, Path]) -> Iterator[VllmEngine]:
-    """The engine with three adapters."""
-    engine = VllmEngine(vllm_settings)
+    """The engine with three adapters; it runs what PyTorch would compile first, for half a minute, as it stands."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
+        engine = VllmEngine(vllm_settings)
     try:
         for name in NAMES[:3]:
             engine.load_adapter(name, wide_adapters[name])
