@@ -4,6 +4,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -64,6 +65,13 @@ def shared_data() -> Path:
 @pytest.fixture
 def postgres_url() -> Iterator[str]:
     """URL of a fresh PostgreSQL database, dropped afterwards."""
+    with fresh_postgres() as url:
+        yield url
+
+
+@contextmanager
+def fresh_postgres() -> Iterator[str]:
+    """The same for fixtures of a wider scope."""
     name = f"rayloop_test_{uuid.uuid4().hex[:12]}"
     try:
         admin = psycopg.connect(POSTGRES, autocommit=True, connect_timeout=3)

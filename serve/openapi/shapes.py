@@ -17,11 +17,13 @@ REFUSALS = {
     "409": "Its state does not allow that.",
     "413": "The body is too long.",
     "415": "The content type or the content-encoding is not understood.",
+    "422": "The result is too long, or the idempotency key stands for another call.",
     "429": "Too much waits already, or a limit is reached; come again after `retry-after`.",
     "4XX": "The engine refuses the request.",
+    "500": "A tool failed; `message` names its kind of error.",
     "502": "The engine failed.",
     "503": "It cannot be answered now; come again after `retry-after`.",
-    "504": "The engine did not answer in time.",
+    "504": "The engine, or the tool, did not answer in time.",
 }
 KEYED = ("401", "403", "429", "503")
 """What every route with a key may answer."""
