@@ -269,6 +269,11 @@ async def send_response(send: Send, status: int, body: bytes, headers: Headers) 
     await send({"type": "http.response.body", "body": body})
 
 
+async def refuse_websocket(send: Send) -> None:
+    """Close before it opens, which the server answers 403."""
+    await send({"type": "websocket.close"})
+
+
 async def send_error(send: Send, error: ApiError, headers: Headers = []) -> None:  # noqa: B006 (never changed)
     """An error response."""
     await send_response(send, error.status, error.body(), [*error.headers(), *headers])
