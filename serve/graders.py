@@ -102,6 +102,7 @@ class GraderApi(HttpApplication):
         if self.online is not None:
             await self.online.close()
         await self.grading.close()
+        self._keys.close()
 
     async def _answer(self, path: str, scope: Scope, receive: Receive) -> Json:
         if path == "/healthz":

@@ -122,7 +122,7 @@ class ChatAnswer:
 
     def _choice(self, update: Update) -> Json:
         text, calls = parse_tool_calls(update.text) if self._tools else (update.text, [])
-        message: Json = {"role": "assistant", "content": _content(text, calls), "refusal": None}
+        message: Json = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
         if calls:
             message["tool_calls"] = calls
         choice: Json = {
@@ -168,13 +168,14 @@ class ChatAnswer:
 
     def _piece(self, update: Update, *, first: bool, held: dict[int, str]) -> Json:
         index = update.generation.index
-        delta: Json = {"role": "assistant"} if first else {}
+        delta: Json = {"role": "assistant", "content": ""} if first else {}
         reason: str | None = update.finish_reason
         if self._tools:
             held[index] = held.get(index, "") + update.text
             if reason is not None:
                 text, calls = parse_tool_calls(held[index])
-                delta["content"] = _content(text, calls)
+                if text or not calls:
+                    delta["content"] = text
                 if calls:
                     delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
                 reason = self._reason(reason, calls)
@@ -197,11 +198,6 @@ class ChatAnswer:
             empty = self._empty_piece()
             last["choices"] = [{"index": index, **empty, "token_ids": ids[index]} for index in sorted(ids)]
         return [last]
-
-
-def _content(text: str, calls: list[Json]) -> str | None:
-    """A message's text: beside calls an empty one is none."""
-    return text or (None if calls else "")
 
 
 def _check_grammar(engine: "LocalEngine", params: SamplingParams) -> None:

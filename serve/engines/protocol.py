@@ -116,8 +116,8 @@ def _check_message(message: Json, place: str) -> None:
     if not isinstance(message.get("role"), str):
         raise ApiError(400, "every message needs a role", param=f"{place}.role", code="invalid_value")
     if not isinstance(content, str | list | None):
-        message = f"{place}.content must be a text or a list of parts"
-        raise ApiError(400, message, param=f"{place}.content", code="invalid_value")
+        said = f"{place}.content must be a text or a list of parts"
+        raise ApiError(400, said, param=f"{place}.content", code="invalid_value")
     for number, part in enumerate(content if isinstance(content, list) else ()):
         if not is_text(part):
             param = f"{place}.content.{number}"

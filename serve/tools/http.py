@@ -40,10 +40,11 @@ class ToolApi(HttpApplication):
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """The sessions of MCP, and the tools' connections."""
+        """The sessions of MCP; at the end what the tools and keys hold open is closed."""
         async with self._mcp.running():
             yield
         await self.runner.close()
+        self._keys.close()
 
     async def _answer(self, path: str, scope: Scope, receive: Receive) -> dict[str, Any]:
         name = path.removeprefix(f"{PATH}/") if path.startswith(f"{PATH}/") else None
