@@ -17,7 +17,7 @@ from serve.openapi.shapes import (
     ref,
 )
 
-REFUSED = ("400", "404", "408", "413", "4XX", "502", "504")
+REFUSED = ("404", "4XX", "502", "504")
 STREAMED = (
     "With `stream: true` the answer comes as server-sent events: pieces of it as they are made, then `data: [DONE]`. "
     "An engine that fails meanwhile ends the stream with an event that holds `error`. Fields that are not named here "

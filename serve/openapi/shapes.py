@@ -27,6 +27,8 @@ REFUSALS = {
 }
 KEYED = ("401", "403", "429", "503")
 """What every route with a key may answer."""
+OF_A_BODY = ("400", "408", "413", "415")
+"""What every route with a body may answer."""
 TEXT: Schema = {"type": "string"}
 WHOLE: Schema = {"type": "integer"}
 NUMBER: Schema = {"type": "number"}
@@ -46,8 +48,10 @@ def operation(
 ) -> Schema:
     """One operation with a key.
 
-    `answer` is the 200 response; `body` maps content types to what is taken; `refused` are statuses besides `KEYED`.
+    `answer` is the 200 response; `body` maps content types to what is taken; `refused` are statuses besides `KEYED` and
+    those of every body.
     """
+    refused = refused if body is None else (*refused, *OF_A_BODY)
     found: Schema = {
         "operationId": name,
         "summary": summary,

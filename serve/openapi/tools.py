@@ -16,12 +16,13 @@ from serve.openapi.shapes import (
     maybe,
     of_model,
     operation,
+    ref,
 )
 from serve.tools.call import MCP_PATH, PATH, Call
 
 MOUNTED = [{"url": "/tools"}]
 """Where the application is, from the address of the router."""
-REFUSED = ("400", "404", "405", "408", "409", "413", "422", "500", "504")
+REFUSED = ("404", "405", "409", "422", "500", "504")
 CALLED = (
     "`GET /v1/tools` has the schema of each tool's arguments and of its result. What stands beside `arguments` says "
     "which trajectory the call belongs to."
@@ -74,13 +75,14 @@ def _mcp() -> Schema:
         "required": ["jsonrpc"],
     }
     described = operation(
-        "mcp", "Speak MCP.", answered("Its answer.", answer), refused=("405", "408", "413"), body=as_json(message),
+        "mcp", "Speak MCP.", answered("Its answer.", answer), refused=("405",), body=as_json(message),
         description=SPOKEN,
     )  # fmt: skip
+    either = {"anyOf": [answer, ref("Error")]}
     described["responses"] |= {
         "202": {"description": "A notification, which has no answer."},
-        "400": answered("No JSON-RPC message.", answer),
+        "400": answered("No JSON-RPC message.", either),
         "406": answered("The client takes no JSON.", answer),
-        "415": answered("The body is of another content type.", answer),
+        "415": answered("The body is of another content type or encoding.", either),
     }
     return described

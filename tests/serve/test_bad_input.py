@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import socket
 import threading
@@ -122,6 +123,23 @@ def test_bytes_that_are_no_request_hurt_nobody(shared: Live, head: str) -> None:
         connection.shutdown(socket.SHUT_WR) if not sender.is_alive() else None
     sender.join()
     assert live.client().models.list()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "status", "code"),
+    [
+        ("gzip", gzip.compress(b'{"model": "triage", "messages": [{"role": "user", "content": "?"}]}'), 200, None),
+        ("gzip", b"{}", 400, "invalid_gzip"),
+        ("gzip", gzip.compress(b" " * 20_000_000), 413, "body_too_large"),
+        ("br", b"{}", 415, "unsupported_encoding"),
+    ],
+)
+def test_bodies_may_be_gzipped_and_nothing_else(
+    shared: Live, encoding: str, body: bytes, status: int, code: str | None
+) -> None:
+    headers = {"authorization": f"Bearer {shared.secret}", "content-encoding": encoding}
+    answer = httpx.post(f"{shared.url}/v1/chat/completions", content=body, headers=headers, timeout=30)
+    assert (answer.status_code, answer.json().get("error", {}).get("code")) == (status, code)
 
 
 def test_a_websocket_is_refused(shared: Live) -> None:

@@ -149,6 +149,15 @@ def test_feedback_is_written_once_and_shows_in_the_record(world: World) -> None:
     assert wrong.status_code == 400, wrong.text
 
 
+def test_a_message_that_is_no_text_hides_no_others(world: World) -> None:
+    odd = {"messages": [{"role": "user", "content": {"a": 1}}], "response": {"role": "assistant", "content": 5}}
+    event = Event("interaction", "default", "default", odd, event_id="interaction:odd", interaction_id="odd")
+    world.log.append([event])
+    world.interactions(("Where is Heron-12?", "In the shed."), first=60)
+    hits = world.call("search_interactions", {"query": "Heron-12"}).json()["result"]
+    assert [hit["interaction_id"] for hit in hits] == ["i60"]
+
+
 def test_two_workspaces_may_use_one_idempotency_key(world: World) -> None:
     arguments = {"interaction_id": "i21", "type": "thumbs_up"}
     first = world.call("submit_feedback", arguments, idempotency_key="k" * 128).json()["result"]
