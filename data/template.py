@@ -125,11 +125,14 @@ def _normalise_message(message: Message) -> Message:
 def content_text(message: Message) -> str:
     """The text of a message, whether it was sent as text, as parts, or not at all."""
     content = message.get("content")
-    if content is None:
-        return ""
     if isinstance(content, str):
         return content
-    return "".join(part.get("text", "") for part in content if part.get("type", "text") == "text")
+    return "".join(part["text"] for part in content if is_text(part)) if isinstance(content, list) else ""
+
+
+def is_text(part: Any) -> bool:
+    """Whether a part of a message's content is text; others (images, sounds) have none."""
+    return isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
 
 
 def _normalise_call(call: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from serve.openai import (
     Scope,
     Send,
     header,
+    refuse_websocket,
     send_error,
     send_response,
 )
@@ -37,6 +38,9 @@ class HttpApplication:
         """Answer one request, or start and stop with the server."""
         if scope["type"] == "lifespan":
             await self._live(receive, send)
+            return
+        if scope["type"] != "http":
+            await refuse_websocket(send)
             return
         begun = False
 

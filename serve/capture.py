@@ -103,7 +103,7 @@ class Record:
             "tools": request.get("tools") or None,
             "tool_calls": self.tool_calls,
             "context": passages(request.get("documents")),
-            "response": {"role": "assistant"} | answer.message if answer.message else None,
+            "response": {"role": "assistant"} | answer.said if answer.message else None,
             "finish_reason": answer.finish_reason,
             "prompt_token_ids": answer.prompt_token_ids,
             "completion_token_ids": answer.token_ids,

@@ -16,8 +16,10 @@ from typing import Any
 from prometheus_client import Counter, Histogram
 
 from cluster import metrics
+from cluster.errors import InputError
 from cluster.settings.serving import ServeSettings
 from data.feedback import pseudonym
+from data.intake.messages import check_messages
 from serve.anomalies import AnomalyWatch
 from serve.arms import not_served, plan
 from serve.breaker import Breaker, StableLatency
@@ -346,6 +348,10 @@ def parse_chat(body: bytes) -> dict[str, Any]:
     messages = request.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise _wrong("messages", messages, "must be a list of at least one message")
+    try:
+        check_messages(messages)
+    except InputError as error:
+        raise ApiError(400, f"{error}.", code="invalid_value", param=error.field) from None
     return request
 
 

@@ -15,12 +15,11 @@ from cluster.errors import ConfigError
 from cluster.settings import Settings, load_settings
 from serve.deployment_config import parse_config
 from serve.egress import check_endpoints
+from serve.places import SPARE_REQUESTS
 
 SERVE_FILE = "serve.yaml"
 SETTINGS_FILE = "run/settings.yaml"
 PREFIXES = {"gateway": "/", "engine": "/engine", "grader": "/grader", "tools": "/tools", "control": "/control"}
-SPARE_REQUESTS = 64
-"""Serve's own limit stands this far above the router's, so that an overload is answered in OpenAI's shape."""
 
 
 def serve_config(settings: Settings, settings_file: Path, declared: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +51,7 @@ def router_deployment(settings: Settings) -> dict[str, Any]:
     return {
         "name": "Router",
         "num_replicas": serve.router_replicas,
-        "max_ongoing_requests": serve.max_ongoing_requests + SPARE_REQUESTS,
+        "max_ongoing_requests": 2 * serve.max_ongoing_requests + SPARE_REQUESTS,
         "graceful_shutdown_wait_loop_s": 0.2,
         "graceful_shutdown_timeout_s": serve.drain_s + serve.request_timeout_s,
         "ray_actor_options": {"num_cpus": serve.router_cpus},

@@ -17,9 +17,19 @@ from cluster.database import write
 from cluster.errors import ConfigError, ConflictError, InputError
 from cluster.settings.serving import EngineEndpoint
 from cluster.tables import routes
-from serve.routes import CHANGEABLE, CONFIG_WRITER, Check, Route, RouteKey, changed, is_route, read_in, write_in
+from serve.routes import (
+    CHANGEABLE,
+    CONFIG_WRITER,
+    VERSION_PATTERN,
+    Check,
+    Route,
+    RouteKey,
+    changed,
+    is_route,
+    read_in,
+    write_in,
+)
 
-VERSION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}/[1-9][0-9]{0,17}$"
 AGENT_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 SHOWN_VERSIONS = 20  # in an error message
 

@@ -138,10 +138,12 @@ class Exchange:
         except TypeError:
             raise ApiError(400, "The body is nested too deeply.", code="invalid_json") from None
 
-    def _logprobs(self) -> bool | int:
+    def _logprobs(self) -> Any:
         """A chat asks for them or not; a completion for so many alternatives beside the token's own."""
         asked = self.request.get("logprobs")
-        return True if self.path == CHAT else asked if isinstance(asked, int) else 0
+        if self.path == CHAT:
+            return asked if asked and asked is not True else True  # what is neither is for the engine to refuse
+        return 0 if asked is None else asked
 
     async def ask(self, engines: Engines, target: Target, *, elsewhere: bool, retry_after_s: float) -> None:
         """Send the request and wait for the first piece of a good answer.

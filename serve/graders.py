@@ -35,6 +35,7 @@ from serve.keys import Key
 from serve.known_keys import KnownKeys
 from serve.online_grading import OnlineGrading
 from serve.openai import ApiError, Receive, Scope, Send, parse_object, read_body
+from serve.places import SPARE_REQUESTS, Places
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class GraderApi(HttpApplication):
         self._settings, self._keys = settings, keys
         self.grading = Grading(settings, judged)
         self.online, self._alerts = online, alerts
+        self._places = Places(settings.max_queued, settings.retry_after_s)
         self.waiting = 0
         """Answers that are being graded."""
         self.abstained = 0
@@ -100,6 +102,7 @@ class GraderApi(HttpApplication):
         if self.online is not None:
             await self.online.close()
         await self.grading.close()
+        self._keys.close()
 
     async def _answer(self, path: str, scope: Scope, receive: Receive) -> Json:
         if path == "/healthz":
@@ -109,10 +112,14 @@ class GraderApi(HttpApplication):
         if action not in ACTIONS:
             raise ApiError(404, f"There is no {path} here; known is {PREFIXES[0]}run and validate.", code="not_found")
         require_method(scope, path, "POST")
-        deadline = asyncio.get_running_loop().time() + self._settings.deadline_s
         key = await self._keys.admit(scope, SCOPE)
+        with self._places.one():
+            return await self._graded(action, scope, receive, key)
+
+    async def _graded(self, action: str, scope: Scope, receive: Receive, key: Key) -> Json:
         limit, timeout_s = self._settings.max_body_bytes, self._settings.body_timeout_s
         document = parse_object(await read_body(scope, receive, limit, timeout_s))
+        deadline = asyncio.get_running_loop().time() + self._settings.deadline_s  # however long a client takes to ask
         grader = document.get("grader")
         if not isinstance(grader, dict):
             raise ApiError(400, "grader must be an object with a type.", param="grader", code="invalid_value")
@@ -274,7 +281,7 @@ def build(settings: Settings) -> Any:
     deployment: Any = GraderReplica  # the decorator made a deployment of the class
     return deployment.options(
         num_replicas=settings.grader.replicas,
-        max_ongoing_requests=settings.grader.max_queued,
+        max_ongoing_requests=settings.grader.max_queued + SPARE_REQUESTS,
         ray_actor_options={"num_cpus": settings.grader.cpus},
         graceful_shutdown_wait_loop_s=0.2,
     ).bind(settings)

@@ -14,10 +14,12 @@ METRICS_PORT, STATS_PORT = 9101, 8404
 """Ray Serve's own, where nobody shares the machine."""
 APPLICATIONS_FIRST_S = 1.0
 HAPROXY_SCRIPT = """#!/bin/sh
-# Ray Serve opens HAProxy's statistics and metrics on every interface: keep them on this machine.
+# Ray Serve opens HAProxy's statistics and metrics on every interface: keep them on this machine. It bounds a client's
+# pauses, and not how long its head may take in all: a byte a second would hold a connection for hours.
 for argument; do
   if [ -f "$argument" ]; then
-    sed -i -E 's/^( *bind )(\\*)?:({metrics}|{stats})$/\\1127.0.0.1:\\3/' "$argument"
+    sed -i -E 's/^( *bind )(\\*)?:({metrics}|{stats})$/\\1127.0.0.1:\\3/
+      s/^( *)timeout client ([0-9]+s) *$/&\\n\\1timeout http-request \\2/' "$argument"
   fi
 done
 exec "{binary}" "$@"
@@ -44,7 +46,7 @@ def ingress_environment(settings: Settings) -> dict[str, str]:
 
 
 def client_timeout_s(settings: Settings) -> int:
-    """How long HAProxy waits for a client that should read or send, in place of Serve's hour.
+    """How long HAProxy waits for a client that should read or send, in place of Serve's hour, and for a whole head.
 
     Once the router has let go of a client that does not read, HAProxy still holds what it had taken over. It waits a
     little longer than the applications do, whose answers say what is wrong. Who waits for an answer is not meant.

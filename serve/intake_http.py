@@ -20,7 +20,7 @@ from data.intake.batches import Intake, ItemResult, items_in, read_document
 from data.intake.items import Identity
 from serve import otlp_http
 from serve.keys import Key
-from serve.openai import JSON, ApiError, Headers, Receive, Scope, Send, read_body, send_response, unpack
+from serve.openai import JSON, ApiError, Headers, Receive, Scope, Send, read_body, send_response
 
 KINDS: dict[str, str | None] = {
     "/v1/feedback": "feedback",
@@ -49,7 +49,6 @@ class IntakeHandler:
         """
         serve = self.settings.serve
         body = await read_body(scope, receive, serve.max_batch_bytes, serve.body_timeout_s)
-        body = unpack(scope, body, serve.max_batch_bytes)
         identity = Identity(key.tenant, key.workspace, key.user_tier)
         with in_api_shape(serve):
             status, answer, kind = await self._answer(path, scope, body, identity)

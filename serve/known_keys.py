@@ -75,6 +75,11 @@ class KnownKeys:
                 raise ApiError(403, f"The key {key.name} is of another tenant.", code="insufficient_scope")
         await send_response(send, 200, metrics.exposition(), [metrics.CONTENT_TYPE])
 
+    def close(self) -> None:
+        """Drop the connections to the database."""
+        if self._database is not None:
+            self._database.dispose()
+
     def _ended(self, _reading: "asyncio.Task[None]") -> None:
         self._reading = None
 

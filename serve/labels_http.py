@@ -24,7 +24,7 @@ from data.log import EventLog, Verdict
 from serve.asgi import send_json
 from serve.intake_http import in_api_shape
 from serve.keys import Key
-from serve.openai import Headers, Receive, Scope, Send, read_body, unpack
+from serve.openai import Headers, Receive, Scope, Send, read_body
 from serve.query import Query
 
 QUEUE, LABELS = "/v1/labels/queue", "/v1/labels"
@@ -72,9 +72,7 @@ class LabelsHandler:
 
     async def _take_in(self, scope: Scope, receive: Receive, key: Key) -> dict[str, Any]:
         serve = self.settings.serve
-        body = unpack(
-            scope, await read_body(scope, receive, serve.max_batch_bytes, serve.body_timeout_s), serve.max_batch_bytes
-        )
+        body = await read_body(scope, receive, serve.max_batch_bytes, serve.body_timeout_s)
         items = items_in(read_document(body), self.settings)
         submissions = await asyncio.to_thread(self._parsed, items, key)
         assert self._commit is not None, "_parsed has looked"

@@ -120,7 +120,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
-def unpack(scope: Scope, body: bytes, limit: int) -> bytes:
+def _unpacked(scope: Scope, body: bytes, limit: int) -> bytes:
     """The body without its `content-encoding`: gzip or none; never more than `limit` bytes.
 
     Raises:
@@ -145,10 +145,10 @@ def unpack(scope: Scope, body: bytes, limit: int) -> bytes:
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float) -> bytes:
-    """The request body as it was sent, up to `limit` bytes.
+    """The request body, up to `limit` bytes as it was sent and without its `content-encoding`.
 
     Raises:
-        ApiError: 413 when it is or becomes longer, 408 when it does not come in time.
+        ApiError: 413 when it is or becomes longer, 408 when it does not come in time, 415 or 400 by its encoding.
         ClientGoneError: the client went away before its end.
     """
     declared = header(scope, b"content-length")
@@ -156,9 +156,10 @@ async def read_body(scope: Scope, receive: Receive, limit: int, timeout_s: float
         raise _too_long(limit)
     try:
         async with asyncio.timeout(timeout_s):
-            return await _whole_body(receive, limit)
+            body = await _whole_body(receive, limit)
     except TimeoutError:
         raise ApiError(408, f"The body did not arrive within {timeout_s:g} seconds.", code="body_timeout") from None
+    return _unpacked(scope, body, limit)
 
 
 async def _whole_body(receive: Receive, limit: int) -> bytes:
@@ -267,6 +268,11 @@ async def send_response(send: Send, status: int, body: bytes, headers: Headers) 
     head = [*headers, (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": body})
+
+
+async def refuse_websocket(send: Send) -> None:
+    """Close before it opens, which the server answers 403."""
+    await send({"type": "websocket.close"})
 
 
 async def send_error(send: Send, error: ApiError, headers: Headers = []) -> None:  # noqa: B006 (never changed)

@@ -59,6 +59,11 @@ class Answer:
         return len(self.prompt_token_ids), len(self.token_ids) or guessed
 
     @property
+    def said(self) -> dict[str, Any]:
+        """The message, whole or put together from a stream; an empty text beside tool calls is left out."""
+        return {k: v for k, v in self.message.items() if k != "content" or not _is_empty_beside_calls(self.message)}
+
+    @property
     def filtered(self) -> bool:
         """A filter stopped it: a safety incident, which a refusal is not."""
         return self.finish_reason == "content_filter"
@@ -103,6 +108,10 @@ class Answer:
             self.logprobs += _numbers([item["logprob"] for item in logprobs.get("content") or []], int | float)
             given = [value for value in logprobs.get("token_logprobs") or [] if value is not None]
             self.logprobs += _numbers(given, int | float)
+
+
+def _is_empty_beside_calls(message: Mapping[str, Any]) -> bool:
+    return message.get("content") == "" and bool(message.get("tool_calls"))
 
 
 def _text(value: Any) -> str | None:
@@ -158,6 +167,9 @@ class Rewriter:
         if not isinstance(document, dict) or not isinstance(document.get("choices"), list):
             raise ValueError(f"the engine answered {shown(document)}")
         for choice in _choices(document):
+            message = choice.get("message")
+            if isinstance(message, dict) and _is_empty_beside_calls(message):
+                message["content"] = None  # as OpenAI's; some engines say an empty text
             if choice.get("index", 0) == 0:
                 self.answer.add_message(choice)
         self._clean(document)

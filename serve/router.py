@@ -46,6 +46,7 @@ from serve.openai import (
     Scope,
     Send,
     header,
+    refuse_websocket,
     send_error,
     send_response,
     sending_within,
@@ -53,6 +54,7 @@ from serve.openai import (
 )
 from serve.openapi.document import PATH as OPENAPI
 from serve.openapi.document import document as openapi_document
+from serve.places import Places
 from serve.prompts import PromptPolicy
 from serve.shadow import Shadow
 from serve.snapshot import Snapshot, Watcher
@@ -97,7 +99,10 @@ class RouterApp:
     ) -> None:
         self.settings = settings
         self._standalone = standalone
-        self._in_flight = 0
+        serve = settings.serve
+        self._completing = Places(serve.max_ongoing_requests, serve.retry_after_s)
+        self._others = Places(serve.max_ongoing_requests, serve.retry_after_s)
+        """Slow senders of feedback or files must not keep those out who chat, nor the other way round."""
         self._commit: GroupCommit | None = None
         on = settings.learning.enabled and settings.capture.enabled
         tell = functools.partial(alert, settings)
@@ -124,7 +129,7 @@ class RouterApp:
             return None
 
         def busy() -> bool:
-            return self._in_flight > shadow.max_load * most
+            return self._completing.taken > shadow.max_load * most
 
         return Shadow(self.settings, engines, self._capture, lambda: self.watcher.current, busy)
 
@@ -184,6 +189,8 @@ class RouterApp:
             await self._lifespan(receive, send)
         elif scope["type"] == "http":
             await self._http(scope, receive, send)
+        else:
+            await refuse_websocket(send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         while True:
@@ -233,9 +240,10 @@ class RouterApp:
     ) -> int:
         if is_ours(path):
             snapshot = self._snapshot()
-            return await self._finetuning.handle(
-                scope, receive, send, lambda needed: self._key(scope, needed), snapshot, headers
-            )
+            with self._others.one():
+                return await self._finetuning.handle(
+                    scope, receive, send, lambda needed: self._key(scope, needed), snapshot, headers
+                )
         wanted = METHODS.get(path)
         if wanted is None:
             raise ApiError(404, f"There is nothing at {path}.", code="unknown_url")
@@ -246,12 +254,16 @@ class RouterApp:
             return await self._bounded(scope, receive, send, request_id, headers)
         if path in intake_http.KINDS:
             key = self._key(scope, intake_http.SCOPE)
-            return await self._intake.handle(path, scope, receive, send, key, headers)
+            with self._others.one():
+                return await self._intake.handle(path, scope, receive, send, key, headers)
         if path in (labels_http.QUEUE, labels_http.LABELS):
             key = self._key(scope, labels_http.SCOPE)
-            return await self._labels.handle(path, scope, receive, send, key, headers)
+            with self._others.one():
+                return await self._labels.handle(path, scope, receive, send, key, headers)
         if path == users_http.PATH:
-            return await self._users.handle(scope, send, self._key(scope, users_http.SCOPE), headers)
+            key = self._key(scope, users_http.SCOPE)
+            with self._others.one():
+                return await self._users.handle(scope, send, key, headers)
         if path == OPENAPI:  # what it is made of takes seconds to import, once
             await send_response(send, 200, await asyncio.to_thread(openapi_document), [JSON, *headers])
             return 200
@@ -261,21 +273,11 @@ class RouterApp:
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send, request_id: str, headers: Headers) -> int:
         key = self._key(scope, "chat")
-        serve = self.settings.serve
-        if self._in_flight >= serve.max_ongoing_requests:
-            metrics.OVERLOADED.inc()
-            raise ApiError(
-                429, f"{self._in_flight} requests are being answered already; try again later.",
-                code="overloaded", retry_after_s=serve.retry_after_s,
-            )  # fmt: skip
-        self._in_flight += 1
-        send = sending_within(send, serve.write_timeout_s)
-        try:
+        send = sending_within(send, self.settings.serve.write_timeout_s)
+        with self._completing.one():
             if self._standalone:
                 return await self._watched(scope, receive, send, key, request_id, headers)
             return await self._complete(scope, receive, send, key, request_id, headers)
-        finally:
-            self._in_flight -= 1
 
     async def _complete(
         self, scope: Scope, receive: Receive, send: Send, key: Key, request_id: str, headers: Headers

@@ -5,6 +5,7 @@ are the deployment config (`serve.deployment_config`), a person (`rayloop route`
 go through `write_route` or `write_in`, so they obey the same rules.
 """
 
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +24,7 @@ from serve.split import SPLIT_FIELDS, Arm, changed_arms, check_arms, check_share
 
 CHANGEABLE = ("stable", *SPLIT_FIELDS, "max_share", "shadow", "experiment_id", "salt", "pinned")
 CONFIG_WRITER = "config"
+VERSION_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}/[1-9][0-9]{0,17}$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +230,10 @@ def _new_split(before: Route, change: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(before: Route, after: Route, writer: str) -> None:
+    for name in ("stable", "candidate", "shadow"):
+        version = getattr(after, name)
+        if version is not None and not re.fullmatch(VERSION_PATTERN, version):
+            raise InputError(name, version, "is not the name of a version", "write it as `rayloop register` says it")
     check_share("max_share", after.max_share)
     check_arms(after.arms, after.stable)
     if writer == CONFIG_WRITER:

@@ -149,7 +149,7 @@ def _only_ready(settings: Settings, engine: Engine) -> Check:
         try:
             check(before, after)
         except NotReadyError as error:
-            raise NotReadyError(f"{error}; wait for it, or write the route all the same with --force") from None
+            raise NotReadyError(f"{error}; `--force` writes the route all the same") from None
 
     return with_remedy
 

@@ -212,7 +212,10 @@ def _readiness(database: Engine, version_id: str, live_after_s: float) -> tuple[
         wanting = sa.select(servables.c.engine).where(servables.c.version == version_id, servables.c.wanted)
         engines = set(connection.execute(wanting).scalars())
         if not engines:
-            raise NotFoundError(f"no engine is asked to hold version {version_id}")
+            raise NotFoundError(
+                f"no engine is asked to hold version {version_id}; a rollout asks one, or an engine's "
+                "`serve.engines.<name>.models` names it"
+            )
         speaks = (r.heartbeat_us >= since_us) | (r.state == "idle")
         mine = sa.select(servable_replicas).where(r.engine.in_(engines), speaks)
         rows = [Report(**row) for row in connection.execute(mine).mappings()]

@@ -190,7 +190,7 @@ class ServeSettings(Section):
     """How long a stopping replica finishes what it has before its connections are cut. Serve applies a
     new configuration only after draining, so this also bounds how fast an edited share takes effect."""
     max_ongoing_requests: int = Field(256, ge=1)
-    """Requests one router replica works on at once; more are answered 429 at once."""
+    """Completions one router replica works on at once, and as many other requests; more are answered 429 at once."""
     max_body_bytes: int = Field(2_000_000, ge=1024)
     """Longer request bodies are answered 413 without being read to the end."""
     max_batch_bytes: int = Field(16_000_000, ge=1024)

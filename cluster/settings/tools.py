@@ -18,7 +18,7 @@ class ToolSettings(Section):
     cpus: float = Field(0.1, ge=0)
     """Logical CPUs each replica reserves."""
     max_ongoing_requests: int = Field(256, ge=1)
-    """Requests one replica works on at once."""
+    """Requests one replica works on at once; more are answered 429 at once."""
     modules: tuple[str, ...] = ()
     """Modules of your own, imported at start, whose functions `@tool` registers."""
     serve: tuple[str, ...] | None = None

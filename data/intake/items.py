@@ -15,6 +15,7 @@ from cluster.errors import InputError
 from cluster.settings import Settings
 from data.events import OWN_NAMESPACES, Event, input_error, interaction_event_id, parse_body, uuid7
 from data.feedback import complete_feedback, pseudonym, refuse_server_fields
+from data.intake.messages import check_messages
 from data.intake.metadata import scrubbed
 from data.intake.plain import check_plain
 
@@ -143,7 +144,4 @@ def _check_messages(messages: list[dict[str, Any]], *, may_be_empty: bool) -> No
     """`may_be_empty`: an agent's span, whose steps came in other requests of its trace."""
     if not messages and not may_be_empty:
         raise InputError("messages", messages, "must not be empty", "send the conversation")
-    for place, message in enumerate(messages):
-        role = message.get("role")
-        if not isinstance(role, str):
-            raise InputError(f"messages.{place}.role", role, "must be a string", "send OpenAI chat messages")
+    check_messages(messages)

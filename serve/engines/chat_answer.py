@@ -168,12 +168,14 @@ class ChatAnswer:
 
     def _piece(self, update: Update, *, first: bool, held: dict[int, str]) -> Json:
         index = update.generation.index
-        delta: Json = {"role": "assistant"} if first else {}
+        delta: Json = {"role": "assistant", "content": ""} if first else {}
         reason: str | None = update.finish_reason
         if self._tools:
             held[index] = held.get(index, "") + update.text
             if reason is not None:
-                delta["content"], calls = parse_tool_calls(held[index])
+                text, calls = parse_tool_calls(held[index])
+                if text or not calls:
+                    delta["content"] = text
                 if calls:
                     delta["tool_calls"] = [{"index": i, **call} for i, call in enumerate(calls)]
                 reason = self._reason(reason, calls)

@@ -20,10 +20,10 @@ from cluster.metrics_files import publish_metrics
 from cluster.settings import Settings
 from cluster.settings.engines import EngineSettings
 from serve.engines.autoscaling import scale
+from serve.places import SPARE_REQUESTS
 
 log = logging.getLogger(__name__)
 
-SPARE_REQUESTS = 64  # Serve's own limit stands above the engine's, so overload is answered in OpenAI's shape
 HEALTH_TIMEOUT_S = 60.0  # a step of a large model may hold the interpreter for long
 CHANGEABLE = {
     "max_adapters", "max_rank", "default_max_tokens", "max_choices", "max_top_logprobs", "max_body_bytes",

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from cluster.settings.engines import EngineSettings
+from data.template import is_text
 from serve.engines.detokenise import TokenTexts
 from serve.engines.generation import SamplingParams, TokenLogprob
 from serve.engines.tool_choice import ToolChoice, forced_call
@@ -99,8 +100,7 @@ def parse_chat(document: Any, settings: EngineSettings) -> ChatRequest:
         param = ".".join(str(part) for part in problem["loc"]) or None
         raise ApiError(400, f"{param or 'body'}: {problem['msg']}", param=param, code="invalid_value") from None
     for index, message in enumerate(request.messages):
-        if not isinstance(message.get("role"), str):
-            raise ApiError(400, "every message needs a role", param=f"messages.{index}.role", code="invalid_value")
+        _check_message(message, f"messages.{index}")
     _check_limit("n", request.n, settings.max_choices)
     _check_limit("top_logprobs", request.top_logprobs, settings.max_top_logprobs)
     if request.top_logprobs and not request.logprobs:
@@ -109,6 +109,19 @@ def parse_chat(document: Any, settings: EngineSettings) -> ChatRequest:
         raise ApiError(400, "a stop string must not be empty", param="stop", code="invalid_value")
     _check_choice(request)
     return request
+
+
+def _check_message(message: Json, place: str) -> None:
+    content = message.get("content")
+    if not isinstance(message.get("role"), str):
+        raise ApiError(400, "every message needs a role", param=f"{place}.role", code="invalid_value")
+    if not isinstance(content, str | list | None):
+        said = f"{place}.content must be a text or a list of parts"
+        raise ApiError(400, said, param=f"{place}.content", code="invalid_value")
+    for number, part in enumerate(content if isinstance(content, list) else ()):
+        if not is_text(part):
+            param = f"{place}.content.{number}"
+            raise ApiError(400, f"{param}: this engine reads parts of text only", param=param, code="invalid_value")
 
 
 def _check_choice(request: ChatRequest) -> None:

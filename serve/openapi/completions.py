@@ -17,7 +17,7 @@ from serve.openapi.shapes import (
     ref,
 )
 
-REFUSED = ("400", "404", "408", "413", "4XX", "502", "504")
+REFUSED = ("404", "4XX", "502", "504")
 STREAMED = (
     "With `stream: true` the answer comes as server-sent events: pieces of it as they are made, then `data: [DONE]`. "
     "An engine that fails meanwhile ends the stream with an event that holds `error`. Fields that are not named here "
@@ -40,7 +40,7 @@ HEADERS = {
 
 def paths(shared: Schema) -> Schema:
     """The two routes."""
-    shared["ChatRequest"] = _request({"messages": {"type": "array", "items": OBJECT, "minItems": 1}})
+    shared["ChatRequest"] = _request({"messages": {"type": "array", "items": _message(), "minItems": 1}})
     shared["TextRequest"] = _request({"prompt": _prompt()})
     shared["ChatCompletion"] = _completion("chat.completion", {"message": OBJECT})
     shared["TextCompletion"] = _completion("text_completion", {"text": shapes.TEXT})
@@ -72,6 +72,18 @@ def _request(asked: Schema) -> Schema:
         "user": maybe({"type": "string", "maxLength": USER_CHARACTERS}),
     }
     return {"type": "object", "properties": properties | asked, "required": ["model", *asked]}
+
+
+def _message() -> Schema:
+    """What readers of the log rely on; the rest is the engine's."""
+    parts = {"type": "array", "items": OBJECT}
+    calls = {"type": "array", "items": {"type": "object", "properties": {"function": OBJECT}}}
+    properties = {
+        "role": shapes.TEXT,
+        "content": {"anyOf": [shapes.TEXT, parts, {"type": "null"}]},
+        "tool_calls": maybe(calls),
+    }
+    return {"type": "object", "properties": properties, "required": ["role"]}
 
 
 def _prompt() -> Schema:

@@ -1,4 +1,4 @@
-"""The document itself, at `/openapi.json`: all that clients may ask of the router, and of the grader beside it."""
+"""The document itself, at `/openapi.json`: all that clients may ask of the router, and of grader and tools beside."""
 
 from functools import cache
 
@@ -17,11 +17,11 @@ def document() -> bytes:
 
 def build() -> Schema:
     """The document."""
-    from serve.openapi import completions, files, graders, intake, jobs, labels, models, probes, users
+    from serve.openapi import completions, files, graders, intake, jobs, labels, models, probes, tools, users
 
     schemas: Schema = {"Error": error(), "Results": results()}
     paths: Schema = {}
-    for group in (completions, models, intake, labels, users, files, jobs, graders, probes):
+    for group in (completions, models, intake, labels, users, files, jobs, graders, tools, probes):
         for path, operations in group.paths(schemas).items():
             paths[path] = paths.get(path, {}) | operations
     return {

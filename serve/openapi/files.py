@@ -40,7 +40,6 @@ def _upload() -> Schema:
         "upload_file",
         "Send a file; every line of it is checked.",
         answered("The file.", ref("File")),
-        refused=("400", "408", "413", "415"),
         body=form,
     )
 

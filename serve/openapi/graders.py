@@ -21,7 +21,6 @@ from serve.openapi.shapes import (
 
 MOUNTED = [{"url": "/grader"}]
 """Where the application is, from the address of the router."""
-REFUSED = ("400", "408", "413")
 
 
 def paths(shared: Schema) -> Schema:
@@ -49,7 +48,6 @@ def _run(name: str) -> Schema:
         name,
         "Grade an answer, or a batch of answers.",
         answered("Its grade, or theirs in order.", {"anyOf": [ref("Grade"), listed(ref("Grade"))]}),
-        refused=REFUSED,
         body=as_json({"anyOf": [alone, batch]}),
         description="What cannot be judged, or not in time, is an abstention: its `reward` is null.",
     )
@@ -60,7 +58,6 @@ def _validate(name: str) -> Schema:
         name,
         "Say whether a configuration is a grader.",
         answered("It is.", closed({"grader": OBJECT, "name": TEXT, "version": TEXT})),
-        refused=REFUSED,
         body=as_json(closed({"grader": ref("Grader")})),
     )
 

@@ -15,7 +15,6 @@ SUMMARIES = {
     "/v1/trajectories": "Report conversations of an agent with tools, whole.",
     "/v1/traces": "Report interactions, tool calls and trajectories of agents elsewhere; also OTLP/HTTP.",
 }
-REFUSED = ("400", "408", "413", "415")
 
 
 def paths(shared: Schema) -> Schema:
@@ -56,7 +55,7 @@ def _operation(path: str, kind: str | None) -> Schema:
         return _traces(name, path)
     taken = as_json({"anyOf": [ref(kind), many(ref(kind))]})
     answer = answered("Each item's own answer.", ref("Results"))
-    return operation(name, SUMMARIES[path], answer, refused=REFUSED, body=taken)
+    return operation(name, SUMMARIES[path], answer, body=taken)
 
 
 def _traces(name: str, path: str) -> Schema:
@@ -65,7 +64,7 @@ def _traces(name: str, path: str) -> Schema:
     protobuf = {"application/x-protobuf": {"schema": {"type": "string", "format": "binary"}}}
     taken = as_json({"anyOf": [one, many(one)]}) | protobuf
     answer = answered("Each item's own answer.", {"anyOf": [ref("Results"), ref("ExportResponse")]})
-    found = operation(name, SUMMARIES[path], answer, refused=REFUSED, body=taken)
+    found = operation(name, SUMMARIES[path], answer, body=taken)
     for response in found["responses"].values():
         response["content"]["application/x-protobuf"] = {}
     return found

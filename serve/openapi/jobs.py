@@ -71,7 +71,7 @@ def _created() -> Schema:
         "create_fine_tuning_job",
         "Train a model on a file.",
         answered("The job, waiting to be started.", ref("FineTuningJob")),
-        refused=("400", "404", "408", "409", "413"),
+        refused=("404", "409"),
         body=as_json(ref("FineTuningRequest")),
         description="With the header `idempotency-key` the same request again answers with the same job.",
     )

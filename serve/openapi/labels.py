@@ -4,7 +4,6 @@ from data.labelling.content import LETTERS
 from data.labelling.queue import ORDER
 from data.labelling.submission import LabelItem
 from serve.labels_http import LABELS, MOST_SHOWN, QUEUE
-from serve.openapi.intake import REFUSED
 from serve.openapi.shapes import (
     OBJECT,
     TEXT,
@@ -39,7 +38,7 @@ def _waiting() -> Schema:
 def _submission() -> Schema:
     taken = as_json({"anyOf": [ref("label"), many(ref("label"))]})
     answer = answered("Each item's own answer.", ref("Results"))
-    return operation("labels", "Judge items of the labelling queue.", answer, refused=REFUSED, body=taken)
+    return operation("labels", "Judge items of the labelling queue.", answer, body=taken)
 
 
 def _queue() -> Schema:

@@ -17,14 +17,18 @@ REFUSALS = {
     "409": "Its state does not allow that.",
     "413": "The body is too long.",
     "415": "The content type or the content-encoding is not understood.",
+    "422": "The result is too long, or the idempotency key stands for another call.",
     "429": "Too much waits already, or a limit is reached; come again after `retry-after`.",
     "4XX": "The engine refuses the request.",
+    "500": "A tool failed; `message` names its kind of error.",
     "502": "The engine failed.",
     "503": "It cannot be answered now; come again after `retry-after`.",
-    "504": "The engine did not answer in time.",
+    "504": "The engine, or the tool, did not answer in time.",
 }
 KEYED = ("401", "403", "429", "503")
 """What every route with a key may answer."""
+OF_A_BODY = ("400", "408", "413", "415")
+"""What every route with a body may answer."""
 TEXT: Schema = {"type": "string"}
 WHOLE: Schema = {"type": "integer"}
 NUMBER: Schema = {"type": "number"}
@@ -44,8 +48,10 @@ def operation(
 ) -> Schema:
     """One operation with a key.
 
-    `answer` is the 200 response; `body` maps content types to what is taken; `refused` are statuses besides `KEYED`.
+    `answer` is the 200 response; `body` maps content types to what is taken; `refused` are statuses besides `KEYED` and
+    those of every body.
     """
+    refused = refused if body is None else (*refused, *OF_A_BODY)
     found: Schema = {
         "operationId": name,
         "summary": summary,

@@ -10,7 +10,7 @@ from cluster.clock import to_iso
 from cluster.errors import InputError, NotFoundError
 from cluster.tables import events
 from data.events import RecordedEvent, chosen_reports
-from data.intake.items import Identity
+from data.intake.items import Id, Identity
 from data.log import EventLog
 from data.reaction_bodies import FeedbackType
 from data.template import content_text
@@ -77,7 +77,7 @@ def query_sql(
 def search_interactions(
     caller: Caller,
     query: Annotated[str, Field(min_length=1, max_length=1_000)],
-    agent: str | None = None,
+    agent: Id | None = None,
     limit: Annotated[int, Field(ge=1, le=50)] = 10,
 ) -> list[Hit]:
     """Find past questions and answers by their words, the closest first."""
@@ -97,7 +97,7 @@ def search_interactions(
 
 
 @tool
-def get_record(caller: Caller, interaction_id: Annotated[str, Field(min_length=1, max_length=128)]) -> Record:
+def get_record(caller: Caller, interaction_id: Id) -> Record:
     """One past interaction by its id, with its feedback, grades and labels."""
     log = EventLog(caller.services.database)
     known = [r for r in log.about(caller.tenant, [interaction_id]) if _is_visible(r, caller)]
@@ -120,7 +120,7 @@ def get_record(caller: Caller, interaction_id: Annotated[str, Field(min_length=1
 @tool(writes=True)
 def submit_feedback(
     caller: Caller,
-    interaction_id: Annotated[str, Field(min_length=1, max_length=128)],
+    interaction_id: Id,
     type: FeedbackType,
     value: Annotated[float | None, Field(description="The rating, 1 to 5, where `type` is rating.")] = None,
     text: Annotated[str | None, Field(description="The better answer, where `type` is correction.")] = None,

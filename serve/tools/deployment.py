@@ -16,6 +16,7 @@ from data.group_commit import GroupCommit
 from data.intake.batches import Intake
 from data.log import EventLog
 from serve.known_keys import KnownKeys
+from serve.places import SPARE_REQUESTS
 from serve.tools.http import ToolApi
 from serve.tools.registry import REGISTRY, Services, Tool
 from serve.tools.runner import ToolRunner
@@ -95,7 +96,7 @@ def build(settings: Settings) -> Any:
     deployment: Any = ToolsReplica  # the decorator made a deployment of the class
     return deployment.options(
         num_replicas=settings.tools.replicas,
-        max_ongoing_requests=settings.tools.max_ongoing_requests,
+        max_ongoing_requests=settings.tools.max_ongoing_requests + SPARE_REQUESTS,
         ray_actor_options={"num_cpus": settings.tools.cpus},
         graceful_shutdown_wait_loop_s=0.2,
     ).bind(settings)

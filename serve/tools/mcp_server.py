@@ -15,10 +15,12 @@ from mcp.server.context import ServerRequestContext
 from mcp.server.lowlevel.server import Server
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 
+from serve.asgi import require_method
 from serve.keys import Key
-from serve.openai import ApiError, Receive, Scope, Send
+from serve.openai import ApiError, Receive, Scope, Send, read_body
+from serve.tools.call import MCP_PATH, parse_call
 from serve.tools.registry import Tool
-from serve.tools.runner import ENVELOPE, Call, ToolRunner
+from serve.tools.runner import ToolRunner
 
 KEY = "rayloop.key"  # where the scope carries the caller's key
 META = "rayloop/"
@@ -28,8 +30,9 @@ Context = ServerRequestContext[Any, Any]
 class McpServer:
     """An MCP server around a `ToolRunner`."""
 
-    def __init__(self, runner: ToolRunner, max_body_bytes: int) -> None:
+    def __init__(self, runner: ToolRunner, max_body_bytes: int, body_timeout_s: float) -> None:
         self._runner = runner
+        self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
         server: Server[Any] = Server("rayloop", on_list_tools=self._list, on_call_tool=self._call)
         self._manager = StreamableHTTPSessionManager(
             server, json_response=True, stateless=True, max_request_body_size=max_body_bytes
@@ -42,19 +45,25 @@ class McpServer:
             yield
 
     async def handle(self, scope: Scope, receive: Receive, send: Send, key: Key) -> None:
-        """One HTTP request on behalf of a key."""
-        await self._manager.handle_request({**scope, KEY: key}, receive, send)  # type: ignore[arg-type]
+        """One HTTP request on behalf of a key; POST only, as nothing is ever said to a client that has not asked.
+
+        Raises:
+            ApiError: 405, 408 or 413; what the body says is answered for in JSON-RPC.
+        """
+        require_method(scope, MCP_PATH, "POST")
+        body = await read_body(scope, receive, self._max_body_bytes, self._body_timeout_s)
+        await self._manager.handle_request({**scope, KEY: key}, _given(body, receive), send)  # type: ignore[arg-type]
 
     async def _list(self, _context: Context, _params: Any) -> mcp_types.ListToolsResult:
         return mcp_types.ListToolsResult(tools=[_described(found) for found in self._runner.tools.values()])
 
     async def _call(self, context: Context, params: mcp_types.CallToolRequestParams) -> mcp_types.CallToolResult:
         meta: dict[str, Any] = dict(context.meta or {})
-        about = {name: _text(meta.get(f"{META}{name}")) for name in (*ENVELOPE, "call_id")}
-        call = Call(params.name, params.arguments or {}, about, _text(meta.get(f"{META}idempotency_key")))
+        about = {name.removeprefix(META): value for name, value in meta.items() if name.startswith(META)}
         assert context.request is not None
         try:
-            result: Any = await self._runner.run(call, context.request.scope[KEY])
+            call = parse_call(about | {"arguments": params.arguments or {}})
+            result: Any = await self._runner.run(params.name, call, context.request.scope[KEY])
         except ApiError as error:
             return _said({"error": error.object()}, is_error=True)
         return _said(result if isinstance(result, dict) else {"result": result})
@@ -81,5 +90,11 @@ def _said(document: dict[str, Any], *, is_error: bool = False) -> mcp_types.Call
     )
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and 0 < len(value) <= 128 else None
+def _given(body: bytes, receive: Receive) -> Receive:
+    """`receive` of a request whose body has been read."""
+    waiting: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def received() -> dict[str, Any]:
+        return waiting.pop() if waiting else await receive()
+
+    return received

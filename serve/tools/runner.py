@@ -5,9 +5,10 @@ import functools
 import inspect
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -19,28 +20,18 @@ from cluster import metrics
 from cluster.errors import ConflictError, InputError, NotFoundError, RayloopError, UnavailableError
 from cluster.settings.tools import ToolSettings
 from data.intake.items import Identity
+from data.intake.plain import check_plain
 from serve.breaker import Breaker, BreakerLimits
 from serve.keys import Key
 from serve.openai import ApiError
+from serve.tools.call import Call
 from serve.tools.registry import Caller, Services, Tool
 from serve.tools.replies import Owner, Replies
 
 log = logging.getLogger(__name__)
 
 PURGE_EVERY = 100  # writes between two looks for replies that are too old
-ENVELOPE = ("interaction_id", "session", "agent", "user")
-"""What a caller says of the trajectory a call belongs to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call as it came in."""
-
-    name: str
-    arguments: Any
-    about: Mapping[str, Any]
-    """Fields of `ENVELOPE`, and `call_id`."""
-    idempotency_key: str | None = None
+SHOWN_CHARS = 200  # of why the log would not keep a result
 
 
 class ResultError(ApiError):
@@ -67,17 +58,19 @@ class ToolRunner:
         await asyncio.gather(*self._records, return_exceptions=True)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def run(self, call: Call, key: Key) -> Any:
+    async def run(self, name: str, call: Call, key: Key) -> Any:
         """The result of a call, as JSON.
 
         Raises:
             ApiError: it was refused, failed, took too long or gave too much.
         """
-        found = self._find(call)
+        found = self._find(name)
+        self._require_plain(call.arguments)
         began, result = time.perf_counter(), None
         failure: ApiError | None = ApiError(499, "The caller went away.", code="cancelled")
         try:
-            arguments = _parsed(found, call.arguments)
+            with _in_api_shape():
+                arguments = found.parse(call.arguments)
             result = await self._through_breaker(found, call, arguments, key)
             failure = None
             return result
@@ -92,14 +85,19 @@ class ToolRunner:
             seconds = time.perf_counter() - began
             metrics.TOOL_CALLS.labels(found.name, "ok" if failure is None else failure.code or "failed").inc()
             metrics.TOOL_SECONDS.labels(found.name).observe(seconds)
-            self._record(call, key, result, failure, seconds)
+            self._record(name, call, key, result, failure, seconds)
 
-    def _find(self, call: Call) -> Tool:
-        found = self.tools.get(call.name)
+    def _find(self, name: str) -> Tool:
+        found = self.tools.get(name)
         if found is None:
             known = ", ".join(sorted(self.tools))
-            raise ApiError(404, f"There is no tool {call.name!r:.80}; known are {known}.", code="tool_not_found")
+            raise ApiError(404, f"There is no tool {name!r:.80}; known are {known}.", code="tool_not_found")
         return found
+
+    def _require_plain(self, arguments: Any) -> None:
+        """Refuse, before it counts as a call, what the log could not keep."""
+        with _in_api_shape():
+            check_plain(arguments, "arguments", self._services.settings.intake.max_text_chars)
 
     async def _through_breaker(self, found: Tool, call: Call, arguments: dict[str, Any], key: Key) -> Any:
         breaker = self._breakers[found.name]
@@ -125,7 +123,7 @@ class ToolRunner:
         caller = Caller(key.tenant, key.workspace, self._services, key.user_tier)
         if not found.writes:
             return await self._bounded(found, caller, arguments)
-        idempotency_key = call.idempotency_key or call.about.get("call_id")
+        idempotency_key = call.idempotency_key or call.call_id
         if not idempotency_key:
             message = f"{found.name} writes: send an Idempotency-Key, so that a retry writes nothing twice."
             raise ApiError(400, message, param="idempotency_key", code="missing_idempotency_key")
@@ -226,27 +224,24 @@ class ToolRunner:
             ResultError: it is of another type, no JSON, or too long.
         """
         try:
-            result = found.result.dump_python(found.result.validate_python(given), mode="json")
-            size = len(orjson.dumps(result))
+            written = orjson.dumps(found.result.dump_python(found.result.validate_python(given), mode="json"))
         except (ValidationError, PydanticSerializationError, orjson.JSONEncodeError) as error:
             log.error("tool %s broke its own type: %s", found.name, error)
             message = f"The tool {found.name} gave what its type does not allow."
             raise ResultError(500, message, code="tool_failed") from None
         limit = found.max_result_bytes or self._settings.max_result_bytes
-        if size > limit:
-            message = f"The result has {size} bytes, more than {limit}; ask for less."
+        if len(written) > limit:
+            message = f"The result has {len(written)} bytes, more than {limit}; ask for less."
             raise ResultError(422, message, code="result_too_large")
-        return result
+        return orjson.loads(written)  # as the caller reads it: JSON has no infinity
 
-    def _record(self, call: Call, key: Key, result: Any, failure: ApiError | None, seconds: float) -> None:
+    def _record(self, name: str, call: Call, key: Key, result: Any, failure: ApiError | None, seconds: float) -> None:
         """Put the call into its trajectory, after the answer left; a record that fails is counted, never raised."""
         settings = self._services.settings
         if not (settings.learning.enabled and settings.capture.enabled):
             return
-        item: dict[str, Any] = {name: call.about[name] for name in ENVELOPE if call.about.get(name)}
-        item |= {"name": call.name, "latency_s": seconds}
+        item: dict[str, Any] = call.about | {"name": name, "latency_s": seconds}
         item |= {"arguments": call.arguments} if isinstance(call.arguments, dict | str) else {}
-        item |= {"call_id": call.about["call_id"]} if call.about.get("call_id") else {}
         item |= {"result": result} if failure is None else {"error": f"{failure.code}: {failure.message}"[:2_000]}
         task = asyncio.ensure_future(self._write(item, Identity(key.tenant, key.workspace, key.user_tier)))
         self._records.add(task)
@@ -254,7 +249,11 @@ class ToolRunner:
 
     async def _write(self, item: dict[str, Any], identity: Identity) -> None:
         try:
-            (written,) = await self._services.intake.take_in([item], "tool_call", identity)
+            take_in = self._services.intake.take_in
+            (written,) = await take_in([item], "tool_call", identity)
+            if written.error is not None and "result" in item:  # too long a text: the call is recorded without it
+                left_out = {"result_left_out": str(written.error)[:SHOWN_CHARS]}
+                (written,) = await take_in([item | {"result": None, "metadata": left_out}], "tool_call", identity)
             status = written.status
             if written.error is not None:
                 log.warning("a tool call was not recorded: %s", written.error)
@@ -280,8 +279,10 @@ def _replied(reply: dict[str, Any]) -> Any:
     return reply["result"]
 
 
-def _parsed(found: Tool, arguments: Any) -> dict[str, Any]:
+@contextmanager
+def _in_api_shape() -> Iterator[None]:
+    """Wrong values, as callers expect to be told."""
     try:
-        return found.parse(arguments)
+        yield
     except InputError as error:
         raise ApiError(400, str(error), param=error.field, code="invalid_value") from None

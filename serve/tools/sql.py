@@ -6,6 +6,7 @@ common table expressions bound to the caller's tenant. The connection is read-on
 authorizer on SQLite, a read-only transaction on PostgreSQL). Time and rows are bounded by the database itself.
 """
 
+import logging
 import re
 import sqlite3
 import time
@@ -19,6 +20,9 @@ from sqlalchemy.engine import Connection, Engine
 from sqlglot import exp
 
 from cluster.errors import InputError, UnavailableError
+from data.intake.plain import to_plain
+
+log = logging.getLogger(__name__)
 
 FUNCTIONS = frozenset(
     "abs avg cast ceil coalesce concat count countif date extract floor if ifnull length lower max min mod exists "
@@ -76,7 +80,7 @@ class ReadOnlySql:
         """The rows of a query.
 
         Raises:
-            InputError: the query is not allowed, or the database refuses it.
+            InputError: the query is not allowed, the database refuses it, or it finds what is no text.
             UnavailableError: the database does not answer, or took too long.
         """
         if taken := sorted(set(parameters) & set(BOUND)):
@@ -86,15 +90,20 @@ class ReadOnlySql:
         if missing := sorted(written.parameters - set(values)):
             raise InputError(f"parameters.{missing[0]}", None, "is missing", "give every :name of the query a value")
         try:
-            with self._engine.connect() as connection:
+            connecting = self._engine.connect()
+        except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
+            log.warning("the database of the views cannot be reached (%s)", error)
+            raise UnavailableError("the database does not answer") from None
+        try:
+            with connecting as connection:
                 return self._read(connection, written.text, {name: values[name] for name in written.parameters})
-        except sa.exc.OperationalError as error:
-            cause = str(error.orig).splitlines()[0]
-            if "interrupted" in cause or "timeout" in cause:
-                raise UnavailableError(f"the query took longer than {self._timeout_s:g} s") from None
-            raise InputError("query", query, f"is refused by the database ({cause})", "mend the query") from None
         except sa.exc.DBAPIError as error:
             cause = str(error.orig).splitlines()[0]
+            if error.connection_invalidated:
+                log.warning("the database of the views broke off (%s)", cause)
+                raise UnavailableError("the database broke off") from None
+            if "interrupted" in cause or "timeout" in cause:
+                raise UnavailableError(f"the query took longer than {self._timeout_s:g} s") from None
             raise InputError("query", query, f"is refused by the database ({cause})", "mend the query") from None
 
     def _read(self, connection: Connection, statement: str, values: dict[str, Any]) -> Rows:
@@ -103,8 +112,9 @@ class ReadOnlySql:
         try:
             result = connection.exec_driver_sql(statement, values)
             found = result.fetchmany(self._max_rows + 1)
-            rows = [list(row) for row in found[: self._max_rows]]
-            return Rows(list(result.keys()), rows, len(found) > self._max_rows)
+            names = list(result.keys())
+            rows = [[to_plain(v, n) for n, v in zip(names, row, strict=True)] for row in found[: self._max_rows]]
+            return Rows(names, rows, len(found) > self._max_rows)
         finally:
             unlock()
 
@@ -115,7 +125,8 @@ class ReadOnlySql:
             InputError: it is anything but one SELECT over the views.
         """
         if len(query) > MAX_QUERY_CHARS or "\0" in query:
-            raise InputError("query", query, f"is longer than {MAX_QUERY_CHARS} characters", "ask for less")
+            rule = f"must have at most {MAX_QUERY_CHARS} characters, none of them NUL"
+            raise InputError("query", query, rule, "ask for less")
         try:
             trees = [tree for tree in sqlglot.parse(query, read=self._dialect) if tree is not None]
         except (sqlglot.errors.SqlglotError, RecursionError) as error:

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from cluster.errors import DatasetError
-from data.template import check_parity, normalise, render, render_pair, render_with_mask, template_digest
+from data.template import check_parity, content_text, normalise, render, render_pair, render_with_mask, template_digest
 
 PLAIN = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -84,6 +84,11 @@ def test_normalise_brings_messages_to_one_form() -> None:
             "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
         },
     ]
+
+
+@pytest.mark.parametrize("content", [None, {"a": 1}, 5, ["a"], [{"type": "text"}], [{"type": "image_url"}]])
+def test_what_is_no_text_has_none(content: Any) -> None:
+    assert content_text({"role": "user", "content": content}) == ""
 
 
 def test_digest_depends_on_the_template_and_nothing_random() -> None:

@@ -113,13 +113,16 @@ def test_pods_have_the_ingress_that_the_settings_ask_for(tmp_path: Path) -> None
     assert f"RUN python -m serve.ingress {script}" in (K8S / "image" / "Dockerfile").read_text()
 
 
-def test_haproxy_keeps_statistics_and_metrics_to_itself(tmp_path: Path) -> None:
+def test_haproxy_keeps_statistics_to_itself_and_waits_for_no_head_for_ever(tmp_path: Path) -> None:
     script, config = tmp_path / "haproxy", tmp_path / "haproxy.cfg"
     write_haproxy_script(script)
     script.write_text(script.read_text().replace("exec ", "exit 0 # "))
-    config.write_text("    bind *:9101\n    bind :8404\n    bind *:8000\n")
+    config.write_text("    bind *:9101\n    bind :8404\n    bind *:8000\n    timeout client 31s\n")
     subprocess.run([script, "-f", config], check=True)
-    assert config.read_text() == "    bind 127.0.0.1:9101\n    bind 127.0.0.1:8404\n    bind *:8000\n"
+    assert config.read_text() == (
+        "    bind 127.0.0.1:9101\n    bind 127.0.0.1:8404\n    bind *:8000\n"
+        "    timeout client 31s\n    timeout http-request 31s\n"
+    )
 
 
 def test_every_alert_has_a_rule_on_metrics_that_exist_and_a_runbook() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import socket
 import threading
@@ -122,6 +123,63 @@ def test_bytes_that_are_no_request_hurt_nobody(shared: Live, head: str) -> None:
         connection.shutdown(socket.SHUT_WR) if not sender.is_alive() else None
     sender.join()
     assert live.client().models.list()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body", "status", "code"),
+    [
+        ("gzip", gzip.compress(b'{"model": "triage", "messages": [{"role": "user", "content": "?"}]}'), 200, None),
+        ("gzip", b"{}", 400, "invalid_gzip"),
+        ("gzip", gzip.compress(b" " * 20_000_000), 413, "body_too_large"),
+        ("br", b"{}", 415, "unsupported_encoding"),
+    ],
+)
+def test_bodies_may_be_gzipped_and_nothing_else(
+    shared: Live, encoding: str, body: bytes, status: int, code: str | None
+) -> None:
+    headers = {"authorization": f"Bearer {shared.secret}", "content-encoding": encoding}
+    answer = httpx.post(f"{shared.url}/v1/chat/completions", content=body, headers=headers, timeout=30)
+    assert (answer.status_code, answer.json().get("error", {}).get("code")) == (status, code)
+
+
+def test_a_websocket_is_refused(shared: Live) -> None:
+    upgrade = "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+    upgrade += f"sec-websocket-key: {'A' * 22}==\r\n"
+    with connect(shared) as connection:
+        connection.sendall(f"GET /v1/chat/completions HTTP/1.1\r\nhost: x\r\n{upgrade}\r\n".encode())
+        assert connection.recv(65536).startswith(b"HTTP/1.1 403")
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({}, "messages.0.role"),
+        ({"role": 5}, "messages.0.role"),
+        ({"role": "user", "content": {"a": 1}}, "messages.0.content"),
+        ({"role": "user", "content": ["a"]}, "messages.0.content"),
+        ({"role": "assistant", "tool_calls": 5}, "messages.0.tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"function": 5}]}, "messages.0.tool_calls"),
+    ],
+)
+def test_messages_that_readers_of_the_log_could_not_take_are_refused(
+    live: Live, message: dict[str, Any], param: str
+) -> None:
+    headers = {"authorization": f"Bearer {live.secret}"}
+    sent = {"model": "triage", "messages": [message]}
+    chat = httpx.post(f"{live.url}/v1/chat/completions", json=sent, headers=headers)
+    assert (chat.status_code, chat.json()["error"]["param"]) == (400, param)
+    trace = {"kind": "interaction", "interaction_id": "i-1", "messages": [message]}
+    told = httpx.post(f"{live.url}/v1/traces", json=trace, headers=headers)
+    assert (told.status_code, told.json()["error"]["param"]) == (400, param)
+    assert live.events("interaction", 0) == []
+
+
+def test_log_probabilities_that_are_no_flag_are_the_engines_to_refuse(live: Live) -> None:
+    headers = {"authorization": f"Bearer {live.secret}"}
+    for sent, passed in ((5, 5), (True, True), (None, True), (False, True)):
+        body = {"model": "triage", "messages": MESSAGES, "logprobs": sent}
+        httpx.post(f"{live.url}/v1/chat/completions", json=body, headers=headers)
+        assert live.engine.requests[-1]["logprobs"] == passed
 
 
 def _send(connection: socket.socket, data: bytes) -> None:

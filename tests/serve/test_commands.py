@@ -65,7 +65,7 @@ def test_route_takes_a_version_that_is_not_ready_by_force_only(
         said = capsys.readouterr()
         return said.out + said.err
 
-    assert "wait for it, or write the route all the same with --force" in set_route("--stable", "triage/9")
+    assert "`--force` writes the route all the same" in set_route("--stable", "triage/9")
     assert json.loads(set_route("--stable", "triage/9", "--force"))["stable"] == "triage/9"
     assert json.loads(set_route("--candidate", "triage/8"))["share"] == 0.0  # nobody gets it
     assert "triage/8 may not answer for triage (text, tenant default)" in set_route("--share", "0.1")

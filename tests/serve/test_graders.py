@@ -1,9 +1,11 @@
 """The grader over HTTP: grades, abstentions at the deadline, keys, bad input."""
 
 import asyncio
+import contextlib
 import json
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import openai
@@ -171,6 +173,40 @@ def test_more_than_the_queue_holds_is_429(grader: tuple[str, str, GraderApi]) ->
     answer = run(url, secret, grader=LABEL, items=[{"model_sample": "x"}] * 65)
     assert answer.status_code == 429
     assert answer.headers["retry-after"] == "1"
+
+
+def test_the_deadline_begins_when_the_request_is_whole(grader: tuple[str, str, GraderApi]) -> None:
+    url, secret, api = grader
+    body = json.dumps({"grader": LABEL, "model_sample": "1", "item": {"reference": "1"}}).encode()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield body[:20]
+        await asyncio.sleep(api.grading.settings.deadline_s + 0.3)
+        yield body[20:]
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(timeout=30) as client:
+            headers = {"authorization": f"Bearer {secret}"}
+            return await client.post(f"{url}/v1/graders/run", content=slowly(), headers=headers)
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.json().get("reward")) == (200, 1.0), answer.text
+
+
+def test_slow_senders_take_places_and_no_more_than_there_are(grader: tuple[str, str, GraderApi]) -> None:
+    url, secret, api = grader
+    host, port = url.removeprefix("http://").split(":")
+    head = f"POST /v1/graders/run HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {secret}\r\ncontent-length: 9\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(api.grading.settings.max_queued):
+            slow = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            slow.sendall(head.encode())
+        deadline = time.monotonic() + 10
+        while (refused := run(url, secret, grader=LABEL, model_sample="1", item={})).status_code != 429:
+            assert time.monotonic() < deadline
+        assert (refused.json()["error"]["code"], refused.headers["retry-after"]) == ("overloaded", "1")
+    while run(url, secret, grader=LABEL, model_sample="1", item={}).status_code != 200:
+        assert time.monotonic() < deadline
 
 
 def test_killed_workers_are_replaced(grader: tuple[str, str, GraderApi]) -> None:

@@ -366,6 +366,18 @@ def test_client_that_does_not_read_is_let_go_by_the_ingress_too(up: Up) -> None:
         behaviour.raw_pieces = None
 
 
+def test_client_whose_head_does_not_end_is_let_go(up: Up) -> None:
+    host, port = up.api.removeprefix("http://").removesuffix("/v1").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nx-slow: ")
+        began = time.monotonic()
+        while is_held(client):
+            assert time.monotonic() - began < 4 * PATIENCE_S
+            with contextlib.suppress(OSError):
+                client.sendall(b"a")
+            time.sleep(PATIENCE_S / 20)
+
+
 def is_held(client: socket.socket) -> bool:
     """Whether somebody here keeps the other end of a connection open."""
     own = client.getsockname()[1]

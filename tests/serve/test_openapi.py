@@ -30,6 +30,9 @@ from serve.keys import create_key
 from serve.known_keys import KnownKeys
 from serve.openapi.document import PATH
 from serve.router import operations
+from serve.tools.call import MCP_PATH
+from serve.tools.call import PATH as TOOLS_PATH
+from serve.tools.deployment import open_services, tool_api
 from tests.serve.conftest import Live, live_router, serve_version
 from tests.serve.finetuning.conftest import chat_rows, lines
 from tests.serve.upstream import Server
@@ -38,22 +41,36 @@ Json = dict[str, Any]
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 AS_DESCRIBED, OTHERWISE = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
 GRADERS = [("POST", f"{prefix}{action}") for prefix in PREFIXES for action in ACTIONS]
+CALL = f"{TOOLS_PATH}/{{name}}"
+TOOLS = [("GET", TOOLS_PATH), ("POST", CALL), ("POST", MCP_PATH)]
+EVERY = operations() + GRADERS + TOOLS
+ARGUMENTS: Json = {
+    "query_sql": {"query": "SELECT count(*) AS n FROM event_log WHERE kind = :kind", "parameters": {"kind": "label"}},
+    "search_interactions": {"query": "disk full"},
+    "get_record": {"interaction_id": "nobodys"},
+    "submit_feedback": {"interaction_id": "nobodys", "type": "thumbs_up"},
+}
 FILE, JOB, MODEL = "/v1/files/{file_id}", "/v1/fine_tuning/jobs/{job_id}", "/v1/models/{model}"
 
 
 @dataclass
 class World:
-    """A router and a grader with something of everything, and their document."""
+    """Router, grader and tool server with something of everything, and their document."""
 
     live: Live
     secret: str
     grader_url: str
+    tools_url: str
     document: Json
     schema: Any
     """The document as Schemathesis reads it."""
     numbers: Iterator[int] = field(default_factory=itertools.count)
+    tools: Iterator[str] = field(default_factory=lambda: itertools.cycle(ARGUMENTS))
+    tool: str = ""
 
     def url_of(self, path: str) -> str:
+        if path in {path for _, path in TOOLS}:
+            return self.tools_url
         return self.grader_url if "/graders/" in path else self.live.url
 
     def upload(self) -> str:
@@ -88,6 +105,9 @@ class World:
                 connection.execute(servables.update().where(servables.c.version == version).values(alias=name))
             self.live.app.watcher.refresh()
             return {"model": name}
+        if path == CALL:
+            self.tool = next(self.tools)
+            return {"name": self.tool}
         if path == "/v1/users/{id}":
             said = [{"role": "user", "content": "?"}]
             self.live.client(self.secret).chat.completions.create(model="triage", messages=said, user="ada")  # type: ignore[arg-type]
@@ -101,11 +121,16 @@ class World:
             return {"model": "triage"}
         if path == "/v1/fine_tuning/jobs":
             return {"model": "toy", "training_file": self.upload(), "validation_file": None}
+        if path == CALL:
+            return {"arguments": ARGUMENTS[self.tool], "idempotency_key": f"key-{next(self.numbers)}"}
+        if path == MCP_PATH:
+            called = {"name": "search_interactions", "arguments": ARGUMENTS["search_interactions"]}
+            return {"id": 1, "method": "tools/call", "params": called}
         return {"file": lines(chat_rows(12))} if path == "/v1/files" else {}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     home: Path = tmp_path_factory.mktemp("openapi") / "home"
     tuning = {
         "base_models": {"toy": "/models/toy"},
@@ -113,24 +138,36 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         "event_poll_s": 0.02,
         "resume_wait_s": 0.1,
     }
-    for live in live_router(home, finetuning=tuning, grader={"deadline_s": 1.0}):
+    url, name, copies = None, "", None
+    if request.param == "postgres":
+        copies = request.getfixturevalue("postgres_copies")
+        name = copies.take()
+        url = copies.url(name)
+    for live in live_router(home, finetuning=tuning, grader={"deadline_s": 1.0}, database={"url": url}):
         secret = create_key(live.database, "all", "default", "default", ["admin"])
         live.app.watcher.refresh()
-        grader = GraderApi(live.settings.grader, KnownKeys(live.settings, 60.0))
-        with Server(grader, "on") as grader_url:
+        services = open_services(live.settings)
+        with (
+            Server(GraderApi(live.settings.grader, KnownKeys(live.settings, 60.0)), "on") as grader_url,
+            Server(tool_api(live.settings, services), "on") as tools_url,
+        ):
             document = httpx.get(f"{live.url}{PATH}", timeout=30).json()
-            yield World(live, secret, grader_url, document, schemathesis.openapi.from_dict(document))
+            yield World(live, secret, grader_url, tools_url, document, schemathesis.openapi.from_dict(document))
+        services.intake.commit.close()
+        services.database.dispose()
+    if copies is not None:
+        copies.drop(name)
 
 
 def test_document_has_every_route_and_no_other(world: World) -> None:
     paths = world.document["paths"]
     described = [(method.upper(), path) for path, found in paths.items() for method in found if method != "servers"]
-    assert sorted(described) == sorted(operations() + GRADERS)
+    assert sorted(described) == sorted(EVERY)
     names = [paths[path][method.lower()]["operationId"] for method, path in described]
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize(("method", "path"), operations() + GRADERS)
+@pytest.mark.parametrize(("method", "path"), EVERY)
 def test_every_answer_is_one_that_is_promised(world: World, method: str, path: str) -> None:
     operation = world.schema[path][method]
     takes = world.document["paths"][path][method.lower()]

@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -64,6 +65,24 @@ def test_stream_arrives_whole_and_is_captured_whole(live: Live) -> None:
     assert event.body["prompt_token_ids"] == [1, 2, 3]
     assert event.body["completion_logprobs"] == [-0.5] * 5
     assert event.body["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_empty_text_beside_calls_is_none_whatever_the_engine_says(live: Live, stream: bool) -> None:
+    called = {"index": 0, "id": "call-1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    said = {"role": "assistant", "content": "", "tool_calls": [called]}
+    choice = {"index": 0, "delta" if stream else "message": said, "finish_reason": "tool_calls"}
+    document = json.dumps({"id": "1", "object": "x", "created": 1, "model": "m", "choices": [choice]}).encode()
+    live.engine.behaviours["base"].raw = None if stream else document
+    live.engine.behaviours["base"].raw_pieces = [b"data: " + document + b"\n\n"] if stream else None
+    answer: Any = live.client().chat.completions.create(model="triage", messages=MESSAGES, stream=stream)
+    if stream:
+        assert [choice.delta.tool_calls[0].function.name for chunk in answer for choice in chunk.choices] == ["look"]
+    else:
+        message = answer.choices[0].message
+        assert (message.content, message.tool_calls[0].function.name) == (None, "look")
+    response = live.events("interaction", 1)[0].event.body["response"]
+    assert "content" not in response and response["tool_calls"][0]["id"] == "call-1"
 
 
 def test_usage_chunk_comes_when_asked_for(live: Live) -> None:
@@ -270,6 +289,22 @@ def test_overload_is_answered_at_once_with_retry_after(small: Live) -> None:
         with pytest.raises(openai.RateLimitError) as caught:
             ask(small)
     assert caught.value.response.headers["retry-after"] == "1"
+
+
+def test_slow_senders_of_feedback_keep_nobody_out_who_chats(small: Live) -> None:
+    host, port = small.url.removeprefix("http://").split(":")
+    head = f"POST /v1/feedback HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {small.secret}\r\ncontent-length: 9\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as slow:
+        slow.sendall(head.encode())
+        deadline = time.monotonic() + 10
+        while small.app._others.taken == 0:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert ask(small)
+        headers = {"authorization": f"Bearer {small.secret}"}
+        refused = httpx.post(f"{small.url}/v1/feedback", json={}, headers=headers)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+        assert refused.headers["retry-after"] == "1"
 
 
 @pytest.fixture

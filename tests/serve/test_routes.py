@@ -60,6 +60,9 @@ def test_of_many_writers_with_one_revision_one_wins(database: Engine) -> None:
         ({"share": 0.2}, "share=0.2 needs a candidate"),
         ({"candidate": "triage/1"}, "candidate='triage/1' must differ from stable"),
         ({"colour": "red"}, "colour='red' is not a field of a route"),
+        ({"candidate": "nonsense"}, "candidate='nonsense' is not the name of a version"),
+        ({"shadow": "triage/0"}, "shadow='triage/0' is not the name of a version"),
+        ({"stable": "triage/latest"}, "stable='triage/latest' is not the name of a version"),
     ],
 )
 def test_wrong_values_are_refused_with_the_rule(sqlite_database: Engine, change: dict[str, Any], message: str) -> None:

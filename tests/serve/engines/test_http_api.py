@@ -128,6 +128,9 @@ WRONG = [
     ({"response_format": {"type": "grammar"}}, "response_format.type"),
     ({"messages": []}, "messages"),
     ({"messages": [{"content": "x"}]}, "messages.0.role"),
+    ({"messages": [{"role": "user", "content": {"a": 1}}]}, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0"),
     ({"model": ""}, "model"),
 ]
 

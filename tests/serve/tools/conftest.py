@@ -65,6 +65,12 @@ def chatter(caller: Caller, size: int) -> str:
     return "x" * size
 
 
+@tool(registry=MINE)
+def say(caller: Caller, size: int) -> str:
+    """As much text as asked for, within the server's bound."""
+    return "x" * size
+
+
 @tool(registry=MINE, writes=True)
 def write_down(caller: Caller, text: str, fails: bool = False) -> int:
     """Writes a text down; its place."""
@@ -85,6 +91,12 @@ def write_and_chatter(caller: Caller, text: str, size: int) -> str:
 def write_and_say_nothing(caller: Caller, text: str) -> None:
     """Writes a text down."""
     WRITTEN.append(text)
+
+
+@tool(registry=MINE, writes=True)
+def write_document(caller: Caller, document: Any) -> int:
+    """Writes any JSON down; how many parts it has."""
+    return len(document)
 
 
 class World:
@@ -131,6 +143,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         "learning": {"enabled": True},
         "capture": {"enabled": True},
         "feedback": {"explicit": True},
+        "tools": {"body_timeout_s": 1.0, "max_ongoing_requests": 16},
         "serve": {"breaker": {"consecutive": 3, "half_open_s": 60}},
     }
     settings = load_settings(home=tmp_path_factory.mktemp("tools"), **learning)[0]

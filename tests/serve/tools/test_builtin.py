@@ -149,6 +149,15 @@ def test_feedback_is_written_once_and_shows_in_the_record(world: World) -> None:
     assert wrong.status_code == 400, wrong.text
 
 
+def test_a_message_that_is_no_text_hides_no_others(world: World) -> None:
+    odd = {"messages": [{"role": "user", "content": {"a": 1}}], "response": {"role": "assistant", "content": 5}}
+    event = Event("interaction", "default", "default", odd, event_id="interaction:odd", interaction_id="odd")
+    world.log.append([event])
+    world.interactions(("Where is Heron-12?", "In the shed."), first=60)
+    hits = world.call("search_interactions", {"query": "Heron-12"}).json()["result"]
+    assert [hit["interaction_id"] for hit in hits] == ["i60"]
+
+
 def test_two_workspaces_may_use_one_idempotency_key(world: World) -> None:
     arguments = {"interaction_id": "i21", "type": "thumbs_up"}
     first = world.call("submit_feedback", arguments, idempotency_key="k" * 128).json()["result"]
@@ -172,3 +181,19 @@ def test_sql_over_http_shows_the_refusal(world: World) -> None:
     assert good.json()["result"] == {"columns": ["n"], "rows": [[0]], "truncated": False}
     bad = world.call("query_sql", {"query": "SELECT * FROM api_keys"})
     assert bad.status_code == 400 and "known views: event_log" in bad.json()["error"]["message"]
+
+
+def test_values_of_a_database_are_json_and_bytes_are_the_querys_fault(world: World) -> None:
+    breaker = world.settings.serve.breaker.consecutive
+    for query, param in (("SELECT x'ff' AS odd", "odd"), ("SELECT 'a\0b' AS odd", "query")):
+        for _ in range(breaker + 1):  # nobody else's queries suffer for it
+            answer = world.call("query_sql", {"query": query})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert world.call("query_sql", {"query": "SELECT 1e999 AS n, x'41' AS t"}).json()["result"]["rows"] == [[None, "A"]]
+
+
+@pytest.mark.parametrize("url", ["sqlite:////nowhere/at/all.db", "postgresql+psycopg://127.0.0.1:1/none"])
+def test_a_database_that_is_away_is_not_the_querys_fault(url: str) -> None:
+    away = ReadOnlySql(sa.create_engine(url), {"ev": VIEW}, max_rows=2, timeout_s=5.0)
+    with pytest.raises(UnavailableError, match="does not answer"):
+        away.run("SELECT count(*) AS n FROM ev", {}, "ours", "w")

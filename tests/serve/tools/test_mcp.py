@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 import httpx2
 from mcp.client.client import Client
 from mcp.client.streamable_http import streamable_http_client
@@ -47,6 +48,42 @@ def test_the_official_client_lists_and_calls(world: World) -> None:
     assert found["rows"].structured_content["columns"] == ["n"]
     recorded = [r.event for r in world.log.about("default", ["i-mcp"], kinds=["tool_call"])]
     assert {e.session_id for e in recorded} <= {"s-mcp"}
+
+
+def test_a_call_whose_ids_the_log_would_refuse_is_an_error(world: World) -> None:
+    async def ask() -> Any:
+        async with connected(world, world.secret) as client:
+            return await client.call_tool("add", {"a": 1}, meta={"rayloop/session": "two words"})  # type: ignore[arg-type]
+
+    answer = asyncio.run(ask())
+    assert answer.is_error and json.loads(answer.content[0].text)["error"]["param"] == "session"
+
+
+def test_messages_that_are_none_are_answered_in_json_rpc_and_others_in_ours(world: World) -> None:
+    headers = {"authorization": f"Bearer {world.secret}"}
+    for body in (b"{", b"[" * 100_000, b'"\xff"', b"[]", b"null"):
+        sent = {**headers, "content-type": "application/json"}
+        answer = httpx.post(f"{world.url}/mcp", content=body, headers=sent, timeout=30)
+        assert answer.status_code == 400 and answer.json()["error"]["code"] < 0, answer.text
+    for method in ("GET", "DELETE"):  # a stream that nothing would ever come on
+        answer = httpx.request(
+            method, f"{world.url}/mcp", headers={**headers, "accept": "text/event-stream"}, timeout=5
+        )
+        assert (answer.status_code, answer.json()["error"]["code"]) == (405, "method_not_allowed")
+    assert httpx.post(f"{world.url}/mcp", content=b"x" * 2_000_000, headers=headers, timeout=30).status_code == 413
+
+
+def test_a_message_that_does_not_come_is_408(world: World) -> None:
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(30)
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(timeout=10) as client:
+            headers = {"authorization": f"Bearer {world.secret}", "content-type": "application/json"}
+            return await client.post(f"{world.url}/mcp", content=slow(), headers=headers)
+
+    assert asyncio.run(ask()).status_code == 408
 
 
 def test_the_key_of_another_tenant_sees_nothing(world: World) -> None:

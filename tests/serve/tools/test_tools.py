@@ -1,5 +1,8 @@
 """The tool server over HTTP: schemas, results, refusals, deadlines, writes, records."""
 
+import contextlib
+import json
+import socket
 import time
 from typing import Any
 
@@ -74,6 +77,37 @@ def test_wrong_requests_are_refused(world: World) -> None:
     assert httpx.post(url, content=b"x" * 2_000_000, headers=headers).status_code == 413
 
 
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"session": "two words"}, "session"),
+        ({"call_id": "\0"}, "call_id"),
+        ({"idempotency_key": "k" * 200}, "idempotency_key"),
+        ({"user": ""}, "user"),
+        ({"headers": {"idempotency-key": "a b"}}, "idempotency_key"),
+    ],
+)
+def test_ids_that_the_log_would_refuse_are_refused(world: World, more: dict[str, Any], param: str) -> None:
+    error = world.call("add", {"a": 1}, **more).json()["error"]
+    assert (error["code"], error["param"]) == ("invalid_value", param)
+
+
+@pytest.mark.parametrize(
+    ("document", "param"),
+    [
+        (json.loads("[" * 200 + "]" * 200), "arguments.document" + ".0" * 99),
+        ({"text": "x" * 200_000}, "arguments.document.text"),
+    ],
+    ids=["nested", "long"],
+)
+def test_arguments_that_the_log_could_not_keep_are_refused(world: World, document: Any, param: str) -> None:
+    sent = json.dumps({"arguments": {"document": document}, "idempotency_key": "odd"}).encode()
+    headers = {"authorization": f"Bearer {world.secret}"}
+    answer = httpx.post(f"{world.url}/v1/tools/write_document", content=sent, headers=headers, timeout=30)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert world.call("write_document", {"document": {"n": 1}}, idempotency_key="odd").json()["result"] == 1
+
+
 def test_the_scope_tools_is_asked_for(world: World) -> None:
     chat = create_key(world.database, "chatter", "default", "default", ["chat"])
     assert httpx.post(f"{world.url}/v1/tools/add", json={"arguments": {"a": 1}}).status_code == 401
@@ -111,6 +145,25 @@ def test_a_breaker_lets_one_through_after_a_while_and_closes_again(world: World)
 def test_a_wrong_call_does_not_open_the_breaker(world: World) -> None:
     for _ in range(5):
         assert world.call("add", {"a": "x"}).status_code == 400
+    assert world.call("add", {"a": 1}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/tools/add", "/mcp"])
+def test_more_calls_than_there_are_places_are_refused_at_once(world: World, path: str) -> None:
+    host, port = world.url.removeprefix("http://").split(":")
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {world.secret}\r\ncontent-length: 9\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(world.settings.tools.max_ongoing_requests):
+            slow = stack.enter_context(socket.create_connection((host, int(port)), timeout=20))
+            slow.sendall(head.encode())
+        refused = world.call("add", {"a": 1})
+        for _ in range(50):
+            if refused.status_code == 429:
+                break
+            refused = world.call("add", {"a": 1})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (429, "overloaded")
+        assert refused.headers["retry-after"] == "1"
+    time.sleep(0.1)
     assert world.call("add", {"a": 1}).status_code == 200
 
 
@@ -196,6 +249,17 @@ def test_calls_are_recorded_in_their_trajectory(world: World) -> None:
     assert good.user_id not in (None, "ada")
     assert good.body["latency_s"] > 0
     assert bad.body["error"].startswith("tool_failed")
+
+
+def test_a_call_whose_result_the_log_cannot_keep_is_recorded_without_it(world: World) -> None:
+    size = world.settings.intake.max_text_chars + 1
+    assert len(world.call("say", {"size": size}, interaction_id="i-long").json()["result"]) == size
+    deadline = time.monotonic() + 20
+    while not (found := [r.event for r in world.log.about("default", ["i-long"], kinds=["tool_call"])]):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert found[0].body["arguments"] == {"size": size} and found[0].body.get("result") is None
+    assert "characters" in found[0].body["metadata"]["result_left_out"]
 
 
 def test_tools_without_types_or_names_are_refused() -> None:

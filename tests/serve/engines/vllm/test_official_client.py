@@ -195,9 +195,12 @@ def keys_of(value: Any, path: str = "") -> set[str]:
     }
 
 
+@pytest.mark.parametrize(
+    "calls", [{}, {"tools": [TOOL], "tool_choice": NAMED, "max_tokens": 120}], ids=["says", "calls"]
+)
 @pytest.mark.parametrize("stream", [False, True])
-def test_both_engines_answer_with_the_same_fields(routed: Routed, stream: bool) -> None:
-    asked: dict[str, Any] = {"n": 2, "temperature": 1.0, "seed": 1, "logprobs": True, "top_logprobs": 1}
+def test_both_engines_answer_with_the_same_fields(routed: Routed, stream: bool, calls: dict[str, Any]) -> None:
+    asked: dict[str, Any] = {"n": 2, "temperature": 1.0, "seed": 1, "logprobs": True, "top_logprobs": 1} | calls
     asked |= {"stream_options": {"include_usage": True}} if stream else {}
     shapes = []
     for url, secret in routed.values():
