@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -15,6 +16,7 @@ from cluster.settings import Settings, load_settings
 from serve.graders import GraderApi, _task, build
 from serve.keys import create_key, revoke_key
 from serve.known_keys import KnownKeys
+from serve.router import RouterApp
 from tests.serve.upstream import Server
 
 RUBRIC = {
@@ -250,3 +252,35 @@ def test_what_is_nested_too_deeply_is_refused_by_its_name(
     headers = {"authorization": f"Bearer {secret}"}
     answer = httpx.post(f"{url}/v1/graders/run", content=text, headers=headers, timeout=30)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+class Mounted:
+    """Router and grader under one address, as Serve's ingress has them."""
+
+    def __init__(self, router: Any, grader: Any) -> None:
+        self.router, self.grader = router, grader
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        below = scope["type"] == "http" and scope["path"].startswith("/grader/")
+        if below:
+            await self.grader({**scope, "root_path": "/grader"}, receive, send)
+        else:
+            await self.router(scope, receive, send)
+
+
+def test_openais_client_finds_the_grader_through_the_router(
+    grader: tuple[str, str, GraderApi], settings: Settings
+) -> None:
+    _, secret, api = grader
+    router = RouterApp(settings, default_engine_url="http://127.0.0.1:9")
+    router.watcher.refresh()
+    with Server(Mounted(router, api), "on") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0)
+        same: Any = {
+            "type": "string_check", "name": "same", "operation": "eq",
+            "input": "{{ sample.output_text }}", "reference": "{{ item.answer }}",
+        }  # fmt: skip
+        found = client.fine_tuning.alpha.graders.run(grader=same, model_sample="yes", item={"answer": "yes"})
+        assert found.reward == 1.0
+        assert client.fine_tuning.alpha.graders.validate(grader=same).grader is not None
+        client.close()
