@@ -257,12 +257,13 @@ def test_what_is_nested_too_deeply_is_refused_by_its_name(
 class Mounted:
     """Router and grader under one address, as Serve's ingress has them."""
 
-    def __init__(self, router: Any, grader: Any) -> None:
+    def __init__(self, router: RouterApp, grader: GraderApi) -> None:
         self.router, self.grader = router, grader
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        below = scope["type"] == "http" and scope["path"].startswith("/grader/")
-        if below:
+        if scope["type"] == "lifespan":
+            await self.grader(scope, receive, send)
+        elif scope["path"].startswith("/grader/"):
             await self.grader({**scope, "root_path": "/grader"}, receive, send)
         else:
             await self.router(scope, receive, send)
@@ -271,10 +272,11 @@ class Mounted:
 def test_openais_client_finds_the_grader_through_the_router(
     grader: tuple[str, str, GraderApi], settings: Settings
 ) -> None:
-    _, secret, api = grader
+    secret = grader[1]
     router = RouterApp(settings, default_engine_url="http://127.0.0.1:9")
+    router.start()
     router.watcher.refresh()
-    with Server(Mounted(router, api), "on") as url:
+    with Server(Mounted(router, GraderApi(settings.grader, KnownKeys(settings, 0.1))), "on") as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0)
         same: Any = {
             "type": "string_check", "name": "same", "operation": "eq",
@@ -284,3 +286,4 @@ def test_openais_client_finds_the_grader_through_the_router(
         assert found.reward == 1.0
         assert client.fine_tuning.alpha.graders.validate(grader=same).grader is not None
         client.close()
+    router.stop()

@@ -255,7 +255,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     register = (*common, "--base", toy_base, "--register")
     assert "model='my agent' must be letters" in refused(InputError, *register, "my agent")
     assert "reward makes one that scores" in refused(InputError, *register, "triage", "--method", "reward")
-    for name in ("../elsewhere", "a/b", "", "x" * 49):
+    for name in ("../elsewhere", "a/b", ".", "x" * 49):
         assert f"name={name!r} must be" in refused(InputError, *common, "--base", toy_base, f"--name={name}")
     many = ("run", "--dataset", toy_dataset, "--base", toy_base, "--workers", 7)
     assert "training.workers=7 is more than the cluster started here holds" in refused(InputError, *many)
