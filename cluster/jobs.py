@@ -145,11 +145,7 @@ class Jobs:
     def _check_running(self, connection: Connection, max_concurrent: int, silent_s: float) -> None:
         """Counted in the transaction that adds or starts the job, over all workspaces; the lost take no place."""
         self._alone(connection)
-        j = training_jobs.c
-        busy = (j.state == "running") | ((j.state == "pending") & j.runner.is_not(None))
-        query = sa.select(training_jobs).where(j.tenant == self.tenant, j.kind.not_in(UNCOUNTED), busy)
-        border = now_us() - round(silent_s * SECOND_US)
-        running = sum(_last_sign(Job(**row)) >= border for row in connection.execute(query).mappings())
+        running = count_running(connection, self.tenant, silent_s)
         if running >= max_concurrent:
             raise ConflictError(
                 f"{running} jobs of tenant {self.tenant!r} run already and "
@@ -210,6 +206,14 @@ class Jobs:
     def progress(self, job_id: str, values: Mapping[str, Any]) -> None:
         """How far a running job is; also says that it lives."""
         self._move(job_id, ("running",), progress=_alive(values))
+
+    def beat(self, job_id: str) -> None:
+        """Say that a job lives which has nothing else to say; nothing happens to one that has ended."""
+        mine = (*self._mine(), training_jobs.c.job_id == job_id, training_jobs.c.state.in_(("pending", "running")))
+        with write(self.engine).begin() as connection:
+            row = connection.execute(sa.select(training_jobs.c.progress).where(*mine).with_for_update()).first()
+            if row is not None:
+                connection.execute(training_jobs.update().where(*mine).values(progress=_alive(row.progress or {})))
 
     def finish(self, job_id: str, *, output_version: str | None = None) -> Job:
         """running → completed."""
@@ -332,6 +336,21 @@ class Jobs:
 
     def _mine(self) -> tuple[sa.ColumnElement[bool], ...]:
         return training_jobs.c.tenant == self.tenant, training_jobs.c.workspace == self.workspace
+
+
+def count_running(connection: Connection, tenant: str, silent_s: float) -> int:
+    """Jobs of a tenant that run or whose process has been started, in all workspaces.
+
+    Those of the command line that have been silent for so long count as dead; the API's are released when they are. An
+    SFT run beside a job of the API runs in that one's place.
+    """
+    j = training_jobs.c
+    busy = (j.state == "running") | ((j.state == "pending") & j.runner.is_not(None))
+    query = sa.select(training_jobs).where(j.tenant == tenant, j.kind.not_in(UNCOUNTED), busy)
+    found = [Job(**row) for row in connection.execute(query).mappings()]
+    border, served = now_us() - round(silent_s * SECOND_US), {job.job_id for job in found if job.runner is not None}
+    own = (job for job in found if job.job_id.rpartition(".")[0] not in served)
+    return sum(job.runner is not None or _last_sign(job) >= border for job in own)
 
 
 def _running_s(now: int) -> sa.ColumnElement[float]:

@@ -45,6 +45,8 @@ NEEDS_RETRAINING_TAG = "rayloop.needs_retraining"
 """Set when somebody in the training data was erased: JSON with `reason` and `at`."""
 ENDPOINT_TAG = "rayloop.endpoint"
 """Who keeps the weights, where they are not here."""
+METHOD_TAG = "rayloop.method"
+"""How it was trained; base models as they come have none."""
 EXPORT_TAGS = "rayloop.export"
 """Tags that begin so say where the version was exported to."""
 
@@ -90,6 +92,17 @@ class Version:
         return self.tags.get(ENDPOINT_TAG)
 
     @property
+    def trained(self) -> bool:
+        """True for what was trained on an agent's feedback: an adapter, a whole model, or what an endpoint trained."""
+        return self.adapter_sha256 is not None or self.endpoint is not None or METHOD_TAG in self.tags
+
+    @property
+    def trained_behind(self) -> str | None:
+        """Digest of the agent's prompt that it was trained behind, empty where there was none; `None` for a base model
+        as it comes, which may have any."""
+        return self.tags.get("prompt_digest", "") if self.trained else None
+
+    @property
     def needs_retraining(self) -> bool:
         """True when somebody in its training data was erased; it may go no further."""
         return NEEDS_RETRAINING_TAG in self.tags
@@ -111,24 +124,29 @@ class Registry:
         return cast("MlflowClient", tracking.Translated(self.settings))
 
     def register_base(
-        self, model: str, base_model_path: str | Path, lineage: Mapping[str, str] | None = None
+        self,
+        model: str,
+        base_model_path: str | Path,
+        lineage: Mapping[str, str] | None = None,
+        run_id: str | None = None,
     ) -> Version:
-        """Register a base model without adapter; it becomes champion if the model has none.
+        """Register a base model without adapter; one as it comes becomes champion if the model has none.
 
-        `lineage` becomes tags, of a model whose weights were all trained. The same base registered again is
-        returned as it is.
+        `lineage` becomes tags, of a model whose weights were all trained, by the run `run_id`. The same base
+        registered again is returned as it is.
         """
-        _check_name(model)
+        check_model_name(model)
         base, revision = describe_base(base_model_path)
         for known in self.versions(model):
             if known.adapter_sha256 is None and known.tags.get("base_revision") == revision:
                 return known
-        with tracking.run(self.settings, f"register {model} base", tags={"rayloop.kind": "register"}) as run:
-            run.log_params({"base_model": base, "base_revision": revision})
+        if run_id is None:
+            with tracking.run(self.settings, f"register {model} base", tags={"rayloop.kind": "register"}) as run:
+                run.log_params({"base_model": base, "base_revision": revision})
+                run_id = run.run_id
         tags = {"base_model": base, "base_revision": revision, GATES_TAG: "not_run", **_present(dict(lineage or {}))}
-        source = self.client.get_run(run.run_id).info.artifact_uri
-        version = self._create(model, source, run.run_id, tags)
-        if not any("champion" in known.aliases for known in self.versions(model)):
+        version = self._create(model, self.client.get_run(run_id).info.artifact_uri, run_id, tags)
+        if not version.trained and not any("champion" in known.aliases for known in self.versions(model)):
             self.set_alias(model, "champion", version, actor="registry", reason="first version")
         return self.get(version.id)
 
@@ -150,7 +168,7 @@ class Registry:
         Raises:
             InputError: not a LoRA adapter in safetensors, or a name MLflow cannot hold.
         """
-        _check_name(model)
+        check_model_name(model)
         folder = Path(adapter_dir)
         config, digest = read_adapter_config(folder), adapter_digest(folder)
         base, revision = describe_base(base_model)
@@ -191,7 +209,7 @@ class Registry:
 
         Its `base_model` is the name it has there.
         """
-        _check_name(model)
+        check_model_name(model)
         tags = {
             "base_model": remote_model,
             ENDPOINT_TAG: endpoint,
@@ -351,7 +369,12 @@ class Registry:
         )
 
 
-def _check_name(model: str) -> None:
+def check_model_name(model: str) -> None:
+    """Refuse a name that MLflow cannot hold.
+
+    Raises:
+        InputError: it cannot.
+    """
     if not MODEL_NAME.fullmatch(model):
         raise InputError("model", model, "must be letters, digits, `.`, `_` or `-`", "choose another name")
 

@@ -85,6 +85,11 @@ def ray_session(settings: Settings, *, num_cpus: int | None = None) -> Iterator[
             ray.shutdown()
 
 
+def starts_here(settings: Settings) -> bool:
+    """Whether `ray_session` starts a cluster on this machine instead of joining one; it will not grow."""
+    return not (settings.ray.address or os.environ.get("RAY_ADDRESS"))
+
+
 def _set_auth_mode(settings: Settings, *, joining: bool) -> None:
     """Ray defaults to token authentication and then waits a minute for a token nobody made."""
     if joining:

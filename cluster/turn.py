@@ -4,7 +4,6 @@ Each step is a command of its own (`cluster.loop.run_command`). What a step answ
 table before the next one starts, so a turn that was cut off goes on after its last finished step.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,9 @@ from typing import Any
 from cluster.jobs import Job, Jobs
 from cluster.loop import run_command
 from cluster.settings import Settings
+from cluster.signs_of_life import signs_of_life
 
 KIND = "loop"
-SIGN_OF_LIFE_S = 30.0  # a running job that is silent for minutes counts as lost
 Answers = dict[str, Any]
 """What each finished step answered, by its name."""
 Say = Callable[[str], None]
@@ -45,22 +44,14 @@ def run_turn(settings: Settings, jobs: Jobs, turn: Turn, *, resume: str | None =
         RayloopError: a step failed; the job says which, and `resume` with its id goes on from there.
     """
     job, answers = _open(jobs, turn, resume)
-    last_sign = time.monotonic()
-
-    def say_and_live(line: str) -> None:
-        nonlocal last_sign
-        say(line)
-        if time.monotonic() - last_sign > SIGN_OF_LIFE_S:
-            last_sign = time.monotonic()
-            jobs.progress(job.job_id, {"steps": answers})
-
     try:
-        for name, step in STEPS.items():
-            if name in answers:
-                continue
-            say(f"{name} …")
-            answers[name] = step(turn, answers, settings, say_and_live)
-            jobs.progress(job.job_id, {"steps": answers})
+        with signs_of_life(jobs, [job.job_id], settings.training.job_silent_s):
+            for name, step in STEPS.items():
+                if name in answers:
+                    continue
+                say(f"{name} …")
+                answers[name] = step(turn, answers, settings, say)
+                jobs.progress(job.job_id, {"steps": answers})
         best = choose(answers["evaluate"])
         jobs.finish(job.job_id, output_version=best)
     except BaseException as error:

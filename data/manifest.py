@@ -6,6 +6,7 @@ with a manifest is always whole.
 """
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -28,6 +29,8 @@ from data.minhash import SKETCH_VERSION
 from data.pairs import EXAMPLES, KINDS
 from data.split import SPLITS
 from data.stages import StageCount, rows_of
+
+log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 5
 COMMON = (
@@ -170,12 +173,20 @@ def load_manifest(path: Path | str) -> Manifest:
 
     Raises:
         NotFoundError: no manifest there.
-        DatasetError: it was written by another version of the schema.
+        DatasetError: it was written by another version of the schema, or is damaged.
     """
     file = Path(path) / "manifest.json"
     if not file.is_file():
         raise NotFoundError(f"no dataset at {path}; see `rayloop data list`")
-    document = orjson.loads(file.read_bytes())
+    try:
+        return _parse_manifest(file, orjson.loads(file.read_bytes()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{file} is damaged ({error}); curate again, or remove its folder") from None
+
+
+def _parse_manifest(file: Path, document: dict[str, Any]) -> Manifest:
     if document.get("schema_version") != SCHEMA_VERSION:
         raise DatasetError(
             f"{file} has schema {document.get('schema_version')}, this is {SCHEMA_VERSION}; curate again"
@@ -191,6 +202,7 @@ def read_examples(dataset_dir: Path | str, kind: str, split: str) -> pa.Table:
 
     Raises:
         InputError: an unknown kind or split.
+        DatasetError: its files cannot be read.
     """
     if kind not in KINDS:
         raise InputError("kind", kind, f"must be one of {', '.join(KINDS)}", "name a known kind")
@@ -199,7 +211,10 @@ def read_examples(dataset_dir: Path | str, kind: str, split: str) -> pa.Table:
     manifest = load_manifest(dataset_dir)
     schema = example_schema(kind)
     files = [Path(manifest.path) / s.path for s in manifest.shards if s.path.startswith(f"{kind}/{split}/")]
-    table = pa.concat_tables([schema.empty_table(), *(pq.read_table(f, schema=schema) for f in files)])
+    try:
+        table = pa.concat_tables([schema.empty_table(), *(pq.read_table(f, schema=schema) for f in files)])
+    except (pa.ArrowException, OSError) as error:
+        raise DatasetError(f"dataset {str(dataset_dir)!r} cannot be read ({error})") from None
     return table.sort_by([("order", "ascending"), ("example_id", "ascending")])
 
 
@@ -209,10 +224,31 @@ def example_schema(kind: str) -> pa.Schema:
 
 
 def list_datasets(settings: Settings) -> list[Manifest]:
-    """Datasets under the datasets root, the oldest first."""
-    root = datasets_root(settings)
-    found = [load_manifest(file.parent) for file in root.glob("*/manifest.json")]
-    return sorted(found, key=lambda manifest: (manifest.created_at, manifest.dataset_id))
+    """Datasets under the datasets root, the oldest first.
+
+    Raises:
+        DatasetError: one of them cannot be read.
+    """
+    return sorted((load_manifest(folder) for folder in _folders(settings)), key=_age)
+
+
+def _readable(settings: Settings) -> list[Manifest]:
+    """The same without those that cannot be read: one of an older schema must not hide the others."""
+    found = []
+    for folder in _folders(settings):
+        try:
+            found.append(load_manifest(folder))
+        except DatasetError as error:
+            log.warning("%s", error)
+    return sorted(found, key=_age)
+
+
+def _folders(settings: Settings) -> list[Path]:
+    return [file.parent for file in datasets_root(settings).glob("*/manifest.json")]
+
+
+def _age(manifest: Manifest) -> tuple[str, str]:
+    return manifest.created_at, manifest.dataset_id
 
 
 def find_dataset(settings: Settings, ref: str, *, agent: str | None = None) -> Path:
@@ -223,7 +259,7 @@ def find_dataset(settings: Settings, ref: str, *, agent: str | None = None) -> P
     """
     if (Path(ref) / "manifest.json").is_file():
         return Path(ref).resolve()
-    known = list_datasets(settings)
+    known = _readable(settings)
     if ref == "latest":
         found = [m for m in known if agent is None or m.agent == agent][-1:]
     else:

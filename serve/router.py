@@ -62,6 +62,8 @@ from serve.status_pages import STATUS, StatusPages
 
 log = logging.getLogger(__name__)
 
+GRADERS = tuple(f"/v1/fine_tuning/alpha/graders/{action}" for action in ("run", "validate"))
+"""Where OpenAI's clients look for the grader: told its place, they send the request there."""
 METHODS = {
     CHAT: "POST",
     TEXT: "POST",
@@ -244,6 +246,9 @@ class RouterApp:
                 return await self._finetuning.handle(
                     scope, receive, send, lambda needed: self._key(scope, needed), snapshot, headers
                 )
+        if path in GRADERS:
+            await send_response(send, 307, b"", [(b"location", b"../../../../grader" + path.encode()), *headers])
+            return 307
         wanted = METHODS.get(path)
         if wanted is None:
             raise ApiError(404, f"There is nothing at {path}.", code="unknown_url")

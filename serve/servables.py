@@ -40,7 +40,7 @@ class Servable:
     base_revision: str | None
     template_digest: str | None
     prompt_digest: str | None
-    """Of the agent's prompt that it was trained with; `None` where there was none."""
+    """Of the agent's prompt that it was trained with (`Version.trained_behind`)."""
     alias: str | None
     """A second name, `ft:…`."""
     tenant: str | None
@@ -96,7 +96,7 @@ def want(
         adapter_sha256=version.adapter_sha256,
         base_revision=version.tags.get("base_revision"),
         template_digest=version.tags.get("template_digest"),
-        prompt_digest=version.tags.get("prompt_digest"),
+        prompt_digest=version.trained_behind,
         alias=alias,
         tenant=version.tags.get("rayloop.tenant"),
         wanted=True,

@@ -1,6 +1,7 @@
 """`rayloop train`: the offline base model, and LoRA adapters from datasets."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,7 +71,7 @@ def run(
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and dropout.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Ray Train workers.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Ray Train workers.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the job; made up when not given.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="NAME", help="Go on with an unfinished training.")] = None,
     baseline: Annotated[bool | None, typer.Option(help="Train SFT on the same feedback beside.")] = None,
@@ -111,6 +112,8 @@ def _trained(settings: Settings, request: "Request", register_as: str | None) ->
     from cluster.database import connect
     from train.jobs import run_training
 
+    if register_as is not None:
+        _check_registrable(register_as, request.methods)
     database = connect(settings)
     result = run_training(settings, request, database)
     if register_as is None:
@@ -119,6 +122,18 @@ def _trained(settings: Settings, request: "Request", register_as: str | None) ->
 
     result = register_runs(settings, database, register_as, result)
     return result, f"rayloop evaluate {result['version']}"
+
+
+def _check_registrable(model: str, methods: Sequence[str]) -> None:
+    """Refuse before a training, and not after it, what could not be registered."""
+    from cluster.registry import check_model_name
+    from train.config import SCORING_METHODS
+
+    check_model_name(model)
+    scoring = [method for method in methods if method in SCORING_METHODS]
+    if scoring:
+        rule = f"is for models that answer, {scoring[0]} makes one that scores"
+        raise InputError("--register", model, rule, "leave it out; ask the reward model as a grader")
 
 
 @app.command("remote")

@@ -113,7 +113,7 @@ class TrainConfig(Section):
     max_length: int = Field(2048, ge=16)
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many steps, whatever `epochs` says."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     threads: int = Field(0, ge=0)
@@ -209,20 +209,24 @@ def resolve_config(settings: Settings, method: str, **overrides: Any) -> TrainCo
     if method not in KL_METHODS:
         asked.pop("beta", None)
     if asked.get("weights", training.weights) == "full":
-        values["learning_rate"] = own.full_learning_rate
+        full = {name: getattr(own, f"full_{name}", None) for name in ("learning_rate", "batch_size")}
+        values |= {name: value for name, value in full.items() if value is not None}
     try:
         config = TrainConfig(**(values | asked), method=method)
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in problem["loc"])
-        field = f"train.{name}" if name else "train"
-        value = problem["input"] if name else method
-        rule = problem["msg"].removeprefix("Value error, ")
-        raise InputError(
-            field, value, rule[0].lower() + rule[1:], "mend it on the command line or in rayloop.yaml"
-        ) from None
+        raise broken_rule(error, method) from None
     check_rank(settings, config)
     return config
+
+
+def broken_rule(error: ValidationError, method: str) -> InputError:
+    """The first rule that a configuration broke, in one line."""
+    problem = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in problem["loc"])
+    field = f"train.{name}" if name else "train"
+    value = problem["input"] if name else method
+    rule = problem["msg"].removeprefix("Value error, ")
+    return InputError(field, value, rule[0].lower() + rule[1:], "mend it on the command line or in rayloop.yaml")
 
 
 def check_rank(settings: Settings, config: TrainConfig) -> None:

@@ -234,10 +234,7 @@ def read_split(dataset: Path, kind: str, split: str) -> pa.Table:
         NotFoundError: there is no dataset there.
         DatasetError: its files cannot be read.
     """
-    try:
-        return in_order(read_examples(dataset, kind, split))
-    except (pa.ArrowException, OSError) as error:
-        raise DatasetError(f"dataset {str(dataset)!r} cannot be read ({error})") from None
+    return in_order(read_examples(dataset, kind, split))
 
 
 def read_data(dataset: Path, kind: str) -> TrainData:

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,10 +34,12 @@ def written_whole(out: Path) -> Iterator[Path]:
     Raises:
         InputError: the place cannot be written, or is full.
     """
-    with _about_place(out):
+    try:
         out.parent.mkdir(parents=True, exist_ok=True)
         recover(out)
         scratch, held = _scratch(out)
+    except OSError as error:
+        raise unwritable(out, error) from error
     try:
         with _about_place(out):
             scratch.chmod(0o755)
@@ -46,6 +48,20 @@ def written_whole(out: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(held)
+
+
+def check_replaceable(out: Path, marks: Collection[str]) -> None:
+    """Refuse to write a folder over what this command has not written: it would remove what is there.
+
+    Raises:
+        InputError: `out` is a file, or a folder of other things than those with the files `marks`.
+    """
+    there = out.expanduser().resolve()
+    if there.is_dir() and (all((there / mark).is_file() for mark in marks) or not any(there.iterdir())):
+        return
+    if there.exists():
+        rule = "is a file" if there.is_file() else "holds other files, which would be removed"
+        raise InputError("out", str(out), rule, "name a new folder")
 
 
 def write_file(file: Path, text: str) -> None:

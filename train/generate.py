@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster.errors import InputError
 from data.interaction_bodies import Message
 from data.template import Tools, render, render_pair
 from train.config import check_model_dir
 from train.device import resolve_device
+from train.models import load_adapter, load_tokenizer, load_whole_model
 from train.quiet import quiet_libraries
 
 
@@ -130,22 +130,16 @@ def load_model(model_dir: str | Path, adapter_dir: str | Path | None, device: st
     """Model in evaluation mode and tokenizer; an adapter is merged into the weights.
 
     Raises:
-        InputError: no model or no adapter there.
+        InputError: no model there, no adapter there, or not one of this model.
     """
     quiet_libraries()
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     check_model_dir(model_dir)
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    tokenizer = load_tokenizer(str(model_dir))
+    model = load_whole_model(AutoModelForCausalLM, str(model_dir), dtype=torch.float32)
     if adapter_dir is not None:
-        from peft import PeftModel
-
-        if not (Path(adapter_dir) / "adapter_config.json").is_file():
-            raise InputError(
-                "adapter", str(adapter_dir), "holds no adapter", "name a folder written by `rayloop train run`"
-            )
-        model = PeftModel.from_pretrained(model, str(adapter_dir)).merge_and_unload()
+        model = load_adapter(model, str(adapter_dir), str(model_dir)).merge_and_unload()
     return model.to(device).eval(), tokenizer
 
 

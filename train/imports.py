@@ -4,9 +4,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-UNUSED = ("sklearn", "scipy")
-"""transformers imports these where they are installed, for object detection and for drafts of answers. That is a fifth
-of what a training process imports before its first step."""
+UNUSED = ("sklearn", "scipy", "mlflow")
+"""transformers and trl import these where they are installed: for object detection, for drafts of answers, to report by
+themselves. Together they are nearly a third of what a training process would import before its first step."""
 
 
 def import_trainers() -> None:

@@ -26,6 +26,7 @@ from cluster.interruption import goes_on_with
 from cluster.job_events import Kind, note
 from cluster.jobs import Jobs
 from cluster.settings import Settings
+from cluster.signs_of_life import signs_of_life
 from data.job_endings import append_job_ended
 from data.manifest import Manifest
 from train.config import TrainConfig
@@ -73,7 +74,9 @@ def run_training(settings: Settings, request: Request, database: Engine) -> dict
         stack.callback(_abandon, records)
         for record in records:
             record.open()
-        _run(settings, request, [run.config for run in planned], records)
+        names = [run.job_id for run in planned]
+        with signs_of_life(jobs, names, settings.training.job_silent_s):
+            _run(settings, request, [run.config for run in planned], records)
     return report(records, manifest)
 
 
@@ -267,6 +270,8 @@ class Record:
         job = self.jobs.get(self.run.job_id)
         if job.state != "completed":  # not written down at an earlier try
             self.jobs.progress(self.run.job_id, {**WHERE, **self.latest, "steps": result["steps"]})
+            for warning in result["warnings"]:
+                note(self.jobs.engine, self.run.job_id, f"Warning: {warning}", level="warn")
             job = self.jobs.finish(self.run.job_id)
         append_job_ended(self.jobs.engine, job)
         self.result = {**result, "run_id": self.mlflow.run_id}

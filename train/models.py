@@ -4,11 +4,16 @@ import importlib.util
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from cluster.errors import InputError
+from cluster.model_files import adapter_digest
 from cluster.settings.training import HeadWeights
 from train.config import TrainConfig
 from train.device import Device
+
+SCORE_HEAD = "score."
+"""Where weights begin that a reward model gets anew."""
 
 
 def load_tokenizer(base_model: str) -> Any:
@@ -64,36 +69,71 @@ def load_base(config: TrainConfig, device: Device) -> Any:
     if config.scores:
         heads = 1 if config.method == "reward" else len(HeadWeights.model_fields)
         loader, options = AutoModelForSequenceClassification, {**options, "num_labels": heads}
+    return load_whole_model(loader, config.base_model, **options)
+
+
+def load_whole_model(loader: Any, base_model: str, **options: Any) -> Any:
+    """A model by one of transformers' loaders, from safetensors, with all its weights but a new score head.
+
+    Raises:
+        InputError: it cannot be loaded, or lacks weights, which transformers would draw at random.
+    """
+    options |= {"trust_remote_code": False, "use_safetensors": True, "output_loading_info": True}
     try:
-        return loader.from_pretrained(config.base_model, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise _unloadable(config.base_model, error) from None
+        model, found = loader.from_pretrained(base_model, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise _unloadable(base_model, error) from None
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(SCORE_HEAD))
+    if missing:
+        rule = f"lacks {len(missing)} of its weights ({missing[0]}, …)"
+        raise InputError("base_model", base_model, rule, "name a complete model")
+    return model
 
 
 def load_start(config: TrainConfig, device: Device) -> Any:
     """What the run starts from: the base, or with `init_adapter` a trainable PEFT model.
 
     Raises:
-        InputError: the base cannot be loaded, or the adapter is not one of this base.
+        InputError: the base cannot be loaded, has no such layers as are to be trained, or the adapter is not one of it.
     """
     model = load_base(config, device)
     if not config.init_adapter:
+        if config.weights != "full":
+            check_targets(model, config)
         return model
     return load_adapter(model, config.init_adapter, config.base_model, trainable=True)
+
+
+def check_targets(model: Any, config: TrainConfig) -> None:
+    """Refuse layers that a base has not; PEFT would leave them out without a word where it finds others.
+
+    Raises:
+        InputError: one of `lora.target_modules` is the name of none.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+    wanted = config.lora.target_modules
+    missing = [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in linear)]
+    if missing:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        rule = f"{missing[0]!r} is no linear layer of {config.base_model}"
+        raise InputError("training.lora.target_modules", list(wanted), rule, f"name some of {known}")
 
 
 def load_adapter(model: Any, adapter: str, base_model: str, *, trainable: bool = False) -> Any:
     """A PEFT model.
 
     Raises:
-        InputError: the adapter is not one of this base.
+        InputError: no adapter in safetensors there, or not one of this base.
     """
+    adapter_digest(adapter)  # PEFT would read a pickle instead
     from peft import PeftModel
 
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         raise InputError(
             "adapter",
             adapter,

@@ -1,6 +1,7 @@
 """What a training request comes to: the runs that will be made, checked as far as that goes without computing."""
 
 import logging
+import re
 import socket
 import uuid
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from cluster.jobs import Job, Jobs
 from cluster.model_files import describe_base
 from cluster.quota import check_quota
 from cluster.registry import RETRAIN, Registry, Version
+from cluster.runtime import starts_here
 from cluster.settings import Settings
 from data.grading import AtHand, make_grader
 from data.manifest import Manifest, find_dataset, load_manifest
@@ -25,6 +27,9 @@ from train.prompts import trained_prompt
 from train.rewards import open_scorer
 
 log = logging.getLogger(__name__)
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}")
+"""Of a training: it names a folder, rows of the job table and a run."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,29 @@ def plan_runs(settings: Settings, request: Request, jobs: Jobs) -> tuple[list[Pl
         InputError, NotFoundError, DatasetError, ConflictError: what was asked for cannot be trained.
     """
     check_quota(settings, jobs)
+    workers = _workers(settings, request)
     if request.adopt:
         planned, manifest = _adopted(settings, request, jobs)
     elif request.resume:
         planned, manifest = plan_again(jobs, request.resume)
     else:
         planned, manifest = plan(settings, request, jobs.engine)
-    workers = (request.workers or settings.training.workers) if request.ray else 1
     for run in planned:
         run.config.steps(manifest.counts.get(run.config.kind, {}).get("train", 0), workers)
     return planned, manifest
+
+
+def _workers(settings: Settings, request: Request) -> int:
+    """How many train together.
+
+    Raises:
+        InputError: more than the cluster that is started for them holds: they would wait for ever.
+    """
+    workers = (request.workers or settings.training.workers) if request.ray else 1
+    if request.ray and workers > settings.ray.num_cpus and starts_here(settings):
+        rule = f"is more than the cluster started here holds, ray.num_cpus={settings.ray.num_cpus}"
+        raise InputError("training.workers", workers, rule, "lower it, or join a larger cluster (`ray.address`)")
+    return workers
 
 
 def plan(settings: Settings, request: Request, database: Engine) -> tuple[list[Planned], Manifest]:
@@ -85,18 +103,15 @@ def plan(settings: Settings, request: Request, database: Engine) -> tuple[list[P
         InputError, NotFoundError, DatasetError: what was asked for cannot be trained.
     """
     dataset = find_dataset(settings, request.dataset, agent=request.agent)
-    manifest = load_manifest(dataset)
-    if manifest.erased_rows:
-        raise DatasetError(
-            f"{manifest.erased_rows} examples of {manifest.dataset_id} were erased since it was made; "
-            "run `rayloop curate` and train on the new one"
-        )
+    manifest = load_whole(dataset)
     agent = request.agent or manifest.agent
     base, adapter = resolve_base(settings, request.base, agent)
     check_model_dir(base)
     revision = describe_base(base)[1]
     methods = _with_baseline(settings, request, manifest)
     name = request.name or f"{request.methods[-1]}-{uuid.uuid4().hex[:8]}"
+    if not NAME.fullmatch(name):
+        raise InputError("name", name, "must be 1 to 48 letters, digits, `.`, `_` or `-`", "choose another name")
     planned = []
     for method in methods:
         asked = method in request.methods
@@ -118,6 +133,21 @@ def plan(settings: Settings, request: Request, database: Engine) -> tuple[list[P
         check_data(method, config.kind, read_data(dataset, config.kind), dataset)
         planned.append(Planned(job_id, config, revision, asked, grader_version(config)))
     return planned, manifest
+
+
+def load_whole(dataset: Path) -> Manifest:
+    """The manifest of a dataset that may be learned from.
+
+    Raises:
+        DatasetError: somebody in it was erased since it was made.
+    """
+    manifest = load_manifest(dataset)
+    if manifest.erased_rows:
+        raise DatasetError(
+            f"{manifest.erased_rows} examples of {manifest.dataset_id} were erased since it was made; "
+            "run `rayloop curate` and train on the new one"
+        )
+    return manifest
 
 
 def grader_version(config: TrainConfig) -> str:
@@ -151,7 +181,7 @@ def plan_again(jobs: Jobs, name: str) -> tuple[list[Planned], Manifest]:
     for job in left:
         check_stopped(job)
     planned = [_as_it_was(job) for job in left]
-    return planned, load_manifest(planned[0].config.dataset)
+    return planned, load_whole(planned[0].config.dataset)
 
 
 def check_stopped(job: Job) -> None:
@@ -177,7 +207,7 @@ def _adopted(settings: Settings, request: Request, jobs: Jobs) -> tuple[list[Pla
     if not job.config:
         return plan(settings, request, jobs.engine)
     planned = [*(_as_it_was(other, asked=False) for other in jobs.beside(job.job_id)), _as_it_was(job)]
-    return planned, load_manifest(planned[-1].config.dataset)
+    return planned, load_whole(planned[-1].config.dataset)
 
 
 def _with_baseline(settings: Settings, request: Request, manifest: Manifest) -> list[str]:
@@ -209,12 +239,18 @@ def resolve_base(settings: Settings, ref: str | None, agent: str | None) -> tupl
         if champion.adapter_sha256 is None:
             _refuse_tainted(champion)
         return champion.base_model, None
+    named = named_version(ref)
+    if named is None:
+        return ref, None
+    found = registry.get(named)
+    _refuse_tainted(found)
+    return found.base_model, str(registry.adapter_dir(found)) if found.adapter_sha256 else None
+
+
+def named_version(ref: str) -> str | None:
+    """What `triage/3`, `triage@champion` or `models:/triage@champion` names; `None` for a path or hub id."""
     plain = ref.removeprefix("models:/")
-    if ("@" in plain or plain.rpartition("/")[2].isdecimal()) and not Path(ref).exists():
-        found = registry.get(plain)
-        _refuse_tainted(found)
-        return found.base_model, str(registry.adapter_dir(found)) if found.adapter_sha256 else None
-    return ref, None
+    return plain if ("@" in plain or plain.rpartition("/")[2].isdecimal()) and not Path(ref).exists() else None
 
 
 def _refuse_tainted(version: Version) -> None:

@@ -19,11 +19,16 @@ from train.jobs import ORIGIN
 
 
 def register_base(settings: Settings, database: Engine, model: str, base: str, *, run_id: str | None = None) -> Version:
-    """Register a base model; it becomes champion where there is none. `run_id`: of the run that trained its weights."""
+    """Register a base model, or a whole model that was trained, with the lineage of the run that made it.
+
+    A base model as it comes becomes champion where there is none.
+    """
     registry = Registry(settings)
-    origin = read_origin(registry, Path(base), run_id) if run_id else {}
-    version = registry.register_base(model, base, _lineage(settings, origin) if origin else None)
+    origin = read_origin(registry, Path(base), run_id)
+    lineage = _lineage(settings, origin) if origin else None
+    version = registry.register_base(model, base, lineage, origin.get("run_id"))
     append_update(settings, database, version, "registered")
+    _tell_job(settings, database, origin.get("rayloop.job_id"), version)
     return version
 
 
@@ -95,10 +100,10 @@ def register_runs(settings: Settings, database: Engine, model: str, report: Mapp
     return {**report, "version": asked["version"], "runs": runs}
 
 
-def read_origin(registry: Registry, adapter: Path, run_id: str | None) -> dict[str, str]:
-    """Lineage of an adapter: the tags of its MLflow run, else what its training left beside it."""
+def read_origin(registry: Registry, folder: Path, run_id: str | None) -> dict[str, str]:
+    """Lineage of an adapter or a model: the tags of its MLflow run, else what its training left beside it."""
     if run_id is None:
-        file = adapter.resolve().parent / ORIGIN
+        file = folder.resolve().parent / ORIGIN
         return dict(json.loads(file.read_text())) if file.is_file() else {}
     import mlflow
 

@@ -22,12 +22,13 @@ from cluster.clock import DAY_US, now_us
 from cluster.errors import ConflictError, DatasetError, InputError, RayloopError, UnavailableError
 from cluster.job_events import note
 from cluster.jobs import REMOTE, Job, Jobs
-from cluster.registry import Registry
+from cluster.registry import Registry, check_model_name
 from cluster.settings import Settings
 from data.manifest import Manifest, find_dataset, load_manifest, read_examples
 from train.config import TrainedPrompt
 from train.draw import drawn
 from train.examples import behind
+from train.plan import load_whole
 from train.progress import Progress
 from train.prompts import trained_prompt
 from train.register import append_update
@@ -62,7 +63,7 @@ def train_remotely(
     """Send, watch and register; what the command prints.
 
     Raises:
-        InputError: no address, an unknown method, a dataset over the quota.
+        InputError: no address, an unknown method, no name for an agent, a dataset over the quota.
         ConflictError: the tenant has sent as many trainings today as it may.
         RayloopError: the job failed or was cancelled there, with its reason.
     """
@@ -118,6 +119,7 @@ def _again(jobs: Jobs, job_id: str) -> Job:
 
 def _send(settings: Settings, jobs: Jobs, request: RemoteRequest, client: openai.OpenAI) -> Job:
     """Check the quotas, upload the files and create the job there; an attempt that fails counts too."""
+    check_model_name(request.agent)
     if request.method not in METHODS:
         raise InputError("method", request.method, f"must be one of {', '.join(METHODS)}", "choose one of them")
     quota = settings.finetuning.remote
@@ -127,8 +129,8 @@ def _send(settings: Settings, jobs: Jobs, request: RemoteRequest, client: openai
             f"tenant {jobs.tenant!r} has sent {sent} trainings within 24 hours and "
             f"finetuning.remote.max_jobs_per_day is {quota.max_jobs_per_day}"
         )
-    dataset = find_dataset(settings, request.dataset, agent=None)
-    manifest = load_manifest(dataset)
+    dataset = find_dataset(settings, request.dataset, agent=request.agent)
+    manifest = load_whole(dataset)
     _check_size(manifest, METHODS[request.method][1], settings)
     prompt = trained_prompt(jobs.engine, jobs.tenant, request.agent, manifest)
     config = {

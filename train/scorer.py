@@ -29,7 +29,7 @@ class LocalScorer:
         import torch
         from safetensors import safe_open
 
-        from train.models import load_tokenizer
+        from train.models import load_tokenizer, load_whole_model
         from train.score_batches import BatchScorer
         from train.score_card import WEIGHTS_KEY
         from train.weights import ADAPTER_WEIGHTS
@@ -48,7 +48,7 @@ class LocalScorer:
             about = (file.metadata() or {}).get(WEIGHTS_KEY)
         self.weights: dict[str, float] | None = json.loads(about) if about else None
         heads = len(self.weights) if self.weights else 1
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=heads, dtype=dtype)
+        model = load_whole_model(AutoModelForSequenceClassification, base, num_labels=heads, dtype=dtype)
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         kind = resolve_device(device, "fp32").type
         self.model: Any = PeftModel.from_pretrained(model, str(adapter)).to(kind).eval()

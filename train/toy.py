@@ -25,13 +25,14 @@ from cluster.errors import DatasetError
 from cluster.settings.training import ToySettings
 from data.interaction_bodies import Message
 from train.device import resolve_device
-from train.files import written_whole
+from train.files import check_replaceable, written_whole
 from train.progress import Progress
 from train.quiet import quiet_libraries
 
 log = logging.getLogger(__name__)
 
 PAD, BOS, END = "<|pad|>", "<|begin|>", "<|end|>"
+TOY_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 ROLES = ("system", "user", "assistant", "tool")
 IGNORED = -100  # label of a token outside the loss; torch's cross-entropy skips it
 
@@ -76,12 +77,14 @@ def build_toy_base(out: Path, examples: Iterable[Sequence[Message]], config: Toy
 
     Raises:
         DatasetError: no example ends with an assistant's answer.
+        InputError: `out` holds something else than a model, or cannot be written.
     """
     started = time.monotonic()
     quiet_libraries()
     chats = [list(messages) for messages in examples]
     if not any(message["role"] == "assistant" for chat in chats for message in chat):
         raise DatasetError("the examples hold no answer of an assistant; each needs `messages` that end with one")
+    check_replaceable(out, TOY_FILES)
     with written_whole(out) as folder:
         tokenizer = train_tokenizer(chats, config)
         model = new_model(tokenizer, config)

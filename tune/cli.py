@@ -25,6 +25,7 @@ def _group() -> None:
 def run(
     method: Annotated[str, typer.Option(help="sft, dpo, kto, grpo, reward or score_card.")] = "dpo",
     dataset: Annotated[str, typer.Option(help="Dataset id, hash, path or `latest`.")] = "latest",
+    agent: Annotated[str | None, typer.Option(help="Whose latest dataset and champion.")] = None,
     base: Annotated[str | None, typer.Option(help="Version, path or hub id to start from.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Configurations that are tried.")] = None,
     learning_rate: Annotated[str | None, typer.Option(help="Range low:high or values a,b,c.")] = None,
@@ -53,7 +54,8 @@ def run(
             settings,
             method=method,
             dataset=dataset,
-            base=base or settings.training.base_model,
+            base=base,
+            agent=agent,
             trials=trials,
             ranges={name: text for name, text in ranges.items() if text is not None},
             overrides={"epochs": epochs} if epochs is not None else {},

@@ -32,7 +32,7 @@ def new_job(settings: Settings, sweep: Sweep) -> Iterator[None]:
         jobs.create(
             KIND,
             job_id=sweep.sweep_id,
-            agent=manifest.agent,
+            agent=sweep.agent or manifest.agent,
             dataset_id=manifest.dataset_id,
             config=sweep.to_json(),
             max_concurrent=settings.training.limits.max_concurrent_jobs,

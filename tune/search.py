@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, Populati
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from cluster import tracking
-from cluster.errors import NotFoundError
+from cluster.errors import InputError, NotFoundError
 from cluster.settings import Settings
 from cluster.settings.training import SweepSettings
 from train.files import write_file
@@ -119,6 +119,7 @@ def run_trials(settings: Settings, sweep: Sweep, plan: Plan, first: dict[str, An
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     folder = sweep_folder(settings, sweep.sweep_id)
     resources = {"cpu": _cpus(settings.sweep, sweep.scheduler), "gpu": settings.sweep.gpus_per_trial}
+    check_room(settings.sweep, ray.cluster_resources())
     trainable = ray.tune.with_resources(ray.tune.with_parameters(SweepTrial, plan=plan), resources)
     if resume:
         place = folder / RESULTS
@@ -137,6 +138,19 @@ def run_trials(settings: Settings, sweep: Sweep, plan: Plan, first: dict[str, An
         )
     results = tuner.fit()
     return sorted((_trial(result) for result in results), key=lambda trial: trial.number)
+
+
+def check_room(settings: SweepSettings, resources: Mapping[str, float]) -> None:
+    """Refuse trials that the cluster could never hold: they would wait for ever.
+
+    Raises:
+        InputError: one asks for more CPUs or GPUs than there are.
+    """
+    for name, asked in (("cpu", settings.cpus_per_trial), ("gpu", settings.gpus_per_trial)):
+        there = resources.get(name.upper(), 0.0)
+        if asked > there:
+            rule = f"is more than the cluster has ({there:g})"
+            raise InputError(f"sweep.{name}s_per_trial", asked, rule, "lower it or add nodes")
 
 
 def _cpus(settings: SweepSettings, scheduler: str) -> float:

@@ -88,9 +88,12 @@ def to_ray(space: Mapping[str, Range | Choice], *, grid: bool = False) -> dict[s
     return domains
 
 
-def highest_of(dimension: Range | Choice) -> Any:
-    """The greatest value that may be drawn."""
-    return max(dimension.values) if isinstance(dimension, Choice) else dimension.high
+def ends_of(dimension: Range | Choice) -> tuple[Any, ...]:
+    """The lowest and the highest value that may be drawn, or all there are."""
+    if isinstance(dimension, Choice):
+        return dimension.values
+    ends = dimension.low, dimension.high
+    return (int(ends[0]), int(ends[1])) if dimension.whole else ends
 
 
 def field_of(config: Mapping[str, Any], name: str) -> Any:
@@ -117,9 +120,9 @@ def with_point(config: Mapping[str, Any], point: Mapping[str, Any]) -> dict[str,
 
 
 def contains(space: Mapping[str, Range | Choice], point: Mapping[str, Any]) -> bool:
-    """Whether a point lies in the space."""
+    """Whether a point lies in the space; a field without a value lies in no range."""
     return all(
-        point[name] in d.values if isinstance(d, Choice) else d.low <= point[name] <= d.high
+        point[name] in d.values if isinstance(d, Choice) else point[name] is not None and d.low <= point[name] <= d.high
         for name, d in space.items()
     )
 

@@ -26,6 +26,7 @@ from data.manifest import Manifest, find_dataset, load_manifest
 from train.config import TrainConfig, TrainedPrompt
 from train.evaluate.prompted import asked_behind
 from train.evaluate.truth import read_truths
+from train.plan import load_whole, named_version, resolve_base
 from train.prompts import trained_prompt
 from tune import report
 from tune.job import job_again, new_job
@@ -90,17 +91,26 @@ def pin(settings: Settings, sweep: Sweep) -> Sweep:
     Raises:
         NotFoundError: no such dataset or version.
     """
-    base = Registry(settings).get(sweep.base).id if _is_version(sweep.base) else sweep.base
-    dataset = find_dataset(settings, sweep.dataset)
-    prompt = _prompt_of(settings, load_manifest(dataset))
+    dataset = find_dataset(settings, sweep.dataset, agent=sweep.agent)
+    manifest = load_manifest(dataset)
+    agent = sweep.agent or manifest.agent
+    named = named_version(sweep.base)
+    base = sweep.base if named is None else Registry(settings).get(named).id
+    prompt = _prompt_of(settings, agent, manifest)
     overrides = sweep.overrides if prompt is None else {**sweep.overrides, "prompt": prompt.model_dump(mode="json")}
-    return replace(sweep, dataset=str(dataset), base=base, overrides=overrides)
+    return replace(
+        sweep,
+        dataset=str(dataset),
+        base=base or resolve_base(settings, None, agent)[0],
+        agent=agent,
+        overrides=overrides,
+    )
 
 
-def _prompt_of(settings: Settings, manifest: Manifest) -> TrainedPrompt | None:
+def _prompt_of(settings: Settings, agent: str | None, manifest: Manifest) -> TrainedPrompt | None:
     database = connect(settings)
     try:
-        return trained_prompt(database, settings.tenant, manifest.agent, manifest)
+        return trained_prompt(database, settings.tenant, agent, manifest)
     finally:
         database.dispose()
 
@@ -173,14 +183,16 @@ def make_plan(settings: Settings, sweep: Sweep, dataset: Path) -> tuple[Any, dic
     this one has long begun to start them.
 
     Raises:
-        DatasetError: nothing to learn from, or no held-out feedback to judge the trials by.
+        DatasetError: nothing to learn from, somebody in it was erased, or no held-out feedback to judge the trials by.
+        ConflictError: the version to start from learned from somebody who was erased.
     """
     from train.config import check_model_dir, resolve_config
     from train.examples import check_data, read_data
     from tune.trial import Plan, rungs_of
 
     folder = sweep_folder(settings, sweep.sweep_id)
-    base_model, init_adapter = _resolve_start(settings, sweep.base)
+    load_whole(dataset)
+    base_model, init_adapter = resolve_base(settings, sweep.base, sweep.agent)
     threads = max(1, (os.cpu_count() or 1) // settings.sweep.concurrency)
     config = resolve_config(
         settings,
@@ -228,20 +240,6 @@ def _make_target(settings: Settings, config: TrainConfig) -> Target:
         kl_samples=settings.sweep.kl_samples,
         seed=settings.sweep.seed,
     )
-
-
-def _resolve_start(settings: Settings, base: str) -> tuple[str, str | None]:
-    """Base model and adapter of a version, or a path or hub id as it is."""
-    if not _is_version(base):
-        return base, None
-    registry = Registry(settings)
-    version = registry.get(base)
-    adapter = str(registry.adapter_dir(version)) if version.adapter_sha256 else None
-    return version.base_model, adapter
-
-
-def _is_version(base: str) -> bool:
-    return "@" in base or (base.count("/") == 1 and base.rpartition("/")[2].isdecimal())
 
 
 def _log_result(run: tracking.Run, found: SweepResult) -> None:

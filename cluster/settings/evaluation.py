@@ -77,7 +77,7 @@ class EvaluationSettings(Section):
     """Ray tasks that answer; 0 answers in this process, which is quicker for a small model."""
     worker_gpus: float = Field(0.0, ge=0)
     """GPUs of each of these tasks."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of sampling and of the bootstrap."""
     examples_shown: int = Field(5, ge=0)
     """Answers that differ, shown in a comparison."""

@@ -47,6 +47,8 @@ class DpoSettings(Section):
     """The same for full fine-tuning, where all weights move."""
     epochs: float = Field(1.0, gt=0, le=1000)
     """Passes over the training split."""
+    full_batch_size: int = Field(2, ge=1, le=4096)
+    """`batch_size` of full fine-tuning, where a second model, the reference, is in memory."""
     beta: float = Field(0.1, gt=0, le=100)
     """KL coefficient."""
     sft_weight: float = Field(1.0, ge=0)
@@ -251,7 +253,7 @@ class ToySettings(Section):
     """AdamW's weight decay."""
     loss: Literal["answer", "all"] = "answer"
     """Tokens the loss is taken over: the assistant's answers, or everything."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the weights and of the order of examples."""
 
     @model_validator(mode="after")
@@ -295,7 +297,7 @@ class TrainingSettings(Section):
     """Gradients are clipped to this norm."""
     max_length: int = Field(2048, ge=16)
     """Longest example in tokens; longer ones are cut at the end."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of adapter weights, data order and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
@@ -353,5 +355,5 @@ class SweepSettings(Section):
     """ASHA lets one in this many go on from a rung, and each rung is this many times as far as the one before."""
     exploit_share: float = Field(0.25, gt=0, le=0.5)
     """PBT: at each rung this share of the trials, the worst, goes on from one of as many best."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the search and of sampling."""

@@ -26,11 +26,10 @@ from cluster.clock import SECOND_US, now_us
 from cluster.database import connect
 from cluster.errors import ConflictError, RayloopError
 from cluster.job_events import note, read_events
-from cluster.jobs import UNCOUNTED, Job, Jobs
+from cluster.jobs import Job, Jobs, count_running
 from cluster.registry import Registry
 from cluster.runners import Runners
 from cluster.settings import Settings
-from cluster.tables import training_jobs
 from data.finetuning.uploads import Uploads
 from serve import servables
 from serve.adapter_store import adapter_location
@@ -140,17 +139,10 @@ class Dispatcher:
         for job in self.runners.open_jobs():
             if job.state != "pending" or job.runner is not None or job.stopping:
                 continue
-            if self._running(job.tenant) < most:
+            with self.database.connect() as connection:
+                running = count_running(connection, job.tenant, self.settings.training.job_silent_s)
+            if running < most:
                 self._start(job, ("pending",))
-
-    def _running(self, tenant: str) -> int:
-        """Jobs of a tenant that run, or whose process has been started."""
-        j = training_jobs.c
-        busy = (j.state == "running") | ((j.state == "pending") & j.runner.is_not(None))
-        query = sa.select(sa.func.count()).select_from(training_jobs)
-        query = query.where(j.tenant == tenant, j.kind.not_in(UNCOUNTED), busy)
-        with self.database.connect() as connection:
-            return int(connection.execute(query).scalar_one())
 
     def _start(self, job: Job, states: Sequence[str]) -> None:
         token = self.runners.claim(job.job_id, states)

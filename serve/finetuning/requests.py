@@ -140,7 +140,7 @@ def overrides_of(method: Json, seed: int, settings: Settings) -> Json:
     """Fields of a training's configuration; what is `auto` is left to the settings.
 
     Raises:
-        InputError: the learning rate would exceed 1.
+        InputError: the learning rate would be 0, or exceed 1.
     """
     kind = method["type"]
     chosen = {name: value for name, value in method[kind]["hyperparameters"].items() if value != AUTO}
@@ -160,10 +160,10 @@ def overrides_of(method: Json, seed: int, settings: Settings) -> Json:
     own = getattr(settings.training, METHODS[kind], None)
     if "learning_rate_multiplier" in chosen and own is not None:
         found["learning_rate"] = own.learning_rate * chosen["learning_rate_multiplier"]
-        if found["learning_rate"] > 1:
+        if not 0 < found["learning_rate"] <= 1:
             field = f"method.{kind}.hyperparameters.learning_rate_multiplier"
-            rule = f"gives a learning rate of {found['learning_rate']:g}, above 1"
-            raise InputError(field, chosen["learning_rate_multiplier"], rule, "lower it")
+            rule = f"gives a learning rate of {found['learning_rate']:g}, which must be above 0 and at most 1"
+            raise InputError(field, chosen["learning_rate_multiplier"], rule, "change it")
     return found
 
 

@@ -156,7 +156,7 @@ def _check_start(version: Any, route: Route, override_reason: str | None) -> Non
 
 def _check_prompt(steps: Steps, version: Any, key: RouteKey, override_reason: str | None) -> None:
     prompt = current_prompt(steps.engine, key.tenant, key.agent)
-    other = difference(version.tags.get("adapter_sha256"), version.tags.get("prompt_digest"), prompt)
+    other = difference(version.trained_behind, prompt)
     if other is not None and not override_reason:
         raise ConflictError(f"{version.id} may not answer for {key}: {other}, or give --override-gates --reason")
 

@@ -1,10 +1,14 @@
+import time
+
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.clock import SECOND_US
 from cluster.errors import ConflictError, NotFoundError
-from cluster.jobs import LOST, UNCOUNTED, Jobs, Usage
+from cluster.jobs import LOST, UNCOUNTED, Jobs, Usage, count_running
+from cluster.runners import Runners
+from cluster.signs_of_life import signs_of_life
 
 
 @pytest.fixture
@@ -93,6 +97,45 @@ def test_a_place_is_taken_when_a_job_starts_in_whatever_workspace(jobs: Jobs) ->
     with pytest.raises(ConflictError, match="max_concurrent_jobs is 1"):
         other.create("sft", max_concurrent=1)
     other.start(waiting[1], max_concurrent=1, silent_s=-1)  # the other has been silent for longer than that
+
+
+def running(jobs: Jobs) -> int:
+    with jobs.engine.connect() as connection:
+        return count_running(connection, jobs.tenant, 60)
+
+
+def test_an_sft_run_beside_a_job_of_the_api_runs_in_its_place(jobs: Jobs) -> None:
+    jobs.create("dpo", job_id="ftjob-1", request={"model": "m"})
+    assert Runners(jobs.engine).claim("ftjob-1", ("pending",)) is not None
+    jobs.start(jobs.create("sft", job_id="ftjob-1.sft").job_id)
+    assert running(jobs) == 1
+    jobs.create("sft", max_concurrent=2)
+    for name in ("mine.sft", "mine.dpo"):  # of the command line: whatever runs, counts
+        jobs.start(jobs.create("sft", job_id=name).job_id)
+    assert running(jobs) == 3
+
+
+def test_a_job_of_the_api_that_waited_long_takes_its_place_once_started(jobs: Jobs) -> None:
+    jobs.create("dpo", job_id="ftjob-1", request={"model": "m"})
+    with jobs.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE training_jobs SET created_at_us = 0"))
+    Runners(jobs.engine).claim("ftjob-1", ("pending",))
+    assert running(jobs) == 1
+
+
+def test_a_sign_of_life_keeps_what_the_job_said(jobs: Jobs) -> None:
+    job_id = jobs.create("sft").job_id
+    jobs.start(job_id)
+    jobs.progress(job_id, {"step": 3, "at_us": 1})
+    before = jobs.get(job_id).progress
+    with signs_of_life(jobs, [job_id], silent_s=0.1):
+        time.sleep(0.3)
+    after = jobs.get(job_id).progress
+    assert before is not None and after is not None
+    assert after["step"] == 3 and after["at_us"] > before["at_us"]
+    jobs.finish(job_id)
+    jobs.beat(job_id)
+    assert jobs.get(job_id).state == "completed"
 
 
 def test_silent_job_counts_as_failed(jobs: Jobs) -> None:

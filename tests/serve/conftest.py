@@ -40,7 +40,7 @@ def serve_version(
     """A version that its engine holds, as far as the tables say."""
     row = {
         "tenant": tenant, "version": version, "engine": engine, "model_name": model_name, "base_model": "base",
-        "adapter_sha256": "ab" * 32, "wanted": True, "updated_at_us": now_us(),
+        "adapter_sha256": "ab" * 32, "prompt_digest": "", "wanted": True, "updated_at_us": now_us(),
     }  # fmt: skip
     report = {"engine": engine, "replica_id": "test", "state": "idle", "heartbeat_us": now_us()}  # for good
     with write(database).begin() as connection:

@@ -158,6 +158,10 @@ class FakeVersion:
     id: str
     tags: dict[str, str]
 
+    @property
+    def trained_behind(self) -> str | None:
+        return self.tags.get("prompt_digest")
+
 
 class FakeRegistry:
     """Versions, aliases and tags in memory, like the registry's server they outlive a killed process."""

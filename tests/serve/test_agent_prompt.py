@@ -90,6 +90,14 @@ def test_a_version_trained_behind_another_prompt_may_not_begin_to_answer(live: L
     assert update_route(live.database, KEY, change, writer="person:test", check=check).share == 0.5
 
 
+def test_a_base_model_as_it_comes_may_answer_behind_any_prompt(live: Live) -> None:
+    prompted(live)
+    trained_behind(live, "triage/2", None)
+    check = only_ready(live.database, {}, live_after_s=10)
+    change = {"candidate": "triage/2", "share": 0.5}
+    assert update_route(live.database, KEY, change, writer="person:test", check=check).share == 0.5
+
+
 def test_versions_that_answer_already_go_on_when_the_prompt_changes(live: Live) -> None:
     prompted(live)
     check = only_ready(live.database, {}, live_after_s=10)

@@ -6,6 +6,7 @@ import json
 import socket
 import time
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -17,6 +18,7 @@ from cluster.settings import Settings, load_settings
 from serve.graders import GraderApi, _task, build
 from serve.keys import create_key, revoke_key
 from serve.known_keys import KnownKeys
+from serve.router import RouterApp
 from tests.serve.upstream import Server
 
 RUBRIC = {
@@ -292,3 +294,38 @@ def test_what_is_nested_too_deeply_is_refused_by_its_name(
     headers = {"authorization": f"Bearer {secret}"}
     answer = httpx.post(f"{url}/v1/graders/run", content=text, headers=headers, timeout=30)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+class Mounted:
+    """Router and grader under one address, as Serve's ingress has them."""
+
+    def __init__(self, router: RouterApp, grader: GraderApi) -> None:
+        self.router, self.grader = router, grader
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await self.grader(scope, receive, send)
+        elif scope["path"].startswith("/grader/"):
+            await self.grader({**scope, "root_path": "/grader"}, receive, send)
+        else:
+            await self.router(scope, receive, send)
+
+
+def test_openais_client_finds_the_grader_through_the_router(
+    grader: tuple[str, str, GraderApi], settings: Settings
+) -> None:
+    secret = grader[1]
+    router = RouterApp(settings, default_engine_url="http://127.0.0.1:9")
+    router.start()
+    router.watcher.refresh()
+    with Server(Mounted(router, GraderApi(settings.grader, KnownKeys(settings, 0.1))), "on") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0)
+        same: Any = {
+            "type": "string_check", "name": "same", "operation": "eq",
+            "input": "{{ sample.output_text }}", "reference": "{{ item.answer }}",
+        }  # fmt: skip
+        found = client.fine_tuning.alpha.graders.run(grader=same, model_sample="yes", item={"answer": "yes"})
+        assert found.reward == 1.0
+        assert client.fine_tuning.alpha.graders.validate(grader=same).grader is not None
+        client.close()
+    router.stop()

@@ -44,6 +44,14 @@ def test_a_better_candidate_passes_every_stage_and_is_promoted(database: Engine)
     assert [(u["version"], u["change"], u["alias"]) for u in updated] == [("triage/2", "alias", "champion")]
 
 
+def test_a_version_trained_behind_another_prompt_starts_no_rollout(sqlite_database: Engine) -> None:
+    world = World(sqlite_database, demo_settings(), population())
+    world.registry.tag("triage/2", "prompt_digest", "0" * 64)
+    with pytest.raises(ConflictError, match="trained with the prompt 000000000000, the agent has no prompt"):
+        world.start()
+    assert world.start(override_reason="the prompt is only worded anew").state == "pending"
+
+
 def test_every_recorded_decision_can_be_replayed(sqlite_database: Engine) -> None:
     world = World(sqlite_database, demo_settings(), population())
     world.run(world.start().rollout_id)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from train.mailbox import Event
 from train.models import load_tokenizer
 from train.plan import Request
 from train.worker import run_here
+
+WAIT_S = 0.4
 
 
 @pytest.fixture
@@ -130,10 +133,17 @@ def test_grpo_keeps_its_grader_and_template_with_the_version(home: Path, toy_bas
 def test_fully_fine_tuned_model_is_registered_as_a_base(home: Path, toy_base: Path, toy_dataset: Path) -> None:
     common = ("--dataset", toy_dataset, "--base", toy_base, "--no-ray", "--max-steps", 2)
     trained = call("run", "--method", "sft", "--weights", "full", "--name", "whole", *common)
-    registry = Registry(load_settings()[0])
+    settings = load_settings()[0]
+    registry, database = Registry(settings), connect(settings)
     assert not registry.client.list_artifacts(trained["run_id"], "adapter")  # no weights travel
     version = registry.get(call("register", "triage", "--base", trained["adapter_dir"])["version"])
     assert version.tags["base_revision"] == f"sha256:{trained['adapter_sha256']}"
+    assert (version.dataset_hash, version.run_id) == (trained["dataset_hash"], trained["run_id"])
+    assert version.tags["template_digest"] == template_digest(load_tokenizer(str(toy_base)))
+    assert version.trained and version.trained_behind == "" and version.aliases == ()  # no champion before its gates
+    assert Jobs(database, settings.tenant, settings.workspace).get("whole").output_version == version.id
+    plain = registry.get(call("register", "other", "--base", toy_base)["version"])
+    assert not plain.trained and plain.trained_behind is None and plain.aliases == ("champion",)
 
 
 def test_interrupted_training_is_resumed_by_name(home: Path, toy_base: Path, toy_dataset: Path) -> None:
@@ -181,6 +191,26 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_training_that_says_nothing_for_long_is_not_lost(
+    home: Path, toy_base: Path, toy_dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = load_settings(home=home, training={"job_silent_s": WAIT_S})[0]
+    database = connect(settings)
+    jobs, lost, real = Jobs(database, settings.tenant, settings.workspace), [], run_here
+
+    def load_slowly(configs: Sequence[TrainConfig], on_event: Callable[[Event], None]) -> None:
+        on_event(Event(0, "begin"))
+        time.sleep(2 * WAIT_S)
+        lost.extend(jobs.fail_lost(WAIT_S))
+        real(configs, on_event)
+
+    monkeypatch.setattr("train.jobs.run_here", load_slowly)
+    shape = {"max_steps": 1, "learning_rate": 5e-3, "report_examples": 0}
+    request = Request(("sft",), str(toy_dataset), base=str(toy_base), name="slow", ray=False, overrides=shape)
+    assert run_training(settings, request, database)["steps"] == 1
+    assert lost == [] and jobs.get("slow").state == "completed"
+
+
 def test_closed_gate_fails_job_and_run_with_the_reason(home: Path, toy_base: Path, tmp_path: Path) -> None:
     rows = toy_feedback(40)
     rows["preference"] = [{**r, "chosen": r["rejected"], "rejected": r["chosen"]} for r in rows["preference"]]
@@ -215,12 +245,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         InputError, *common, "--base", toy_base, "--method", "ppo"
     )
     assert "train.beta=-1.0" in refused(InputError, *common, "--base", toy_base, "--beta", -1)
+    assert "train.seed=4294967296" in refused(InputError, *common, "--base", toy_base, "--seed", 2**32)
     assert "names 0 datasets" in refused(NotFoundError, "run", "--dataset", "nothing", "--base", toy_base)
     assert "has no GPU here" in refused(InputError, *common, "--base", toy_base, "--device", "cuda")
     assert "needs a GPU" in refused(InputError, *common, "--base", toy_base, "--weights", "qlora")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAYLOOP_TRAINING__LORA__R", "512")
         assert "is over engine.max_rank" in refused(InputError, *common, "--base", toy_base)
+    register = (*common, "--base", toy_base, "--register")
+    assert "model='my agent' must be letters" in refused(InputError, *register, "my agent")
+    assert "reward makes one that scores" in refused(InputError, *register, "triage", "--method", "reward")
+    for name in ("../elsewhere", "a/b", ".", "x" * 49):
+        assert f"name={name!r} must be" in refused(InputError, *common, "--base", toy_base, f"--name={name}")
+    many = ("run", "--dataset", toy_dataset, "--base", toy_base, "--workers", 7)
+    assert "training.workers=7 is more than the cluster started here holds" in refused(InputError, *many)
     empty = write_dataset(tmp_path / "empty", {"sft": [], "preference": [], "unpaired": []})
     assert "no sft examples" in refused(
         DatasetError, "run", "--method", "sft", "--dataset", empty, "--base", toy_base, "--no-ray"

@@ -33,6 +33,12 @@ def test_full_disk_is_one_clear_line_and_leaves_the_old_folder_alone(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a place where nothing can be made")
+def test_place_where_nothing_can_be_made_is_one_clear_line() -> None:
+    with pytest.raises(InputError, match="out='/proc/out' cannot be written"), written_whole(Path("/proc/out")):
+        pass
+
+
 def test_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     for text in ("first", "second"):
         with written_whole(tmp_path / "out") as scratch:

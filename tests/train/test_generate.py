@@ -77,7 +77,7 @@ def test_adapter_is_merged_without_changing_what_it_says(config_of: Callable[...
 def test_missing_model_and_adapter_are_one_clear_line(toy_base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         generate(tmp_path / "nowhere", None, [])
-    with pytest.raises(InputError, match="holds no adapter"):
+    with pytest.raises(InputError, match=r"has no adapter_config\.json"):
         generate(toy_base, tmp_path, [])
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from cluster.errors import HealthGateError, InputError
 from cluster.settings.training import LoraSettings
 from tests.toys import toy_feedback, write_dataset
+from tests.train.test_run import UNLOOKED
 from train.config import TrainConfig
 from train.mailbox import Event
 from train.run import build_trainer, prepare, train
@@ -47,7 +48,7 @@ def test_runs_on_ray_equal_runs_here_and_survive_a_killed_worker(
     config_of: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     """SFT then DPO in one group of workers; the worker is killed in the middle of the second."""
-    shape: dict[str, Any] = {"save_steps": 2, "report_examples": 0}
+    shape: dict[str, Any] = {"save_steps": 2, **UNLOOKED}
     epochs = {"sft": 1, "dpo": 5}  # the second is still going on when the kill arrives
     here = [
         train(config_of(m, **shape, epochs=count, out=tmp_path / f"here-{m}")).adapter_sha256
@@ -85,7 +86,7 @@ def test_two_workers_learn_what_one_learns_from_the_same_global_batch(
         "dataset": folder,
         "precision": "fp32",
         "lora": LoraSettings(dropout=0.0),
-        "report_examples": 0,
+        **UNLOOKED,
     }
     methods = ("sft", "dpo", "kto")
     alone, together = Heard(), Heard()

@@ -15,20 +15,25 @@ from sqlalchemy.engine import Engine
 from cluster import tracking
 from cluster.clock import SECOND_US, now_us
 from cluster.database import connect
-from cluster.errors import ConflictError, InputError, NotFoundError, RayloopError
+from cluster.errors import ConflictError, DatasetError, InputError, NotFoundError, RayloopError
 from cluster.jobs import Jobs
+from cluster.registry import NEEDS_RETRAINING_TAG, Registry
 from cluster.settings import Settings, load_settings
 from cluster.settings.training import LimitSettings
 from cluster.tables import training_jobs
 from data.log import EventLog
+from data.manifest import load_manifest, write_manifest
 from tests.datasets import write_feedback_dataset
+from tests.serve.engines.models import build_adapter, build_base
 from tune import sweep as sweeps
 from tune.cli import training_command
 from tune.job import job_again, new_job, tell
 from tune.objective import axes_of
 from tune.report import Trial
+from tune.search import check_room
+from tune.space import contains
 from tune.spec import Sweep, new_sweep, read_sweep, write_sweep
-from tune.sweep import check_any_ran, resume_sweep, run_sweep
+from tune.sweep import check_any_ran, make_plan, pin, resume_sweep, run_sweep
 from tune.trial import Plan, rungs_of
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +65,67 @@ def test_a_sweep_over_ranks_that_no_engine_loads_is_refused(settings: Settings) 
         with pytest.raises(InputError, match=rf"training\.lora\.r={limit + 1}.* is over engine\.max_rank"):
             new_sweep(settings, method="dpo", dataset="d", base="b", ranges={"lora.r": text})
     new_sweep(settings, method="reward", dataset="d", base="b", ranges={"lora.r": f"8,{limit + 1}"})
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "text", "message"),
+    [
+        ("dpo", "learning_rate", "0.5:2", r"train\.learning_rate=2\.0 input should be less than or equal to 1"),
+        ("dpo", "learning_rate", "fast", r"train\.learning_rate='fast' input should be a valid number"),
+        ("dpo", "batch_size", "0,8", r"train\.batch_size=0 "),
+        ("dpo", "batch_size", "2.5:8", r"takes whole numbers"),
+        ("dpo", "schedule", "linear,steep", r"train\.schedule='steep' input should be 'linear', 'cosine' or"),
+        ("dpo", "epochs", "1:1000", r"exceeds training\.limits\.max_epochs"),
+        ("dpo", "weights", "lora,full", "is the same for all trials"),
+        ("dpo", "base_model", "a/b,c/d", "is the same for all trials"),
+        ("sft", "beta", "0.1,0.2", "has no meaning for sft"),
+    ],
+)
+def test_values_that_no_trial_could_train_with_are_refused(
+    method: str, name: str, text: str, message: str, settings: Settings
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        new_sweep(settings, method=method, dataset="d", base="b", ranges={name: text})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_field_without_a_value_may_be_varied(settings: Settings, tmp_path: Path) -> None:
+    sweep = new_sweep(settings, method="dpo", dataset="d", base="b", ranges={"max_steps": "5:9"})
+    assert not contains(sweep.space, {"learning_rate": 5e-5, "beta": 0.1, "max_steps": None})
+
+
+def test_whole_models_are_not_swept(settings: Settings) -> None:
+    whole = load_settings(home=settings.home, training={"weights": "full"})[0]
+    with pytest.raises(InputError, match=r"training\.weights='full' cannot be swept"):
+        new_sweep(whole, method="dpo", dataset="d", base="b")
+
+
+def test_trials_that_the_cluster_could_never_hold_are_refused(settings: Settings) -> None:
+    greedy = settings.sweep.model_copy(update={"gpus_per_trial": 1.0})
+    with pytest.raises(InputError, match=r"sweep\.gpus_per_trial=1\.0 is more than the cluster has \(0\)"):
+        check_room(greedy, {"CPU": 6.0})
+    check_room(greedy, {"CPU": 6.0, "GPU": 1.0})
+
+
+def test_a_sweep_starts_where_a_training_of_its_agent_would(mlflow_settings: Settings, tmp_path: Path) -> None:
+    settings, registry = mlflow_settings, Registry(mlflow_settings)
+    made = write_feedback_dataset(settings.home / "datasets", users=10)
+    write_feedback_dataset(settings.home / "datasets", users=10, agent="zebra")  # the latest of all
+    bases = [build_base(tmp_path / name, hidden=32) for name in ("first", "second")]
+    registry.register_base("triage", bases[0])
+    adapter = build_adapter(bases[1], tmp_path / "adapter", seed=0)
+    version = registry.register_adapter("triage", adapter, base_model=bases[1])
+    from_champion = pin(settings, new_sweep(settings, method="dpo", dataset="latest", agent="triage"))
+    assert (Path(from_champion.dataset).name, from_champion.base) == (made.dataset_id, str(bases[0].resolve()))
+    by_name = new_sweep(settings, method="dpo", dataset=made.dataset_id, base=f"models:/{version.id}")
+    assert (pin(settings, by_name).base, pin(settings, by_name).agent) == (version.id, "triage")
+    registry.tag(version, NEEDS_RETRAINING_TAG, "{}")
+    pinned = pin(settings, by_name)
+    with pytest.raises(ConflictError, match="cannot be trained further"):
+        make_plan(settings, pinned, Path(pinned.dataset))
+    write_manifest(Path(pinned.dataset), replace(load_manifest(Path(pinned.dataset)), erased_rows=1))
+    with pytest.raises(DatasetError, match=r"1 examples of .* were erased since"):
+        make_plan(settings, from_champion, Path(from_champion.dataset))
 
 
 def test_the_chosen_point_becomes_a_command_that_train_run_takes() -> None:

@@ -33,7 +33,8 @@ def compare(settings: Settings, first: str, second: str, *, dataset_ref: str | N
     registry = Registry(settings)
     after = registry.get(second)
     before = resolve_opponent(registry, after, first)
-    dataset = find_dataset(settings, dataset_ref or after.dataset_id or before.dataset_id or "latest")
+    ref = dataset_ref or after.dataset_id or before.dataset_id or "latest"
+    dataset = find_dataset(settings, ref, agent=after.model)
     evidence = gather(settings, registry, after, before, dataset, suites=MEASURED)
     gates = run_suites(evidence, MEASURED)
     manifest = load_manifest(dataset)

@@ -76,7 +76,7 @@ class Evidence:
     toxicity: Detector | None = None
     """Judges answers; `None` for the shipped detector."""
     trained: bool = True
-    """Whether the candidate was made by a training; `False` for a base model."""
+    """Whether the candidate was made by a training; `False` for a base model as it comes."""
     prompts: tuple[str | None, str | None] = (None, None)
     """Digests of the agent's prompt: in training, and in force; `None` where there was or is none."""
     template: tuple[str, str] | None = None

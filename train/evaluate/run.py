@@ -56,7 +56,7 @@ def evaluate(
     registry = Registry(settings)
     version = registry.get(version_ref)
     champion = resolve_opponent(registry, version, against)
-    dataset = find_dataset(settings, dataset_ref or version.dataset_id or "latest")
+    dataset = find_dataset(settings, dataset_ref or version.dataset_id or "latest", agent=version.model)
     manifest, started = load_manifest(dataset), time.monotonic()
     found = Evaluation(
         version=version.id,
@@ -145,7 +145,7 @@ def gather(
         reward_model=as_grader(scorer),
         logged=logged,
         toxicity=detectors(named).toxicity if (named := settings.curation.detectors).toxicity_model else None,
-        trained=version.adapter_sha256 is not None or version.endpoint is not None,
+        trained=version.trained,
         prompts=(version.tags.get("prompt_digest"), asked.digest),
         template=template_digests(version),
     )

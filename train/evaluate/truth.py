@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import DatasetError
 from train.evaluate.types import Prompt, Truth, message_text
 
 Row = Mapping[str, Any]
@@ -49,16 +50,31 @@ def choose(truths: list[Truth], limit: int) -> list[Truth]:
 
 def _from_sft(rows: Iterable[Row]) -> Iterator[Truth]:
     for row in rows:
-        *prompt, answer = json.loads(row["messages"])
+        *prompt, answer = _said(row, "messages")
         if answer.get("role") == "assistant" and (text := message_text(answer)).strip():
             yield _truth(row, prompt, text, ORIGINS.get(row["origin"], str(row["origin"])))
 
 
 def _from_preference(rows: Iterable[Row]) -> Iterator[Truth]:
     for row in rows:
-        text = message_text(json.loads(row["chosen"])[-1])
+        text = message_text(_said(row, "chosen")[-1])
         if row["origin"] == "correction" and text.strip():
-            yield _truth(row, json.loads(row["prompt"]), text, "correction")
+            yield _truth(row, _said(row, "prompt"), text, "correction")
+
+
+def _said(row: Row, column: str) -> list[Any]:
+    """The messages in a cell.
+
+    Raises:
+        DatasetError: it holds none; the error names the example.
+    """
+    try:
+        messages = json.loads(row[column])
+        if messages and all(isinstance(message, dict) for message in messages):
+            return list(messages)
+    except (ValueError, TypeError):
+        pass
+    raise DatasetError(f"example {row['example_id']!r}: `{column}` holds no messages; curate the dataset again")
 
 
 def _truth(row: Row, prompt: list[Any], reference: str, origin: str) -> Truth:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from train.models import load_adapter, load_tokenizer
+from train.models import load_adapter, load_tokenizer, load_whole_model
 from train.quiet import quiet_libraries
 
 
@@ -30,7 +30,7 @@ def with_adapter(base_model: str, adapter: Path | None) -> tuple[Any, torch.dtyp
     from transformers import AutoConfig, AutoModelForCausalLM
 
     stored = AutoConfig.from_pretrained(base_model).dtype or torch.float32
-    model = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
+    model = load_whole_model(AutoModelForCausalLM, base_model, dtype=torch.float32)
     if adapter is not None:
         model = load_adapter(model, str(adapter), base_model)
     return model.eval(), stored

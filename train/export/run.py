@@ -1,5 +1,7 @@
 """`rayloop export`: a version as files, whole or not at all, and checked before they appear."""
 
+import hashlib
+import json
 import logging
 import shutil
 import subprocess
@@ -10,14 +12,14 @@ from typing import Any
 from cluster.database import connect
 from cluster.errors import ConflictError, InputError, UnavailableError
 from cluster.model_files import ADAPTER_FILES
-from cluster.registry import Registry, Version
+from cluster.registry import EXPORT_TAGS, RETRAIN, Registry, Version
 from cluster.settings import Settings
 from data.prompt_versions import texts_by_digest
 from train.export.check import Agreement, check_template, expect, load_exported
 from train.export.gguf import chat_template_of, converter, write_gguf
 from train.export.merge import write_merged
 from train.export.modelfile import modelfile, role_template
-from train.files import written_whole
+from train.files import check_replaceable, written_whole
 from train.generate import end_tokens
 from train.models import load_adapter, load_tokenizer
 
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("hf", "merged", "gguf", "ollama")
 GGUF_FILE, MODELFILE = "model.gguf", "Modelfile"
+ABOUT = "rayloop.json"
+"""In every export: which version it is. Only a folder with it is ever replaced."""
 MERGED = "merged"  # scratch folder beside the GGUF file
 ADAPTER_FOLDER = "adapter"
 WITH_ADAPTER = ("llama", "mistral", "gemma", "gemma2")
@@ -51,24 +55,34 @@ class Exported:
 
 
 def export(settings: Settings, ref: str, kind: str, out: Path) -> Exported:
-    """Write a version to the folder `out`.
+    """Write a version to the folder `out`, and keep with the version where it went.
 
     Raises:
         NotFoundError: no such version.
-        InputError: an unknown format, no adapter to write, no converter, a place that cannot be written, a
-            template that Ollama cannot express.
-        ConflictError: the exported weights answer differently, or the template is not the one of training.
+        InputError: an unknown format, no adapter to write, no converter, a place that cannot be written or holds
+            other things than an export, a template that Ollama cannot express.
+        ConflictError: the exported weights answer differently, the template is not the one of training, or somebody
+            in what the version learned from was erased.
     """
     if kind not in FORMATS:
         raise InputError("to", kind, f"must be one of {', '.join(FORMATS)}", "choose one of them")
+    out = out.expanduser().resolve()
+    check_replaceable(out, (ABOUT,))
     if kind in ("gguf", "ollama"):
         converter()
     registry = Registry(settings)
     version = registry.get(ref)
+    if version.needs_retraining:
+        raise ConflictError(f"{version.id} cannot be exported: {RETRAIN}; export another version")
+    if version.endpoint is not None:
+        raise ConflictError(f"{version.id} cannot be exported: its weights are kept by {version.endpoint}")
     adapter = registry.adapter_dir(version) if version.adapter_sha256 else None
     with written_whole(out) as scratch:
         agreement = _write(settings, version, adapter, kind, scratch)
-    return Exported(version.id, kind, str(out.resolve()), **asdict(agreement))
+        about = {"version": version.id, "name": version.name, "format": kind, "adapter_sha256": version.adapter_sha256}
+        (scratch / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+    registry.tag(version, f"{EXPORT_TAGS}.{kind}.{hashlib.sha256(str(out).encode()).hexdigest()[:8]}", str(out))
+    return Exported(version.id, kind, str(out), **asdict(agreement))
 
 
 def _write(settings: Settings, version: Version, adapter: Path | None, kind: str, folder: Path) -> Agreement:

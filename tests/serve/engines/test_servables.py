@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Engine
 
 from cluster.errors import ConflictError, InputError, NotFoundError, UnavailableError
+from cluster.registry import Version
 from cluster.settings.engines import EngineSettings
 from cluster.tables import servable_replicas
 from serve.engines.local import LocalEngine
@@ -304,3 +305,18 @@ def test_database_away_leaves_the_engine_serving(
 def test_version_without_its_adapter_here_is_refused(database: Engine, version_of, adapters: dict[str, Path]) -> None:
     with pytest.raises(InputError, match="has an adapter that is not on this machine"):
         want(database, version_of(3, adapters["red"], adapter_path=None), "local")
+
+
+@pytest.mark.parametrize(
+    ("tags", "behind"),
+    [
+        ({}, None),  # a base as it comes
+        ({"rayloop.method": "sft"}, ""),  # a whole model that was trained behind no prompt
+        ({"rayloop.method": "sft", "prompt_digest": "d" * 64}, "d" * 64),
+    ],
+)
+def test_an_engine_is_told_behind_which_prompt_a_whole_model_was_trained(
+    tags: dict[str, str], behind: str | None, database: Engine, version_of: Callable[..., Version]
+) -> None:
+    assert want(database, version_of(3, None, tags=tags), "local").prompt_digest == behind
+    assert [servable.prompt_digest for servable in list_servables(database, "local")] == [behind]

@@ -85,6 +85,11 @@ BAD_REQUESTS: dict[str, tuple[Json, str, str]] = {
         "method.dpo.hyperparameters.learning_rate_multiplier",
         "gives a learning rate of 50",
     ),
+    "no rate": (
+        {"method": dpo(learning_rate_multiplier=1e-320)},
+        "method.dpo.hyperparameters.learning_rate_multiplier",
+        "gives a learning rate of 0",
+    ),
     "beta of sft": (
         {"method": {"type": "supervised", "supervised": {"hyperparameters": {"beta": 1}}}},
         "method.supervised.hyperparameters.beta",

@@ -75,3 +75,19 @@ def test_planted_change_blocks_promotion(change: str, registered: tuple[Settings
     assert not found.passed and found.alias is None
     with pytest.raises(ConflictError, match="may not be challenger"):
         Registry(settings).set_alias("triage", "challenger", "triage/2", actor="test", reason="anyway")
+
+
+def test_a_whole_model_that_was_trained_is_held_to_its_template_and_prompt(
+    registered: tuple[Settings, Path], tmp_path: Path
+) -> None:
+    settings, base = registered
+    whole = tmp_path / "whole"
+    shutil.copytree(base, whole)
+    (whole / "config.json").write_text((whole / "config.json").read_text() + "\n")
+    known = Registry(settings).get("triage/2").tags
+    lineage = {"rayloop.method": "sft", "prompt_digest": "0" * 64, "template_digest": known["template_digest"]}
+    version = Registry(settings).register_base("triage", whole, lineage)
+    gates = {gate.suite: gate for gate in run.evaluate(settings, version.id, dataset_ref="latest").gates}
+    assert gates["template"].status == "passed"
+    assert gates["prompt"].status == "failed"
+    assert gates["prompt"].detail == "trained behind 000000000000, served behind no prompt"

@@ -18,6 +18,7 @@ from cluster.errors import InputError, NotFoundError, UnavailableError
 from cluster.registry import NEEDS_RETRAINING_TAG, Registry, Version
 from cluster.settings import Settings, load_settings
 from data.log import EventLog
+from data.manifest import find_dataset
 from tests.datasets import WANTED, write_feedback_dataset
 from tests.train.evaluate.fakes import CASE_SUITES, Answerer, FakeModel
 from train.evaluate import compare, models, run
@@ -86,6 +87,13 @@ def test_a_better_version_passes_and_becomes_challenger(registered: Settings, tm
     page = Path(client.download_artifacts(found.run_id, "report.html", str(tmp_path))).read_text()
     assert "&quot;verdict&quot;" in page and "data:image/png" in page
     assert changes(registered) == [("evaluated", None, None), ("alias", "challenger", "evaluate")]
+
+
+def test_a_version_without_a_dataset_is_asked_from_its_own_agents_latest(registered: Settings) -> None:
+    other = write_feedback_dataset(registered.home / "datasets", seed=1, agent="zebra")  # sorts behind the agent's own
+    assert find_dataset(registered, "latest").name == other.dataset_id
+    found = run.evaluate(registered, "triage/1", against="triage/2")
+    assert found.dataset_id.startswith("triage-")
 
 
 def changes(settings: Settings) -> list[tuple[str, str | None, str | None]]:

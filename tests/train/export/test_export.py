@@ -105,7 +105,7 @@ def test_gguf_file_answers_as_the_engine_does(world: World, tmp_path: Path) -> N
     settings = load_settings(home=world.settings.home, export={"quantisation": "f32"})[0]
     found = export(settings, "triage/2", "ollama", tmp_path / "out")
     assert found.identical == found.prompts > 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf", "rayloop.json"]
     tokenizer = load_tokenizer(str(world.base))
     assert chat_template_of(tmp_path / "out" / "model.gguf") == tokenizer.get_chat_template()
 
@@ -123,7 +123,12 @@ def test_ollama_gets_base_and_adapter_apart_where_it_reads_them(world: World, tm
     asked = {"quantisation": "f32", "ollama_adapter": True}
     found = export(load_settings(home=world.settings.home, export=asked)[0], "triage/2", "ollama", tmp_path / "out")
     assert found.identical == found.prompts > 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "adapter", "model.gguf"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "Modelfile",
+        "adapter",
+        "model.gguf",
+        "rayloop.json",
+    ]
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "out" / "adapter" / name).read_bytes() == (world.adapter / name).read_bytes()
     text = (tmp_path / "out" / "Modelfile").read_text()
@@ -142,7 +147,7 @@ def test_an_architecture_whose_adapters_ollama_cannot_read_is_merged(
     monkeypatch.setattr(run, "WITH_ADAPTER", ("mistral",))
     asked = {"quantisation": "f32", "ollama_adapter": True}
     export(load_settings(home=world.settings.home, export=asked)[0], "triage/2", "ollama", tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "model.gguf", "rayloop.json"]
     assert "ADAPTER" not in (tmp_path / "out" / "Modelfile").read_text()
 
 
@@ -230,12 +235,46 @@ def test_export_that_answers_differently_is_refused(
     from train.export import run
 
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "kept").write_text("before")
+    (tmp_path / "out" / "rayloop.json").write_text("before")
     real = run.write_merged
     monkeypatch.setattr(run, "write_merged", lambda folder, base, adapter: real(folder, base, None))
     with pytest.raises(ConflictError, match="same greedy tokens on only"):
         export(world.settings, "triage/2", "merged", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["kept"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["rayloop.json"]
+
+
+def test_what_is_no_export_is_never_replaced(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "project"
+    out.mkdir()
+    (out / "work.py").write_text("mine")
+    monkeypatch.chdir(out)
+    for place in (out, Path(".")):
+        with pytest.raises(InputError, match="holds other files, which would be removed; name a new folder"):
+            export(world.settings, "triage/2", "hf", place)
+    with pytest.raises(InputError, match="is a file"):
+        export(world.settings, "triage/2", "hf", out / "work.py")
+    assert [path.name for path in tmp_path.rglob("*")] == ["project", "work.py"]
+    (out / "work.py").unlink()
+    for _ in range(2):
+        export(world.settings, "triage/2", "hf", Path("new"))
+    export(world.settings, "triage/2", "hf", out / "again")
+
+
+def test_a_version_says_where_it_was_exported_to_and_goes_nowhere_once_it_needs_retraining(
+    world: World, tmp_path: Path
+) -> None:
+    registry = Registry(world.settings)
+    version = registry.register_adapter("exported", world.adapter, base_model=world.base)
+    for name in ("a", "b", "a"):
+        export(world.settings, version.id, "hf", tmp_path / name)
+    kept = {tag: value for tag, value in registry.get(version.id).tags.items() if tag.startswith("rayloop.export.hf.")}
+    assert sorted(kept.values()) == [str(tmp_path / "a"), str(tmp_path / "b")]
+    about = json.loads((tmp_path / "a" / "rayloop.json").read_text())
+    assert (about["version"], about["format"], about["adapter_sha256"]) == (version.id, "hf", version.adapter_sha256)
+    registry.tag(version, "rayloop.needs_retraining", "{}")
+    with pytest.raises(ConflictError, match="exported/1 cannot be exported: somebody in its training data was erased"):
+        export(world.settings, version.id, "hf", tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_eight_bits_may_differ_more_but_not_on_everything(
