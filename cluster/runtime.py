@@ -128,6 +128,7 @@ def _start_arguments(settings: Settings, num_cpus: int | None) -> dict[str, Any]
         "num_cpus": num_cpus or settings.ray.num_cpus,
         "object_store_memory": settings.ray.object_store_mb * 2**20,
         "include_dashboard": False,
+        "_system_config": {"max_io_workers": settings.ray.io_workers},
     }
 
 

@@ -31,11 +31,17 @@ def least_nodes(rows: pa.Table, most: int) -> pa.Table:
     return once.take(pc.sort_indices(once, [("node", "ascending")])[:most])
 
 
-def fit(samples: Iterable[pa.Table], settings: BalanceSettings, named: DetectorSettings) -> TopicModel:
-    """The topics of all blocks, from each one's sample."""
-    empty = pa.table({"node": pa.array([], pa.uint64()), "question": pa.array([], pa.string())})
-    rows = least_nodes(pa.concat_tables([empty, *samples]), settings.topic_sample)
-    return topics_of(rows["question"].to_pylist(), settings.topics, named)
+def sample_of_all(samples: Iterable[pa.Table], most: int) -> pa.Table:
+    """The sample of all blocks from each one's, of which two are held at once."""
+    rows = pa.table({"node": pa.array([], pa.uint64()), "question": pa.array([], pa.string())})
+    for sample in samples:
+        rows = least_nodes(pa.concat_tables([rows, sample]), most)
+    return rows
+
+
+def fit(sample: pa.Table, settings: BalanceSettings, named: DetectorSettings) -> TopicModel:
+    """The topics of a sample's questions."""
+    return topics_of(sample["question"].to_pylist(), settings.topics, named)
 
 
 def add_topics(table: pa.Table, model: TopicModel) -> pa.Table:

@@ -11,14 +11,14 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
-import ray.data
 
 from cluster.clock import now_us, to_iso
 from cluster.database import connect
@@ -29,24 +29,26 @@ from cluster.settings.curation import CurationSettings
 from data import augment, dedup, keep, manifest, voters, weigh
 from data import balance as balancing
 from data.behaviour import add_implicit_signals
-from data.blocks import apply, of_rows, read_each, with_rows, without_counts
+from data.blocks import apply, apply_to_rows, of_rows, read_each
 from data.calibration import fit
 from data.card import dataset_card, draw_plots
-from data.detectors.make import detectors
+from data.detectors.make import Detectors, detectors
+from data.detectors.topics import TopicModel
 from data.erasure.person import erased_users
-from data.exchange import Blocks, each, exchange, gathered
+from data.exchange import Blocks, Tasks, run
 from data.filter import filter_rows
 from data.join import join_events, name_trajectories
-from data.kept_tests import keep_sketches, read_sketches, sketch_files
+from data.kept_tests import keep_sketches, kept_nodes, kept_parts, read_part, sketch_files
 from data.log import EventLog
 from data.manifest import Manifest, PromptUsed, Shard
 from data.mlflow_datasets import log_to_mlflow, mlflow_warming_up
+from data.near import Clusters
 from data.near_parts import clusters_of
 from data.pairs import make_examples
 from data.prompt_versions import texts_by_digest
 from data.prompted_rows import put_back
 from data.publish import check_usable, publish
-from data.ray_data import quiet_ray_data, task_cpus
+from data.ray_data import map_blocks, quiet_ray_data, task_cpus
 from data.score import score
 from data.scrub import scrub
 from data.signal_pairs import PAIRS, from_table, pairs_of_rows, sample
@@ -106,8 +108,8 @@ def curate(
         with mlflow_warming_up(settings), ray_session(settings) as session, quiet_ray_data():
             traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
             named = partial(publish, engine, settings, erased)
-            cpus, prompts = task_cpus(settings, session), texts_by_digest(engine, settings.tenant)
-            written = _Curation(settings, agent, blocks, root, sources, named, prompts, traced, cpus).run()
+            tasks, prompts = Tasks(task_cpus(settings, session), len(blocks)), texts_by_digest(engine, settings.tenant)
+            written = _Curation(settings, agent, blocks, root, sources, named, prompts, traced, tasks).run()
         if settings.curation.log_to_mlflow:
             log_to_mlflow(settings, written)
         return written
@@ -127,12 +129,11 @@ class _Curation:
     """What the blocks are read from."""
     publish: Callable[[Path, Path, Manifest], Manifest]
     """Gives a finished folder its name below `root`."""
-    prompts: dict[str, str] = field(default_factory=dict)
+    prompts: dict[str, str]
     """Digest -> text of every prompt that the agents ever had."""
-    traced: bool = True
+    traced: bool
     """The log holds parts of traces that may belong together."""
-    cpus: float = 0.5
-    """Logical CPUs of one task."""
+    tasks: Tasks
     calibration: dict[str, Any] = field(default_factory=dict)
     topics: tuple[str, ...] = ()
     topic_shares: dict[str, float] = field(default_factory=dict)
@@ -147,18 +148,16 @@ class _Curation:
         config = self.settings.curation
         asked = self._detectors()
         joined = self._joined()
-        if not joined:
-            raise DatasetError("no examples could be made (no interactions)")
         groups = self._groups(joined)
         factors = self._vote_factors(joined, groups)
-        return self._map(
-            joined,
+        stages = (
             Stage("weigh", partial(weigh.weigh, settings=config.weigh, factors=factors, groups=groups)),
             Stage("score", partial(score, settings=config.score)),
             Stage("filter", partial(_filter, settings=config, asked=asked)),
             Stage("scrub", partial(scrub, settings=config.scrub)),
             Stage("fingerprint", partial(dedup.fingerprint, settings=config)),
         )
+        return self._map(joined, partial(apply_to_rows, functions=stages))
 
     def _clustered(self) -> tuple[list[Any], list[Any]]:
         """Sketches of this dataset's texts, and its rows with those of a near-duplicate cluster in one block."""
@@ -166,7 +165,7 @@ class _Curation:
         if self.agent is None and self.settings.curation.whole_kept:
             rows = self._best(rows)
         sketches, clusters = self._clusters(rows)
-        return sketches, self._together(rows, "cluster", Stage("cluster", partial(_assign, clusters=clusters)))
+        return sketches, self.tasks.exchange(rows, "cluster", clusters, before=_with_clusters)
 
     def _finished(self) -> tuple[list[Any], list[Any]]:
         """Sketches of this dataset's texts, and its examples, one a row, each in its split."""
@@ -197,47 +196,36 @@ class _Curation:
 
     def _joined(self) -> Blocks:
         """One interaction a row, with what its user did where implicit signals are on."""
-        rows, runs = self._read(), self.settings.trajectory_feedback_loop.enabled
-        together = partial(join_events, agent=self.agent, trajectories=runs, prompts=self.prompts)
-        join: tuple[Stage, ...] = (Stage("join", together),)
-        if self.settings.feedback.implicit:
-            rows, join = self._together(rows, "session_key", *join), ()
-            if self.settings.calibration.apply:
-                self._calibrate(rows)
-        implicit = partial(add_implicit_signals, settings=self.settings, weights=self.calibration.get("used", {}))
-        return self._map(rows, *join, Stage("behaviour", implicit))
+        runs = self.settings.trajectory_feedback_loop.enabled
+        join = Stage("join", partial(join_events, agent=self.agent, trajectories=runs, prompts=self.prompts))
+        if not self.settings.feedback.implicit:
+            return self._read(join, self._behaviour())
+        rows = self.tasks.exchange(self._read(join), "session_key")
+        if self.settings.calibration.apply:
+            self._calibrate(rows)
+        return self.tasks.each(rows, self._behaviour())
 
-    def _read(self) -> Blocks:
-        """Events, read in parallel; those of one trace put together, then those of one interaction."""
-        read = partial(read_block, self.settings)
+    def _behaviour(self) -> Stage:
+        weights = self.calibration.get("used", {})
+        return Stage("behaviour", partial(add_implicit_signals, settings=self.settings, weights=weights))
+
+    def _read(self, *then: Stage) -> Blocks:
+        """What stages make of the events, those of one interaction together; before that, those of one trace."""
+        read, after = partial(read_block, self.settings), partial(apply, functions=then)
         if not self.traced:
-            return self._together(self.blocks, "interaction_id", read, name_trajectories)
-        traces = self._together(self.blocks, TRACE, read, add_trace)
-        return self._together(traces, "interaction_id", join_traces, name_trajectories)
+            named = partial(apply, functions=(read, name_trajectories))
+            return self.tasks.exchange(self.blocks, "interaction_id", before=named, after=after)
+        traced, joined = ((read, add_trace), (join_traces, name_trajectories))
+        traces = self.tasks.exchange(self.blocks, TRACE, before=partial(apply, functions=traced))
+        return self.tasks.exchange(traces, "interaction_id", before=partial(apply, functions=joined), after=after)
 
     def _map(self, blocks: Blocks, *functions: Callable[[pa.Table], pa.Table]) -> list[Any]:
         """What functions, one after the other in one task, make of each block; blocks without rows are left out."""
-        if not blocks:
-            return []
-        ray.wait(list(blocks), num_returns=len(blocks), fetch_local=False)  # a task that waits would hold a worker
-        # A reference inside of the function would keep its block until the whole job has ended.
-        dataset = ray.data.from_arrow_refs(list(blocks)).map_batches(
-            partial(apply, functions=functions),
-            batch_format="pyarrow",
-            batch_size=None,
-            zero_copy_batch=True,
-            num_cpus=self.cpus,
-        )
-        return with_rows(dataset)
-
-    def _together(self, blocks: Sequence[Any], key: str, *first: Callable[[Any], pa.Table]) -> list[Any]:
-        """What functions make of each block, then all rows of a key in one block."""
-        before = partial(apply, functions=first) if first else None
-        return exchange(blocks, key, len(self.blocks), self.cpus, before)
+        return map_blocks(blocks, partial(run, partial(apply, functions=functions)), self.tasks.num_cpus)
 
     def _each(self, blocks: Blocks, function: Callable[..., Any], *shared: Any) -> list[Any]:
         """References to what a function makes of the rows of each block."""
-        return each(blocks, of_rows, function, *shared, num_cpus=self.cpus)
+        return self.tasks.each(blocks, of_rows, function, *shared)
 
     def _calibrate(self, joined: Blocks) -> None:
         """What implicit signals are worth, from a sample of the interactions with both kinds of sign."""
@@ -253,14 +241,14 @@ class _Curation:
         named = self.settings.curation.detectors
         if named.toxicity_model or named.refusal_model or named.grounding_model:
             return None
-        return gathered([], partial(detectors, named), self.cpus)
+        return self.tasks.gathered([], partial(detectors, named))
 
     def _groups(self, joined: Blocks) -> dict[str, str]:
         """Users who vote together, each with the name they share."""
         config = self.settings.curation.weigh
-        pairs = self._each(joined, partial(voters.pairs_of_voters, most=config.together_voters))
-        met = exchange(pairs, "first", len(self.blocks), self.cpus)
-        tables = list(read_each(each(met, voters.frequent, config, num_cpus=self.cpus)))
+        pairs = partial(of_rows, function=partial(voters.pairs_of_voters, most=config.together_voters))
+        often = partial(voters.frequent, settings=config)
+        tables = list(read_each(self.tasks.exchange(joined, "first", before=pairs, after=often)))
         if not (users := voters.users_in(tables)):
             return {}
         counted = read_each(self._each(joined, partial(voters.answers_voted_on, users=users)))
@@ -269,10 +257,10 @@ class _Curation:
     def _vote_factors(self, joined: Blocks, groups: dict[str, str]) -> dict[str, dict[str, float]]:
         """Factors of users over a cap."""
         config = self.settings.curation.weigh
-        count = partial(weigh.count_votes, settings=config, groups=groups)
-        days = exchange(self._each(joined, count), "user", len(self.blocks), self.cpus)
-        totals = each(days, partial(weigh.user_totals, votes_per_day=config.votes_per_day), num_cpus=self.cpus)
-        return weigh.exceptions(read_each(totals), config.dataset_share)
+        days = partial(of_rows, function=partial(weigh.count_votes, settings=config, groups=groups))
+        totals = partial(weigh.user_totals, votes_per_day=config.votes_per_day)
+        found = self.tasks.exchange(joined, "user", before=days, after=totals)
+        return weigh.exceptions(read_each(found), config.dataset_share)
 
     def _best(self, rows: Blocks) -> list[Any]:
         """The best interactions of all agents, as many as are kept."""
@@ -281,22 +269,21 @@ class _Curation:
 
     def _clusters(self, rows: Blocks) -> tuple[list[Any], Any]:
         """Sketches of this dataset's texts, and a reference to the near-duplicate `Clusters`."""
-        config, parts, cpus = self.settings.curation.dedup, len(self.blocks), self.cpus
+        config = self.settings.curation.dedup
         own = self._each(rows, partial(dedup.sketches_of, settings=config))
-        tested = [read_sketches(file) for file in sketch_files(self.settings)]
-        nodes = np.unique(np.concatenate([np.zeros(0, np.uint64), *(t["node"].to_numpy() for t in tested)]))
-        clusters = clusters_of([*own, *map(ray.put, tested)], nodes, config, parts, cpus)
+        tested = self.tasks.each(kept_parts(self.settings), read_part)
+        clusters = clusters_of([*own, *tested], kept_nodes(self.settings), config, self.tasks)
         ray.wait([clusters])
         return own, clusters
 
     def _with_topics(self, examples: Blocks) -> list[Any]:
         """Examples with their topic, from one model fitted on a sample of all blocks."""
-        config = self.settings.curation.balance
-        sample = partial(balancing.sample_questions, most=config.topic_sample)
-        named = self.settings.curation.detectors
-        model = balancing.fit(read_each(self._each(examples, sample)), config, named)
-        self.topics = model.names
-        return self._map(examples, partial(_add_topics, model=ray.put(model)))
+        config, named = self.settings.curation.balance, self.settings.curation.detectors
+        samples = self._each(examples, partial(balancing.sample_questions, most=config.topic_sample))
+        sample = ray.put(balancing.sample_of_all(read_each(samples), config.topic_sample))
+        model = self.tasks.gathered([sample], partial(balancing.fit, settings=config, named=named))
+        self.topics = ray.get(self.tasks.gathered([model], attrgetter("names")))
+        return self.tasks.each(examples, _add_topics, model)
 
     def _topic_factors(self, examples: Blocks) -> dict[int, float]:
         blocks = list(read_each(self._each(examples, balancing.topic_weights)))
@@ -310,7 +297,7 @@ class _Curation:
 
     def _write(self, final: Blocks, sketches: Sequence[Any]) -> Manifest:
         """Shards, card and manifest in a folder beside, then renamed into place."""
-        found = list(read_each(each(final, summary_of, num_cpus=self.cpus)))
+        found = list(read_each(self.tasks.each(final, summary_of)))
         stages = sum_counts((line for one in found for line in one.counts), list(STAGES))
         sizes = dict(sorted(sum((one.sizes for one in found), Counter()).items()))
         counts = manifest.count_table([(kind, split, n) for (kind, split), n in sizes.items()])
@@ -323,17 +310,18 @@ class _Curation:
             made = self._manifest([at for one in found for at in one.times], stages, counts, shards, used)
             plots = draw_plots(made, (one.histograms for one in found), building)
             (building / "card.md").write_text(dataset_card(made, plots))
-            tested = np.concatenate([one.tested for one in found])
-            kept = read_each(each(sketches, dedup.sketches_of_nodes, tested, num_cpus=self.cpus))
-            keep_sketches(self.settings, made.dataset_id, kept)
+            tested = ray.put(np.concatenate([one.tested for one in found]))
+            kept = self.tasks.each(sketches, dedup.sketches_of_nodes, tested)
+            keep_sketches(self.settings, made.dataset_id, read_each(kept))
             return self.publish(building, self.root, made)
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
     def _write_shards(self, final: Blocks, folder: Path, sizes: dict[tuple[str, str], int]) -> list[Shard]:
         number = {key: -(-n // self.settings.curation.shard_rows) for key, n in sizes.items()}
-        named = self._together(final, "shard", without_counts, partial(_name_shards, number=number))
-        written = each(named, manifest.write_shards, folder, num_cpus=self.cpus)
+        named = partial(of_rows, function=partial(_name_shards, number=number))
+        write = partial(manifest.write_shards, folder=folder)
+        written = self.tasks.exchange(final, "shard", before=named, after=write)
         rows = [row for table in read_each(written) for row in table.to_pylist()]
         return sorted((Shard(**row) for row in rows), key=lambda shard: shard.path)
 
@@ -368,17 +356,24 @@ class _Curation:
 
 
 def _filter(table: pa.Table, settings: CurationSettings, asked: Any) -> tuple[pa.Table, Any]:
-    return filter_rows(table, settings, None if asked is None else ray.get(asked))
+    return filter_rows(table, settings, None if asked is None else _fetched(asked))
 
 
-def _assign(table: pa.Table, clusters: Any) -> tuple[pa.Table, Any]:
-    return dedup.assign_clusters(table, ray.get(clusters))
+@lru_cache(maxsize=1)
+def _fetched(asked: Any) -> Detectors:
+    """Loaded once a process."""
+    found: Detectors = ray.get(asked)
+    return found
 
 
-def _add_topics(table: pa.Table, model: Any) -> pa.Table:
+def _with_clusters(table: pa.Table, clusters: Clusters) -> pa.Table:
+    return Stage("cluster", partial(dedup.assign_clusters, clusters=clusters))(table)
+
+
+def _add_topics(table: pa.Table, model: TopicModel) -> pa.Table:
     """Adds topics to a block; its counting rows keep to themselves."""
     rows, counts = split_counts(table)
-    return join_counts(balancing.add_topics(rows, ray.get(model)), counts)
+    return join_counts(balancing.add_topics(rows, model), counts)
 
 
 def _name_shards(table: pa.Table, number: dict[tuple[str, str], int]) -> pa.Table:

@@ -15,7 +15,7 @@ from cluster.errors import InputError
 from cluster.settings import Settings
 from cluster.settings.curation import DeduplicationSettings
 from data.manifest import datasets_root
-from data.minhash import SKETCH_VERSION
+from data.minhash import SKETCH_VERSION, U64
 from data.near import SKETCHES
 
 
@@ -50,18 +50,46 @@ def read_sketches(file: Path | str) -> pa.Table:
     return pq.read_table(file, schema=SKETCHES)
 
 
+def kept_parts(settings: Settings) -> list[tuple[Path, int]]:
+    """All that is kept, in parts that one task can read: file and row group."""
+    return [(file, part) for file in sketch_files(settings) for part in range(pq.ParquetFile(file).num_row_groups)]
+
+
+def read_part(place: tuple[Path, int]) -> pa.Table:
+    """Rows of `SKETCHES`."""
+    file, part = place
+    return pq.ParquetFile(file).read_row_group(part).cast(SKETCHES)
+
+
+def kept_nodes(settings: Settings) -> U64:
+    """The questions of all that is kept, each once, sorted."""
+    return _column(settings, "node")
+
+
 def keep_sketches(settings: Settings, dataset_id: str, sketches: Iterable[pa.Table]) -> None:
-    """Add a dataset's test items, as far as they are not kept yet."""
-    known = [read_sketches(file)["text"].to_numpy() for file in sketch_files(settings)]
-    table = pa.concat_tables([SKETCHES.empty_table(), *sketches]).sort_by("text")
-    fresh = ~np.isin(table["text"].to_numpy(), np.concatenate([np.zeros(0, np.uint64), *known]))
-    if not fresh.any():
-        return
+    """Add a dataset's test items, as far as they are not kept yet; one table at a time is held."""
+    known = _column(settings, "text")
     file = _folder(settings) / f"{dataset_id}.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{uuid.uuid4().hex}.part")
-    pq.write_table(table.filter(pa.array(fresh)), part, compression="zstd")
-    part.replace(file)
+    added = 0
+    try:
+        with pq.ParquetWriter(part, SKETCHES, compression="zstd") as writer:
+            for table in sketches:
+                fresh = table.filter(pa.array(~np.isin(table["text"].to_numpy(), known))).sort_by("text")
+                added += len(fresh)
+                if len(fresh):
+                    writer.write_table(fresh)
+        if added:
+            part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _column(settings: Settings, name: str) -> U64:
+    """The distinct values of a column of all that is kept."""
+    found = [pq.read_table(file, columns=[name])[name].to_numpy() for file in sketch_files(settings)]
+    return np.unique(np.concatenate([np.zeros(0, np.uint64), *found]))
 
 
 def _folder(settings: Settings) -> Path:

@@ -109,6 +109,7 @@ class LiveSide:
             namespace="serve",
             log_to_driver=False,
             logging_level=logging.WARNING,
+            _system_config={"max_io_workers": self.settings.ray.io_workers},
         )
         self.address = context.address_info["gcs_address"]
         if dashboard:

@@ -81,6 +81,9 @@ class RaySettings(Section):
     Ray Data together can wait for each other for ever."""
     object_store_mb: int = Field(512, ge=80)
     """Object store of a cluster started here, in MB."""
+    io_workers: int = Field(1, ge=1, le=64)
+    """Processes of a cluster started here that move objects to disk when its store is full, and as many that bring them
+    back; about 45 MB each."""
     scheduling_warning_s: float = Field(30.0, gt=0)
     """A wait for resources longer than this names the resource that is short."""
     connect_timeout_s: float = Field(5.0, gt=0)

@@ -149,17 +149,16 @@ def fill(home: Path, source: Path, rows: int) -> None:
 
 def ours(home: Path) -> dict[str, Any]:
     """Our side, in this process; Ray is up before the clock starts, as with the peer."""
-    import ray
-
+    from cluster.runtime import ray_session
     from cluster.settings import load_settings
     from data.curate import curate
 
-    settings = load_settings(home=home, curation={"log_to_mlflow": False, "stage_cpus": 1.0})[0]
-    store = {"object_store_memory": STORE_MB * 2**20}
-    ray.init(address="local", num_cpus=CPUS, include_dashboard=False, log_to_driver=False, **store)
-    begun = time.perf_counter()
-    made = curate(settings, agent="a")
-    seconds = time.perf_counter() - begun
+    session = {"num_cpus": CPUS, "object_store_mb": STORE_MB}
+    settings = load_settings(home=home, ray=session, curation={"log_to_mlflow": False, "stage_cpus": 1.0})[0]
+    with ray_session(settings):
+        begun = time.perf_counter()
+        made = curate(settings, agent="a")
+        seconds = time.perf_counter() - begun
     stages = {stage.name: stage for stage in made.stages}
     return {
         "seconds": seconds,

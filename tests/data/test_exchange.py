@@ -10,7 +10,7 @@ import ray
 from cluster.settings.curation import DeduplicationSettings
 from data import near
 from data.dedup import sketch_texts
-from data.exchange import each, exchange, parts_of
+from data.exchange import Tasks, parts_of
 from data.near_parts import edges_in_parts
 
 SETTINGS = DeduplicationSettings()
@@ -33,7 +33,7 @@ def test_exchange_keeps_every_row_and_brings_a_key_together(ray_session: None, p
     rows = [{"key": None if n % 11 == 0 else f"k{n % 13}", "n": n} for n in range(200)]
     blocks = [ray.put(pa.Table.from_pylist(rows[at : at + 50])) for at in range(0, 200, 50)]
     blocks.append(ray.put(pa.table({})))
-    found = ray.get(exchange(blocks, "key", parts, CPUS))
+    found = ray.get(Tasks(CPUS, parts).exchange(blocks, "key"))
     assert len(found) == parts
     assert sorted(n for table in found for n in table["n"].to_pylist()) == list(range(200))
     homes = [set(table["key"].to_pylist()) for table in found]
@@ -42,14 +42,22 @@ def test_exchange_keeps_every_row_and_brings_a_key_together(ray_session: None, p
 
 @pytest.mark.ray
 @pytest.mark.parametrize("parts", [1, 3])
-def test_what_a_function_makes_of_blocks_is_exchanged_without_a_task_of_its_own(ray_session: None, parts: int) -> None:
-    def numbers(first: int) -> pa.Table:
-        return pa.table({"key": [n % 4 for n in range(first, first + 10)], "n": list(range(first, first + 10))})
+def test_functions_before_and_after_an_exchange_have_no_task_of_their_own(ray_session: None, parts: int) -> None:
+    def numbers(first: int, more: int) -> pa.Table:
+        return pa.table({"key": [n % 4 for n in range(first, first + more)], "n": list(range(first, first + more))})
 
-    found = ray.get(exchange([0, 10, 20], "key", parts, CPUS, before=numbers))
+    def sums(table: pa.Table) -> pa.Table:
+        return table.group_by("key").aggregate([("n", "sum")])
+
+    tasks, ten = Tasks(CPUS, parts), ray.put(10)
+    found = ray.get(tasks.exchange([0, 10, 20], "key", ten, before=numbers))
     assert sorted(n for table in found for n in table["n"].to_pylist()) == list(range(30))
     homes = [set(table["key"].to_pylist()) for table in found]
     assert sum(map(len, homes)) == len(set().union(*homes)) == 4
+    summed = ray.get(tasks.exchange([0, 10, 20], "key", ten, before=numbers, after=sums))
+    totals = {row["key"]: row["n_sum"] for table in summed for row in table.to_pylist()}
+    assert totals == {key: sum(range(key, 30, 4)) for key in range(4)}
+    assert sum(map(len, summed)) == 4
 
 
 def edited(rng: random.Random, text: str) -> str:
@@ -68,7 +76,7 @@ def test_edges_found_in_parts_are_those_found_in_one_table(ray_session: None, pa
     sketches = sketch_texts(texts, ids, ids, np.zeros(len(texts), np.uint64), SETTINGS)
     whole = near.near_edges(sketches, SETTINGS).to_pylist()
     blocks = [ray.put(sketches.slice(at, 25).combine_chunks()) for at in range(0, 100, 25)]
-    edges = ray.get(edges_in_parts(blocks, SETTINGS, parts, CPUS))
+    edges = ray.get(edges_in_parts(blocks, SETTINGS, Tasks(CPUS, parts)))
     assert sorted((e["left"], e["right"]) for table in edges for e in table.to_pylist()) == [
         (e["left"], e["right"]) for e in whole
     ]
@@ -92,7 +100,7 @@ def test_a_text_of_one_key_only_is_no_candidate() -> None:
 def test_each_resolves_what_blocks_share(ray_session: None) -> None:
     blocks = [ray.put(pa.table({"n": [n]})) for n in (1, 2)]
     shared = ray.put(10)
-    assert ray.get(each(blocks, added, shared, num_cpus=CPUS)) == [11, 12]
+    assert ray.get(Tasks(CPUS, 1).each(blocks, added, shared)) == [11, 12]
 
 
 def added(table: pa.Table, more: int) -> int:
