@@ -35,6 +35,7 @@ from data.card import dataset_card, draw_plots
 from data.detectors.make import Detectors, detectors
 from data.detectors.topics import TopicModel
 from data.erasure.person import erased_users
+from data.examples import make_examples
 from data.exchange import Blocks, Tasks, run
 from data.filter import filter_rows
 from data.join import join_events, name_trajectories
@@ -44,7 +45,6 @@ from data.manifest import Manifest, PromptUsed, Shard
 from data.mlflow_datasets import log_to_mlflow, mlflow_warming_up
 from data.near import Clusters
 from data.near_parts import clusters_of
-from data.pairs import make_examples
 from data.prompt_versions import texts_by_digest
 from data.prompted_rows import put_back
 from data.publish import check_usable, publish

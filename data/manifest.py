@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 from cluster.errors import DatasetError, InputError, NotFoundError
 from cluster.runtime import PROJECT
 from cluster.settings import Settings
+from data.answers import EXAMPLES, KINDS
 from data.join import to_json
 from data.minhash import SKETCH_VERSION
-from data.pairs import EXAMPLES, KINDS
 from data.split import SPLITS
 from data.stages import StageCount, rows_of
 

@@ -1,272 +1,12 @@
-"""Stage 7, examples: rows that may be imitated (SFT), preference pairs, judged answers (unpaired), answers
-with a reward, and trajectories.
+"""Preference pairs: corrections, what reviewers preferred to an answer, and answers to one question by score."""
 
-All examples of a cluster of questions are made together, within one split, so that no pair joins users of
-two splits. The same answers in another order give the same examples.
-"""
-
-import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import groupby
-from operator import itemgetter
-from typing import Any
+from dataclasses import replace
 
 import orjson
-import pyarrow as pa
 
 from cluster.settings.curation import CurationSettings, ExampleSettings
-from data.dedup import normalise_text
-from data.interaction_bodies import Message
-from data.join import to_json
-from data.stages import Dropped, Row, rows_of, table_of
-from data.template import content_text
-
-ANSWERS = ("chosen", "rejected", "completion", "response", "trajectory")
-KINDS = ("sft", "preference", "unpaired", "reward", "trajectory", "task")
-EXAMPLES = pa.schema(
-    [
-        ("kind", pa.string()),
-        ("split", pa.string()),
-        ("example_id", pa.string()),
-        ("user_id", pa.string()),
-        ("interaction_ids", pa.list_(pa.string())),
-        ("cluster_id", pa.string()),
-        ("agent", pa.string()),
-        ("prompt_digest", pa.string()),
-        ("order", pa.float64()),
-        ("messages", pa.string()),
-        ("prompt", pa.string()),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("completion", pa.string()),
-        ("response", pa.string()),
-        ("reward", pa.float64()),
-        ("score_card", pa.string()),
-        ("category", pa.string()),
-        ("logprob", pa.float64()),
-        ("answer_tokens", pa.int64()),
-        ("trajectory", pa.string()),
-        ("item", pa.string()),
-        ("synthetic", pa.bool_()),
-        ("tools", pa.string()),
-        ("weight", pa.float64()),
-        ("score", pa.float64()),
-        ("margin", pa.float64()),
-        ("label", pa.bool_()),
-        ("origin", pa.string()),
-        ("at_us", pa.int64()),
-        ("cluster", pa.uint64()),
-        ("node", pa.uint64()),
-        ("seen_in_test", pa.bool_()),
-        ("turns", pa.int32()),  # messages of prompt and answer
-        ("answer_words", pa.int32()),  # of the last message
-    ]
-)
-"""Examples of all kinds; `data.manifest.COLUMNS` says which columns each kind keeps."""
-UNUSED = (
-    "context", "behaviours", "votes", "scrubbed", "session_key", "session_id", "version", "latency_s", "fields",
-    "logged_us",
-)  # fmt: skip
-"""Columns that no example is made of: to make Python values of them takes time."""
-NONE = "[]"
-"""What a column holds where nobody said anything: looked at before JSON is parsed, for most rows hold it."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One answer to a question: what the agent said, or what a person said it should have been."""
-
-    row: Row
-    message: Message
-    score: float
-    origin: str
-    """`answer`, `correction`, or `preferred` by a reviewer."""
-    weight: float
-    """That of its row; of a correction, what those who wrote it count for."""
-    truncated: bool = False
-
-    @cached_property
-    def text(self) -> str:
-        """What is compared: the text without regard to case and spacing."""
-        return normalise_text(content_text(self.message))
-
-    @cached_property
-    def words(self) -> int:
-        """In the text as it stands."""
-        return len(content_text(self.message).split())
-
-    @cached_property
-    def json(self) -> str:
-        """The message as a JSON list of one."""
-        return to_json([self.message])
-
-    @cached_property
-    def columns(self) -> Row:
-        """What all examples made of this answer alone have in common."""
-        row = self.row
-        return {
-            "split": row["split"],
-            "user_id": row["user_id"],
-            "interaction_ids": sorted(set(row["interaction_ids"])),
-            "cluster_id": f"{row['cluster']:016x}",
-            "agent": row["agent"],
-            "prompt_digest": row.get("prompt_digest"),
-            "tools": row["tools"],
-            "weight": min(1.0, self.weight),
-            "origin": self.origin,
-            "at_us": row["at_us"],
-            "cluster": row["cluster"],
-            "node": row["node"],
-            "seen_in_test": row["seen_in_test"],
-            "synthetic": False,
-            "turns": len(orjson.loads(row["messages"])) + 1,
-            "answer_words": self.words,
-        }
-
-
-def make_examples(table: pa.Table, settings: CurationSettings) -> tuple[pa.Table, Dropped]:
-    """Rows of `EXAMPLES`. Needs all rows of a cluster; the tally counts refused pairs and silent rows."""
-    dropped: Dropped = Counter()
-    plain = table.drop_columns([name for name in UNUSED if name in table.column_names])
-    rows = rows_of(plain.sort_by([("cluster", "ascending"), ("split", "ascending")]))
-    groups = groupby(rows, key=itemgetter("cluster", "split"))
-    examples = (example for _, group in groups for example in _examples_of(list(group), settings, dropped))
-    made = table_of(examples, EXAMPLES)
-    return made, +dropped
-
-
-def _examples_of(rows: list[Row], settings: CurationSettings, dropped: Dropped) -> list[Row]:
-    """All examples of one cluster in one split."""
-    rows.sort(key=lambda r: (r["at_us"], r["interaction_id"]))
-    answers = [answer for row in rows for answer in answers_of(row, settings)]
-    made = [*sft_examples(answers, settings.examples), *unpaired_examples(answers, settings.examples)]
-    made += [*reward_examples(answers), *trajectory_examples(rows)]
-    made += preference_examples(answers, settings, dropped)
-    used = {i for example in made for i in example["interaction_ids"]}
-    dropped["no example"] += sum(used.isdisjoint(row["interaction_ids"]) for row in rows)
-    if len(answers) > 1:
-        made, repeated = _without_repeats(made)
-        dropped["repeated example"] += repeated
-    return made
-
-
-def _without_repeats(examples: list[Row]) -> tuple[list[Row], int]:
-    """Each example once: several people may write the same correction. The heaviest stays."""
-    by_content: dict[tuple[Any, ...], Row] = {}
-    known: dict[str, str] = {}  # most texts are in several examples
-
-    def plain(text: str) -> str:
-        return known[text] if text in known else known.setdefault(text, normalise_text(text))
-
-    for example in examples:
-        texts = ((name, plain(text)) for name in ("messages", "prompt", *ANSWERS) if (text := example.get(name)))
-        key = (example["kind"], example.get("label"), *texts)
-        kept = by_content.setdefault(key, example)
-        if example["weight"] > kept["weight"]:
-            by_content[key] = example
-    return list(by_content.values()), len(examples) - len(by_content)
-
-
-def answers_of(row: Row, settings: CurationSettings) -> list[Answer]:
-    """The agent's answer, then each distinct correction of it."""
-    truncated = row["finish_reason"] in settings.examples.truncated_reasons
-    found = [Answer(row, orjson.loads(row["response"]), row["score"], "answer", row["weight"], truncated)]
-    if '"correction"' not in row["signals"] and row["labels"] == NONE:
-        return found
-    corrections: Counter[str] = Counter()
-    for signal in orjson.loads(row["signals"]):
-        if signal["type"] == "correction" and signal.get("text"):
-            corrections[signal["text"]] += signal["weight"]
-    corrections.update(label["corrected"] for label in orjson.loads(row["labels"]) if label.get("corrected"))
-    for text, weight in sorted(corrections.items()):
-        message = {"role": "assistant", "content": text}
-        found.append(Answer(row, message, settings.score.correction_score, "correction", weight))
-    return found
-
-
-def sft_examples(answers: list[Answer], settings: ExampleSettings) -> Iterator[Row]:
-    """Answers good enough to imitate, and corrections."""
-    for answer in answers:
-        if answer.score < settings.sft_min_score or answer.truncated or not answer.words:
-            continue
-        if answer.origin == "correction" and not settings.sft_corrections:
-            continue
-        yield _example("sft", [answer], messages=_joined(answer.row["messages"], answer.json), score=answer.score)
-
-
-def unpaired_examples(answers: list[Answer], settings: ExampleSettings) -> Iterator[Row]:
-    """Answers that people judged, with their verdict; a correction is a good answer."""
-    for answer in answers:
-        explicit = answer.row["explicit"]
-        if answer.origin == "correction":
-            label = True if settings.unpaired_corrections else None
-        else:
-            label = None if not explicit else explicit > 0
-        if label is None or answer.truncated or not answer.words:
-            continue
-        yield _example("unpaired", [answer], prompt=answer.row["messages"], completion=answer.json, label=label)
-
-
-def reward_examples(answers: list[Answer]) -> Iterator[Row]:
-    """Answers with what reviewers, graders or users gave them, the first of these that there is."""
-    for answer in answers:
-        if answer.origin != "answer" or not answer.words:
-            continue
-        parts = orjson.loads(answer.row["parts"])
-        source = next((name for name in ("label", "grade", "explicit") if parts[name] is not None), None)
-        if source is None:
-            continue
-        yield _example(
-            "reward",
-            [answer],
-            prompt=answer.row["messages"],
-            response=answer.json,
-            reward=parts[source],
-            score_card=to_json(score_card(answer.row, parts)),
-            category=task_category(answer.row),
-            logprob=answer.row["answer_logprob"],
-            answer_tokens=answer.row["answer_tokens"],
-            origin=source,
-        )
-
-
-def score_card(row: Row, parts: dict[str, float | None]) -> dict[str, float]:
-    """Every number there is about an answer, in [0, 1]: the score's components, reviewers' means (`success`,
-    `helpfulness`, `tone`, `safety`), and each grader's own card."""
-    card = {name: value for name, value in parts.items() if value is not None}
-    if row["labels"] == row["grades"] == NONE:
-        return card
-    given: dict[str, list[float]] = defaultdict(list)
-    for label in orjson.loads(row["labels"]):
-        for name, value in (label.get("scores") or {}).items():
-            given[name].append(value)
-    card |= {name: sum(values) / len(values) for name, values in sorted(given.items()) if name not in parts}
-    for grade in orjson.loads(row["grades"]):
-        card |= {f"{grade['grader']}.{name}": value for name, value in (grade.get("score_card") or {}).items()}
-    return card
-
-
-def task_category(row: Row) -> str | None:
-    """What most reviewers call the task; the first in the alphabet among equals."""
-    if row["labels"] == NONE:
-        return None
-    named = Counter(c for label in orjson.loads(row["labels"]) if (c := label.get("task_category")))
-    return min(named, key=lambda name: (-named[name], name)) if named else None
-
-
-def trajectory_examples(rows: list[Row]) -> Iterator[Row]:
-    """Whole trajectories with their reward; those of one task share the prompt, so GRPO can group them."""
-    for row in rows:
-        if row["tail"] is None or (reward := orjson.loads(row["parts"])["grade"]) is None:
-            continue
-        steps = [*orjson.loads(row["messages"]), orjson.loads(row["response"]), *orjson.loads(row["tail"])]
-        begin = next((i for i, step in enumerate(steps) if step["role"] == "assistant"), len(steps))
-        answer = Answer(row, steps[-1], row["score"], "trajectory", row["weight"])
-        prompt, rest = to_json(steps[:begin]), to_json(steps[begin:])
-        yield _example("trajectory", [answer], prompt=prompt, trajectory=rest, reward=reward, turns=len(steps))
+from data.answers import NONE, Answer, example_of, task_category
+from data.stages import Dropped, Row
 
 
 def preference_examples(answers: list[Answer], settings: CurationSettings, dropped: Dropped) -> list[Row]:
@@ -344,11 +84,6 @@ def pair_origin(chosen: Row, rejected: Row) -> str:
     return "same_query" if chosen["node"] == rejected["node"] else "similar_query"
 
 
-def _joined(first: str, second: str) -> str:
-    """Two JSON lists as one."""
-    return second if first == NONE else f"{first[:-1]},{second[1:]}"
-
-
 def _by_score(answer: Answer) -> tuple[float, str]:
     return answer.score, answer.row["interaction_id"]
 
@@ -358,7 +93,7 @@ def _pair(chosen: Answer, rejected: Answer, origin: str, settings: ExampleSettin
     if reason is not None:
         dropped[f"pair: {reason}"] += 1
         return None
-    return _example(
+    return example_of(
         "preference",
         [chosen, rejected],
         prompt=chosen.row["messages"],
@@ -384,18 +119,3 @@ def refusal(chosen: Answer, rejected: Answer, settings: ExampleSettings) -> str 
     if chosen.score < settings.chosen_min_score:
         return "chosen too weak"
     return "margin too small" if chosen.score - rejected.score < settings.min_margin else None
-
-
-def _example(kind: str, answers: list[Answer], **columns: Any) -> Row:
-    shared = answers[0].columns
-    if len(answers) > 1:
-        all_of = [answer.columns for answer in answers]
-        shared = shared | {
-            "interaction_ids": sorted({i for one in all_of for i in one["interaction_ids"]}),
-            "weight": min(one["weight"] for one in all_of),
-            "at_us": max(one["at_us"] for one in all_of),
-        }
-    content = {name: value for name, value in columns.items() if isinstance(value, str)}
-    identity = [kind, shared["split"], shared["interaction_ids"], content]
-    digest = hashlib.sha256(orjson.dumps(identity, option=orjson.OPT_SORT_KEYS)).hexdigest()
-    return {**shared, "kind": kind, "example_id": digest[:32], **columns}

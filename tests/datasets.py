@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from data import manifest
+from data.answers import EXAMPLES
 from data.manifest import Manifest, Shard
-from data.pairs import EXAMPLES
 
 HABIT = {"low": "ignore", "high": "ticket", "dead": "page"}
 """What the toy base has learned to answer."""

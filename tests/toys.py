@@ -8,8 +8,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from data.answers import EXAMPLES
 from data.manifest import COLUMNS, SCHEMA_VERSION, Shard, dataset_hash, example_schema, write_shards
-from data.pairs import EXAMPLES
 
 VERDICTS = {"low": "ignore", "high": "ticket", "dead": "page"}
 

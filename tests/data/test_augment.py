@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from cluster.settings.curation import AugmentSettings, CurationSettings
 from data.augment import REQUEST, augment, damage, damage_limit, pairs_due, reworder
-from data.pairs import make_examples
+from data.examples import make_examples
 from data.stages import with_column
 from tests.data.test_pairs import content, judged, say
 

@@ -8,10 +8,10 @@ from sqlalchemy.engine import Engine
 from cluster.clock import DAY_US
 from cluster.settings import load_settings
 from cluster.tables import training_jobs
+from data.answers import EXAMPLES
 from data.eligibility import count_good, eligibility
 from data.log import EventLog
 from data.manifest import Manifest, Shard, write_shards
-from data.pairs import EXAMPLES
 from data.stages import StageCount
 from tests.data.traffic import START_US, feedback, interaction
 

@@ -16,8 +16,8 @@ from data.dedup import (
     sketches_of,
     sketches_of_nodes,
 )
+from data.examples import make_examples
 from data.near import SKETCHES, find_clusters, near_edges
-from data.pairs import make_examples
 from data.split import resolve_clusters
 from data.stages import with_column
 from tests.data.rows import rows

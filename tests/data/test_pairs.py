@@ -6,9 +6,11 @@ import pyarrow as pa
 import pytest
 
 from cluster.settings.curation import BalanceSettings, CurationSettings, ExampleSettings
+from data.answers import Answer
 from data.balance import balance, curriculum, topic_factors, topic_weights
+from data.examples import make_examples
 from data.manifest import COLUMNS
-from data.pairs import Answer, make_examples, refusal
+from data.pairs import refusal
 from data.stages import with_column
 from tests.data.rows import rows, signal
 

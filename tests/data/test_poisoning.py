@@ -12,7 +12,7 @@ import pytest
 
 from cluster.clock import DAY_US
 from cluster.settings.curation import CurationSettings
-from data.pairs import make_examples
+from data.examples import make_examples
 from data.score import score
 from data.stages import with_column
 from data.voters import answers_voted_on, frequent, groups_of, pairs_of_voters, users_in

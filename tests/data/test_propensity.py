@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from cluster.settings.curation import CurationSettings, ScrubSettings
-from data.pairs import make_examples
+from data.examples import make_examples
 from data.propensity import answer_logprob
 from data.scrub import scrub
 from data.source import _body

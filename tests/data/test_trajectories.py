@@ -129,21 +129,22 @@ def test_real_runs_are_curated_into_examples_that_render_with_their_tools(
 
 
 def test_reward_tuples_name_what_the_reward_rests_on() -> None:
-    from data.pairs import reward_examples, score_card
+    from data.examples import reward_examples, score_card
     from tests.data.test_pairs import judged, say
 
     parts = {"explicit": 0.9, "implicit": None, "grade": 0.4, "label": None, "complete": 0.5}
     grades = [{"grader": "style", "grader_version": "1", "reward": 0.4, "score_card": {"tone": 0.3}}]
     (row,) = judged(say("fine", parts=to_json(parts), grades=grades)).to_pylist()
     assert score_card(row, parts) == {"explicit": 0.9, "grade": 0.4, "complete": 0.5, "style.tone": 0.3}
-    from data.pairs import answers_of
+    from data.answers import answers_of
 
     (example,) = reward_examples(answers_of(row, CurationSettings()))
     assert (example["reward"], example["origin"]) == (0.4, "grade")
 
 
 def test_score_cards_hold_the_means_of_reviewers_and_their_word_for_the_task() -> None:
-    from data.pairs import score_card, task_category
+    from data.answers import task_category
+    from data.examples import score_card
     from tests.data.test_pairs import judged, say
 
     labels = [
