@@ -97,7 +97,7 @@ class Version:
 
     @property
     def trained_behind(self) -> str | None:
-        """Digest of the agent's prompt in its training, empty where there was none; `None`: a base, which may have any."""
+        """Digest of the agent's prompt in training, empty where there was none; `None`: a base, which may have any."""
         return self.tags.get("prompt_digest", "") if self.trained else None
 
     @property
