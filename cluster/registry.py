@@ -45,8 +45,7 @@ NEEDS_RETRAINING_TAG = "rayloop.needs_retraining"
 """Set when somebody in the training data was erased: JSON with `reason` and `at`."""
 ENDPOINT_TAG = "rayloop.endpoint"
 """Who keeps the weights, where they are not here."""
-METHOD_TAG = "rayloop.method"
-"""How it was trained; base models as they come have none."""
+METHOD_TAG = "rayloop.method"  # how it was trained; base models as they come have none
 EXPORT_TAGS = "rayloop.export"
 """Tags that begin so say where the version was exported to."""
 
@@ -98,8 +97,7 @@ class Version:
 
     @property
     def trained_behind(self) -> str | None:
-        """Digest of the agent's prompt that it was trained behind, empty where there was none; `None` for a base model
-        as it comes, which may have any."""
+        """Digest of the agent's prompt in training, empty where there was none; `None`: a base, which may have any."""
         return self.tags.get("prompt_digest", "") if self.trained else None
 
     @property
@@ -370,11 +368,7 @@ class Registry:
 
 
 def check_model_name(model: str) -> None:
-    """Refuse a name that MLflow cannot hold.
-
-    Raises:
-        InputError: it cannot.
-    """
+    """Raises InputError for a name that MLflow cannot hold."""
     if not MODEL_NAME.fullmatch(model):
         raise InputError("model", model, "must be letters, digits, `.`, `_` or `-`", "choose another name")
 
