@@ -15,14 +15,15 @@ import pyarrow as pa
 
 @contextmanager
 def tidy() -> Iterator[None]:
-    """The block begins without what earlier ones have left, and ends before cycles are looked for: rows are lists and
-    dicts without any, by the hundred thousand, and looking cost a third of the time."""
+    """The block begins and ends without what it or others have left, and no cycles are looked for in it: rows are lists
+    and dicts without any, by the hundred thousand, and looking cost a third of the time."""
     give_back()
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
+        give_back()  # a worker may wait for long until its next task
 
 
 def give_back() -> None:
