@@ -67,11 +67,11 @@ class Engines:
     def _made(self, name: str, endpoint: EngineEndpoint) -> Upstream:
         settings = self.settings
         limits = Limits(
-            settings.connect_timeout_s,
-            settings.request_timeout_s,
-            settings.upstream_connections,
-            settings.max_response_bytes,
-            settings.connect_attempts,
+            connect_timeout_s=settings.connect_timeout_s,
+            silence_timeout_s=settings.request_timeout_s,
+            max_idle=settings.upstream_connections,
+            max_response_bytes=settings.max_response_bytes,
+            connect_attempts=settings.connect_attempts,
         )
         key = self.environment.get(endpoint.api_key_env) if endpoint.api_key_env else None
         if endpoint.base_url is None:

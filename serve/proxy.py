@@ -33,7 +33,7 @@ class UpstreamError(Exception):
         self.message, self.code, self.status = message, code, status
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """Bounds of one upstream; times in seconds."""
 

@@ -12,6 +12,7 @@ from sqlalchemy.engine import Engine
 from cluster.clock import SECOND_US, now_us
 from cluster.database import write
 from cluster.errors import ConfigError, ConflictError, UnavailableError
+from cluster.registry import Version
 from cluster.settings import load_settings
 from cluster.tables import servables
 from serve.applications.document import PREFIX, Application, application_name
@@ -175,11 +176,13 @@ class Registry:
 
     base = "base"
 
-    def get(self, ref: str) -> Any:
-        return type("Version", (), {
-            "id": ref, "base_model": self.base, "tags": {"base_revision": "r1"}, "adapter_sha256": None,
-            "adapter_path": None, "served_name": "base",
-        })()  # fmt: skip
+    def get(self, ref: str) -> Version:
+        model, number = ref.split("/")
+        return Version(
+            id=ref, model=model, number=int(number), name="v1.2649.1", base_model=self.base, adapter_path=None,
+            adapter_sha256=None, rank=None, dataset_hash=None, dataset_id=None, run_id=None,
+            tags={"base_revision": "r1"}, aliases=(),
+        )  # fmt: skip
 
 
 def test_names_follow_the_base_model() -> None:
