@@ -9,6 +9,7 @@ from typing import Any
 from cluster.errors import DatasetError, InputError, UnavailableError
 from cluster.model_files import adapter_digest, read_adapter_config
 from data.grading.reward_model import Conversation
+from data.intake.messages import check_messages
 from data.template import render
 from train.device import resolve_device
 from train.quiet import quiet_libraries
@@ -99,7 +100,7 @@ def scoring_app(scorer: LocalScorer) -> Any:
 
     async def score_all(document: dict[str, Any]) -> list[float]:
         by = time.monotonic() + min(float(document.get("deadline_s") or MAX_WAIT_S), MAX_WAIT_S)
-        rows = [scorer.token_ids(conversation) for conversation in document["conversations"]]
+        rows = [scorer.token_ids(_checked(conversation)) for conversation in document["conversations"]]
         return list(await asyncio.gather(*[queue.score(ids, by) for ids in rows]))
 
     async def which(request: web.Request) -> web.Response:
@@ -111,7 +112,7 @@ def scoring_app(scorer: LocalScorer) -> Any:
         except UnavailableError as error:
             late = {"message": str(error), "type": "server_error", "param": None, "code": "too_late"}
             return web.json_response({"error": late}, status=503, headers={"retry-after": "1"})
-        except (ValueError, TypeError, KeyError, DatasetError) as error:
+        except (ValueError, TypeError, KeyError, InputError, DatasetError) as error:
             detail = {"message": f"conversations: {error}", "type": "invalid_request_error", "param": "conversations"}
             return web.json_response({"error": {**detail, "code": "invalid_value"}}, status=400)
         return web.json_response({"adapter_sha256": scorer.adapter_sha256, "scores": scores})
@@ -123,3 +124,11 @@ def scoring_app(scorer: LocalScorer) -> Any:
     app.on_cleanup.append(stop)
     app.add_routes([web.get("/v1/scores", which), web.post("/v1/scores", score)])
     return app
+
+
+def _checked(conversation: Any) -> Any:
+    """The conversation. Raises `InputError` where it is no list of chat messages."""
+    if not isinstance(conversation, list) or not all(isinstance(message, dict) for message in conversation):
+        raise InputError("conversations", conversation, "must be lists of chat messages", "send OpenAI chat messages")
+    check_messages(conversation)
+    return conversation
