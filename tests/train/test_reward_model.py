@@ -137,7 +137,7 @@ def test_scores_over_http_are_those_of_this_process(address: str, trained: Train
     remote = HttpScorer(address)
     assert remote.adapter_sha256 == trained.adapter_sha256
     assert remote.scores([chat]) == pytest.approx(LocalScorer(trained.adapter_dir).scores([chat]), abs=1e-5)
-    for wrong in ([{"role": "user", "content": 7}], [7], 7):
+    for wrong in ([{"role": "user", "content": 7}], [7]):
         with pytest.raises(UnavailableError, match="does not answer"):
             remote.scores([wrong])  # type: ignore[list-item]
 
