@@ -76,7 +76,7 @@ def test_messages_that_are_none_are_answered_in_json_rpc_and_others_in_ours(worl
 def test_a_message_that_does_not_come_is_408(world: World) -> None:
     async def slow() -> AsyncIterator[bytes]:
         yield b"{"
-        await asyncio.sleep(30)
+        await asyncio.sleep(3)  # a client tells of the answer once it has sent all
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(timeout=10) as client:
