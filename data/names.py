@@ -42,7 +42,6 @@ PERSON_VERBS = (
     "lives|lived|spent|said|says|told|thinks|wants|asked|wrote|married|moved|studied|was born|had given|is from|and I"
 )
 """What a lone word at the beginning of a sentence does that people do."""
-ADDRESSED = r", (?:(?:can|could|will|would) (?:you|I|we)|please)\b"
 NO_NAME = "|".join(sorted(ORDINARY | FUNCTION | {"wrong", "missing", "hidden", "unknown"}))
 NAME_WORD = rf"(?!(?:{NO_NAME})\b)[^\W\d_]{{2,}}"
 MONTHS = (

@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 OPTIMIZER, RANDOM, STATE, BEST = "optimizer.safetensors", "random.safetensors", "state.json", "best"
 BEST_WEIGHTS = "weights.safetensors"
 TRAINER_STATE = "trainer_state.json"  # the name under which transformers looks for it
-RANDOM_BYTES = 5056  # length of torch's CPU random state
 
 
 def save_checkpoint(trainer: Any, root: Path, config_digest: str, keep: int = 1) -> Path:

@@ -119,13 +119,6 @@ def generate(
     return [answer.text for answer in model.generate(prompts, sampling, num_samples=num_samples)]
 
 
-def sequence_logprobs(
-    model: LocalModel, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
-) -> list[SequenceLogprob]:
-    """Log-probability of each answer given the prompt at the same place."""
-    return model.logprobs(prompts, answers)
-
-
 def load_model(model_dir: str | Path, adapter_dir: str | Path | None, device: str) -> tuple[Any, Any]:
     """Model in evaluation mode and tokenizer; an adapter is merged into the weights.
 

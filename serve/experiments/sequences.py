@@ -65,15 +65,6 @@ def one_sided_width(variance: float, num_users: float, tuning_users: float, alph
     return math.sqrt(variance / num_users) * one_sided_normal_mixture_bound(num_users, alpha, rho)
 
 
-def one_sided_p_value(estimate: float, variance: float, num_users: float, tuning_users: float, alpha: float) -> float:
-    """Always-valid p-value of "the true effect is at most 0", tuned for decisions at level `alpha`."""
-    if variance <= 0:
-        return 1.0
-    rho = best_rho(tuning_users, min(2.0 * alpha, 0.99))
-    total = estimate * math.sqrt(num_users / variance)
-    return math.exp(-max(0.0, one_sided_log_evidence(total, num_users, rho)))
-
-
 def e_value(effect: float, variance: float, num_users: float, tuning_users: float, alpha: float) -> float:
     """Evidence against "no effect", either way: its chance ever to reach 1 / a is at most a when there is none.
 
