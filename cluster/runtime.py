@@ -37,6 +37,9 @@ NOT_SHIPPED = [
     "**/__pycache__",
 ]
 HERE = ("auto", "local", "127.0.0.1", "localhost")
+INLINED_BYTES = 100_000
+"""Results of one task that travel in its answer and stay on the heap of the process that asked, until nobody needs
+them. Ray's ten million would let a shuffle of small pieces fill that heap; what is more goes to the object store."""
 Shape = tuple[tuple[str, float], ...]
 """A resource request: sorted (resource, amount) pairs."""
 
@@ -128,8 +131,13 @@ def _start_arguments(settings: Settings, num_cpus: int | None) -> dict[str, Any]
         "num_cpus": num_cpus or settings.ray.num_cpus,
         "object_store_memory": settings.ray.object_store_mb * 2**20,
         "include_dashboard": False,
-        "_system_config": {"max_io_workers": settings.ray.io_workers},
+        "_system_config": system_config(settings),
     }
+
+
+def system_config(settings: Settings) -> dict[str, Any]:
+    """Ray's own settings for a cluster that is started here."""
+    return {"max_io_workers": settings.ray.io_workers, "task_rpc_inlined_bytes_limit": INLINED_BYTES}
 
 
 def _join_arguments(address: str) -> dict[str, Any]:
@@ -217,7 +225,7 @@ def _keep_messages_off_stdout() -> None:
 
 @dataclass
 class SchedulingWatch:
-    """A thread that warns once for each request left waiting longer than `limit_s`."""
+    """A thread that warns once for each request left waiting longer than `limit_s` while none of its like began."""
 
     address: str
     limit_s: float
@@ -240,7 +248,7 @@ class SchedulingWatch:
             self._thread.join()
 
     def _run(self) -> None:
-        since: dict[Shape, float] = {}
+        since: dict[tuple[Shape, int], float] = {}
         warned: set[Shape] = set()
         while not self._stop.wait(self.limit_s / 3):
             try:
@@ -249,9 +257,9 @@ class SchedulingWatch:
                 log.debug("cannot read the cluster's resource state: %s", error)
                 continue
             now = time.monotonic()
-            waiting = {_shape(r.request.resources_bundle) for r in state.pending_resource_requests}
-            since = {shape: since.get(shape, now) for shape in waiting}
-            for shape, begun in since.items():
+            waiting = {(_shape(r.request.resources_bundle), r.count) for r in state.pending_resource_requests}
+            since = {request: since.get(request, now) for request in waiting}  # fewer than before: they get their turn
+            for (shape, _), begun in since.items():
                 if now - begun >= self.limit_s and shape not in warned:
                     warned.add(shape)
                     log.warning("%s", waiting_message(shape, _totals(state), now - begun))

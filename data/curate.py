@@ -9,7 +9,7 @@ import logging
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from operator import attrgetter
@@ -36,12 +36,13 @@ from data.detectors.make import Detectors, detectors
 from data.detectors.topics import TopicModel
 from data.erasure.person import erased_users
 from data.examples import make_examples
-from data.exchange import Blocks, Tasks, run
+from data.exchange import Blocks, Tasks, cut_by_place, run
 from data.filter import filter_rows
 from data.join import join_events, name_trajectories
 from data.kept_tests import keep_sketches, kept_nodes, kept_parts, read_part, sketch_files
 from data.log import EventLog
 from data.manifest import Manifest, PromptUsed, Shard
+from data.memory import give_back
 from data.mlflow_datasets import log_to_mlflow, mlflow_warming_up
 from data.near import Clusters
 from data.near_parts import clusters_of
@@ -105,10 +106,13 @@ def curate(
         sources = describe_sources(engine, blocks)
         sketch_files(settings)  # refuses before anything is computed
         root = manifest.datasets_root(settings, out)
+        traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
+        prompts = texts_by_digest(engine, settings.tenant)
+        engine.dispose()  # a connection's cache would stay until the dataset is there
+        give_back()
         with mlflow_warming_up(settings), ray_session(settings) as session, quiet_ray_data():
-            traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
             named = partial(publish, engine, settings, erased)
-            tasks, prompts = Tasks(task_cpus(settings, session), len(blocks)), texts_by_digest(engine, settings.tenant)
+            tasks = Tasks(task_cpus(settings, session), len(blocks))
             written = _Curation(settings, agent, blocks, root, sources, named, prompts, traced, tasks).run()
         if settings.curation.log_to_mlflow:
             log_to_mlflow(settings, written)
@@ -157,7 +161,7 @@ class _Curation:
             Stage("scrub", partial(scrub, settings=config.scrub)),
             Stage("fingerprint", partial(dedup.fingerprint, settings=config)),
         )
-        return self._map(joined, partial(apply_to_rows, functions=stages))
+        return self._map(joined, stages)
 
     def _clustered(self) -> tuple[list[Any], list[Any]]:
         """Sketches of this dataset's texts, and its rows with those of a near-duplicate cluster in one block."""
@@ -178,21 +182,19 @@ class _Curation:
         )
         topic_factors: dict[int, float] = {}
         if config.balance.topics or config.augment.enabled:
-            examples, made = self._map(examples, *made), ()
+            examples, made = self._map(examples, made, together="cluster"), ()
         if config.balance.topics:
             examples = self._with_topics(examples)
             topic_factors = self._topic_factors(examples)
         below = self._damage_limit(examples) if config.augment.enabled else 0.0
         reword = augment.reworder(config.augment, self.agent)
-        final = self._map(
-            examples,
-            *made,
+        made += (
             Stage("balance", partial(balancing.balance, factors=topic_factors)),
             Stage("augment", partial(augment.augment, settings=config.augment, reword=reword, damage_below=below)),
             Stage("curriculum", balancing.curriculum),
             Stage("split", resolve_clusters),
         )
-        return sketches, final
+        return sketches, self._map(examples, made, together="cluster")
 
     def _joined(self) -> Blocks:
         """One interaction a row, with what its user did where implicit signals are on."""
@@ -219,9 +221,12 @@ class _Curation:
         traces = self.tasks.exchange(self.blocks, TRACE, before=partial(apply, functions=traced))
         return self.tasks.exchange(traces, "interaction_id", before=partial(apply, functions=joined), after=after)
 
-    def _map(self, blocks: Blocks, *functions: Callable[[pa.Table], pa.Table]) -> list[Any]:
+    def _map(
+        self, blocks: Blocks, functions: Sequence[Callable[[pa.Table], pa.Table]], together: str | None = None
+    ) -> list[Any]:
         """What functions, one after the other in one task, make of each block; blocks without rows are left out."""
-        return map_blocks(blocks, partial(run, partial(apply, functions=functions)), self.tasks.num_cpus)
+        chain = partial(apply_to_rows, functions=functions, together=together)
+        return map_blocks(blocks, partial(run, chain), self.tasks.num_cpus)
 
     def _each(self, blocks: Blocks, function: Callable[..., Any], *shared: Any) -> list[Any]:
         """References to what a function makes of the rows of each block."""
@@ -265,7 +270,7 @@ class _Curation:
     def _best(self, rows: Blocks) -> list[Any]:
         """The best interactions of all agents, as many as are kept."""
         least = keep.least_kept(read_each(self._each(rows, keep.ranks)), self.settings.curation.whole_kept)
-        return self._map(rows, Stage("keep", partial(keep.keep_best, least=least)))
+        return self._map(rows, (Stage("keep", partial(keep.keep_best, least=least)),))
 
     def _clusters(self, rows: Blocks) -> tuple[list[Any], Any]:
         """Sketches of this dataset's texts, and a reference to the near-duplicate `Clusters`."""
@@ -318,10 +323,11 @@ class _Curation:
             shutil.rmtree(building, ignore_errors=True)
 
     def _write_shards(self, final: Blocks, folder: Path, sizes: dict[tuple[str, str], int]) -> list[Shard]:
-        number = {key: -(-n // self.settings.curation.shard_rows) for key, n in sizes.items()}
-        named = partial(of_rows, function=partial(_name_shards, number=number))
+        """A task a shard, so that none holds more rows than a shard has."""
+        shards = {key: -(-n // self.settings.curation.shard_rows) for key, n in sizes.items()}
+        cut = partial(of_rows, function=partial(_cut_shards, shards=shards))
         write = partial(manifest.write_shards, folder=folder)
-        written = self.tasks.exchange(final, "shard", before=named, after=write)
+        written = self.tasks.dealt(final, cut, sum(shards.values()), after=write)
         rows = [row for table in read_each(written) for row in table.to_pylist()]
         return sorted((Shard(**row) for row in rows), key=lambda shard: shard.path)
 
@@ -376,11 +382,14 @@ def _add_topics(table: pa.Table, model: TopicModel) -> pa.Table:
     return join_counts(balancing.add_topics(rows, model), counts)
 
 
-def _name_shards(table: pa.Table, number: dict[tuple[str, str], int]) -> pa.Table:
-    """Adds `shard`: kind, split, and a number from the example's id."""
+def _cut_shards(table: pa.Table, shards: Mapping[tuple[str, str], int]) -> list[pa.Table]:
+    """The rows of each shard, with its name as `shard`: kind, split, and a number from the example's id."""
+    names = {(*key, i): f"{'/'.join(key)}/{i:05d}" for key, n in shards.items() for i in range(n)}
+    place = {shard: at for at, shard in enumerate(names)}
     columns = (table[name].to_pylist() for name in ("kind", "split", "example_id"))
-    names = [f"{k}/{s}/{int(i[:8], 16) % number[k, s]:05d}" for k, s, i in zip(*columns, strict=True)]
-    return with_column(table, "shard", names, pa.string())
+    rows = [(k, s, int(i[:8], 16) % shards[k, s]) for k, s, i in zip(*columns, strict=True)]
+    named = with_column(table, "shard", [names[row] for row in rows], pa.string())
+    return cut_by_place(named, np.array([place[row] for row in rows], np.int64), len(names))
 
 
 def _public_config(settings: Settings) -> dict[str, Any]:

@@ -61,14 +61,23 @@ class Tasks:
         With `before`, the rows are what `before(block, *shared)` makes of each block, in the task that cuts it; with
         `after`, blocks are what it makes of each of those, in the task that joins it.
         """
-        join = partial(_join, after=after)
-        if self.parts == 1:
-            made = list(blocks) if before is None else self.each(blocks, before, *shared)
-            return [self.gathered(made, join)]
-        cut = partial(_cut, key, self.parts, before)
-        task = ray.remote(run).options(num_cpus=self.num_cpus, num_returns=self.parts)
-        pieces = [task.remote(cut, block, *shared) for block in blocks]
-        return [self.gathered(column, join) for column in zip(*pieces, strict=True)]
+        return self.dealt(blocks, partial(_cut, key, self.parts, before), self.parts, *shared, after=after)
+
+    def dealt(
+        self,
+        blocks: Sequence[Any],
+        cut: Callable[..., list[pa.Table]],
+        parts: int,
+        *shared: Any,
+        after: Callable[[pa.Table], pa.Table] | None = None,
+    ) -> list[Any]:
+        """`parts` blocks, each of the tables at its place in `cut(block, *shared)` of every block."""
+        if parts == 1:
+            cut = partial(_only, cut)
+        task = ray.remote(run).options(num_cpus=self.num_cpus, num_returns=parts)
+        made = [task.remote(cut, block, *shared) for block in blocks]
+        pieces = [[one] for one in made] if parts == 1 else made
+        return [self.gathered(column, partial(_join, after=after)) for column in zip(*pieces, strict=True)]
 
 
 def parts_of(column: pa.ChunkedArray, parts: int) -> NDArray[np.int16]:
@@ -84,11 +93,20 @@ def _cut(key: str, parts: int, before: Callable[..., pa.Table] | None, block: An
     table = block if before is None else before(block, *shared)
     if not table.column_names:  # Ray Data's block without rows, which has no columns either
         return [table] * parts
-    place = parts_of(table[key], parts)
+    return cut_by_place(table, parts_of(table[key], parts), parts)
+
+
+def cut_by_place(table: pa.Table, place: NDArray[np.integer[Any]], parts: int) -> list[pa.Table]:
+    """A table of the rows of each part, given every row's part, from 0."""
     order = np.argsort(place, kind="stable")
     edges = np.searchsorted(place[order], np.arange(parts + 1)).tolist()
     ordered = table.take(order)  # once: each take of a column in several chunks would join them anew
     return [ordered.slice(begin, end - begin) for begin, end in itertools.pairwise(edges)]
+
+
+def _only(cut: Callable[..., list[pa.Table]], *arguments: Any) -> pa.Table:
+    (table,) = cut(*arguments)
+    return table
 
 
 def _join(*pieces: pa.Table, after: Callable[[pa.Table], pa.Table] | None) -> pa.Table:

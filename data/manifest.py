@@ -55,6 +55,8 @@ COLUMNS = {
     "task": (*COMMON, "prompt", "item", "weight", "tools"),
 }
 """Columns of each kind, in order."""
+ROW_GROUP = 10_000
+"""Rows that a writer or a reader of a shard holds at once."""
 SHARDS = pa.schema(
     [("path", pa.string()), ("rows", pa.int64()), ("sha256", pa.string()), ("content_sha256", pa.string())]
 )
@@ -120,15 +122,17 @@ class Manifest:
 def write_shards(table: pa.Table, folder: Path) -> pa.Table:
     """Writes the shards in a block (column `shard`); returns rows of `SHARDS`. Needs all rows of a shard."""
     written = []
-    for name in sorted(set(table["shard"].to_pylist())):
-        rows = table.filter(pc.equal(table["shard"], name)).select(list(COLUMNS[name.split("/")[0]]))
-        rows = rows.sort_by("example_id").combine_chunks()
+    names = sorted(pc.unique(table["shard"]).to_pylist())
+    for name in names:
+        rows = table if len(names) == 1 else table.filter(pc.equal(table["shard"], name))
+        rows = rows.select(list(COLUMNS[name.split("/")[0]])).sort_by("example_id")
         target = folder / f"{name}.parquet"
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_suffix(f".{uuid.uuid4().hex}.part")
-        pq.write_table(rows, part, compression="zstd", write_statistics=False)
+        pq.write_table(rows, part, compression="zstd", write_statistics=False, row_group_size=ROW_GROUP)
         os.replace(part, target)
-        digest = hashlib.sha256(target.read_bytes()).hexdigest()
+        with target.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         written.append((f"{name}.parquet", len(rows), digest, content_digest(rows)))
     return pa.table([list(c) for c in zip(*written, strict=True)] or [[]] * 4, schema=SHARDS)
 

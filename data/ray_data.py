@@ -14,6 +14,13 @@ from cluster.runtime import RaySession
 from cluster.settings import Settings
 from data.exchange import Blocks
 
+OPTIONS = {
+    "enable_progress_bars": False,
+    "target_max_block_size": None,
+    "override_object_store_memory_limit_fraction": 1e6,
+}
+"""Of Ray Data's context while curation runs."""
+
 
 def task_cpus(settings: Settings, session: RaySession) -> float:
     """Logical CPUs of one task: a core's share of a cluster that is here for curation alone, else the setting."""
@@ -63,17 +70,21 @@ def _dataset_of(blocks: Blocks) -> ray.data.Dataset:
 
 @contextmanager
 def quiet_ray_data() -> Iterator[None]:
-    """Ray Data without bars, and with blocks that are never cut: the rows of a key must stay together."""
+    """Ray Data without bars, with blocks that are never cut, since the rows of a key must stay together, and with as
+    many tasks at once as there are CPUs: results are kept, on disk if need be, so that waiting makes no room for more.
+    """
     context = ray.data.DataContext.get_current()
-    before = context.enable_progress_bars, context.target_max_block_size
+    before = {name: getattr(context, name) for name in OPTIONS}
     loggers = {"ray.data": logging.ERROR, "ray.data._internal.progress": logging.ERROR}
     levels = {name: logging.getLogger(name).level for name in loggers}
-    context.enable_progress_bars, context.target_max_block_size = False, None
     try:
+        for name, value in OPTIONS.items():
+            setattr(context, name, value)
         for name, level in loggers.items():
             logging.getLogger(name).setLevel(level)
         yield
     finally:
-        context.enable_progress_bars, context.target_max_block_size = before
+        for name, value in before.items():
+            setattr(context, name, value)
         for name, level in levels.items():
             logging.getLogger(name).setLevel(level)

@@ -22,6 +22,7 @@ import psutil
 import yaml
 
 from cluster.logs import configure_logging
+from cluster.runtime import system_config
 from cluster.settings import Settings
 from serve.config import SERVE_FILE, SETTINGS_FILE, read_settings, write_private
 from serve.ingress import ingress_environment, write_haproxy_script
@@ -109,7 +110,7 @@ class LiveSide:
             namespace="serve",
             log_to_driver=False,
             logging_level=logging.WARNING,
-            _system_config={"max_io_workers": self.settings.ray.io_workers},
+            _system_config=system_config(self.settings),
         )
         self.address = context.address_info["gcs_address"]
         if dashboard:

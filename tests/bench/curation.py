@@ -30,7 +30,7 @@ import psutil
 
 TARGET = 10.0
 SAME = 0.02
-FLAT = 1.2
+FLAT = 1.15
 """Most that the memory may grow from the fewest rows to the most, that of the object store apart."""
 PEER = "datasketch==2.0.0"
 CPUS = 2

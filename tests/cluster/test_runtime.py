@@ -2,6 +2,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -24,6 +26,36 @@ def test_waiting_message_says_that_busy_resources_come_back() -> None:
     message = waiting_message((("CPU", 1.0),), {"CPU": (0.0, 2.0)}, 30.0)
     assert "CPU 1 asked, 0 free of 2" in message
     assert message.endswith("the work waits until some are free")
+
+
+class State:
+    """What the control store says of a cluster of two CPUs, both in use."""
+
+    node_states: ClassVar[list[Any]] = [SimpleNamespace(total_resources={"CPU": 2.0}, available_resources={"CPU": 0.0})]
+
+    def __init__(self, waiting: int) -> None:
+        request = SimpleNamespace(resources_bundle={"CPU": 1.0})
+        self.pending_resource_requests = [SimpleNamespace(request=request, count=waiting)]
+
+
+@pytest.mark.parametrize(("waiting", "warns"), [([9, 8, 7, 6, 5, 4, 3, 2, 1], False), ([9] * 9, True)])
+def test_tasks_that_get_their_turn_are_no_reason_to_warn(
+    waiting: list[int], warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    states = iter(waiting)
+    watch = runtime.SchedulingWatch("address", limit_s=0.09)
+
+    def state_now(address: str) -> State:
+        try:
+            return State(next(states))
+        except StopIteration:
+            watch._stop.set()
+            raise
+
+    monkeypatch.setattr(runtime, "_resource_state", state_now)
+    watch.start()
+    watch._thread.join(10)
+    assert bool([r for r in caplog.records if "CPU 1 asked, 0 free of 2" in r.getMessage()]) is warns
 
 
 @pytest.mark.ray

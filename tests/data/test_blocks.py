@@ -24,6 +24,17 @@ def test_rows_some_at_a_time_come_and_count_as_all_at_once() -> None:
     assert (second.rows_in, second.rows_out, second.dropped) == (total, total // 2, {"even": total - total // 2})
 
 
+def test_rows_of_a_key_are_seen_together() -> None:
+    total = 3 * ROWS_AT_ONCE
+    keys = pa.array([n * 7919 % (total // 3) for n in range(total)], pa.uint64())
+    seen: list[list[int]] = []
+    made = apply_to_rows(pa.table({"key": keys}), (lambda t: seen.append(t["key"].to_pylist()) or t,), together="key")
+    assert sorted(made["key"].to_pylist()) == sorted(keys.to_pylist())
+    assert len(seen) == 3 and max(map(len, seen)) <= ROWS_AT_ONCE + 3
+    assert sum(len(set(some)) for some in seen) == len(set(keys.to_pylist())) == total // 3
+    assert made["key"].num_chunks <= 2  # the rows, and those that count
+
+
 def test_no_rows_keep_their_columns() -> None:
     made = apply_to_rows(pa.table({"n": pa.array([], pa.int64())}), [Stage("second", odd_only)])
     rows, counts = split_counts(made)

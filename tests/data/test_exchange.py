@@ -6,7 +6,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import ray
+from ray.experimental import get_object_locations
 
+from cluster.runtime import INLINED_BYTES
 from cluster.settings.curation import DeduplicationSettings
 from data import near
 from data.dedup import sketch_texts
@@ -58,6 +60,30 @@ def test_functions_before_and_after_an_exchange_have_no_task_of_their_own(ray_se
     totals = {row["key"]: row["n_sum"] for table in summed for row in table.to_pylist()}
     assert totals == {key: sum(range(key, 30, 4)) for key in range(4)}
     assert sum(map(len, summed)) == 4
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("parts", [1, 3])
+def test_tables_that_are_dealt_come_to_their_places(ray_session: None, parts: int) -> None:
+    def cut(first: int, step: int) -> list[pa.Table]:
+        return [pa.table({"part": [part], "n": [first + step * part]}) for part in range(parts)]
+
+    found = ray.get(Tasks(CPUS, 7).dealt([0, 100, 200], cut, parts, ray.put(5)))
+    assert [table.to_pylist() for table in found] == [
+        [{"part": part, "n": first + 5 * part} for first in (0, 100, 200)] for part in range(parts)
+    ]
+    lengths = Tasks(CPUS, 7).dealt([0, 100], cut, parts, 5, after=lambda table: pa.table({"rows": [len(table)]}))
+    assert [table["rows"].to_pylist() for table in ray.get(lengths)] == [[2]] * parts
+
+
+@pytest.mark.ray
+def test_small_pieces_stay_off_the_heap_of_the_driver(ray_session: None) -> None:
+    """Pieces of 40 kB, which Ray would send in its answers up to ten million bytes a task."""
+    pieces = ray.remote(lambda: [bytes(40_000)] * 20).options(num_cpus=CPUS, num_returns=20).remote()
+    ray.wait(pieces, num_returns=20)
+    places = get_object_locations(pieces)
+    in_answer = [piece for piece in pieces if not places[piece]["node_ids"]]
+    assert len(in_answer) <= INLINED_BYTES // 40_000
 
 
 def edited(rng: random.Random, text: str) -> str:

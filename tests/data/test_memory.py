@@ -1,6 +1,7 @@
 import psutil
+import pyarrow as pa
 
-from data.memory import give_back
+from data.memory import give_back, tidy
 
 
 def test_what_is_free_leaves_the_process() -> None:
@@ -13,3 +14,13 @@ def test_what_is_free_leaves_the_process() -> None:
     give_back()
     assert process.memory_info().rss < full - 80_000_000
     assert len(stays) == 60
+
+
+def test_arrow_keeps_nothing_of_a_table_that_is_gone() -> None:
+    process = psutil.Process()
+    with tidy():
+        before = process.memory_info().rss
+        columns = [pa.array(range(n, n + 1_000_000)) for n in range(10)]
+        assert process.memory_info().rss > before + 70_000_000
+        del columns
+        assert process.memory_info().rss < before + 20_000_000

@@ -11,6 +11,7 @@ import yaml
 from jsonschema import Draft202012Validator, ValidationError
 
 from cluster import metrics
+from cluster.runtime import system_config
 from cluster.settings import load_settings
 from data.outlets.notices import ALERTS
 from serve.ingress import ingress_environment, write_haproxy_script
@@ -103,12 +104,16 @@ def test_embedded_serve_config_meets_rays_own_schema(manifest: dict[str, Any]) -
     assert [a.name for a in config.applications] == ["gateway", "engine", "grader", "tools", "control"]
 
 
-def test_pods_have_the_ingress_that_the_settings_ask_for(tmp_path: Path) -> None:
+def test_pods_have_the_ingress_and_the_bounds_that_the_settings_ask_for(tmp_path: Path) -> None:
     maps = {d["metadata"]["name"]: d["data"] for _, d in documents() if d["kind"] == "ConfigMap"}
     file = tmp_path / "rayloop.yaml"
     file.write_text(maps["rayloop-config"]["rayloop.yaml"])
     environment = maps["rayloop-environment"]
-    assert ingress_environment(load_settings(file)[0]).items() <= environment.items()
+    settings = load_settings(file)[0]
+    assert ingress_environment(settings).items() <= environment.items()
+    assert environment["RAY_task_rpc_inlined_bytes_limit"] == str(
+        system_config(settings)["task_rpc_inlined_bytes_limit"]
+    )
     script = environment["RAY_SERVE_HAPROXY_BINARY_PATH"]
     assert f"RUN python -m serve.ingress {script}" in (K8S / "image" / "Dockerfile").read_text()
 
