@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
 from cluster.clock import now_us, to_iso
@@ -36,7 +37,7 @@ from data.detectors.make import Detectors, detectors
 from data.detectors.topics import TopicModel
 from data.erasure.person import erased_users
 from data.examples import make_examples
-from data.exchange import Blocks, Tasks, cut_by_place, run
+from data.exchange import Blocks, Places, Tasks, run
 from data.filter import filter_rows
 from data.join import join_events, name_trajectories
 from data.kept_tests import keep_sketches, kept_nodes, kept_parts, read_part, sketch_files
@@ -324,10 +325,12 @@ class _Curation:
 
     def _write_shards(self, final: Blocks, folder: Path, sizes: dict[tuple[str, str], int]) -> list[Shard]:
         """A task a shard, so that none holds more rows than a shard has."""
-        shards = {key: -(-n // self.settings.curation.shard_rows) for key, n in sizes.items()}
-        cut = partial(of_rows, function=partial(_cut_shards, shards=shards))
+        number = {key: -(-n // self.settings.curation.shard_rows) for key, n in sizes.items()}
+        shards = [_shard_name(*key, i) for key, n in number.items() for i in range(n)]
+        named = partial(of_rows, function=partial(_name_shards, number=number))
+        place = partial(_place_of_shard, shards=shards)
         write = partial(manifest.write_shards, folder=folder)
-        written = self.tasks.dealt(final, cut, sum(shards.values()), after=write)
+        written = self.tasks.dealt(final, place, len(shards), before=named, after=write)
         rows = [row for table in read_each(written) for row in table.to_pylist()]
         return sorted((Shard(**row) for row in rows), key=lambda shard: shard.path)
 
@@ -382,14 +385,19 @@ def _add_topics(table: pa.Table, model: TopicModel) -> pa.Table:
     return join_counts(balancing.add_topics(rows, model), counts)
 
 
-def _cut_shards(table: pa.Table, shards: Mapping[tuple[str, str], int]) -> list[pa.Table]:
-    """The rows of each shard, with its name as `shard`: kind, split, and a number from the example's id."""
-    names = {(*key, i): f"{'/'.join(key)}/{i:05d}" for key, n in shards.items() for i in range(n)}
-    place = {shard: at for at, shard in enumerate(names)}
+def _shard_name(kind: str, split: str, number: int) -> str:
+    return f"{kind}/{split}/{number:05d}"
+
+
+def _name_shards(table: pa.Table, number: Mapping[tuple[str, str], int]) -> pa.Table:
+    """Adds `shard`: kind, split, and a number from the example's id."""
     columns = (table[name].to_pylist() for name in ("kind", "split", "example_id"))
-    rows = [(k, s, int(i[:8], 16) % shards[k, s]) for k, s, i in zip(*columns, strict=True)]
-    named = with_column(table, "shard", [names[row] for row in rows], pa.string())
-    return cut_by_place(named, np.array([place[row] for row in rows], np.int64), len(names))
+    names = [_shard_name(k, s, int(i[:8], 16) % number[k, s]) for k, s, i in zip(*columns, strict=True)]
+    return with_column(table, "shard", names, pa.string())
+
+
+def _place_of_shard(table: pa.Table, shards: Sequence[str]) -> Places:
+    return np.asarray(pc.index_in(table["shard"], value_set=pa.array(shards)).to_numpy(), np.int64)
 
 
 def _public_config(settings: Settings) -> dict[str, Any]:

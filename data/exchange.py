@@ -6,6 +6,7 @@ starts these actors anew each time (docs/decisions/0036).
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,10 @@ from data.minhash import mix
 
 Blocks = Sequence[Any]
 """References to Arrow tables in the object store."""
+Places = NDArray[np.int64]
+"""The part of each row, from 0."""
+MOST_PIECES = 4096
+"""Pieces of one round of an exchange: the driver remembers each with some 10 kB, until what is made of it is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,52 +66,86 @@ class Tasks:
         With `before`, the rows are what `before(block, *shared)` makes of each block, in the task that cuts it; with
         `after`, blocks are what it makes of each of those, in the task that joins it.
         """
-        return self.dealt(blocks, partial(_cut, key, self.parts, before), self.parts, *shared, after=after)
+        place = partial(_part_of_key, key=key, parts=self.parts)
+        return self.dealt(blocks, place, self.parts, *shared, before=before, after=after)
 
     def dealt(
         self,
         blocks: Sequence[Any],
-        cut: Callable[..., list[pa.Table]],
+        place: Callable[[pa.Table], Places],
         parts: int,
         *shared: Any,
+        before: Callable[..., pa.Table] | None = None,
         after: Callable[[pa.Table], pa.Table] | None = None,
     ) -> list[Any]:
-        """`parts` blocks, each of the tables at its place in `cut(block, *shared)` of every block."""
-        if parts == 1:
-            cut = partial(_only, cut)
+        """The same with the rows that `place(table)` gives each part.
+
+        Every block is cut into a piece a part. Where that makes more than `MOST_PIECES`, there are two rounds: some
+        blocks at a time are cut for groups of parts, and what a group has got then for each of its parts.
+        """
+        if len(blocks) * parts <= MOST_PIECES:
+            return self._dealt_once(blocks, place, parts, *shared, before=before, after=after)
+        size, some = math.isqrt(parts), math.isqrt(len(blocks))
+        groups = -(-parts // size)
+        coarse, fine = partial(_group_of, place, size), partial(_place_in_group, place, size)
+        rounds = (blocks[at : at + some] for at in range(0, len(blocks), some))
+        first = [self._dealt_once(few, coarse, groups, *shared, before=before) for few in rounds]
+        made = []
+        for group, pieces in enumerate(zip(*first, strict=True)):
+            made += self._dealt_once(pieces, fine, min(size, parts - group * size), after=after)
+        return made
+
+    def _dealt_once(
+        self,
+        blocks: Sequence[Any],
+        place: Callable[[pa.Table], Places],
+        parts: int,
+        *shared: Any,
+        before: Callable[..., pa.Table] | None = None,
+        after: Callable[[pa.Table], pa.Table] | None = None,
+    ) -> list[Any]:
+        cut, join = partial(_cut, place, parts, before), partial(_join, after=after)
         task = ray.remote(run).options(num_cpus=self.num_cpus, num_returns=parts)
         made = [task.remote(cut, block, *shared) for block in blocks]
         pieces = [[one] for one in made] if parts == 1 else made
-        return [self.gathered(column, partial(_join, after=after)) for column in zip(*pieces, strict=True)]
+        return [self.gathered(column, join) for column in zip(*pieces, strict=True)]
 
 
-def parts_of(column: pa.ChunkedArray, parts: int) -> NDArray[np.int16]:
+def parts_of(column: pa.ChunkedArray, parts: int) -> Places:
     """The part of each key, from 0: the same in every process."""
     if pa.types.is_integer(column.type):
         hashed = mix(pc.fill_null(column, 0).to_numpy().astype(np.uint64))
     else:
         hashed = pd.util.hash_array(pc.fill_null(column, "").to_numpy(), categorize=False)
-    return (hashed % np.uint64(parts)).astype(np.int16)
+    return (hashed % np.uint64(parts)).astype(np.int64)
 
 
-def _cut(key: str, parts: int, before: Callable[..., pa.Table] | None, block: Any, *shared: Any) -> list[pa.Table]:
+def _part_of_key(table: pa.Table, key: str, parts: int) -> Places:
+    return parts_of(table[key], parts)
+
+
+def _group_of(place: Callable[[pa.Table], Places], size: int, table: pa.Table) -> Places:
+    return place(table) // size
+
+
+def _place_in_group(place: Callable[[pa.Table], Places], size: int, table: pa.Table) -> Places:
+    return place(table) % size
+
+
+def _cut(
+    place: Callable[[pa.Table], Places], parts: int, before: Callable[..., pa.Table] | None, block: Any, *shared: Any
+) -> Any:
+    """A table for each part; where there is one part, that table."""
     table = block if before is None else before(block, *shared)
+    if parts == 1:
+        return table
     if not table.column_names:  # Ray Data's block without rows, which has no columns either
         return [table] * parts
-    return cut_by_place(table, parts_of(table[key], parts), parts)
-
-
-def cut_by_place(table: pa.Table, place: NDArray[np.integer[Any]], parts: int) -> list[pa.Table]:
-    """A table of the rows of each part, given every row's part, from 0."""
-    order = np.argsort(place, kind="stable")
-    edges = np.searchsorted(place[order], np.arange(parts + 1)).tolist()
+    places = place(table)
+    order = np.argsort(places, kind="stable")
+    edges = np.searchsorted(places[order], np.arange(parts + 1)).tolist()
     ordered = table.take(order)  # once: each take of a column in several chunks would join them anew
     return [ordered.slice(begin, end - begin) for begin, end in itertools.pairwise(edges)]
-
-
-def _only(cut: Callable[..., list[pa.Table]], *arguments: Any) -> pa.Table:
-    (table,) = cut(*arguments)
-    return table
 
 
 def _join(*pieces: pa.Table, after: Callable[[pa.Table], pa.Table] | None) -> pa.Table:

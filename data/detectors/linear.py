@@ -106,14 +106,18 @@ def _without_blanks(words: NDArray[np.int64], offsets: NDArray[np.int64], vocabu
 
 
 def word_buckets(words: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Buckets of each word and of its letter n-grams, one word after the other, and where each word's begin."""
+    """Buckets of each word and of its letter n-grams, one word after the other, and where each word's begin.
+
+    An n-gram counts once in a word, however often it is there: else a model that stutters ("ownerownerowner…") adds up
+    what a letter or two have to do with insults.
+    """
     grams: list[str] = []
     starts = []
     for word in words:
         marked = f"<{word}>"
         starts.append(len(grams))
         grams.append(marked)
-        grams += [marked[i : i + n] for n in LETTERS for i in range(len(marked) - n + 1)]
+        grams += dict.fromkeys(marked[i : i + n] for n in LETTERS for i in range(len(marked) - n + 1))
     return _hash(grams) % BUCKETS, np.array(starts, np.int64)
 
 

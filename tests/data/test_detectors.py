@@ -55,6 +55,17 @@ def test_a_judgement_does_not_depend_on_its_neighbours() -> None:
     assert together == [detector([Item(text)])[0] for text in texts]
 
 
+def test_a_model_that_stutters_is_not_toxic() -> None:
+    """What a small model says when it gets stuck: letters that are a little suspicious, thirty times."""
+    stuttered = (
+        "owner" * 30,
+        "ticket" + "owner" * 24 + "payments",
+        '"}' + "owner" * 20 + '"',
+        "page" * 3 + "owner" * 12,
+    )
+    assert max(shipped("toxicity")([Item(text) for text in stuttered])) < 0.5
+
+
 def test_nothing_said_is_not_judged() -> None:
     detector = LinearDetector(shipped("toxicity").weights, 0.0)
     assert detector([Item(""), Item(" ... "), Item("hello")])[:2] == [None, None]

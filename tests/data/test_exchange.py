@@ -10,9 +10,9 @@ from ray.experimental import get_object_locations
 
 from cluster.runtime import INLINED_BYTES
 from cluster.settings.curation import DeduplicationSettings
-from data import near
+from data import exchange, near
 from data.dedup import sketch_texts
-from data.exchange import Tasks, parts_of
+from data.exchange import Places, Tasks, parts_of
 from data.near_parts import edges_in_parts
 
 SETTINGS = DeduplicationSettings()
@@ -63,17 +63,30 @@ def test_functions_before_and_after_an_exchange_have_no_task_of_their_own(ray_se
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("parts", [1, 3])
-def test_tables_that_are_dealt_come_to_their_places(ray_session: None, parts: int) -> None:
-    def cut(first: int, step: int) -> list[pa.Table]:
-        return [pa.table({"part": [part], "n": [first + step * part]}) for part in range(parts)]
+@pytest.mark.parametrize(("blocks", "parts"), [(1, 1), (4, 3), (10, 1), (10, 7), (7, 16), (1, 17)])
+def test_exchange_in_two_rounds_is_that_in_one(
+    ray_session: None, blocks: int, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(first: int) -> pa.Table:
+        numbers = range(first, first + 40)
+        return pa.table({"part": [n * 7 % parts for n in numbers], "n": list(numbers)})
 
-    found = ray.get(Tasks(CPUS, 7).dealt([0, 100, 200], cut, parts, ray.put(5)))
-    assert [table.to_pylist() for table in found] == [
-        [{"part": part, "n": first + 5 * part} for first in (0, 100, 200)] for part in range(parts)
-    ]
-    lengths = Tasks(CPUS, 7).dealt([0, 100], cut, parts, 5, after=lambda table: pa.table({"rows": [len(table)]}))
-    assert [table["rows"].to_pylist() for table in ray.get(lengths)] == [[2]] * parts
+    def place(table: pa.Table) -> Places:
+        return table["part"].to_numpy()
+
+    def ordered(table: pa.Table) -> pa.Table:
+        return table.sort_by("n")
+
+    firsts = list(range(0, 40 * blocks, 40))
+    made = []
+    for most in (1000, 1):
+        monkeypatch.setattr(exchange, "MOST_PIECES", most)
+        made.append(ray.get(Tasks(CPUS, 99).dealt(firsts, place, parts, before=rows, after=ordered)))
+    once, twice = ([table.to_pydict() for table in tables] for tables in made)
+    assert twice == once and len(once) == parts
+    everything = [n * 7 % parts for n in range(40 * blocks)]
+    for part, table in enumerate(once):
+        assert table["n"] == [n for n, given in enumerate(everything) if given == part]
 
 
 @pytest.mark.ray
