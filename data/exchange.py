@@ -88,8 +88,8 @@ class Tasks:
         size, some = math.isqrt(parts), math.isqrt(len(blocks))
         groups = -(-parts // size)
         coarse, fine = partial(_group_of, place, size), partial(_place_in_group, place, size)
-        rounds = (blocks[at : at + some] for at in range(0, len(blocks), some))
-        first = [self._dealt_once(few, coarse, groups, *shared, before=before) for few in rounds]
+        batches = (blocks[at : at + some] for at in range(0, len(blocks), some))
+        first = [self._dealt_once(few, coarse, groups, *shared, before=before) for few in batches]
         made = []
         for group, pieces in enumerate(zip(*first, strict=True)):
             made += self._dealt_once(pieces, fine, min(size, parts - group * size), after=after)
