@@ -64,7 +64,7 @@ class DemoPlan(Section):
     """Most alerts a second during a rollout."""
     live_alerts_per_session: int = Field(2, ge=1)
     """Short sessions bring many different users to a small share quickly."""
-    rollout_limit_s: float = Field(150.0, gt=0)
+    rollout_limit_s: float = Field(300.0, gt=0)
     """A rollout undecided for this long counts as not promoted."""
     stage_s: float = Field(4.0, ge=0)
     """Length of a rollout stage; a day outside a demonstration."""

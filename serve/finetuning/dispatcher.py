@@ -107,11 +107,11 @@ class Dispatcher:
         self._asked.pop(token, None)
         if job.state in ("pending", "running"):
             self._lost(job)
-        self.runners.release(job.job_id, token)
-        if job.state == "cancelled":
+        if job.state == "cancelled":  # before its release: whoever comes after a dispatcher that died does it again
             names = [job.job_id, *(other.job_id for other in self._jobs(job).beside(job.job_id))]
             for name in names:
                 shutil.rmtree(self.settings.home / "training" / name, ignore_errors=True)
+        self.runners.release(job.job_id, token)
 
     def _lost(self, job: Job) -> None:
         """Its process ended without a word."""
