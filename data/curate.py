@@ -80,6 +80,8 @@ STAGES = (
     "split",
 )
 
+SHOWN_AGENTS = 10
+
 
 def curate(
     settings: Settings, *, agent: str | None = None, out: Path | None = None, parallelism: int | None = None
@@ -92,7 +94,7 @@ def curate(
         parallelism: blocks, instead of one for each `curation.events_per_block` events.
 
     Raises:
-        DatasetError: no events, or nothing in them that a training could use; nothing is written.
+        DatasetError: no events, none of this agent, or nothing in them that a training could use; nothing is written.
         ConflictError: somebody is being erased, or was while this ran; nothing is written.
         InputError: earlier test items were kept under other settings of `curation.dedup`.
     """
@@ -108,6 +110,8 @@ def curate(
         sketch_files(settings)  # refuses before anything is computed
         root = manifest.datasets_root(settings, out)
         traced = bool(event_log.read(limit=1, kinds=TRACED, tenant=settings.tenant))
+        if agent is not None and not traced:  # what a trace is of shows when it is joined
+            _check_agent(event_log, settings, agent)
         prompts = texts_by_digest(engine, settings.tenant)
         engine.dispose()  # a connection's cache would stay until the dataset is there
         give_back()
@@ -120,6 +124,16 @@ def curate(
         return written
     finally:
         engine.dispose()
+
+
+def _check_agent(event_log: EventLog, settings: Settings, agent: str) -> None:
+    if not event_log.agents(settings.tenant, settings.workspace, agent):
+        known = event_log.agents(settings.tenant, settings.workspace)
+        some = ", ".join(known[:SHOWN_AGENTS]) + (", …" if len(known) > SHOWN_AGENTS else "")
+        raise DatasetError(
+            f"no interaction is of agent {agent!r}; the log of {settings.tenant}/{settings.workspace} knows "
+            f"{some or 'none'}: name one with --agent, or leave it out to take all"
+        )
 
 
 @dataclass

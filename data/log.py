@@ -157,6 +157,15 @@ class EventLog:
         with self.engine.connect() as connection:
             return connection.execute(sa.select(sa.func.max(events.c.seq))).scalar() or 0
 
+    def agents(self, tenant: str, workspace: str, named: str | None = None) -> list[str]:
+        """The agents that interactions and trajectories are of, in order; at most this one where one is named."""
+        kinds = ("interaction", "trajectory")
+        mine = sa.and_(events.c.kind.in_(kinds), events.c.tenant == tenant, events.c.workspace == workspace)
+        query = sa.select(events.c.agent).where(mine, events.c.agent.is_not(None))
+        query = query.distinct() if named is None else query.where(events.c.agent == named).limit(1)
+        with self.engine.connect() as connection:
+            return sorted(connection.execute(query).scalars())
+
     def cursor(self, name: str) -> int:
         """Where the reader `name` has got to; 0 at first."""
         with self.engine.connect() as connection:

@@ -314,6 +314,15 @@ def test_an_empty_log_is_refused_and_nothing_is_written(with_log: MakeLog) -> No
     assert not Path(settings.datasets_root).exists()
 
 
+def test_an_agent_that_nobody_asked_is_refused_with_those_there_are(with_log: MakeLog) -> None:
+    settings = with_log(traffic(3))
+    with pytest.raises(
+        DatasetError, match="no interaction is of agent 'math'; the log of default/default knows triage:"
+    ):
+        curate(settings, agent="math")
+    assert not Path(settings.datasets_root).exists()
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thumbs_up", "thumbs_down", None])
