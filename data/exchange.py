@@ -84,31 +84,31 @@ class Tasks:
         blocks at a time are cut for groups of parts, and what a group has got then for each of its parts.
         """
         if len(blocks) * parts <= MOST_PIECES:
-            return self._dealt_once(blocks, place, parts, *shared, before=before, after=after)
+            return self._round(blocks, partial(_cut, place, parts, before), parts, shared, after)
         size, some = math.isqrt(parts), math.isqrt(len(blocks))
         groups = -(-parts // size)
         coarse, fine = partial(_group_of, place, size), partial(_place_in_group, place, size)
         batches = (blocks[at : at + some] for at in range(0, len(blocks), some))
-        first = [self._dealt_once(few, coarse, groups, *shared, before=before) for few in batches]
+        cut = partial(_cut, coarse, groups, before)
+        first = [self._round(few, cut, groups, shared) for few in batches]
         made = []
         for group, pieces in enumerate(zip(*first, strict=True)):
-            made += self._dealt_once(pieces, fine, min(size, parts - group * size), after=after)
+            own = min(size, parts - group * size)
+            made += self._round(pieces, partial(_cut, fine, own, None), own, after=after)
         return made
 
-    def _dealt_once(
+    def _round(
         self,
         blocks: Sequence[Any],
-        place: Callable[[pa.Table], Places],
+        cut: Callable[..., Any],
         parts: int,
-        *shared: Any,
-        before: Callable[..., pa.Table] | None = None,
+        shared: Sequence[Any] = (),
         after: Callable[[pa.Table], pa.Table] | None = None,
     ) -> list[Any]:
-        cut, join = partial(_cut, place, parts, before), partial(_join, after=after)
         task = ray.remote(run).options(num_cpus=self.num_cpus, num_returns=parts)
         made = [task.remote(cut, block, *shared) for block in blocks]
         pieces = [[one] for one in made] if parts == 1 else made
-        return [self.gathered(column, join) for column in zip(*pieces, strict=True)]
+        return [self.gathered(column, partial(_join, after=after)) for column in zip(*pieces, strict=True)]
 
 
 def parts_of(column: pa.ChunkedArray, parts: int) -> Places:

@@ -36,11 +36,10 @@ class StageCount:
 
 @dataclass(frozen=True)
 class Stage:
-    """A named stage. With `key`, it sees all rows of a key together."""
+    """A named stage."""
 
     name: str
     run: StageFunction
-    key: str | None = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """The stage on one block; counting rows of earlier stages pass through."""

@@ -1,6 +1,6 @@
 """Curation as a whole against a plain Ray Data pipeline of `map`, `re` and datasketch.
 
-    python -m tests.bench.curation [--rows 100000 1000000] [--peer-rows 20000]
+    python -m tests.bench.curation [--rows 100000 1000000] [--peer-rows 20000] [--events-per-block 50000]
 
 Ours goes from the event log (a question and an answer each, thumbs on four of five) to a published dataset
 with scrubbing, detectors, near-duplicate clusters, pairs, splits and manifest. The peer goes from the same
@@ -23,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -147,14 +148,15 @@ def fill(home: Path, source: Path, rows: int) -> None:
         writer.close()
 
 
-def ours(home: Path) -> dict[str, Any]:
+def ours(home: Path, events_per_block: int) -> dict[str, Any]:
     """Our side, in this process; Ray is up before the clock starts, as with the peer."""
     from cluster.runtime import ray_session
     from cluster.settings import load_settings
     from data.curate import curate
 
     session = {"num_cpus": CPUS, "object_store_mb": STORE_MB}
-    settings = load_settings(home=home, ray=session, curation={"log_to_mlflow": False, "stage_cpus": 1.0})[0]
+    curation = {"log_to_mlflow": False, "stage_cpus": 1.0, "events_per_block": events_per_block}
+    settings = load_settings(home=home, ray=session, curation=curation)[0]
     with ray_session(settings):
         begun = time.perf_counter()
         made = curate(settings, agent="a")
@@ -193,23 +195,23 @@ def measured(command: Sequence[Any], environment: dict[str, str]) -> dict[str, A
             total = 0
             try:
                 tree = [root, *root.children(recursive=True)]
-            except psutil.Error:
-                return
+            except psutil.NoSuchProcess:
+                return  # it has ended, and all it started with it
             for one in tree:
                 try:
                     memory = one.memory_info()
                     total += memory.rss - memory.shared
                     store = max(store, memory.shared)
                     used[one.pid] = sum(one.cpu_times()[:2])
-                except psutil.Error:
-                    continue
+                except psutil.NoSuchProcess:
+                    continue  # it has ended since it was listed
             peak = max(peak, total)
 
-    thread = threading.Thread(target=watch)
-    thread.start()
-    output, errors = process.communicate()
-    over.set()
-    thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        watched = pool.submit(watch)
+        output, errors = process.communicate()
+        over.set()
+        watched.result()  # a figure of a watch that failed would be too small
     if process.returncode:
         raise RuntimeError(errors.decode()[-2000:])
     result: dict[str, Any] = json.loads(output.decode().splitlines()[-1])
@@ -242,10 +244,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--peer-rows", type=int, default=20_000)
+    parser.add_argument("--events-per-block", type=int, default=50_000)
     parser.add_argument("--ours", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ours:
-        print(json.dumps(ours(options.ours)))
+        print(json.dumps(ours(options.ours, options.events_per_block)))
         return 0
     environment = {"RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     costs: dict[str, float] = {}
@@ -256,7 +259,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             home, source = Path(folder) / "home", Path(folder) / "rows.parquet"
             fill(home, source, rows)
-            runs = {"ours": [sys.executable, "-m", "tests.bench.curation", "--ours", home]}
+            blocks = ["--events-per-block", options.events_per_block]
+            runs = {"ours": [sys.executable, "-m", "tests.bench.curation", "--ours", home, *blocks]}
             if rows == options.peer_rows:
                 runs["peer"] = [sys.executable, "-c", PEER_CODE, source, Path(folder) / "out", CPUS, peer_options()]
             for side, command in runs.items():

@@ -1,7 +1,8 @@
 """`/v1/fine_tuning/jobs` through the official client, on SQLite and PostgreSQL; nothing trains here."""
 
 import threading
-from typing import Any
+from typing import Any, cast
+from unittest.mock import Mock
 
 import httpx
 import openai
@@ -9,8 +10,9 @@ import pytest
 
 from cluster.errors import ConflictError, InputError
 from cluster.job_events import note
-from cluster.jobs import Jobs
+from cluster.jobs import Job, Jobs
 from cluster.runners import Runners
+from serve.finetuning.dispatcher import Dispatcher, Processes
 from serve.finetuning.requests import overrides_of, parse_create, parse_method
 from serve.router import RouterApp
 from tests.serve.finetuning.conftest import Api, Json, chat_rows, pair_rows
@@ -218,6 +220,31 @@ def test_process_of_a_paused_job_must_be_gone_before_it_is_resumed(api: Api) -> 
     with pytest.raises(ConflictError, match="not this process's"):
         runners.report(job.id, token)
     runners.report(job.id, str(again))
+
+
+class Ended:
+    """Processes that are all gone."""
+
+    def alive(self, job: Job) -> bool:
+        return False
+
+
+def test_files_of_a_cancelled_job_go_before_its_process_is_let_go_of(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dispatcher that dies while it removes them is followed by one that does it again."""
+    job = create(api, api.upload(chat_rows(10)))
+    runners = Runners(api.database)
+    runners.claim(job.id, ("pending",))
+    api.client.fine_tuning.jobs.cancel(job.id)
+    folder = api.settings.home / "training" / job.id
+    folder.mkdir(parents=True)
+    dispatcher = Dispatcher(api.settings, api.database, cast(Processes, Ended()))
+    with monkeypatch.context() as dying:
+        dying.setattr("shutil.rmtree", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            dispatcher._look_at(runners.find(job.id))
+    assert job.id in {waiting.job_id for waiting in runners.open_jobs()}
+    dispatcher._look_at(runners.find(job.id))
+    assert not folder.exists() and runners.find(job.id).runner is None
 
 
 def test_events_are_paged_by_cursor_without_gap_or_repeat(api: Api) -> None:
